@@ -1,0 +1,26 @@
+"""fxfuse: fuse trained PyTorch networks of different depth and width into one."""
+
+from . import presets
+from .errors import FuseError
+from .fusion import Method, Report, align, balance, fuse
+from .ir import Alignment, Space, Spaces
+from .passes import debug
+from .spaces import find_spaces, permute
+from .version import __version__
+
+__all__ = [
+    "Alignment",
+    "FuseError",
+    "Method",
+    "Report",
+    "Space",
+    "Spaces",
+    "__version__",
+    "align",
+    "balance",
+    "debug",
+    "find_spaces",
+    "fuse",
+    "permute",
+    "presets",
+]

@@ -1,0 +1,177 @@
+"""Bring networks to one structure: deepen each where it lacks layers, then name all nodes alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from .errors import ArgumentError, PairingError
+from .ir import Alignment, Layer, SegmentAlignment
+from .network import Network
+from .rewrites import Insertion, deepen
+from .segments import describe, partition
+from .tracing import Mode, run_once
+from .verify import require_equal
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A layer that a balanced network has only as a neutral one.
+
+    Attributes:
+        nodes: Its nodes.
+        entry: The node whose value it hands on.
+        carriers: The nodes among them that hold this value.
+    """
+
+    nodes: tuple[str, ...]
+    entry: str
+    carriers: tuple[str, ...]
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """Nodes of a branch that writes nothing."""
+        return frozenset(self.nodes) - frozenset(self.carriers)
+
+
+@dataclass(frozen=True, eq=False)
+class Balanced:
+    """Networks of one structure, node for node and name for name.
+
+    Attributes:
+        networks: The balanced networks.
+        absent: Per network, the layers it has only as neutral ones.
+    """
+
+    networks: tuple[Network, ...]
+    absent: tuple[tuple[Absent, ...], ...]
+
+
+def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balanced:
+    """Insert neutral layers as an alignment says and give all networks one structure.
+
+    Raises:
+        ArgumentError: If the alignment is of other networks.
+        PassError: If a layer has no neutral form.
+        PairingError: If the structures differ beside their layers.
+        NotEquivalent: If a network's function changed.
+    """
+    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
+    check_alignment(alignment, layers)
+    deepened, skeleton = [], max(range(len(networks)), key=lambda k: len(layers[k]))
+    for k, network in enumerate(networks):
+        wanted = _insertions(k, networks, layers, alignment)
+        module = deepen(network.module, network.example, wanted) if wanted else network.module
+        deepened.append(module)
+    shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
+    balanced, absent = [], []
+    for network, module in zip(networks, deepened):
+        adopted = shape if module is shape.module else _adopt(network, module, shape)
+        require_equal(network.module, adopted.module, network.example, f"balancing {network.name}")
+        balanced.append(adopted)
+        absent.append(_absent(module, shape.module))
+    return Balanced(tuple(balanced), tuple(absent))
+
+
+def check_alignment(alignment: Alignment, layers: Sequence[dict[str, Layer]]) -> None:
+    """Refuse an alignment that does not name every layer of every network once, in order.
+
+    Raises:
+        ArgumentError: Saying which network's layers do not agree.
+    """
+    count = len(layers)
+    for k, known in enumerate(layers):
+        rows = [s.slots[k] for s in alignment.segments if len(s.slots) == count]
+        named = [x for row in rows for x in row if x is not None]
+        if len(alignment.names) != count or named != list(known):
+            raise ArgumentError(
+                f"an alignment that names the layers {', '.join(map(str, named)) or 'of no network'}",
+                where=f"the argument `alignment`, network {k}",
+                expected=f"each layer once, in order: {', '.join(known)}",
+                do="make it with fxfuse.align on these very models, in this order",
+            )
+
+
+def _insertions(
+    k: int, networks: Sequence[Network], layers: Sequence[dict[str, Layer]], alignment: Alignment
+) -> list[Insertion]:
+    found = []
+    for segment in alignment.segments:
+        own = segment.slots[k]
+        for i, name in enumerate(own):
+            if name is not None:
+                continue
+            before = next((n for n in reversed(own[:i]) if n is not None), None)
+            behind = next((n for n in own[i:] if n is not None), None)
+            after = layers[k][before].nodes[-1] if before else layers[k][behind].entry
+            source, layer = _template(segment, i, layers)
+            found.append(Insertion(networks[source], layer, networks[k], after))
+    return found
+
+
+def _template(
+    segment: SegmentAlignment, slot: int, layers: Sequence[dict[str, Layer]]
+) -> tuple[int, Layer]:
+    name = segment.slots[segment.reference][slot]
+    return segment.reference, layers[segment.reference][name]
+
+
+def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
+    """Give a network the graph and names of another of the same structure."""
+    nodes, wanted = list(module.graph.nodes), list(shape.module.graph.nodes)
+    root: dict[str, object] = {}
+    origin: dict[str, str] = {}
+    for i, (own, other) in enumerate(zip(nodes, wanted)):
+        if other.op not in ("call_module", "get_attr"):
+            continue
+        target = str(other.target)
+        if own.op == other.op:
+            root[target] = _fetch(module, str(own.target))
+            alike = origin.setdefault(target, str(own.target)) == str(own.target)
+            if not alike and not isinstance(root[target], Mode):
+                raise _differs(network, shape, i, own, other)
+        else:  # the same step spelled as a function: a module without weights serves as well
+            root[target] = copy.deepcopy(_fetch(shape.module, target))
+    if len(nodes) != len(wanted):
+        i = next((i for i, (a, b) in enumerate(zip(nodes, wanted)) if a.op != b.op), 0)
+        raise _differs(network, shape, i, nodes[i], wanted[i])
+    graph = copy.deepcopy(shape.module.graph)
+    module = fx.GraphModule(root, graph, type(module).__name__).eval()
+    run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
+    adopted = Network.of(network.name, module, network.example)
+    for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
+        if describe(adopted, own) != describe(shape, other):
+            raise _differs(network, shape, i, nodes[i], other)
+    return adopted
+
+
+def _fetch(module: nn.Module, path: str) -> object:
+    owner, _, leaf = path.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _differs(
+    network: Network, shape: Network, at: int, own: fx.Node, other: fx.Node
+) -> PairingError:
+    return PairingError(
+        "structures that differ beside their aligned layers",
+        where=f"node {at}: '{own.name}' of {network.name} against '{other.name}' of {shape.name}",
+        expected="the same steps (pooling, flattening, dropout, shared modules) around the layers",
+        do="fuse networks of one family, written in the same way",
+    )
+
+
+def _absent(module: fx.GraphModule, shape: fx.GraphModule) -> tuple[Absent, ...]:
+    names = {a.name: b.name for a, b in zip(module.graph.nodes, shape.graph.nodes)}
+    found: dict[int, tuple[list[str], str, list[str]]] = {}
+    for node in module.graph.nodes:
+        if "inserted" in node.meta:
+            number, entry, carries = node.meta["inserted"]
+            nodes, _, carriers = found.setdefault(number, ([], names[entry], []))
+            nodes.append(names[node.name])
+            if carries:
+                carriers.append(names[node.name])
+    return tuple(Absent(tuple(n), e, tuple(c)) for n, e, c in found.values())

@@ -1,0 +1,150 @@
+"""The two rules that every tie comes from: places that meet, and axes that are summed over.
+
+`merge` is elementwise combination with broadcasting; `contract` is a product summed over shared
+axes, written with index letters as in `einsum`; `rows_over` makes a block of each row of units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .labels import FIXED, NOTHING, LabelRun, Labels, varying
+
+Operand = tuple[Labels, tuple[int, ...]]
+
+
+def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
+    """Combine tensors place by place, broadcasting from the right.
+
+    Layers that vary along the same axes are tied. A layer whose axes refine those of another
+    operand's layer makes its units members of that layer's blocks. A layer that meets values
+    which vary along its axes without labels is frozen and not handed on.
+
+    Args:
+        run: The run.
+        operands: Labels and shape of each tensor.
+        rank: Rank of the result.
+    """
+    operands = [_align(labels, shape, rank) for labels, shape in operands]
+    by_axes: dict[tuple[int, ...], dict[int, Tensor]] = {}
+    for i, (labels, _) in enumerate(operands):
+        for layer in labels.layers:
+            by_axes.setdefault(varying(layer), {})[i] = layer
+    result = []
+    for axes, holders in by_axes.items():
+        layer = _tie_all(run, list(holders.values()))
+        others = [o for i, o in enumerate(operands) if i not in holders]
+        met = [o for o in others if o[0].fill == FIXED and any(o[1][d] > 1 for d in axes)]
+        nested = [[x for x in o[0].layers if set(varying(x)) < set(axes)] for o in met]
+        coarser = any(set(varying(x)) > set(axes) for o in met for x in o[0].layers)
+        for blocks in (x for layers in nested for x in layers):
+            run.book.group(blocks.flatten(), _rows(layer, varying(blocks)))
+        if coarser:
+            continue  # the finer layer is handed on and knows its blocks
+        if not all(nested):
+            run.freeze([layer], "meets values that vary along its axis without being its units")
+        else:
+            result.append(layer)
+    fill = NOTHING if all(o[0].fill == NOTHING for o in operands) else FIXED
+    sources = [o[0].sources for o in operands]
+    return Labels(tuple(result), fill, sum(sources, ()) if all(sources) else ())
+
+
+def _align(labels: Labels, shape: tuple[int, ...], rank: int) -> Operand:
+    lead = (1,) * (rank - len(shape))
+    layers = tuple(x.view(lead + tuple(x.shape)) for x in labels.layers)
+    return Labels(layers, labels.fill, labels.sources), lead + tuple(shape)
+
+
+def _tie_all(run: LabelRun, layers: list[Tensor]) -> Tensor:
+    first = layers[0]
+    for other in layers[1:]:
+        tied = run.book.tie(first, other)
+        first = first if torch.equal(tied, first) else tied
+    return first
+
+
+def _rows(layer: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return the labels as `(places along axes, labels at each place)`."""
+    rest = [d for d in range(layer.dim()) if d not in axes]
+    return layer.permute(*axes, *rest).reshape(int(np.prod([layer.shape[d] for d in axes])), -1)
+
+
+def rows_over(run: LabelRun, layer: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Make a block of the units at each place along `axes`; return the layer of block labels.
+
+    Places with the same units (windows that repeat heads) are the same block.
+    """
+    rows = _rows(layer, axes)
+    unique, inverse = np.unique(rows.numpy(), axis=0, return_inverse=True)
+    blocks = run.book.new(len(unique))
+    run.book.group(blocks, torch.from_numpy(unique))
+    shape = [n if d in axes else 1 for d, n in enumerate(layer.shape)]
+    return blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
+
+
+def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
+    """Multiply two tensors and sum over the letters that `out` lacks.
+
+    Layers that vary along a summed letter are tied to each other; where both also vary along a
+    shared batch letter, each batch place is a block of what is summed there. The other layers
+    pass to the output, where they meet as in `merge`.
+
+    Args:
+        run: The run.
+        a: First operand, axes named by the letters `la`.
+        b: Second operand, axes named by `lb`.
+        out: Letters of the result.
+    """
+    summed = [c for c in la if c in lb and c not in out]
+    letters = out + "".join(summed)
+    ka, pa = _split(run.of(a).layers, la, letters, summed)
+    kb, pb = _split(run.of(b).layers, lb, letters, summed)
+    _note_reads(run, a, b, ka, kb)
+    blocks = []
+    for x in ka:
+        for y in kb:
+            run.book.tie(x, y)
+            blocks += _batch_blocks(run, x, y, len(out))
+    for layers, other, found in ((ka, b, kb), (kb, a, ka)):
+        if not found and run.of(other).fill == FIXED:
+            run.freeze(layers, "summed against values that are not its units")
+    operands = []
+    for tensor, names, passing in ((a, la, pa), (b, lb, pb)):
+        sizes = dict(zip(names, tensor.shape))
+        layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
+        operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
+    return merge(run, operands, len(out))
+
+
+def _split(
+    layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Spread layers over all letters; part those that vary along a summed letter from the rest."""
+    inner, outer = [], []
+    for layer in layers:
+        sizes = dict(zip(names, layer.shape))
+        order = [names.index(c) for c in letters if c in names]
+        spread = layer.permute(order).reshape([sizes.get(c, 1) for c in letters])
+        (inner if any(sizes[c] > 1 for c in summed) else outer).append(spread)
+    return inner, outer
+
+
+def _note_reads(run: LabelRun, a: Tensor, b: Tensor, ka: list[Tensor], kb: list[Tensor]) -> None:
+    readers = kb if run.of(b).sources else ka if run.of(a).sources else []
+    run.book.reads.extend(x.flatten().numpy() for x in readers)
+
+
+def _batch_blocks(run: LabelRun, x: Tensor, y: Tensor, rank: int) -> list[Tensor]:
+    shared = tuple(d for d in varying(x) if d < rank and y.shape[d] > 1)
+    if not shared:
+        return []
+    return [rows_over(run, x, shared).reshape(_shape(x, shared, rank))]
+
+
+def _shape(layer: Tensor, axes: tuple[int, ...], rank: int) -> list[int]:
+    return [layer.shape[d] if d in axes else 1 for d in range(rank)]

@@ -1,0 +1,68 @@
+"""One family of errors, each in four parts: what was met, where, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class FuseError(Exception):
+    """Base of every error that fxfuse raises on purpose.
+
+    Args:
+        met: What was met, in one sentence.
+        where: The model, node, file or argument concerned.
+        expected: What would have been right.
+        do: What the reader can do about it.
+    """
+
+    def __init__(self, met: str, *, where: str, expected: str, do: str) -> None:
+        self.met, self.where, self.expected, self.do = met, where, expected, do
+        super().__init__(met, where, expected, do)
+
+    def __str__(self) -> str:
+        return f"{self.met}\n  where: {self.where}\n  expected: {self.expected}\n  to do: {self.do}"
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (type(self), self.met, self.where, self.expected, self.do)
+
+
+def _rebuild(kind: type[FuseError], met: str, where: str, expected: str, do: str) -> FuseError:
+    return kind(met, where=where, expected=expected, do=do)
+
+
+class ArgumentError(FuseError, ValueError):
+    """An argument is out of range, of the wrong number or of the wrong kind."""
+
+
+class TraceError(FuseError):
+    """A model cannot be written down as a graph."""
+
+
+class ModelError(FuseError, ValueError):
+    """A model's weights, inputs or outputs cannot be used."""
+
+
+class DataError(FuseError, ValueError):
+    """Calibration data are missing, refused by a model, or not finite."""
+
+
+class PairingError(FuseError, ValueError):
+    """The structures of the networks do not correspond."""
+
+
+class PassError(FuseError):
+    """A graph pass cannot do what it was asked to."""
+
+
+class NotEquivalent(PassError):
+    """A pass that claims to keep the function changed it."""
+
+
+class SolverError(FuseError):
+    """A transport or assignment problem was refused or not solved."""
+
+
+class CheckpointError(FuseError):
+    """A file of weights cannot be read, does not fit, or cannot be written."""
+
+
+class ReferenceFormatError(FuseError, ValueError):
+    """A model or data reference on the command line cannot be resolved."""

@@ -1,0 +1,76 @@
+"""One real run of a traced network with every ATen operator mirrored on unit labels.
+
+The run goes node by node, so each operator, shape and label is known by the fx node it belongs to.
+Working below `torch.nn`, it sees the same few dozen operators however a network is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .labels import LabelRun, Ledger, TensorAxis, varying
+from .operators import mirror
+
+
+class _MirrorMode(TorchDispatchMode):
+    def __init__(self, run: LabelRun) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        out = func(*args, **(kwargs or {}))
+        mirror(self.run, func, args, kwargs or {}, out)
+        return out
+
+
+class _NodeInterpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
+        super().__init__(module)
+        self.labelled = run
+
+    def run_node(self, n: fx.Node) -> Any:
+        run, book = self.labelled, self.labelled.book
+        run.node = n.name
+        value = super().run_node(n)
+        if n.op == "output":
+            for tensor in tree_leaves(value):
+                run.freeze(run.of(tensor).layers, "an output of the network")
+        elif isinstance(value, Tensor):
+            book.shapes[n.name] = tuple(value.shape)
+            layers = [layer for layer in run.of(value).layers if len(varying(layer)) == 1]
+            book.features[n.name] = [
+                TensorAxis(n.name, varying(layer)[0], layer.flatten().numpy()) for layer in layers
+            ]
+        elif any(isinstance(t, Tensor) for t in tree_leaves(value)):
+            book.shapes[n.name] = ()
+        return value
+
+
+def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
+    """Run a traced network once, in eval mode, on labels and return the ledger.
+
+    The fused attention kernels hide their structure, so the run takes their plain forms.
+
+    Args:
+        module: Traced network; not modified, its modes are restored.
+        example: Input tensors.
+    """
+    modes = {m: m.training for m in module.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    run = LabelRun([*module.named_parameters(), *module.named_buffers()])
+    module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _MirrorMode(run):
+            _NodeInterpreter(module, run).run(*example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for m, mode in modes.items():
+            m.training = mode
+    return run.book

@@ -1,0 +1,262 @@
+"""The few plain facts that pass between the stages: spaces, layers, segments, alignments, couplings.
+
+All are frozen and hold names, numbers and arrays, never modules or nodes, so they can be printed,
+compared, copied and written to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Where the units of a space lie along one tensor axis.
+
+    Attributes:
+        tensor: Qualified name of a parameter or buffer, or the name of a node.
+        dim: The axis.
+        index: `(size, m)` positions of each unit; unit `u` occurs at `index[u, 0..m-1]`.
+        reads: Whether a contraction sums over this axis (the unproject map acts on it).
+        groups: With more than one, `index` counts along the dense input axis of a grouped
+            convolution, of which each row of the weight stores `1 / groups`.
+    """
+
+    tensor: str
+    dim: int
+    index: np.ndarray
+    reads: bool = False
+    groups: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A set of units that one symmetry acts on.
+
+    Attributes:
+        name: The first tensor that writes it.
+        size: Number of units.
+        axes: Parameter and buffer axes along which the units lie.
+        features: Node outputs along whose axes they lie.
+        parent: Name of the space of blocks that the units travel with, if any.
+        blocks: `(size,)` the block of each unit, an index into the parent (or into the fixed
+            blocks, if the parent is None).
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    features: tuple[Axis, ...] = ()
+    parent: str | None = None
+    blocks: np.ndarray | None = None
+
+    @property
+    def signature(self) -> frozenset[tuple]:
+        """The places of the units: what identifies the same space in networks of one structure."""
+        return frozenset((a.tensor, a.dim, a.reads, a.index.shape[1]) for a in self.axes)
+
+    def __str__(self) -> str:
+        inside = f" in blocks of {self.parent}" if self.parent else ""
+        return f"{self.name}: {self.size} units on {len(self.axes)} axes{inside}"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Units that stay in place, and why."""
+
+    tensor: str
+    dim: int
+    count: int
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}]: {self.count} units fixed at {self.node}, {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Spaces:
+    """The unit spaces of one network.
+
+    Attributes:
+        spaces: The spaces; a space of blocks comes before the spaces inside its blocks.
+        frozen: What must stay in place.
+        sizes: Length of each axis `(tensor, dim)` that holds units (dense, if grouped).
+    """
+
+    spaces: tuple[Space, ...]
+    frozen: tuple[Frozen, ...] = ()
+    sizes: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(self.spaces)
+
+    def __len__(self) -> int:
+        return len(self.spaces)
+
+    def __getitem__(self, name: str) -> Space:
+        return next(s for s in self.spaces if s.name == name)
+
+    @property
+    def free_units(self) -> int:
+        """Units that can be exchanged with another one; blocks themselves do not count."""
+        parents = {s.parent for s in self.spaces}
+        return sum(_exchangeable(s) for s in self.spaces if s.name not in parents)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.spaces)} spaces, {self.free_units} free units"]
+        lines += [f"  {s}" for s in self.spaces]
+        lines += [f"  fixed: {f}" for f in self.frozen]
+        return "\n".join(lines)
+
+
+def _exchangeable(space: Space) -> int:
+    if space.parent is not None or space.blocks is None:
+        return space.size if space.size > 1 else 0
+    _, counts = np.unique(space.blocks, return_counts=True)
+    return int(counts[counts > 1].sum())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An alignable step of a network's chain.
+
+    Attributes:
+        name: Qualified name of its module, or of its first and last where it has none of its own.
+        kind: What it is made of, independent of widths; layers of different kinds never pair.
+        nodes: Its nodes in graph order, the last one being its exit.
+        entry: The node whose value it reads.
+        merge: The node where its region closes (of a plain layer: its first node).
+        point: The node that holds its pre-activation (of a block: the value after the add).
+        producers: Nodes that contract a parameter.
+        branched: Whether it is a region with parallel paths (a block) rather than one step.
+        resolution: Shape of its output without batch and feature axis.
+        layout: Rank and feature axis of its output.
+        width: Size of the feature axis.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    entry: str
+    merge: str
+    point: str
+    producers: tuple[str, ...]
+    branched: bool
+    resolution: tuple[int, ...]
+    layout: tuple[int, int]
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'block' if self.branched else 'layer'}, {self.width} units)"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A maximal run of layers on one kind of tensor at one output resolution."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """Shape of the segment's tensors without batch and feature axis."""
+        return self.layers[0].resolution
+
+    @property
+    def label(self) -> str:
+        """What the segment works on, in words."""
+        size = "x".join(map(str, self.resolution))
+        return f"{size} positions" if size else "features"
+
+    def __str__(self) -> str:
+        return f"{self.label}: " + ", ".join(layer.name for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class SegmentAlignment:
+    """How the layers of K networks fall into the slots of one segment.
+
+    Attributes:
+        label: What the segment works on.
+        reference: The network whose layers are the slots (the deepest here).
+        slots: Per network, the layer in each slot, None where it has none.
+        costs: Per network, the cost matrix `(slots, layers)` the dynamic program saw, or None
+            where the constraints left it no choice.
+    """
+
+    label: str
+    reference: int
+    slots: tuple[tuple[str | None, ...], ...]
+    costs: tuple[tuple[tuple[float, ...], ...] | None, ...]
+
+    def cost_of(self, network: int, slot: int) -> float | None:
+        """Return the cost at which a network's layer took a slot, None if it was not measured."""
+        matrix, layer = self.costs[network], self.slots[network][slot]
+        if matrix is None or layer is None:
+            return None
+        column = [s for s in self.slots[network] if s is not None].index(layer)
+        return matrix[slot][column]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The strictly increasing maps between the layers of K networks, segment by segment.
+
+    Attributes:
+        segments: One entry per pair of segments, in network order.
+        names: How the networks are called.
+    """
+
+    segments: tuple[SegmentAlignment, ...]
+    names: tuple[str, ...]
+
+    @property
+    def pairs(self) -> list[list[tuple[str, str]]]:
+        """For two models, per segment, `(layer of the deeper, layer of the shallower)`."""
+        if len(self.names) != 2:
+            raise ValueError(f"pairs are of two models, this alignment has {len(self.names)}")
+        found = []
+        for s in self.segments:
+            deep, shallow = s.slots[s.reference], s.slots[1 - s.reference]
+            found.append([(a, b) for a, b in zip(deep, shallow) if a is not None and b is not None])
+        return found
+
+    def __str__(self) -> str:
+        width = max([len(n) for n in self.names] + [len(x or "") for x in self._layers()]) + 2
+        rows = ["".join(n.ljust(width) for n in self.names) + "cost"]
+        for s in self.segments:
+            rows.append(f"-- {s.label}")
+            for i in range(len(s.slots[0])):
+                cells = "".join((row[i] or "+").ljust(width) for row in s.slots)
+                costs = [s.cost_of(k, i) for k in range(len(self.names)) if k != s.reference]
+                shown = " ".join("" if c is None else f"{c:.4f}" for c in costs)
+                rows.append((cells + shown).rstrip())
+        return "\n".join(rows)
+
+    def _layers(self) -> Iterator[str | None]:
+        for s in self.segments:
+            for row in s.slots:
+                yield from row
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """The two maps between a space of one network and the same space of the fused network.
+
+    Attributes:
+        project: `(fused units, units)`, acts on what is written; rows sum to 1.
+        unproject: `(units, fused units)`, acts on what is read; rows sum to 1.
+        cost: Mean ground cost per unit of mass, None where nothing was measured.
+    """
+
+    project: np.ndarray
+    unproject: np.ndarray
+    cost: float | None = None
+
+    @property
+    def confidence(self) -> float:
+        """Mean largest share of a fused unit that comes from one unit: 1 for a permutation."""
+        return float(self.project.max(axis=1).mean()) if self.project.size else 1.0

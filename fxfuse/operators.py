@@ -1,0 +1,451 @@
+"""What each ATen operator does to unit labels: the only file with per-operator knowledge.
+
+A rule takes an `Op` (the call with its arguments by name) and the run, and returns the `Labels` of
+the output or of each output. Operators tagged pointwise by ATen share one rule and data movement
+runs the operator itself on the labels; an operator without a rule freezes what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .contraction import contract, merge, rows_over
+from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, collapse, varying
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of an ATen operator, with every argument by its schema name."""
+
+    func: Any
+    name: str
+    args: dict[str, Any]
+    out: Any
+
+    def __getitem__(self, key: str) -> Any:
+        return self.args.get(key)
+
+    def dims(self, rank: int) -> tuple[int, ...]:
+        """Return the axes a reduction runs over, all of them when none is given."""
+        dim = self.args.get("dim", self.args.get("dims"))
+        if dim is None or dim == []:
+            return tuple(range(rank))
+        return tuple(d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim))
+
+
+Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]
+
+
+def mirror(run: LabelRun, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    """Carry labels through one operator call and describe it under the running node."""
+    op = _bind(func, args, kwargs, out)
+    outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    tensors = [t for t in tree_leaves(op.args) if isinstance(t, Tensor)]
+    if not outputs:
+        return
+    run.uses(tensors)
+    descriptor = _describe(op)
+    if descriptor is not None:
+        run.book.ops.setdefault(run.node, []).append(descriptor)
+    result = _rule_for(op)(run, op)
+    results = result if isinstance(result, list) else [result] * len(outputs)
+    for tensor, labels in zip(outputs, results):
+        run.put(tensor, labels)
+
+
+def _bind(func: Any, args: tuple, kwargs: dict, out: Any) -> Op:
+    names = [a.name for a in func._schema.arguments]
+    name = func._overloadpacket.__name__
+    name = name.rstrip("_") if func._schema.is_mutable else name
+    return Op(func, name, {**dict(zip(names, args)), **kwargs}, out)
+
+
+def _rule_for(op: Op) -> Rule:
+    if op.name in RULES:
+        return RULES[op.name]
+    if torch.Tag.pointwise in op.func.tags and not op.func._schema.name.startswith("aten::copy"):
+        return pointwise
+    return unknown
+
+
+# --- describing an operator for comparison between networks -------------------------------------
+
+
+def _describe(op: Op) -> tuple | None:
+    """Return what makes two calls the same step: name and hyper-parameters, never a width."""
+    if op.name in SILENT:
+        return None
+    rule = _rule_for(op).__name__
+    if op.name == "convolution":
+        groups, weight = op["groups"], op["weight"]
+        dense_in = weight.shape[0] if op["transposed"] else weight.shape[1] * groups
+        grouping = "dense" if groups == 1 else "depthwise" if groups == dense_in else "grouped"
+        geometry = [tuple(op[k]) for k in ("stride", "padding", "dilation", "output_padding")]
+        return (rule, tuple(weight.shape[2:]), *geometry, op["transposed"], grouping)
+    if "pool" in op.name or torch.Tag.pointwise in op.func.tags:
+        numbers = [v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float))]
+        return (rule, op.name, *numbers)
+    return (rule, op.name)
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def unknown(run: LabelRun, op: Op) -> Labels:
+    """Freeze everything that passes through an operator that has no rule."""
+    run.book.unknown.append((run.node, str(op.func)))
+    for tensor in tree_leaves(op.args):
+        if isinstance(tensor, Tensor):
+            run.freeze(run.of(tensor).layers, f"no rule for {op.func}")
+    return Labels()
+
+
+def unchanged(run: LabelRun, op: Op) -> Labels:
+    """Hand the labels of the first tensor on."""
+    return run.of(next(t for t in op.args.values() if isinstance(t, Tensor)))
+
+
+def constant(run: LabelRun, op: Op) -> Labels:
+    """One value everywhere: no unit can be told from another."""
+    return Labels(fill=NOTHING)
+
+
+def opaque(run: LabelRun, op: Op) -> Labels:
+    """New values that have a place each, or no meaning."""
+    return Labels()
+
+
+def pointwise(run: LabelRun, op: Op) -> Labels:
+    """Tie the units that meet at the same place."""
+    tensors = [t for t in tree_leaves(op.args) if isinstance(t, Tensor)]
+    return merge(run, [(run.of(t), tuple(t.shape)) for t in tensors], op.out.dim())
+
+
+def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
+    """Run the operator itself on the label tensors of its first argument."""
+    key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
+    known = run.of(tensor)
+    many = not isinstance(op.out, Tensor)
+    count = len(op.out) if many else 1
+    layers: list[list[Tensor]] = [[] for _ in range(count)]
+    for layer in known.layers:
+        moved = _rerun(op, key, layer.expand(tensor.shape))
+        for kept, part in zip(layers, moved if many else [moved]):
+            part = collapse(part)
+            if varying(part):
+                kept.append(part)
+    outputs = [Labels(tuple(kept), known.fill, known.sources) for kept in layers]
+    return outputs if many else outputs[0]
+
+
+def _rerun(op: Op, key: str, layer: Tensor) -> Any:
+    if op.name in VIEWS:
+        return layer.reshape(op.out.shape)
+    args = {**op.args, key: layer}
+    if op.name == "constant_pad_nd":
+        args["value"] = NOTHING
+    keywords = {a.name for a in op.func._schema.arguments if a.kwarg_only}
+    positional = [v for k, v in args.items() if k not in keywords]
+    return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
+
+
+def restride(run: LabelRun, op: Op) -> Labels:
+    """Accept new strides only where they spell the same row-major order of the same shape."""
+    tensor, size = op["self"], tuple(op["size"])
+    steps = [st for n, st in zip(size, op["stride"]) if n > 1]
+    extents = [n for n in size if n > 1]
+    expected = [int(torch.tensor(extents[i + 1 :]).prod()) for i in range(len(extents))]
+    if size == tuple(tensor.shape) and steps == expected:
+        return run.of(tensor)
+    return unknown(run, op)
+
+
+def cat(run: LabelRun, op: Op) -> Labels:
+    """Join label tensors; parts that join along another axis than their units are tied."""
+    tensors = [t for t in op["tensors"] if t.dim() == op.out.dim()]  # ATen skips empty vectors
+    rank, dim = op.out.dim(), (op["dim"] or 0) % op.out.dim()
+    known = [run.of(t) for t in tensors]
+    beside = [
+        (Labels(tuple(x for x in k.layers if x.shape[dim] == 1), k.fill, k.sources), _thin(t, dim))
+        for k, t in zip(known, tensors)
+    ]
+    kept = merge(run, beside, rank)
+    along = [[x for x in k.layers if x.shape[dim] > 1] for k in known]
+    if not any(along):
+        return kept
+    if any(len(layers) > 1 for layers in along):
+        run.freeze(
+            [x for layers in along for x in layers], "joined along an axis of several spaces"
+        )
+        return kept
+    shapes = [x.shape for layers in along for x in layers]
+    common = [max(s[d] for s in shapes) for d in range(rank)]
+    parts = []
+    for k, t, layers in zip(known, tensors, along):
+        shape = [*common[:dim], t.shape[dim], *common[dim + 1 :]]
+        parts.append((layers[0] if layers else torch.tensor(k.fill)).expand(shape))
+    joined = collapse(torch.cat(parts, dim))
+    return Labels((*kept.layers, joined), kept.fill, kept.sources)
+
+
+def _thin(tensor: Tensor, dim: int) -> tuple[int, ...]:
+    return tuple(1 if d == dim else n for d, n in enumerate(tensor.shape))
+
+
+def stack(run: LabelRun, op: Op) -> Labels:
+    """A new axis, then a join."""
+    rank = op.out.dim()
+    dim = (op["dim"] or 0) % rank
+    parts = [
+        (Labels(tuple(x.unsqueeze(dim) for x in run.of(t).layers), run.of(t).fill), t.shape)
+        for t in op["tensors"]
+    ]
+    return merge(run, [(k, (*s[:dim], 1, *s[dim:])) for k, s in parts], rank)
+
+
+def lookup(run: LabelRun, op: Op) -> Labels:
+    """Rows picked from a table by number stay where they are; moved activations move."""
+    tensor = op["weight"] if op.name == "embedding" else op["self"]
+    known = run.of(tensor)
+    if op.name == "embedding":
+        picked, func = (0,), lambda x: torch.ops.aten.embedding(x.double(), op["indices"]).long()
+    else:
+        picked = tuple(d for d, i in enumerate(op["indices"]) if i is not None)
+        func = lambda x: op.func(x, op["indices"])  # noqa: E731
+    stay = [x for x in known.layers if known.sources and set(varying(x)) & set(picked)]
+    run.freeze(stay, "rows of a table picked by number")
+    moved = [collapse(func(x.expand(tensor.shape))) for x in known.layers if _absent(x, stay)]
+    return Labels(tuple(x for x in moved if varying(x)), known.fill, known.sources)
+
+
+def _absent(layer: Tensor, layers: list[Tensor]) -> bool:
+    return not any(layer is other for other in layers)
+
+
+def reduction(run: LabelRun, op: Op) -> Labels | list[Labels]:
+    """A symmetric sum over units forgets them; over part of a layout it leaves their blocks."""
+    tensor = op["self"]
+    dims, kept = op.dims(tensor.dim()), []
+    for layer in run.of(tensor).layers:
+        axes = set(varying(layer))
+        if not axes & set(dims):
+            kept.append(layer)
+        elif axes - set(dims):
+            kept.append(rows_over(run, layer, tuple(sorted(axes - set(dims)))))
+    out = op.out if isinstance(op.out, Tensor) else op.out[0]
+    if out.dim() != tensor.dim():
+        stay = [d for d in range(tensor.dim()) if d not in dims]
+        kept = [x.reshape([x.shape[d] for d in stay]) for x in kept]
+    labels = Labels(tuple(kept), run.of(tensor).fill, run.of(tensor).sources)
+    return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
+
+
+def softmax(run: LabelRun, op: Op) -> Labels:
+    """Normalising over units treats all of them alike; units of several rows form blocks."""
+    tensor = op["self"]
+    for layer in run.of(tensor).layers:
+        rest = set(varying(layer)) - set(op.dims(tensor.dim()))
+        if rest and rest != set(varying(layer)):
+            rows_over(run, layer, tuple(sorted(rest)))
+    return run.of(tensor)
+
+
+def spatial(run: LabelRun, op: Op) -> Labels | list[Labels]:
+    """Pooling and resampling act on the trailing axes, where units may not vary."""
+    tensor = next(t for t in op.args.values() if isinstance(t, Tensor))
+    known = run.of(tensor)
+    mixed = [x for x in known.layers if max(varying(x)) > 1]
+    run.freeze(mixed, "units laid out along a pooled axis")
+    labels = Labels(tuple(x for x in known.layers if _absent(x, mixed)), known.fill)
+    return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
+
+
+def batch_norm(run: LabelRun, op: Op) -> list[Labels]:
+    """Per-channel statistics and affine parameters tie to axis 1."""
+    rank = op["input"].dim()
+    operands = [(run.of(op["input"]), tuple(op["input"].shape))]
+    roles: dict[str, str | float] = {"eps": op["eps"] if op["eps"] is not None else op["epsilon"]}
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if op[key] is not None:
+            operands.append(_on_axis(run, op[key], 1, rank))
+            roles.update((key, name) for name in run.of(op[key]).sources)
+    if "running_mean" in roles and "running_var" in roles:
+        run.book.norms[run.node] = roles
+    return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
+
+
+def _on_axis(run: LabelRun, vector: Tensor, dim: int, rank: int) -> tuple[Labels, tuple[int, ...]]:
+    shape = tuple(vector.numel() if d == dim else 1 for d in range(rank))
+    known = run.of(vector)
+    return Labels(tuple(x.view(shape) for x in known.layers), known.fill, known.sources), shape
+
+
+def layer_norm(run: LabelRun, op: Op) -> list[Labels]:
+    """All normalised positions are treated alike, then scaled one by one."""
+    tensor = op["input"]
+    dims = set(range(tensor.dim() - len(op["normalized_shape"]), tensor.dim()))
+    for layer in run.of(tensor).layers:
+        rest = set(varying(layer)) - dims
+        if rest and rest != set(varying(layer)):
+            rows_over(run, layer, tuple(sorted(rest)))
+    affine = [t for t in (op["weight"], op["bias"]) if t is not None]
+    operands = [(run.of(t), tuple(t.shape)) for t in (tensor, *affine)]
+    return [merge(run, operands, tensor.dim())] + [Labels()] * (len(op.out) - 1)
+
+
+def group_norm(run: LabelRun, op: Op) -> list[Labels]:
+    """Channels normalised together travel together."""
+    tensor, groups = op["input"], op["group"]
+    rank = tensor.dim()
+    for layer in run.of(tensor).layers:
+        if varying(layer) != (1,):
+            run.freeze([layer], "units laid out along an axis that GroupNorm averages")
+        elif groups > 1 and groups < tensor.shape[1]:
+            rows_over(run, layer.view(groups, -1), (0,))
+    affine = [_on_axis(run, t, 1, rank) for t in (op["weight"], op["bias"]) if t is not None]
+    operands = [(run.of(tensor), tuple(tensor.shape)), *affine]
+    return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
+
+
+def convolution(run: LabelRun, op: Op) -> Labels:
+    """Contract the channels; kernel positions and spatial positions stay in place."""
+    x, w, transposed, groups = op["input"], op["weight"], op["transposed"], op["groups"]
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    run.uses([w], contracted=True)
+    known = run.of(x)
+    channels = [layer for layer in known.layers if varying(layer) == (1,)]
+    run.freeze([la for la in known.layers if varying(la) != (1,)], "units along a convolved axis")
+    weight = run.of(w).layers
+    run.freeze([la for la in weight if max(varying(la)) > 1], KERNEL)
+    outs = [la.flatten() for la in weight if varying(la) == (out_dim,)]
+    if groups == 1:
+        ins = [la.flatten() for la in weight if varying(la) == (in_dim,)]
+        _read(run, [c.flatten() for c in channels], ins, known.fill)
+        return _write(run, op, outs, x.dim())
+    if transposed or not channels:
+        run.freeze([*channels, *weight], "grouped convolution of unlabelled or transposed input")
+        return Labels()
+    labels = channels[0].flatten()
+    run.dense_axis(w, in_dim, labels, groups)
+    _group_channels(run, labels.view(groups, -1), outs[0].view(groups, -1))
+    return _write(run, op, outs, x.dim())
+
+
+def _read(run: LabelRun, units: list[Tensor], ins: list[Tensor], fill: int) -> None:
+    for read in ins:
+        run.book.reads.append(read.numpy())
+        for unit in units:
+            run.book.tie(unit, read)
+        if not units and fill == FIXED:
+            run.freeze([read], "reads what cannot be moved")
+
+
+def _group_channels(run: LabelRun, ins: Tensor, outs: Tensor) -> None:
+    """A group is a block of its inputs and outputs; a group of one unit is that unit."""
+    blocks = ins[:, 0] if ins.shape[1] == 1 else run.book.new(len(ins))
+    if ins.shape[1] > 1:
+        run.book.group(blocks, ins)
+    if outs.shape[1] == 1:
+        run.book.tie(blocks, outs[:, 0])
+    else:
+        run.book.group(blocks, outs)
+
+
+def _write(run: LabelRun, op: Op, outs: list[Tensor], rank: int) -> Labels:
+    shape = [1, -1, *[1] * (rank - 2)]
+    operands = [(Labels(tuple(o.view(shape) for o in outs)), tuple(op.out.shape))]
+    if op["bias"] is not None:
+        operands.append(_on_axis(run, op["bias"], 1, rank))
+    return merge(run, operands, rank)
+
+
+def matmul(run: LabelRun, op: Op) -> Labels:
+    """Matrix products with or without a batch, plus what is added to them."""
+    a = op["mat1"] if op["mat1"] is not None else op["batch1"]
+    a, b = (op["self"], op["mat2"]) if a is None else (a, op["mat2"])
+    b = op["batch2"] if b is None else b
+    run.uses([a, b], contracted=True)
+    batch = "b" if a.dim() == 3 else ""
+    product = contract(run, a, batch + "mk", b, batch + "kn", batch + "mn")
+    if op.name in ("addmm", "baddbmm"):
+        added = (run.of(op["self"]), tuple(op["self"].shape))
+        product = merge(run, [(product, tuple(op.out.shape)), added], op.out.dim())
+    return product
+
+
+def matvec(run: LabelRun, op: Op) -> Labels:
+    """Matrix times vector."""
+    run.uses([op["self"], op["vec"]], contracted=True)
+    return contract(run, op["self"], "mk", op["vec"], "k", "m")
+
+
+def linear(run: LabelRun, op: Op) -> Labels:
+    """`x W^T + b` over the last axis, where ATen keeps it in one piece."""
+    x, w = op["input"], op["weight"]
+    run.uses([w], contracted=True)
+    lead = "abcdefgh"[: x.dim() - 1]
+    product = contract(run, x, lead + "k", w, "nk", lead + "n")
+    if op["bias"] is None:
+        return product
+    added = (run.of(op["bias"]), tuple(op["bias"].shape))
+    return merge(run, [(product, tuple(op.out.shape)), added], op.out.dim())
+
+
+VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
+SILENT = {"detach", "alias", "clone", "contiguous", "lift_fresh", "t", "_to_copy"} | VIEWS
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        [*VIEWS, "permute", "transpose", "t", "expand", "select", "slice", "split", "squeeze"]
+        + ["split_with_sizes", "chunk", "unbind", "unsqueeze", "flip", "roll", "repeat", "narrow"]
+        + ["index_select", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "unfold"]
+        + ["channel_shuffle", "movedim", "flatten", "tile", "native_channel_shuffle"],
+        move,
+    ),
+    **dict.fromkeys(
+        ["clone", "detach", "alias", "contiguous", "lift_fresh", "_to_copy", "dropout", "copy"]
+        + ["native_dropout", "feature_dropout"],
+        unchanged,
+    ),
+    **dict.fromkeys(
+        ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"]
+        + ["new_full", "scalar_tensor"],
+        constant,
+    ),
+    **dict.fromkeys(["empty", "empty_like", "new_empty", "arange", "linspace"], opaque),
+    **dict.fromkeys(
+        ["mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "prod"]
+        + ["linalg_vector_norm", "logsumexp"],
+        reduction,
+    ),
+    **dict.fromkeys(
+        ["max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"]
+        + ["_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "avg_pool1d"]
+        + ["adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_bilinear2d", "mkldnn_max_pool2d"]
+        + ["upsample_nearest2d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d"],
+        spatial,
+    ),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], softmax),
+    **dict.fromkeys(
+        ["native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"]
+        + ["_native_batch_norm_legit", "_batch_norm_with_update", "_batch_norm_no_update"],
+        batch_norm,
+    ),
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
+    "as_strided": restride,
+    "mv": matvec,
+    "linear": linear,
+    "convolution": convolution,
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    "cat": cat,
+    "stack": stack,
+    "index": lookup,
+    "embedding": lookup,
+}

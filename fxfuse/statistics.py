@@ -1,0 +1,116 @@
+"""Run networks over calibration data and hand each wanted value to a reducer as it appears.
+
+Values are freed as soon as nothing reads them any more, so what is held is the frontier of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .data import Batch
+from .errors import DataError
+from .network import Network
+from .tracing import device_of
+
+Bypass = Mapping[str, tuple[str, bool]]
+
+
+def record(
+    network: Network, batch: Batch, nodes: Sequence[str], reduce: Callable[[Tensor], Any]
+) -> dict[str, Any]:
+    """Run one batch and return `reduce(value)` of the named nodes."""
+    found: dict[str, Any] = {}
+    wanted = set(nodes)
+
+    def visit(node: fx.Node, values: list[Any]) -> None:
+        if node.name in wanted:
+            found[node.name] = reduce(values[0])
+
+    if wanted:
+        walk([network], batch, visit, last=wanted)
+    return found
+
+
+def batch_size(networks: Sequence[Network], budget: int, most: int, least: int = 1) -> int:
+    """Return how many samples fit a budget of bytes for the largest value of any network."""
+    largest = 1
+    for network in networks:
+        samples = len(network.example[0])
+        sizes = [math.prod(s) for s in network.book.shapes.values() if s]
+        largest = max(largest, 4 * max(sizes) // samples)
+    return max(least, min(most, budget // largest))
+
+
+def walk(
+    networks: Sequence[Network],
+    batch: Batch,
+    visit: Callable[[fx.Node, list[Any]], None],
+    bypass: Sequence[Bypass] | None = None,
+    last: set[str] | None = None,
+) -> None:
+    """Advance networks of one structure together through one batch, node by node, in eval mode.
+
+    Args:
+        networks: Networks whose graphs correspond node for node.
+        batch: Input tensors on any device.
+        visit: Called with each node of the first network and its value in every network.
+        bypass: Per network, nodes that are not run, the layers a network does not have: the
+            node whose value they hand on, and whether this node holds it (None otherwise).
+        last: Stop once these nodes have been visited.
+    """
+    bypass = bypass or [{}] * len(networks)
+    runs = [Run(n, batch, b) for n, b in zip(networks, bypass)]
+    waiting = set(last or ())
+    with torch.no_grad():
+        for nodes in zip(*(n.module.graph.nodes for n in networks)):
+            values = [run.step(node) for run, node in zip(runs, nodes)]
+            visit(nodes[0], values)
+            waiting.discard(nodes[0].name)
+            if last is not None and not waiting:
+                return
+
+
+class Run(fx.Interpreter):
+    """One network on its way through one batch, in eval mode."""
+
+    def __init__(self, network: Network, batch: Batch, bypass: Bypass | None = None) -> None:
+        super().__init__(network.module, garbage_collect_values=True)
+        self.network, self.bypass = network, bypass or {}
+        self.held: dict[str, Any] = {}
+        device = device_of(network.module)
+        self.args_iter = iter([t.to(device) for t in batch])
+        network.module.eval()
+
+    def step(self, node: fx.Node) -> Any:
+        """Run one node, or take over the value that it hands on, and free what is read no more."""
+        if node.name not in self.bypass:
+            value = self._run(node)
+        else:
+            source, carries = self.bypass[node.name]
+            if source not in self.held:
+                self.held = {source: self.value_of(source)}
+            value = self.held[source] if carries else None
+        self.env[node] = value
+        for dead in self.user_to_last_uses.get(node, []):
+            self.env.pop(dead, None)
+        return value
+
+    def value_of(self, name: str) -> Any:
+        """Return the value of a node that is still live."""
+        return next(value for node, value in self.env.items() if node.name == name)
+
+    def _run(self, node: fx.Node) -> Any:
+        try:
+            return self.run_node(node)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"a batch that the network refuses: {error}",
+                where=f"node '{node.name}' of {self.network.name}",
+                expected="batches like the first one, all that every network takes",
+                do="check the shape and type of every batch of `data`",
+            ) from error

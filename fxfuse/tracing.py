@@ -1,0 +1,228 @@
+"""From a module to a `GraphModule` of its own: same function, live modes, no tie to the original.
+
+Symbolic tracing bakes `self.training` into functional calls (`F.dropout(x, p, self.training)`).
+The model is therefore traced in both modes; where the two graphs differ in a flag only, the flag
+becomes a module that reads its own mode. Where they differ in more, the smallest module around the
+difference is kept as a leaf, and if that is the whole model, the graph is the one of eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import DataError, ModelError, TraceError
+
+Example = Tensor | tuple[Tensor, ...]
+
+
+class Mode(nn.Module):
+    """A training flag that stays live in a graph."""
+
+    def forward(self) -> bool:
+        """Return whether the module is in training mode."""
+        return self.training
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: frozenset[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Mode) or module_qualified_name in self.leaves:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+    """Write a model down as a graph that shares nothing with it.
+
+    Args:
+        model: Any module that `torch.fx` can trace; not modified.
+        name: How to call it in errors.
+
+    Returns:
+        A `GraphModule` with the model's module names and state, in the model's mode.
+
+    Raises:
+        TraceError: If the model cannot be traced.
+        ModelError: If it is no module or its weights are not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a {type(model).__name__} instead of a network",
+            where=name,
+            expected="a torch.nn.Module",
+            do="build the model first and load its weights into it",
+        )
+    _require_finite(model, name)
+    shell = _shell(model)
+    graph = _live_graph(shell, name)
+    module = fx.GraphModule(shell, graph, type(model).__name__)
+    module = copy.deepcopy(module)
+    for part in module.modules():  # a hook would run user code inside a network that outlives it
+        part._forward_hooks.clear()
+        part._backward_hooks.clear()
+    return module.train(model.training)
+
+
+def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """Return the input tensors of one call as a tuple, moved to a device.
+
+    Raises:
+        DataError: If `example` is not a tensor or a tuple of tensors.
+    """
+    parts = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(parts, (tuple, list)) or not all(isinstance(p, Tensor) for p in parts):
+        raise DataError(
+            f"an example of type {type(example).__name__}",
+            where="the argument `example`",
+            expected="a tensor or a tuple of tensors, one for each input of the model",
+            do="pass a batch as the model takes it",
+        )
+    return tuple(p.to(device) for p in parts)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model lives, the CPU if it has no tensors."""
+    first = next(iter(_tensors(model)), None)
+    return torch.device("cpu") if first is None else first[1].device
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    for path, tensor in _tensors(model):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite",
+                where=f"'{path}' of {name}",
+                expected="finite weights and statistics",
+                do="load a checkpoint that finished training",
+            )
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """Copy the modules but share the tensors: tracing must not touch the model, nor double it."""
+    memo: dict[int, Any] = {id(t): t for _, t in _tensors(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied: {error}",
+            where=type(model).__name__,
+            expected="a module that copy.deepcopy accepts",
+            do="remove what cannot be copied (open files, locks, generators) from its attributes",
+        ) from error
+
+
+def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
+    leaves: frozenset[str] = frozenset()
+    while True:
+        evaluating = _trace_in(shell, False, leaves, name)
+        try:
+            training = _trace_in(shell, True, leaves, name)
+        except TraceError:  # the training branch does not trace: keep what does
+            return evaluating
+        flags, around = _compare(evaluating, training)
+        if around is None:
+            return _with_flags(shell, evaluating, flags)
+        if around in leaves or not around:
+            return evaluating
+        leaves |= {around}
+
+
+def _trace_in(shell: nn.Module, training: bool, leaves: frozenset[str], name: str) -> fx.Graph:
+    shell.train(training)
+    try:
+        return _Tracer(leaves).trace(shell)
+    except Exception as error:
+        raise TraceError(
+            f"torch.fx cannot trace it: {error}",
+            where=f"{name} ({type(shell).__name__})",
+            expected="a forward without control flow that depends on tensor values or shapes",
+            do="move the branch out of forward, or wrap the function with torch.fx.wrap",
+        ) from error
+
+
+def _compare(a: fx.Graph, b: fx.Graph) -> tuple[list[tuple[fx.Node, str | int]], str | None]:
+    """Return the arguments that follow the mode, and the module around any other difference."""
+    flags: list[tuple[fx.Node, str | int]] = []
+    for n, m in zip(a.nodes, b.nodes):
+        if (n.op, str(n.target), n.name) != (m.op, str(m.target), m.name):
+            return [], _path(n)
+        if len(n.args) != len(m.args) or set(n.kwargs) != set(m.kwargs):
+            return [], _path(n)
+        places = [*enumerate(zip(n.args, m.args))]
+        places += [(k, (n.kwargs[k], m.kwargs[k])) for k in n.kwargs]
+        for key, (x, y) in places:
+            if (x, y) == (False, True) and isinstance(x, bool):
+                flags.append((n, key))
+            elif str(x) != str(y):
+                return [], _path(n)
+    return (flags, None) if len(a.nodes) == len(b.nodes) else ([], "")
+
+
+def _path(node: fx.Node) -> str:
+    """Return the module a node was traced in; a repeated call of it is marked `@n` by fx."""
+    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).split("@")[0]
+
+
+def _with_flags(
+    shell: nn.Module, graph: fx.Graph, flags: list[tuple[fx.Node, str | int]]
+) -> fx.Graph:
+    for node, key in flags:
+        path = ".".join(part for part in (_path(node), "training_mode") if part)
+        owner = shell.get_submodule(_path(node))
+        if not isinstance(getattr(owner, "training_mode", None), Mode):
+            owner.training_mode = Mode()
+        with graph.inserting_before(node):
+            flag = graph.call_module(path)
+            flag.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
+        if isinstance(key, int):
+            node.update_arg(key, flag)
+        else:
+            node.update_kwarg(key, flag)
+    return graph
+
+
+def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[Tensor]:
+    """Return the output tensors of one forward pass in eval mode.
+
+    Raises:
+        DataError: If the model refuses the batch or computes values that are not finite.
+    """
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            out = module(*example)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in example)
+        raise DataError(
+            f"the model refuses a batch of shape {shapes}: {error}",
+            where=name,
+            expected="data that every model takes as its input",
+            do="check the data's shape, type and order of axes against the models",
+        ) from error
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+        raise DataError(
+            "outputs that are NaN or infinite",
+            where=name,
+            expected="finite outputs on the calibration data",
+            do="check the data for NaN and the model for exploding activations",
+        )
+    return tensors

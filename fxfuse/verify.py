@@ -1,0 +1,145 @@
+"""Checks that do not trust anyone: graph lint beyond fx's own, equality of outputs, first divergence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import NotEquivalent, PassError
+from .tracing import run_once
+
+TOLERANCE = 1e-4  # relative, of the largest output, in float32
+
+_SIZES = {  # attribute of a torch.nn module -> the size of its weight that it repeats
+    nn.Linear: {"out_features": (0, 1), "in_features": (1, 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": (0, 1)},
+    nn.GroupNorm: {"num_channels": (0, 1)},
+}
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """Return the size attributes of a torch.nn module as its parameters imply them."""
+    weight = getattr(module, "weight", None)
+    weight = getattr(module, "running_mean", None) if weight is None else weight
+    if weight is None:
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        out, inner = ("in", "out") if module.transposed else ("out", "in")
+        sizes = {f"{out}_channels": weight.shape[0]}
+        return sizes | {f"{inner}_channels": weight.shape[1] * module.groups}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    for kind, sizes in _SIZES.items():
+        if isinstance(module, kind):
+            return {name: weight.shape[d] * f for name, (d, f) in sizes.items()}
+    return {}
+
+
+def lint(module: fx.GraphModule) -> None:
+    """Check what `graph.lint` does not: that modules agree with their parameters and are used.
+
+    Raises:
+        PassError: Naming the first module that is wrong.
+    """
+    module.graph.lint()
+    for path, part in module.named_modules():
+        for name, size in sizes_of(part).items():
+            held = getattr(part, name)
+            if (tuple(held) if isinstance(held, (tuple, list)) else held) != size:
+                raise _wrong(path, f"{name} is {held}, but its parameters say {size}")
+        bias, weight = getattr(part, "bias", None), getattr(part, "weight", None)
+        if isinstance(part, nn.Linear) and bias is not None and len(bias) != len(weight):
+            raise _wrong(path, f"a bias of {len(bias)} values for {len(weight)} outputs")
+    used = {str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr")}
+    for path, _ in [*module.named_parameters(), *module.named_buffers()]:
+        if not any(path == u or path.startswith(u + ".") for u in used):
+            raise _wrong(path, "nothing in the graph uses it")
+
+
+def _wrong(path: str, what: str) -> PassError:
+    return PassError(
+        what,
+        where=f"module '{path}'",
+        expected="modules whose attributes, parameters and graph agree",
+        do="a pass left the graph inconsistent: report it with FXFUSE_DEBUG=3 output",
+    )
+
+
+def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest difference of outputs, relative to the largest value of the first."""
+    worst = 0.0
+    for x, y in zip(a, b):
+        x, y = x.detach(), y.detach()
+        if x.shape != y.shape:
+            return float("inf")
+        if not x.is_floating_point():
+            worst = max(worst, float(not torch.equal(x, y)))
+        elif x.numel():
+            difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp(
+                min=1e-12
+            )
+            worst = max(worst, float(difference))
+    return worst if len(a) == len(b) else float("inf")
+
+
+def require_equal(
+    before: nn.Module, after: fx.GraphModule, example: tuple[Tensor, ...], who: str
+) -> float:
+    """Compare two networks in eval mode; return the relative error.
+
+    Raises:
+        NotEquivalent: With the size of the difference and the first node that differs.
+    """
+    error = relative_error(run_once(before, example, who), run_once(after, example, who))
+    if error <= TOLERANCE:
+        return error
+    where = first_divergence(before, after, example) if isinstance(before, fx.GraphModule) else None
+    raise NotEquivalent(
+        f"outputs that differ by {error:.2e} relative",
+        where=f"{who}; first at {where}" if where else who,
+        expected=f"at most {TOLERANCE:.0e}",
+        do="report it with the two networks; the inputs were not changed",
+    )
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value
+        return value
+
+
+def first_divergence(
+    before: fx.GraphModule, after: fx.GraphModule, example: tuple[Tensor, ...]
+) -> str | None:
+    """Return the first node of `after`, with its origin, whose value differs from `before`'s.
+
+    Nodes correspond by name; an inserted node is compared with the node it was inserted after.
+    """
+    recorders = [_Recorder(m) for m in (before, after)]
+    with torch.no_grad():
+        for recorder in recorders:
+            recorder.run(*example)
+    old, new = (r.values for r in recorders)
+    for node in after.graph.nodes:
+        origin = node.meta.get("origin", ("", ()))
+        name = node.name if node.name in old else node.meta.get("neutral_to")
+        if name not in old or node.op == "output":
+            continue
+        pair = [
+            [t for t in tree_leaves(v) if isinstance(t, Tensor)]
+            for v in (old[name], new[node.name])
+        ]
+        if relative_error(*pair) > TOLERANCE:
+            made = f" <- {origin[0]} from {', '.join(origin[1])}" if origin[0] else ""
+            inputs = ", ".join(n.name for n in node.all_input_nodes)
+            return f"node '{node.name}' ({re.sub('^torch.', '', str(node.target))}; reads {inputs}){made}"
+    return None
