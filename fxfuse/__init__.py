@@ -2,9 +2,10 @@
 
 from . import presets
 from .errors import FuseError
-from .fusion import Method, Report, align, balance, fuse
+from .fusion import Method, align, balance, fuse
 from .ir import Alignment, Space, Spaces
 from .passes import debug
+from .report import Report
 from .spaces import find_spaces, permute
 from .version import __version__
 

@@ -1,7 +1,7 @@
 """Cross-layer alignment: which layers of networks of different depth correspond.
 
-Segments pair up in order; within a pair, the strictly increasing map of least total cost is found by
-dynamic programming, first layer to first and last to last.
+Segments pair up in order; within a pair, dynamic programming finds the strictly increasing map of
+least total cost, first layer to first and last to last.
 
 References:
     Nguyen et al. (CLAFusion), Definition 1. Difference: the printed Algorithm 1 applies the
@@ -57,7 +57,7 @@ def monotone(costs: np.ndarray, first: bool = True, last: bool = True) -> list[i
         raise PairingError(
             "layers that can only pair out of order",
             where=f"a segment of {m} and {n} layers",
-            expected="for each layer of the shallower network one of its kind in the deeper, in order",
+            expected="for each layer of the shallower network one of its kind, in order",
             do="fuse networks of one family, or give an alignment by hand",
         )
     rows, row = [0] * n, m
@@ -244,6 +244,6 @@ def _mismatch(
     return PairingError(
         "networks whose segments do not pair:\n  " + "\n  ".join(lines),
         where=f"segment {at + 1}, the first that differs",
-        expected="networks of one family: the same kinds of layers at the same resolutions in order",
+        expected="one family: the same kinds of layers at the same resolutions, in order",
         do="fuse networks of one family; check that the same input size is right for both",
     )

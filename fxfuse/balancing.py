@@ -88,7 +88,7 @@ def check_alignment(alignment: Alignment, layers: Sequence[dict[str, Layer]]) ->
         named = [x for row in rows for x in row if x is not None]
         if len(alignment.names) != count or named != list(known):
             raise ArgumentError(
-                f"an alignment that names the layers {', '.join(map(str, named)) or 'of no network'}",
+                f"an alignment of the layers {', '.join(map(str, named)) or 'of no network'}",
                 where=f"the argument `alignment`, network {k}",
                 expected=f"each layer once, in order: {', '.join(known)}",
                 do="make it with fxfuse.align on these very models, in this order",

@@ -96,8 +96,10 @@ def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) ->
 
     Args:
         run: The run.
-        a: First operand, axes named by the letters `la`.
-        b: Second operand, axes named by `lb`.
+        a: First operand.
+        la: A letter for each of its axes.
+        b: Second operand.
+        lb: A letter for each of its axes.
         out: Letters of the result.
     """
     summed = [c for c in la if c in lb and c not in out]

@@ -11,11 +11,12 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .moments import PairMoments
 
 
 def gram(x: Tensor) -> Tensor:
@@ -54,65 +55,12 @@ class LinearCKA:
         return 1.0 - np.divide(self.cross, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-@dataclass
-class PairMoments:
-    """First and second moments of the units of two spaces at one place in the networks.
-
-    Attributes:
-        count: Positions seen (samples times spatial or token positions).
-        sums: Per side, `(units,)` sums of the shifted values.
-        squares: Per side, `(units,)` sums of their squares.
-        cross: `(units of a, units of b)` sums of products.
-        shift: Per side, `(units,)` what was taken off before summing, against cancellation.
-    """
-
-    count: int
-    sums: tuple[Tensor, Tensor]
-    squares: tuple[Tensor, Tensor]
-    cross: Tensor
-    shift: tuple[Tensor, Tensor]
-
-    @classmethod
-    def start(cls, a: Tensor, b: Tensor) -> PairMoments:
-        """Begin with the values `(units, positions)` of a first batch, which set the shift."""
-        shift = (a.mean(1), b.mean(1))
-        sums = tuple(torch.zeros(len(x), dtype=torch.float64, device=x.device) for x in (a, b))
-        squares = tuple(torch.zeros_like(x) for x in sums)
-        cross = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-        return cls(0, sums, squares, cross, shift)
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add the values `(units, positions)` of one batch."""
-        a, b = a - self.shift[0][:, None], b - self.shift[1][:, None]
-        self.count += a.shape[1]
-        for side, x in enumerate((a, b)):
-            self.sums[side].add_(x.sum(1))
-            self.squares[side].add_(x.square().sum(1))
-        self.cross.add_(a @ b.T)
-
-    def means(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean of each unit, per side."""
-        return tuple((s / self.count + h).cpu().numpy() for s, h in zip(self.sums, self.shift))
-
-    def variances(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the population variance of each unit, per side."""
-        return tuple(
-            (q / self.count - (s / self.count).square()).clamp(min=0).cpu().numpy()
-            for q, s in zip(self.squares, self.sums)
-        )
-
-    def covariance(self) -> np.ndarray:
-        """Return the cross covariance `(units of a, units of b)`."""
-        a, b = self.sums
-        return (self.cross / self.count - torch.outer(a, b) / self.count**2).cpu().numpy()
-
-
 def squared_euclidean(places: Sequence[PairMoments]) -> np.ndarray:
     """Sum over places of the mean squared difference per position, `(units of a, units of b)`."""
     total = 0.0
     for m in places:
-        (ma, mb), (va, vb) = m.means(), m.variances()
-        total = total + va[:, None] + vb[None] - 2 * m.covariance() + (ma[:, None] - mb[None]) ** 2
+        ma, mb, va, vb = m.a.mean, m.b.mean, m.a.variance, m.b.variance
+        total = total + va[:, None] + vb[None] - 2 * m.covariance + (ma[:, None] - mb[None]) ** 2
     return np.maximum(total, 0.0)
 
 
@@ -129,11 +77,11 @@ def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.nd
     """
     total = 0.0
     for m in places:
-        (ma, mb), (va, vb) = m.means(), m.variances()
+        ma, mb, va, vb = m.a.mean, m.b.mean, m.a.variance, m.b.variance
         sa, sb = np.sqrt(va), np.sqrt(vb)
         scale = np.outer(sa, sb)
         floor = 1e-7 * max(scale.max(), 1e-30)
-        r = np.divide(m.covariance(), scale, out=np.zeros_like(scale), where=scale > floor)
+        r = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=scale > floor)
         apart = (ma[:, None] - mb[None]) ** 2 + (sa[:, None] - sb[None]) ** 2
         unit = (ma**2 + va).mean() + (mb**2 + vb).mean() + 1e-30
         total = total + (1.0 - r) + tie_break * apart / unit

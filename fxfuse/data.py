@@ -38,7 +38,7 @@ class Spool:
             self.budget -= size
             self._kept.append(batch)
             return
-        self._file = self._file or tempfile.TemporaryFile()
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         self._file.seek(0, 2)
         parts = []
         start = self._file.tell()

@@ -1,4 +1,4 @@
-"""The entry functions. They read as the way of the data: trace, align, balance, couple, emit, refit."""
+"""The entry functions; they read as the way of the data: trace, align, balance, couple, emit."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ import torch
 from torch import fx, nn
 
 from .alignment import Aligner, align_networks, monotone
-from .balancing import Balanced, balance_networks
+from .balancing import balance_networks
+from .correspondence import correspond
 from .costs import correlation
-from .coupling import (
-    Correspondence,
-    GroundCost,
-    Maps,
-    Solver,
-    correspond,
-    couple,
-    measure,
-    two_maps,
-)
+from .coupling import GroundCost, Maps, Solver, couple, two_maps
 from .data import Calibration
-from .emit import Mixer, emit
+from .emit import emit, outputs_to_settle
 from .errors import ArgumentError, ModelError
-from .ir import Alignment, Frozen
+from .ir import Alignment
+from .measuring import measure
+from .mixing import Mixer
 from .network import Network
 from .passes import debug, debug_level
-from .refit import finite, norm_samples, settle_norms
+from .refit import finite, frontier_samples, settle
+from .report import report_on
 from .segments import partition
 from .solvers import Exact
 from .tracing import as_example, device_of, run_once, trace
@@ -61,37 +56,6 @@ class Method:
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
         return fuse(models, data, method=self, **options)
-
-
-@dataclass(frozen=True)
-class SpaceReport:
-    """One space of the fused network: its size, and how well each network's units matched."""
-
-    name: str
-    size: int
-    costs: tuple[float | None, ...]
-    confidences: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a fusion did, kept in `fused.meta["fxfuse"]`.
-
-    Attributes:
-        alignment: The layers that were matched.
-        anchor: Index of the network whose widths and coordinates the result has.
-        weights: Share of each network.
-        spaces: Sizes, coupling costs and confidences.
-        frozen: What stayed in place, and why.
-        seconds: Wall time of each stage.
-    """
-
-    alignment: Alignment
-    anchor: int
-    weights: tuple[float, ...]
-    spaces: tuple[SpaceReport, ...]
-    frozen: tuple[Frozen, ...]
-    seconds: dict[str, float]
 
 
 def fuse(
@@ -150,19 +114,20 @@ def fuse(
     balanced = balance_networks(networks, alignment)
     match = correspond(balanced, target)
     clock.start("measure units")
-    samples = min(calibration.samples, norm_samples(balanced.networks))
-    measured = measure(balanced, match, calibration, samples)
+    samples = min(calibration.samples, frontier_samples(balanced.networks))
+    outputs = outputs_to_settle(balanced.networks[target])
+    measured = measure(balanced, match, calibration, outputs, samples)
     clock.start("couple units")
     couplings = couple(match, measured, method.ground_cost, method.solver, method.maps)
     clock.start("emit")
     mixer = Mixer(balanced, target, match, couplings, shares)
-    module, plans = emit(mixer, measured)
-    clock.start("settle norms")
+    module, plans = emit(mixer, measured.outputs)
+    clock.start("settle norms and moments")
     fused = _like(balanced.networks[target], module)
-    settle_norms(fused, plans, calibration, samples, method.match_moments)
+    settle(fused, plans, calibration, samples, method.match_moments)
     seconds = clock.stop()
     _finish(module, fused, models[target])
-    module.meta["fxfuse"] = _report(balanced, alignment, target, shares, match, couplings, seconds)
+    module.meta["fxfuse"] = report_on(mixer, alignment, seconds)
     return module
 
 
@@ -337,28 +302,3 @@ def _dressed(module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
         for key in ("inserted", "neutral_to"):
             node.meta.pop(key, None)
     return module.train(model.training)
-
-
-def _report(
-    balanced: Balanced,
-    alignment: Alignment,
-    anchor: int,
-    weights: tuple[float, ...],
-    match: Correspondence,
-    couplings: dict,
-    seconds: dict[str, float],
-) -> Report:
-    count = range(len(balanced.networks))
-    spaces = []
-    for space in balanced.networks[anchor].spaces:
-        found = [couplings[space.name, k] for k in count]
-        spaces.append(
-            SpaceReport(
-                space.name,
-                space.size,
-                tuple(c.cost for c in found),
-                tuple(c.confidence for c in found),
-            )
-        )
-    frozen = balanced.networks[anchor].spaces.frozen
-    return Report(alignment, anchor, weights, tuple(spaces), frozen, seconds)

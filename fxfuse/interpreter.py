@@ -23,6 +23,10 @@ class _MirrorMode(TorchDispatchMode):
         super().__init__()
         self.run = run
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default wraps every call, which imports the whole compiler: 2 s, 300 MB
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         out = func(*args, **(kwargs or {}))
         mirror(self.run, func, args, kwargs or {}, out)

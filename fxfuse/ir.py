@@ -1,4 +1,4 @@
-"""The few plain facts that pass between the stages: spaces, layers, segments, alignments, couplings.
+"""The plain facts that pass between the stages: spaces, layers, segments, alignments, couplings.
 
 All are frozen and hold names, numbers and arrays, never modules or nodes, so they can be printed,
 compared, copied and written to a file.

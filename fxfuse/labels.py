@@ -125,6 +125,11 @@ def varying(layer: Tensor) -> tuple[int, ...]:
     return tuple(d for d, n in enumerate(layer.shape) if n > 1)
 
 
+def absent(layer: Tensor, layers: Iterable[Tensor]) -> bool:
+    """Tell whether a layer is none of some others, by identity."""
+    return not any(layer is other for other in layers)
+
+
 def collapse(layer: Tensor) -> Tensor:
     """Shrink to size 1 every axis along which the labels do not vary."""
     for d in range(layer.dim()):

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from .interpreter import label_network
 from .ir import Spaces
 from .labels import Ledger
-from .spaces import spaces_of
+from .ties import spaces_of
 
 
 @dataclass(frozen=True, eq=False)

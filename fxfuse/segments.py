@@ -1,6 +1,6 @@
 """Cut a network into its chain, layers and segments, from the graph alone.
 
-The nodes that every path from input to output passes through form the chain. Between two chain nodes
+The nodes that every path from input to output passes through form the chain. Between two of them
 lies nothing or a region (a block). A layer is a chain step that contracts parameters, with the norm
 and activation behind it; a segment is a maximal run of layers on one kind of tensor at one output
 resolution. The layer that writes the output is a segment of its own.

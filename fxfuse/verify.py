@@ -1,8 +1,7 @@
-"""Checks that do not trust anyone: graph lint beyond fx's own, equality of outputs, first divergence."""
+"""Checks that trust no one: lint beyond fx's own, equality of outputs, first divergence."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -141,5 +140,5 @@ def first_divergence(
         if relative_error(*pair) > TOLERANCE:
             made = f" <- {origin[0]} from {', '.join(origin[1])}" if origin[0] else ""
             inputs = ", ".join(n.name for n in node.all_input_nodes)
-            return f"node '{node.name}' ({re.sub('^torch.', '', str(node.target))}; reads {inputs}){made}"
+            return f"node '{node.name}' ({node.target}; reads {inputs}){made}"
     return None

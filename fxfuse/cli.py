@@ -1,0 +1,166 @@
+"""The command line: `fxfuse demo` and `fxfuse fuse`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import presets
+from .data import Calibration
+from .display import draw
+from .errors import ArgumentError, FuseError
+from .fusion import Method, fuse
+from .references import load_data, load_model, save_weights
+
+METHODS: dict[str, Method] = {"best": presets.best, "clafusion": presets.clafusion}
+STAGES = 7  # of fuse: read, trace, align, balance, measure and couple, emit, settle
+app = typer.Typer(
+    help="Fuse trained PyTorch networks of different depth and width into one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out, _err = Console(), Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; errors of the library end it with status 2 and one message."""
+    try:
+        app()
+    except FuseError as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("stopped")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    picture: Annotated[
+        Path, typer.Option(help="Where to draw the alignment (.png, .svg or .pdf).")
+    ] = Path("fxfuse-demo/alignment.png"),
+    seed: Annotated[int, typer.Option(help="Of the split, the training and the order.")] = 0,
+) -> None:
+    """Train two small networks on real digits, align and fuse them, and compare."""
+    from .demo import run_demo
+
+    with _bar() as bar:
+        tasks: dict[str, int] = {}
+
+        def report(task: str, done: int, steps: int) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=steps)
+            bar.update(tasks[task], completed=done)
+
+        result = run_demo(picture, seed, report)
+    table = Table(title=f"scikit-learn digits, {result.test_images} test images, seed {seed}")
+    table.add_column("network")
+    table.add_column("parameters", justify="right")
+    table.add_column("accuracy", justify="right")
+    for name, size, accuracy in result.rows:
+        table.add_row(name, f"{size:,}", f"{accuracy:.1f} %")
+    _out.print(table)
+    _out.print(f"alignment drawn in {result.picture}", soft_wrap=True)
+
+
+@app.command("fuse")
+def fuse_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="package.module:factory[?key=value&...][@checkpoint.safetensors]"),
+    ],
+    data: Annotated[
+        str, typer.Option(help="imagefolder:PATH[?size=..], mnist:PATH or package.module:factory")
+    ],
+    output: Annotated[Path, typer.Option(help="Fused weights, a safetensors file.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
+    ] = None,
+    anchor: Annotated[
+        int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
+    ] = None,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
+    samples: Annotated[int, typer.Option(help="Calibration samples to read.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw the alignment here.")] = None,
+) -> None:
+    """Fuse trained models into one and save its weights."""
+    chosen, shares = _method(method), _numbers(weights)
+    _require_folder(output)
+    loaded = [load_model(reference) for reference in models]
+    with _bar() as bar:
+        task = bar.add_task("read data", total=STAGES)
+
+        def report(stage: str) -> None:
+            bar.update(task, description=stage)
+            bar.advance(task)
+
+        calibration = Calibration(load_data(data, seed=seed), samples)
+        fused = fuse(
+            loaded, calibration, weights=shares, anchor=anchor, method=chosen, progress=report
+        )
+        save_weights(fused.state_dict(), output)
+        bar.update(task, description="done", completed=STAGES)
+    report = fused.meta["fxfuse"]
+    _out.print(str(report.alignment), markup=False, highlight=False)
+    _out.print(
+        f"fused {len(loaded)} models on {calibration.samples} samples in "
+        f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}",
+        soft_wrap=True,
+    )
+    if picture is not None:
+        draw(report.alignment, picture)
+        _out.print(f"alignment drawn in {picture}", soft_wrap=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=_err, disable=not _err.is_terminal) as bar:
+        yield bar
+
+
+def _method(name: str) -> Method:
+    if name in METHODS:
+        return METHODS[name]
+    raise ArgumentError(
+        f"the method '{name}'",
+        where="--method",
+        expected=f"one of {', '.join(METHODS)}",
+        do="leave it out for the best one",
+    )
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(
+            f"weights '{text}'",
+            where="--weights",
+            expected="numbers with commas between them, such as 0.7,0.3",
+            do="leave it out for equal weights",
+        ) from error
+
+
+def _require_folder(path: Path) -> None:
+    """Refuse a path that cannot be written before any work is done for it."""
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir():
+        raise ArgumentError(
+            "an output that is a folder" if path.is_dir() else f"a file in the way: {parent}",
+            where=f"--output {path}",
+            expected="the path of a file to write",
+            do="give a file name that ends in .safetensors",
+        )

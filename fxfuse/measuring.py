@@ -1,0 +1,200 @@
+"""One joint pass over the data: how alike the units of matched spaces are, and their moments.
+
+Units are compared by their pre-activations: after every contraction, the value behind its norm and
+residual add. Layers that a network has only as neutral ones are not run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from .balancing import Balanced
+from .correspondence import Correspondence
+from .data import Calibration
+from .errors import DataError
+from .ir import Axis
+from .moments import Moments, PairMoments
+from .network import Network
+from .statistics import Bypass, batch_size, walk
+
+BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
+Key = tuple[str, str | None]  # a node, and the space if it is measured unit by unit there
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """What one joint pass over the data found.
+
+    Attributes:
+        pairs: `(space, network)` -> moments against the base network, per node.
+        outputs: Node whose output is to keep its moments -> those of each network, None where
+            the network has no such layer.
+    """
+
+    pairs: dict[tuple[str, int], dict[str, PairMoments]]
+    outputs: dict[str, list[Moments | None]]
+
+
+def measuring_points(network: Network) -> set[str]:
+    """Return the nodes that hold pre-activations: behind each contraction, its norm and add."""
+    points = set()
+    for node in network.module.graph.nodes:
+        if node.name not in network.book.weights:
+            continue
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
+            if not (network.is_norm(user) or adds or network.is_idle(user)):
+                break
+            node = user
+        points.add(node.name)
+    return points
+
+
+def bypasses(balanced: Balanced) -> list[Bypass]:
+    """Return, per network, the nodes that need not run because its layer is absent."""
+    found = []
+    for absent in balanced.absent:
+        found.append({n: (a.entry, n in a.carriers) for a in absent for n in a.nodes})
+    return found
+
+
+def measure(
+    balanced: Balanced,
+    match: Correspondence,
+    data: Calibration,
+    outputs: dict[str, int],
+    samples: int,
+) -> Measurements:
+    """Advance all networks together over the data and gather moments at the measuring points.
+
+    Args:
+        balanced: Networks of one structure.
+        match: Their spaces.
+        data: Calibration inputs.
+        outputs: Nodes whose output moments are wanted, with their feature axis.
+        samples: How many of the first samples count for these: a multiple of `measuring_batch`,
+            or all.
+
+    Raises:
+        DataError: If activations are not finite.
+    """
+    networks = balanced.networks
+    visits = _visits(networks, match)
+    meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
+    by_node: dict[str, list[Key]] = {}
+    for key in meters:
+        by_node.setdefault(key[0], []).append(key)
+    kept: dict[str, list[Moments | None]] = {}
+    seen = 0
+
+    def visit(node: fx.Node, values: list) -> None:
+        for key in by_node.get(node.name, ()):
+            measured = visits.get(key, ())
+            if key[1] is None:
+                dim = measured[0].axes[0].dim if measured else outputs[node.name]
+                moved = [None if v is None else v.movedim(dim, 0) for v in values]
+            else:
+                moved = [None] * len(values)
+                for pair in measured:
+                    for k, axis in zip((pair.base, pair.network), pair.axes):
+                        moved[k] = _unit_by_unit(values[k], axis)
+            meters[key].add(moved, {(p.base, p.network) for p in measured})
+
+    around = bypasses(balanced)
+    for batch in data.chunks(measuring_batch(networks)):
+        walk(networks, batch, visit, around)
+        seen += len(batch[0])
+        if seen == samples:
+            kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
+    pairs = _pairs(visits, meters)
+    _require_finite(pairs, networks)
+    return Measurements(pairs, kept)
+
+
+def measuring_batch(networks: Sequence[Network]) -> int:
+    """Return how many samples are measured at a time."""
+    return batch_size(networks, BATCH_BYTES, BATCH_SAMPLES)
+
+
+class _Meter:
+    """Moments of every network at one place, and cross moments of the pairs that are compared."""
+
+    def __init__(self, networks: int) -> None:
+        self.moments: list[Moments | None] = [None] * networks
+        self.pairs: dict[tuple[int, int], PairMoments] = {}
+
+    def add(self, values: list[Tensor | None], pairs: set[tuple[int, int]]) -> None:
+        shifted: list[Tensor | None] = [None] * len(values)
+        for k, value in enumerate(values):
+            if value is not None:
+                self.moments[k] = self.moments[k] or Moments()
+                shifted[k] = self.moments[k].add(value)
+        for i, k in pairs:
+            if (i, k) not in self.pairs:
+                self.pairs[i, k] = PairMoments(self.moments[i], self.moments[k])
+            self.pairs[i, k].add_shifted(shifted[i], shifted[k])
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """A space of two networks to be compared at a node."""
+
+    space: str
+    base: int
+    network: int
+    axes: tuple[Axis, Axis]
+
+
+def _visits(networks: Sequence[Network], match: Correspondence) -> dict[Key, list[_Visit]]:
+    points = measuring_points(networks[0])
+    visits: dict[Key, list[_Visit]] = {}
+    for name, spaces in match.spaces.items():
+        base = match.base[name]
+        for k, space in enumerate(spaces):
+            if k == base or not (match.present[name][k] and match.present[name][base]):
+                continue
+            own = {a.tensor: a for a in space.features}
+            both = [(a, own[a.tensor]) for a in spaces[base].features if a.tensor in own]
+            for axes in [p for p in both if p[0].tensor in points] or both[:1]:
+                single = axes[0].index.shape[1] == 1
+                key = (axes[0].tensor, None if single else name)
+                visits.setdefault(key, []).append(_Visit(name, base, k, axes))
+    return visits
+
+
+def _pairs(
+    visits: dict[Key, list[_Visit]], meters: dict[Key, _Meter]
+) -> dict[tuple[str, int], dict[str, PairMoments]]:
+    found: dict[tuple[str, int], dict[str, PairMoments]] = {}
+    for key, measured in visits.items():
+        for visit in measured:
+            moments = meters[key].pairs[visit.base, visit.network]
+            if key[1] is None:
+                moments = moments.take(*(a.index[:, 0] for a in visit.axes))
+            found.setdefault((visit.space, visit.network), {})[key[0]] = moments
+    return found
+
+
+def _unit_by_unit(value: Tensor, axis: Axis) -> Tensor:
+    """Return values `(units, positions)` where a unit occurs several times along the axis."""
+    moved = value.movedim(axis.dim, 0).flatten(1)
+    return moved[axis.index.reshape(-1)].reshape(len(axis.index), -1)
+
+
+def _require_finite(
+    pairs: dict[tuple[str, int], dict[str, PairMoments]], networks: Sequence[Network]
+) -> None:
+    for (name, k), places in pairs.items():
+        for node, moments in places.items():
+            if not bool(moments.cross.isfinite().all()):
+                raise DataError(
+                    "activations that are NaN or infinite",
+                    where=f"node '{node}' (space '{name}') of {networks[k].name} or the anchor",
+                    expected="finite activations on the calibration data",
+                    do="check the data's normalisation and the networks' weights",
+                )

@@ -1,0 +1,161 @@
+"""Mix one tensor of all networks: `sum_k w_k P_k W_k U_k`, with the maps of its axes' spaces.
+
+P acts along axes that are written, U along axes that a contraction sums over. Positions that belong
+to no space stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import csr_array, eye_array
+
+from .balancing import Balanced
+from .correspondence import Correspondence, absent_tensors
+from .ir import Axis, Coupling, Spaces
+
+
+@dataclass(frozen=True, eq=False)
+class Mixer:
+    """Carries tensors of every network into the fused network's coordinates and adds them up.
+
+    Attributes:
+        balanced: The networks.
+        anchor: Index of the network whose structure the fused one has.
+        match: Their spaces.
+        couplings: The maps.
+        weights: `(networks,)` shares, sum 1.
+    """
+
+    balanced: Balanced
+    anchor: int
+    match: Correspondence
+    couplings: dict[tuple[str, int], Coupling]
+    weights: Sequence[float]
+
+    def mix(self, name: str, values: Sequence[np.ndarray], along: int | None = None) -> np.ndarray:
+        """Return the weighted sum over the networks, in fused coordinates.
+
+        Args:
+            name: A parameter or buffer.
+            values: Each network's tensor of this name; with `along`, vectors `(units,)` over the
+                units of that axis of it.
+            along: The axis that the vectors lie along.
+        """
+        total = 0.0
+        for k, (share, value) in enumerate(zip(self.shares(name), values)):
+            if share and along is None:
+                total = total + share * self.carry(name, value, k)
+            elif share:
+                total = total + share * (self.axis_map(name, along, k) @ value)
+        return total
+
+    def shares(self, name: str) -> list[float]:
+        """Return each network's share of a tensor.
+
+        A network without a block adds nothing to the stream the block writes to, which is a real
+        value; the inside of the block belongs to the others alone.
+        """
+        gone = [name in tensors for tensors in self._absent]
+        shares = [0.0 if g else w for g, w in zip(gone, self.weights)]
+        spaces = [
+            s for s in self._anchor_spaces() for a in s.axes if a.tensor == name and not a.reads
+        ]
+        inside = spaces and all(not p for g, p in zip(gone, self._present(spaces)) if g)
+        if any(gone) and inside and sum(shares):
+            shares = [s / sum(shares) for s in shares]
+        return shares
+
+    @cached_property
+    def _absent(self) -> list[set[str]]:
+        pairs = zip(self.balanced.networks, self.balanced.absent)
+        return [absent_tensors(network, absent) for network, absent in pairs]
+
+    def _present(self, spaces: Sequence) -> list[bool]:
+        """Tell for each network whether it really has any of some spaces."""
+        rows = [self.match.present[s.name] for s in spaces]
+        return [any(column) for column in zip(*rows)]
+
+    def _anchor_spaces(self) -> Spaces:
+        return self.balanced.networks[self.anchor].spaces
+
+    def carry(self, name: str, tensor: np.ndarray, k: int) -> np.ndarray:
+        """Return one network's tensor with every axis mapped."""
+        axes = [a for s in self._anchor_spaces() for a in s.axes if a.tensor == name]
+        maps = {a.dim: self.axis_map(name, a.dim, k) for a in axes}
+        groups = max((a.groups for a in axes), default=1)
+        if groups > 1:
+            return _map_grouped(tensor, maps, groups, self._groups(name, k))
+        for d, matrix in maps.items():
+            tensor = _apply(matrix, tensor, d)
+        return tensor
+
+    def _groups(self, name: str, k: int) -> int:
+        axes = (a for s in self.balanced.networks[k].spaces for a in s.axes if a.tensor == name)
+        return max(a.groups for a in axes)
+
+    def _on_axis(self, name: str, dim: int) -> list[tuple[str, Axis]]:
+        spaces = self._anchor_spaces()
+        return [(s.name, a) for s in spaces for a in s.axes if (a.tensor, a.dim) == (name, dim)]
+
+    def axis_map(self, name: str, dim: int, k: int) -> csr_array:
+        """Return the map `(fused positions, own positions)` along one axis of a tensor."""
+        ours = self._anchor_spaces().sizes[name, dim]
+        theirs = self.balanced.networks[k].spaces.sizes[name, dim]
+        rows, columns, data = [], [], []
+        fixed = np.ones(ours, dtype=bool), np.ones(theirs, dtype=bool)
+        for space_name, axis in self._on_axis(name, dim):
+            own = self.match.spaces[space_name][k]
+            other = next(a for a in own.axes if (a.tensor, a.dim) == (name, dim))
+            coupling = self.couplings[space_name, k]
+            matrix = (coupling.unproject.T if axis.reads else coupling.project).tocoo()
+            for m in range(axis.index.shape[1]):
+                rows.append(axis.index[matrix.row, m])
+                columns.append(other.index[matrix.col, m])
+                data.append(matrix.data)
+            fixed[0][axis.index], fixed[1][other.index] = False, False
+        rows.append(np.flatnonzero(fixed[0]))
+        columns.append(np.flatnonzero(fixed[1]))
+        data.append(np.ones(len(rows[-1])))
+        where = (np.concatenate(rows), np.concatenate(columns))
+        return csr_array((np.concatenate(data), where), shape=(ours, theirs))
+
+
+def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+    moved = np.moveaxis(tensor, dim, 0)
+    if (
+        matrix.nnz == matrix.shape[0]
+        and (matrix.data == 1).all()
+        and (np.diff(matrix.indptr) == 1).all()
+    ):
+        return np.moveaxis(moved[matrix.indices], 0, dim)  # units move, none mix
+    flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
+    mapped = matrix.astype(flat.dtype) @ flat
+    return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
+
+
+def _map_grouped(
+    tensor: np.ndarray, maps: dict[int, csr_array], ours: int, theirs: int
+) -> np.ndarray:
+    """Map the weight of a grouped convolution, group by group.
+
+    A fused group reads its own inputs only, so the shares of its unproject map are taken within
+    the group of the other network that they come from.
+    """
+    rows, inner = tensor.shape[0] // theirs, tensor.shape[1]
+    out = maps.get(0, csr_array(eye_array(tensor.shape[0]))).toarray()
+    dense = maps.get(1, csr_array(eye_array(inner * theirs))).toarray()
+    out = out.reshape(ours, -1, theirs, rows)
+    dense = dense.reshape(ours, -1, theirs, inner)
+    mixed = np.zeros((ours, out.shape[1], dense.shape[1], *tensor.shape[2:]), dtype=tensor.dtype)
+    own = tensor.reshape(theirs, rows, inner, -1)
+    for i, j in np.argwhere(np.abs(out).sum((1, 3)) > 0):
+        reads = dense[i, :, j].T
+        mass = reads.sum(1, keepdims=True)
+        reads = np.divide(reads, mass, out=np.zeros_like(reads), where=mass > 0)
+        part = np.einsum("po,oit,iq->pqt", out[i, :, j], own[j], reads, optimize=True)
+        mixed[i] += part.reshape(mixed.shape[1:])
+    return mixed.reshape(ours * out.shape[1], *mixed.shape[2:])

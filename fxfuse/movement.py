@@ -1,0 +1,130 @@
+"""Rules for operators that move data: they run on the label tensors themselves.
+
+Views, slices, joins, padding, look-ups and copies need no knowledge of layouts: whatever the
+operator does to numbers it does to labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import Op, unknown
+from .contraction import merge
+from .labels import NOTHING, LabelRun, Labels, absent, collapse, varying
+
+VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
+
+
+def unchanged(run: LabelRun, op: Op) -> Labels:
+    """Hand the labels of the first tensor on."""
+    return run.of(op.tensors[0])
+
+
+def constant(run: LabelRun, op: Op) -> Labels:
+    """One value everywhere: no unit can be told from another."""
+    return Labels(fill=NOTHING)
+
+
+def opaque(run: LabelRun, op: Op) -> Labels:
+    """New values that have a place each, or no meaning."""
+    return Labels()
+
+
+def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
+    """Run the operator itself on the label tensors of its first argument."""
+    key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
+    known = run.of(tensor)
+    many = not isinstance(op.out, Tensor)
+    count = len(op.out) if many else 1
+    layers: list[list[Tensor]] = [[] for _ in range(count)]
+    for layer in known.layers:
+        moved = _rerun(op, key, layer.expand(tensor.shape))
+        for kept, part in zip(layers, moved if many else [moved]):
+            part = collapse(part)
+            if varying(part):
+                kept.append(part)
+    outputs = [Labels(tuple(kept), known.fill, known.sources) for kept in layers]
+    return outputs if many else outputs[0]
+
+
+def _rerun(op: Op, key: str, layer: Tensor) -> Any:
+    if op.name in VIEWS:
+        return layer.reshape(op.out.shape)
+    args = {**op.args, key: layer}
+    if op.name == "constant_pad_nd":
+        args["value"] = NOTHING
+    keywords = {a.name for a in op.func._schema.arguments if a.kwarg_only}
+    positional = [v for k, v in args.items() if k not in keywords]
+    return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
+
+
+def restride(run: LabelRun, op: Op) -> Labels:
+    """Accept new strides only where they spell the same row-major order of the same shape."""
+    tensor, size = op["self"], tuple(op["size"])
+    steps = [st for n, st in zip(size, op["stride"]) if n > 1]
+    extents = [n for n in size if n > 1]
+    expected = [int(torch.tensor(extents[i + 1 :]).prod()) for i in range(len(extents))]
+    if size == tuple(tensor.shape) and steps == expected:
+        return run.of(tensor)
+    return unknown(run, op)
+
+
+def cat(run: LabelRun, op: Op) -> Labels:
+    """Join label tensors; parts that join along another axis than their units are tied."""
+    tensors = [t for t in op["tensors"] if t.dim() == op.out.dim()]  # ATen skips empty vectors
+    rank, dim = op.out.dim(), (op["dim"] or 0) % op.out.dim()
+    known = [run.of(t) for t in tensors]
+    beside = [
+        (Labels(tuple(x for x in k.layers if x.shape[dim] == 1), k.fill, k.sources), _thin(t, dim))
+        for k, t in zip(known, tensors)
+    ]
+    kept = merge(run, beside, rank)
+    along = [[x for x in k.layers if x.shape[dim] > 1] for k in known]
+    if not any(along):
+        return kept
+    if any(len(layers) > 1 for layers in along):
+        run.freeze(
+            [x for layers in along for x in layers], "joined along an axis of several spaces"
+        )
+        return kept
+    shapes = [x.shape for layers in along for x in layers]
+    common = [max(s[d] for s in shapes) for d in range(rank)]
+    parts = []
+    for k, t, layers in zip(known, tensors, along):
+        shape = [*common[:dim], t.shape[dim], *common[dim + 1 :]]
+        parts.append((layers[0] if layers else torch.tensor(k.fill)).expand(shape))
+    joined = collapse(torch.cat(parts, dim))
+    return Labels((*kept.layers, joined), kept.fill, kept.sources)
+
+
+def _thin(tensor: Tensor, dim: int) -> tuple[int, ...]:
+    return tuple(1 if d == dim else n for d, n in enumerate(tensor.shape))
+
+
+def stack(run: LabelRun, op: Op) -> Labels:
+    """A new axis, then a join."""
+    rank = op.out.dim()
+    dim = (op["dim"] or 0) % rank
+    parts = [
+        (Labels(tuple(x.unsqueeze(dim) for x in run.of(t).layers), run.of(t).fill), t.shape)
+        for t in op["tensors"]
+    ]
+    return merge(run, [(k, (*s[:dim], 1, *s[dim:])) for k, s in parts], rank)
+
+
+def lookup(run: LabelRun, op: Op) -> Labels:
+    """Rows picked from a table by number stay where they are; moved activations move."""
+    tensor = op["weight"] if op.name == "embedding" else op["self"]
+    known = run.of(tensor)
+    if op.name == "embedding":
+        picked, func = (0,), lambda x: torch.ops.aten.embedding(x.double(), op["indices"]).long()
+    else:
+        picked = tuple(d for d, i in enumerate(op["indices"]) if i is not None)
+        func = lambda x: op.func(x, op["indices"])  # noqa: E731
+    stay = [x for x in known.layers if known.sources and set(varying(x)) & set(picked)]
+    run.freeze(stay, "rows of a table picked by number")
+    moved = [collapse(func(x.expand(tensor.shape))) for x in known.layers if absent(x, stay)]
+    return Labels(tuple(x for x in moved if varying(x)), known.fill, known.sources)

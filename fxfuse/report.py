@@ -1,0 +1,51 @@
+"""What a fusion did, in plain facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ir import Alignment, Frozen
+from .mixing import Mixer
+
+
+@dataclass(frozen=True)
+class SpaceReport:
+    """One space of the fused network: its size, and how well each network's units matched."""
+
+    name: str
+    size: int
+    costs: tuple[float | None, ...]
+    confidences: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a fusion did, kept in `fused.meta["fxfuse"]`.
+
+    Attributes:
+        alignment: The layers that were matched.
+        anchor: Index of the network whose widths and coordinates the result has.
+        weights: Share of each network.
+        spaces: Sizes, coupling costs and confidences.
+        frozen: What stayed in place, and why.
+        seconds: Wall time of each stage.
+    """
+
+    alignment: Alignment
+    anchor: int
+    weights: tuple[float, ...]
+    spaces: tuple[SpaceReport, ...]
+    frozen: tuple[Frozen, ...]
+    seconds: dict[str, float]
+
+
+def report_on(mixer: Mixer, alignment: Alignment, seconds: dict[str, float]) -> Report:
+    """Sum up a fusion."""
+    base = mixer.balanced.networks[mixer.anchor].spaces
+    spaces = []
+    for space in base:
+        found = [mixer.couplings[space.name, k] for k in range(len(mixer.weights))]
+        costs, confidences = zip(*((c.cost, c.confidence) for c in found))
+        spaces.append(SpaceReport(space.name, space.size, costs, confidences))
+    shares = tuple(mixer.weights)
+    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds)

@@ -1,0 +1,36 @@
+"""What every test shares: checks on, seeds fixed, few threads, and the tolerances, named once."""
+
+import fxfuse
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Largest difference of outputs, relative to the largest output, in float32.
+FUNCTION = 1e-4  # a rewrite that claims to keep the function
+PERMUTATION = 1e-4  # the same sums in another order
+STATISTIC = 1e-4  # streamed float32 sums against float64 numpy
+EXACT = 1e-9  # the same float64 arithmetic, written twice
+
+settings.register_profile(
+    "fxfuse",
+    deadline=None,
+    max_examples=20,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("fxfuse")
+
+
+@pytest.fixture(autouse=True)
+def checks_are_on():
+    with fxfuse.debug(2):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_single_threaded():
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
