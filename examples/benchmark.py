@@ -1,7 +1,7 @@
 """Time and memory of `fuse`, stage by stage, for ResNet-34 + ResNet-18 on 32x32 images.
 
 Each case runs in a process of its own, so that its peak memory is its own. Times are given in
-seconds and as ratios to one plain forward pass of all samples through both networks in that process.
+seconds and as ratios to a plain forward pass of all samples through both networks in that process.
 
     python examples/benchmark.py [--samples 200] [--threads 2] [--width 64]
 """

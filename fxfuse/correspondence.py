@@ -33,7 +33,7 @@ def correspond(balanced: Balanced, anchor: int) -> Correspondence:
         PairingError: If a network lacks a space, or two fixed axes differ in size.
     """
     networks = balanced.networks
-    by_places = [{s.signature: s for s in n.spaces} for n in networks]
+    by_places = [_by_places(n) for n in networks]
     missing = [absent_tensors(n, a) for n, a in zip(networks, balanced.absent)]
     base, spaces, present = {}, {}, {}
     for space in networks[anchor].spaces:
@@ -52,12 +52,24 @@ def correspond(balanced: Balanced, anchor: int) -> Correspondence:
     return Correspondence(base, spaces, present)
 
 
+def _by_places(network: Network) -> dict[frozenset, list[Space]]:
+    found: dict[frozenset, list[Space]] = {}
+    for space in network.spaces:
+        found.setdefault(space.signature, []).append(space)
+    return found
+
+
 def _same_space(
-    space: Space, ours: Network, theirs: Network, by_places: dict[frozenset, Space]
+    space: Space, ours: Network, theirs: Network, by_places: dict[frozenset, list[Space]]
 ) -> Space | None:
-    """Find a space by its places; a space of blocks that are no axis by a space inside it."""
+    """Find a space by its places; a space of blocks that are no axis by a space inside it.
+
+    Spaces in the same places (the insides of fixed blocks) correspond in order.
+    """
     if space.axes:
-        return by_places.get(space.signature)
+        alike = [s.name for s in ours.spaces if s.signature == space.signature]
+        there = by_places.get(space.signature, [])
+        return there[alike.index(space.name)] if len(there) == len(alike) else None
     inside = next((s for s in ours.spaces if s.parent == space.name), None)
     other = inside and _same_space(inside, ours, theirs, by_places)
     return theirs.spaces[other.parent] if other and other.parent else None

@@ -13,14 +13,17 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, diags_array, eye_array
 
 from .correspondence import Correspondence
 from .errors import PairingError
+from .folding import tensors_of
 from .ir import Coupling, Space
 from .measuring import Measurements
+from .mixing import Mixer
 from .moments import PairMoments
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
@@ -41,63 +44,152 @@ def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
     return project, csr_array(project.T)
 
 
+@dataclass(frozen=True, eq=False)
+class Coupler:
+    """Solves the coupling of each space between the base network and one other.
+
+    Attributes:
+        match: The spaces.
+        solver: Ground cost and marginals to a plan.
+        maps: Plan to project and unproject.
+    """
+
+    match: Correspondence
+    solver: Solver
+    maps: Maps
+    couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
+    plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
+
+    def solve(self, name: str, k: int, costs: dict[tuple[str, int], np.ndarray]) -> None:
+        """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
+        space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
+        cost, inner = costs.get((name, k)), self._children(name, k, costs)
+        if inner:
+            cost = _block_cost(base.size, space.size, inner, self.solver)
+        if cost is None:
+            if base.size != space.size:
+                raise _unmeasured(name, base.size, space.size)
+            self.keep(name, k)
+            return
+        outer = self.plans.get((self._parent(name), k))
+        plan = _solve(cost, base, space, outer, self.solver)
+        total = float(plan.multiply(cost).sum() / plan.sum())
+        self.plans[name, k] = plan
+        self.couplings[name, k] = Coupling(*self.maps(plan), total)
+
+    def keep(self, name: str, k: int) -> None:
+        """Leave the units of a space where they are."""
+        size = self.match.spaces[name][self.match.base[name]].size
+        self.plans[name, k] = csr_array(eye_array(size) / size)
+        self.couplings[name, k] = Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
+
+    def _parent(self, name: str) -> str | None:
+        """Return the anchor's name of the space whose blocks a space lies in."""
+        inside = self.match.spaces[name]
+        return next((p for p in self.match.spaces if self._encloses(p, inside)), None)
+
+    def _encloses(self, name: str, inside: Sequence[Space]) -> bool:
+        pairs = zip(self.match.spaces[name], inside)
+        return all(child.parent == outer.name for outer, child in pairs)
+
+    def _children(
+        self, name: str, k: int, costs: dict[tuple[str, int], np.ndarray]
+    ) -> list[tuple[Space, Space, np.ndarray]]:
+        """Return the measured spaces inside a space's blocks: of the base, of `k`, their cost."""
+        found = []
+        for child, spaces in self.match.spaces.items():
+            if (child, k) in costs and self._encloses(name, spaces):
+                found.append((spaces[self.match.base[child]], spaces[k], costs[child, k]))
+        return found
+
+
 def couple(
-    match: Correspondence,
-    measured: Measurements,
-    ground_cost: GroundCost,
-    solver: Solver,
-    maps: Maps,
+    mixer: Mixer, measured: Measurements, ground_cost: GroundCost, solver: Solver, maps: Maps
 ) -> dict[tuple[str, int], Coupling]:
-    """Solve a coupling for each space and network, `(name, network)` -> maps to the fused space."""
+    """Solve a coupling for each space and network, `(name, network)` -> maps to the fused space.
+
+    Spaces whose units no node shows (inside attention) are matched last, by their weights.
+
+    Args:
+        mixer: The networks; its couplings are filled in.
+        measured: What the joint pass found.
+        ground_cost: Moments to the cost between units.
+        solver: Ground cost and marginals to a plan.
+        maps: Plan to project and unproject.
+    """
+    match = mixer.match
+    coupler = Coupler(match, solver, maps, mixer.couplings)
     costs = {key: ground_cost(list(places.values())) for key, places in measured.pairs.items()}
-    couplings: dict[tuple[str, int], Coupling] = {}
-    plans: dict[tuple[str, int], csr_array] = {}
-    for name, spaces in match.spaces.items():
-        for k, space in enumerate(spaces):
-            base = spaces[match.base[name]]
-            if k == match.base[name] or not match.present[name][k]:
-                couplings[name, k] = _identity(base.size, space.size, name)
-                plans[name, k] = csr_array(eye_array(base.size) / base.size)
-                continue
-            cost = costs.get((name, k))
-            inner = _children(match, costs, name, k)
-            if inner:
-                cost = _block_cost(base.size, space.size, inner, solver)
-            if cost is None:
-                couplings[name, k] = _identity(base.size, space.size, name)
-                plans[name, k] = csr_array(eye_array(base.size) / base.size)
-                continue
-            plan = _solve(cost, base, space, plans.get((base.parent, k)), solver)
-            plans[name, k] = plan
-            project, unproject = maps(plan)
-            total = float(plan.multiply(cost).sum() / plan.sum())
-            couplings[name, k] = Coupling(project, unproject, total)
-    return couplings
+    keys = [(name, k) for name, spaces in match.spaces.items() for k in range(len(spaces))]
+    own = {(n, k) for n, k in keys if k == match.base[n] or not match.present[n][k]}
+    for name, k in own:
+        coupler.keep(name, k)
+    late = _unseen(match, [key for key in keys if key not in own], costs)
+    for name, k in keys:
+        if (name, k) not in own and (name, k) not in late:
+            coupler.solve(name, k, costs)
+    costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
+    for name, k in keys:
+        if (name, k) in late:
+            coupler.solve(name, k, costs)
+    return coupler.couplings
 
 
-def _identity(size: int, other: int, name: str) -> Coupling:
-    if size != other:
-        raise PairingError(
-            f"a space of {size} and {other} units where nothing was measured",
-            where=f"space '{name}'",
-            expected="equal sizes where the units cannot be compared",
-            do="use networks of equal width in this place",
-        )
-    return Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
+def _unseen(
+    match: Correspondence,
+    keys: Sequence[tuple[str, int]],
+    costs: dict[tuple[str, int], np.ndarray],
+) -> set[tuple[str, int]]:
+    """Return the spaces without a cost of their own, or around or beside such a one in blocks."""
+    late: set[tuple[str, int]] = set()
+    for k in {k for _, k in keys}:
+        family = {s[k].name: name for name, s in match.spaces.items()}
+        outer = {s[k].parent for s in match.spaces.values()}
+        for name in (n for n, j in keys if j == k):
+            space = match.spaces[name][k]
+            if (name, k) not in costs and space.name not in outer:
+                late.add((name, k))
+                if space.parent is not None:
+                    late.add((family[space.parent], k))
+        for name in (n for n, j in keys if j == k):
+            parent = match.spaces[name][k].parent
+            if parent is not None and (family[parent], k) in late:
+                late.add((name, k))
+    return late
 
 
-def _children(
-    match: Correspondence, costs: dict[tuple[str, int], np.ndarray], name: str, k: int
-) -> list[tuple[Space, Space, np.ndarray]]:
-    """Return the measured spaces inside the blocks of a space: of the base, of `k`, their cost."""
-    found = []
-    for child, spaces in match.spaces.items():
-        base = spaces[match.base[child]]
-        if base.parent is not None and (child, k) in costs:
-            parents = match.spaces[name][match.base[child]].name
-            if base.parent == parents:
-                found.append((base, spaces[k], costs[child, k]))
-    return found
+def weight_cost(mixer: Mixer, name: str, k: int) -> np.ndarray:
+    """Compare units by their weights, all other axes already mapped: `(base units, units)`.
+
+    References:
+        Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
+    """
+    networks, match = mixer.balanced.networks, mixer.match
+    base = match.base[name]
+    space, own = match.spaces[name][base], match.spaces[name][k]
+    cost = np.zeros((space.size, own.size))
+    states = [dict(tensors_of(networks[i].module)) for i in (base, k)]
+    for axis in space.axes:
+        other = next(a for a in own.axes if (a.tensor, a.dim) == (axis.tensor, axis.dim))
+        if axis.groups > 1:
+            continue
+        rows = []
+        for i, state, found in zip((base, k), states, (axis, other)):
+            tensor = state[axis.tensor].detach().cpu().numpy()
+            moved = np.moveaxis(mixer.carry(axis.tensor, tensor, i, but=axis.dim), axis.dim, 0)
+            rows.append(moved[found.index].reshape(len(found.index), -1).astype(float))
+        a, b = rows
+        cost += (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.maximum(cost, 0.0)
+
+
+def _unmeasured(name: str, size: int, other: int) -> PairingError:
+    return PairingError(
+        f"a space of {size} and {other} units that nothing tells apart",
+        where=f"space '{name}'",
+        expected="equal sizes where units cannot be compared",
+        do="use networks of equal width in this place",
+    )
 
 
 def _members(space: Space) -> list[np.ndarray]:

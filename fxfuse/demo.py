@@ -1,6 +1,6 @@
 """The main job on real images that come with a dependency: train two small networks, fuse, compare.
 
-scikit-learn's 1,797 handwritten digits of 8x8 pixels are split once: 1,000 to train on, of which 500
+scikit-learn's 1,797 handwritten digits (8x8 pixels) are split once: 1,000 to train on, of which 500
 without labels to fuse on; 200 to tell which parent is better; 597 to test on. Nothing is chosen on
 the test images.
 """

@@ -7,7 +7,7 @@ to no space stay where they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -26,15 +26,15 @@ class Mixer:
         balanced: The networks.
         anchor: Index of the network whose structure the fused one has.
         match: Their spaces.
-        couplings: The maps.
         weights: `(networks,)` shares, sum 1.
+        couplings: The maps, filled in by `couple`.
     """
 
     balanced: Balanced
     anchor: int
     match: Correspondence
-    couplings: dict[tuple[str, int], Coupling]
     weights: Sequence[float]
+    couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
 
     def mix(self, name: str, values: Sequence[np.ndarray], along: int | None = None) -> np.ndarray:
         """Return the weighted sum over the networks, in fused coordinates.
@@ -45,7 +45,10 @@ class Mixer:
                 units of that axis of it.
             along: The axis that the vectors lie along.
         """
-        total = 0.0
+        shape = values[self.anchor].shape
+        if along is not None:
+            shape = self._anchor_spaces().sizes[name, along]
+        total = np.zeros(shape, dtype=values[self.anchor].dtype)
         for k, (share, value) in enumerate(zip(self.shares(name), values)):
             if share and along is None:
                 total = total + share * self.carry(name, value, k)
@@ -65,7 +68,8 @@ class Mixer:
             s for s in self._anchor_spaces() for a in s.axes if a.tensor == name and not a.reads
         ]
         inside = spaces and all(not p for g, p in zip(gone, self._present(spaces)) if g)
-        if any(gone) and inside and sum(shares):
+        if any(gone) and inside:
+            shares = shares if any(shares) else [float(not g) for g in gone]
             shares = [s / sum(shares) for s in shares]
         return shares
 
@@ -82,9 +86,10 @@ class Mixer:
     def _anchor_spaces(self) -> Spaces:
         return self.balanced.networks[self.anchor].spaces
 
-    def carry(self, name: str, tensor: np.ndarray, k: int) -> np.ndarray:
-        """Return one network's tensor with every axis mapped."""
+    def carry(self, name: str, tensor: np.ndarray, k: int, but: int | None = None) -> np.ndarray:
+        """Return one network's tensor with every axis mapped, `but` one."""
         axes = [a for s in self._anchor_spaces() for a in s.axes if a.tensor == name]
+        axes = [a for a in axes if a.dim != but]
         maps = {a.dim: self.axis_map(name, a.dim, k) for a in axes}
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:
