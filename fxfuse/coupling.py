@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array, diags_array, eye_array
+from scipy.sparse import coo_array, csr_array, eye_array
 
 from .correspondence import Correspondence
 from .errors import PairingError
@@ -33,15 +33,20 @@ Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
 def two_maps(plan: csr_array) -> tuple[csr_array, csr_array]:
     """Turn a plan `(fused, own)` into project and unproject, each with rows that sum to 1."""
-    project = diags_array(1.0 / plan.sum(1)) @ plan
-    unproject = diags_array(1.0 / plan.sum(0)) @ plan.T
-    return csr_array(project), csr_array(unproject)
+    return _rows_to_one(plan), _rows_to_one(plan.T)
 
 
 def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
     """Use the projection on both sides, as the published codes do (equal for permutations)."""
-    project = csr_array(diags_array(1.0 / (plan.sum(1) + 1e-7)) @ plan)
+    project = _rows_to_one(plan, floor=1e-7)
     return project, csr_array(project.T)
+
+
+def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
+    """Divide each row by its sum; a permutation gets ones exactly, which `mixing` relies on."""
+    scaled = csr_array(matrix, copy=True)
+    scaled.data = scaled.data / (scaled.sum(1) + floor)[coo_array(scaled).row]
+    return scaled
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,6 +90,8 @@ class Calibration:
             if not len(inputs[0]):
                 break
             _require_finite(inputs, self.samples)
+            if self.samples:
+                _require_alike(inputs, self._batches[0], self.samples)
             self._batches.append(inputs)
             self.samples += len(inputs[0])
         if not self.samples:
@@ -145,6 +147,18 @@ def _inputs(batch: Any) -> Batch:
         expected="a tensor, or a tuple, list or dict whose first entry is the input tensor",
         do="convert the samples to tensors (torchvision: transforms.ToTensor())",
     )
+
+
+def _require_alike(inputs: Batch, first: Batch, before: int) -> None:
+    """Refuse, before any work is done on it, a batch that cannot be joined to the first."""
+    kinds = [[(tuple(t.shape[1:]), t.dtype) for t in batch] for batch in (inputs, first)]
+    if kinds[0] != kinds[1]:
+        raise DataError(
+            f"a batch of samples {kinds[0]} after batches of samples {kinds[1]}",
+            where=f"the batch that starts at sample {before} of `data`",
+            expected="inputs of one shape and type",
+            do="resize or pad the samples to one shape",
+        )
 
 
 def _require_finite(inputs: Batch, before: int) -> None:

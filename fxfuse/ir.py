@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,11 +253,13 @@ class Coupling:
         cost: Mean ground cost per unit of mass, None where nothing was measured.
     """
 
-    project: np.ndarray
-    unproject: np.ndarray
+    project: csr_array
+    unproject: csr_array
     cost: float | None = None
 
     @property
     def confidence(self) -> float:
         """Mean largest share of a fused unit that comes from one unit: 1 for a permutation."""
-        return float(self.project.max(axis=1).mean()) if self.project.size else 1.0
+        if not self.project.shape[0]:
+            return 1.0
+        return float(np.mean(self.project.max(axis=1).toarray()))

@@ -51,9 +51,9 @@ class Mixer:
         total = np.zeros(shape, dtype=values[self.anchor].dtype)
         for k, (share, value) in enumerate(zip(self.shares(name), values)):
             if share and along is None:
-                total = total + share * self.carry(name, value, k)
+                total += share * self.carry(name, value, k)
             elif share:
-                total = total + share * (self.axis_map(name, along, k) @ value)
+                total += share * (self.axis_map(name, along, k) @ value)
         return total
 
     def shares(self, name: str) -> list[float]:
@@ -130,16 +130,19 @@ class Mixer:
 
 
 def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+    if _only_moves(matrix):
+        if np.array_equal(matrix.indices, np.arange(matrix.shape[1])):
+            return tensor
+        return np.take(tensor, matrix.indices, axis=dim)
     moved = np.moveaxis(tensor, dim, 0)
-    if (
-        matrix.nnz == matrix.shape[0]
-        and (matrix.data == 1).all()
-        and (np.diff(matrix.indptr) == 1).all()
-    ):
-        return np.moveaxis(moved[matrix.indices], 0, dim)  # units move, none mix
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
     mapped = matrix.astype(flat.dtype) @ flat
     return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
+
+
+def _only_moves(matrix: csr_array) -> bool:
+    single = matrix.nnz == matrix.shape[0] and (np.diff(matrix.indptr) == 1).all()
+    return bool(single and (matrix.data == 1).all())
 
 
 def _map_grouped(

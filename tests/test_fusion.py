@@ -1,0 +1,328 @@
+"""The entry functions, end to end: what must come back exactly, and what must be refused."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FUNCTION
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS, build, gap, mlp, moved, outputs, random_nets, randomise, residual, stages
+from torch import nn
+from widening import widened
+
+import fxfuse
+from fxfuse.errors import (
+    ArgumentError,
+    DataError,
+    FuseError,
+    ModelError,
+    PairingError,
+    TraceError,
+)
+
+
+def images(count=48, seed=5):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def data_for(name, count=48):
+    shape = NETS[name].shape[1:]
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(7))
+
+
+# --- what comes back exactly ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
+    net, x = build(name)
+    data = data_for(name)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=3)], data)
+    assert gap(net, fused, data) < FUNCTION
+
+
+@settings(max_examples=12)
+@given(random_nets(), st.integers(0, 100))
+def test_random_networks_fused_with_permuted_copies_come_back(net, seed):
+    data = images()
+    if float(outputs(net, data).abs().max()) < 0.01:
+        return
+    fused = fxfuse.fuse([net, fxfuse.permute(net, data[:2], seed=seed)], data)
+    assert gap(net, fused, data) < FUNCTION
+
+
+def test_a_network_fused_with_itself_is_itself_weight_for_weight():
+    net = randomise(mlp(6, 8, 7, 3))
+    fused = fxfuse.fuse([net, net], torch.randn(40, 6))
+    for name, value in net.state_dict().items():
+        assert torch.allclose(fused.state_dict()[name], value, rtol=1e-5, atol=1e-6), name
+
+
+def test_three_permuted_copies_come_back_in_any_anchor():
+    net = randomise(residual((6, 2), (8, 1)))
+    data = images()
+    copies = [net, *(fxfuse.permute(net, data[:2], seed=s) for s in (1, 2))]
+    for anchor in range(3):
+        assert gap(net, fxfuse.fuse(copies, data, anchor=anchor), data) < FUNCTION
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("anchor", [0, 1])
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (lambda: mlp(6, 5, 4, 3), lambda: mlp(6, 10, 8, 3)),
+        (lambda: stages([4, 5], [6], hidden=(7,)), lambda: stages([8, 10], [12], hidden=(14,))),
+        (lambda: residual((6, 2), (8, 1)), lambda: residual((12, 2), (16, 1), stem=12)),
+    ],
+)
+def test_a_network_with_every_unit_duplicated_fuses_back(narrow, wide, anchor, order):
+    net = randomise(narrow())
+    data = torch.randn(48, 6) if isinstance(net[0], nn.Linear) else images()
+    double = widened(net, wide(), data[:2])
+    assert gap(net, double, data) < FUNCTION, "the duplicate itself is wrong"
+    pair = [net, double]
+    fused = fxfuse.fuse([pair[i] for i in order], data, anchor=anchor)
+    assert gap(net, fused, data) < FUNCTION
+
+
+@pytest.mark.parametrize(
+    ("shallow", "deep"),
+    [
+        (lambda: stages([5, 6], [7]), lambda: stages([4, 4, 6], [5, 7])),
+        (lambda: stages([5, 6], [7], norm=False), lambda: stages([4, 4, 6], [5, 7], norm=False)),
+        (lambda: residual((6, 1), (8, 2)), lambda: residual((6, 3), (8, 2))),
+        (lambda: residual((6, 1), (8, 2), stem=6), lambda: residual((4, 3), (10, 4), stem=4)),
+    ],
+)
+def test_a_deepened_network_fuses_back_with_its_original(shallow, deep):
+    nets, data = [randomise(shallow(), 1), randomise(deep(), 2)], images()
+    deepened = fxfuse.balance(nets, data)[0]
+    assert gap(nets[0], deepened, data) < FUNCTION
+    for pair in ([nets[0], deepened], [deepened, nets[0]]):
+        assert gap(nets[0], fxfuse.fuse(pair, data), data) < FUNCTION
+
+
+def test_all_weight_on_one_network_gives_that_network():
+    nets = [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 2)), 2)]
+    data = images()
+    for k in (0, 1):
+        shares = [float(i == k) for i in (0, 1)]
+        fused = fxfuse.fuse(nets, data, weights=shares, anchor=k)
+        assert gap(nets[k], fused, data) < FUNCTION
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def pair_of_depths():
+    return [randomise(residual((6, 3), (8, 2)), 1), randomise(residual((4, 1), (6, 2), stem=4), 2)]
+
+
+def test_the_result_loads_into_the_deeper_class():
+    nets = pair_of_depths()
+    fused = fxfuse.fuse(nets, images())
+    twin = residual((6, 3), (8, 2))
+    twin.load_state_dict(fused.state_dict(), strict=True)
+    assert gap(fused.eval(), twin.eval(), images()) < 1e-6
+
+
+def test_inputs_are_untouched_and_share_nothing_with_the_result():
+    nets = pair_of_depths()
+    before = [copy.deepcopy(n.state_dict()) for n in nets]
+    modes = [[m.training for m in n.train().modules()] for n in nets]
+    fused = fxfuse.fuse(nets, images())
+    for tensor in fused.parameters():
+        tensor.data.zero_()
+    for net, state, mode in zip(nets, before, modes):
+        assert [m.training for m in net.modules()] == mode
+        for name, value in net.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+
+def test_the_result_trains_copies_and_exports():
+    fused = fxfuse.fuse(pair_of_depths(), images())
+    again = copy.deepcopy(fused)
+    again.train()(images(8)).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+    exported = torch.export.export(fused.eval(), (images(4),)).module()
+    assert torch.allclose(exported(images(4)), fused(images(4)), atol=1e-5)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(nn.functional.dropout(x, 0.5, training=self.training))
+
+
+def test_functional_dropout_stays_live_in_the_result():
+    fused = fxfuse.fuse([Noisy().eval(), Noisy().eval()], torch.randn(40, 6))
+    x = torch.randn(4, 6)
+    assert torch.equal(fused.eval()(x), fused(x))
+    fused.train()
+    assert not torch.equal(fused(x), fused(x))
+
+
+def test_batch_norm_of_the_result_uses_batch_statistics_in_training():
+    fused = fxfuse.fuse(pair_of_depths(), images())
+    before = copy.deepcopy(fused.state_dict())
+    fused.train()(images(16, seed=9))
+    changed = moved_names(before, fused.state_dict())
+    assert {n.rpartition(".")[2] for n in changed} >= {"running_mean", "running_var"}
+
+
+def moved_names(before, after):
+    return {n for n in before if not torch.equal(before[n], after[n])}
+
+
+def test_weights_reach_every_tensor():
+    nets = [randomise(stages([5, 6], [7], hidden=(5,)), s) for s in (1, 2)]
+    a, b = (fxfuse.fuse(nets, images(), weights=w) for w in ([0.5, 0.5], [0.8, 0.2]))
+    floating = {n for n, t in a.state_dict().items() if t.is_floating_point()}
+    assert moved(a, b) >= floating
+
+
+def test_weights_are_normalised():
+    nets = [randomise(mlp(6, 5, 3), s) for s in (1, 2)]
+    x = torch.randn(40, 6)
+    a, b = (fxfuse.fuse(nets, x, weights=w) for w in ([3, 1], [0.75, 0.25]))
+    assert not moved(a, b)
+
+
+def test_the_anchor_gives_the_widths():
+    nets, x = pair_of_depths(), images()
+    widths = [fxfuse.fuse(nets, x, anchor=k).state_dict()["0.0.weight"].shape[0] for k in (0, 1)]
+    assert widths == [6, 4]
+
+
+def test_each_choice_of_a_method_changes_the_result():
+    from fxfuse.costs import squared_euclidean
+    from fxfuse.coupling import one_map
+
+    nets, x = pair_of_depths(), images()
+    plain = fxfuse.fuse(nets, x)
+    for choice in (
+        {"ground_cost": squared_euclidean},
+        {"maps": one_map},
+        {"match_moments": False},
+        {"anchor": lambda depths: 1},
+    ):
+        other = fxfuse.fuse(nets, x, method=fxfuse.Method(**choice))
+        same_shape = outputs(plain, x).shape == outputs(other, x).shape
+        assert same_shape and gap(plain, other, x) > 1e-3, choice
+
+
+def test_the_report_names_alignment_spaces_and_times():
+    fused = fxfuse.fuse(pair_of_depths(), images())
+    report = fused.meta["fxfuse"]
+    assert report.anchor == 0 and report.weights == (0.5, 0.5)
+    assert {s.size for s in report.spaces} == {6, 8}
+    assert all(0 < c <= 1 for s in report.spaces for c in s.confidences)
+    assert any("output" in f.reason for f in report.frozen)
+    assert report.alignment.pairs[0] and sum(report.seconds.values()) > 0
+
+
+def test_an_alignment_can_be_found_first_and_handed_in():
+    nets, x = pair_of_depths(), images()
+    alignment = fxfuse.align(nets, x)
+    a, b = fxfuse.fuse(nets, x, alignment=alignment), fxfuse.fuse(nets, x)
+    assert not moved(a, b)
+    assert alignment.pairs[1][0] == ("1.0", "1.0")
+
+
+def test_progress_names_the_stages():
+    seen = []
+    fxfuse.fuse(pair_of_depths(), images(), progress=seen.append)
+    assert seen[0] == "read data" and len(seen) == len(set(seen)) >= 6
+
+
+def test_more_data_than_one_batch_gives_the_same_as_one_tensor():
+    nets, x = pair_of_depths(), images(150)
+    loader = [(part, torch.zeros(len(part))) for part in x.split(37)]
+    a, b = fxfuse.fuse(nets, x), fxfuse.fuse(nets, loader)
+    assert gap(a, b, x) < FUNCTION
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def nan_weight():
+    net = mlp(6, 5, 3)
+    net[0].weight.data[0, 0] = float("nan")
+    return net
+
+
+X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+REFUSED = {
+    "no models": (ArgumentError, lambda: ([], X, {})),
+    "one model outside a list": (ArgumentError, lambda: (mlp(6, 5, 3), X, {})),
+    "not a model": (ModelError, lambda: ([mlp(6, 5, 3), "net"], X, {})),
+    "untraceable": (TraceError, lambda: ([Branching(), Branching()], X, {})),
+    "NaN weight": (ModelError, lambda: ([mlp(6, 5, 3), nan_weight()], X, {})),
+    "other outputs": (ModelError, lambda: ([mlp(6, 5, 3), mlp(6, 5, 4)], X, {})),
+    "other inputs": (DataError, lambda: ([mlp(6, 5, 3), mlp(7, 5, 3)], X, {})),
+    "other kinds": (PairingError, lambda: ([mlp(6, 5, 3), mlp(6, 5, 3, act=nn.GELU)], X, {})),
+    "no data": (DataError, lambda: ([mlp(6, 5, 3)] * 2, [], {})),
+    "data of another kind": (DataError, lambda: ([mlp(6, 5, 3)] * 2, 5, {})),
+    "batch refused": (DataError, lambda: ([mlp(6, 5, 3)] * 2, torch.randn(4, 9), {})),
+    "later batch refused": (
+        DataError,
+        lambda: ([mlp(6, 5, 3)] * 2, [X[:4], X[:4, :5]], {}),
+    ),
+    "NaN data": (DataError, lambda: ([mlp(6, 5, 3)] * 2, X * float("nan"), {})),
+    "negative weight": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"weights": [1.5, -0.5]})),
+    "too many weights": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"weights": [1, 1, 1]})),
+    "weights of zero": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"weights": [0, 0]})),
+    "NaN weights": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"weights": [float("nan"), 1]})),
+    "anchor out of range": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"anchor": 2})),
+    "anchor before the first": (ArgumentError, lambda: ([mlp(6, 5, 3)] * 2, X, {"anchor": -1})),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_gets_one_error_in_four_parts_and_touches_nothing(case):
+    kind, make = REFUSED[case]
+    models, data, options = make()
+    nets = [m for m in models if isinstance(m, nn.Module)] if isinstance(models, list) else []
+    before = [copy.deepcopy(n.state_dict()) for n in nets]
+    with pytest.raises(kind) as caught:
+        fxfuse.fuse(models, data, **options)
+    error = caught.value
+    assert isinstance(error, FuseError)
+    assert all([error.met, error.where, error.expected, error.do])
+    for net, state in zip(nets, before):
+        for name, value in net.state_dict().items():
+            assert torch.equal(
+                value,
+                state[name],
+            ) or bool(value.isnan().any())
+
+
+def test_activations_that_overflow_are_named():
+    nets = [randomise(mlp(6, 5, 4, 3), s) for s in (1, 2)]
+    for net in nets:
+        net[0].weight.data.mul_(1e30)
+    with pytest.raises(DataError, match="infinite"):
+        fxfuse.fuse(nets, X * 1e30)
+
+
+def test_networks_of_other_stages_are_refused_with_both_lists():
+    with pytest.raises(PairingError) as caught:
+        fxfuse.fuse([stages([4], [5]), stages([4])], images(8))
+    assert str(caught.value).count("segments of") == 2 and ">>" in str(caught.value)
+
+
+def test_an_alignment_of_other_networks_is_refused():
+    a, b, c = (randomise(mlp(6, *w, 3)) for w in ((5,), (5, 4), (5, 4, 4)))
+    with pytest.raises(ArgumentError, match="alignment"):
+        fxfuse.fuse([b, c], X, alignment=fxfuse.align([a, b], X))
