@@ -1,6 +1,7 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
 from . import presets
+from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
 from .ir import Alignment, Space, Spaces
@@ -20,6 +21,7 @@ __all__ = [
     "align",
     "balance",
     "debug",
+    "draw",
     "find_spaces",
     "fuse",
     "permute",
