@@ -103,6 +103,7 @@ def align_networks(
     data: Calibration,
     aligner: Aligner = monotone,
     measure_forced: bool = True,
+    tick: Callable[[float], None] | None = None,
 ) -> Alignment:
     """Align the layers of analysed networks.
 
@@ -111,6 +112,7 @@ def align_networks(
         data: Calibration inputs.
         aligner: From a cost matrix to the row of each column.
         measure_forced: Measure costs also where the constraints leave a single map.
+        tick: Called with the share of the samples that is done.
 
     Raises:
         PairingError: If the segments do not pair.
@@ -120,7 +122,7 @@ def align_networks(
     for segments in paired:
         reference = max(range(len(segments)), key=lambda k: len(segments[k].layers))
         jobs.append((reference, segments))
-    costs = _measure(networks, jobs, data, measure_forced)
+    costs = _measure(networks, jobs, data, measure_forced, tick)
     found = [_align(job, cost, aligner) for job, cost in zip(jobs, costs)]
     return Alignment(tuple(found), tuple(n.name for n in networks))
 
@@ -153,6 +155,7 @@ def _measure(
     jobs: list[tuple[int, tuple[Segment, ...]]],
     data: Calibration,
     measure_forced: bool,
+    tick: Callable[[float], None] | None,
 ) -> list[list[np.ndarray | None]]:
     """Return, per segment and network, one minus CKA to the reference; infinite across kinds."""
     meters: dict[tuple[int, int], LinearCKA] = {}
@@ -167,7 +170,8 @@ def _measure(
                 points[reference].update(dict.fromkeys(x.point for x in deep))
                 points[k].update(dict.fromkeys(x.point for x in segment.layers))
     if meters:
-        for batch in data.chunks(batch_size(networks, GRAM_BYTES, GRAM_SAMPLES, least=8)):
+        samples = batch_size(networks, GRAM_BYTES, GRAM_SAMPLES, least=8)
+        for batch in data.chunks(samples, tick):
             grams = [record(n, batch, list(p), gram) for n, p in zip(networks, points)]
             for (s, k), meter in meters.items():
                 reference, segments = jobs[s]

@@ -21,12 +21,12 @@ from .fusion import Method, fuse
 from .references import load_data, load_model, save_weights
 
 METHODS: dict[str, Method] = {"best": presets.best, "clafusion": presets.clafusion}
-STAGES = 7  # of fuse: read, trace, align, balance, measure and couple, emit, settle
 app = typer.Typer(
     help="Fuse trained PyTorch networks of different depth and width into one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # references have brackets
 )
 _out, _err = Console(), Console(stderr=True)
 
@@ -98,18 +98,23 @@ def fuse_command(
     _require_folder(output)
     loaded = [load_model(reference) for reference in models]
     with _bar() as bar:
-        task = bar.add_task("read data", total=STAGES)
+        tasks: dict[str, int] = {}
 
-        def report(stage: str) -> None:
-            bar.update(task, description=stage)
-            bar.advance(task)
+        def report(stage: str, share: float) -> None:
+            for other in (t for s, t in tasks.items() if s != stage):
+                bar.update(other, completed=1.0)
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=1.0)
+            bar.update(tasks[stage], completed=share)
 
-        calibration = Calibration(load_data(data, seed=seed), samples)
+        report("read data", 0.0)
+        source = load_data(data, seed=seed)
+        calibration = Calibration(source, samples, lambda share: report("read data", share))
         fused = fuse(
             loaded, calibration, weights=shares, anchor=anchor, method=chosen, progress=report
         )
         save_weights(fused.state_dict(), output)
-        bar.update(task, description="done", completed=STAGES)
+        report("save weights", 1.0)
     report = fused.meta["fxfuse"]
     _out.print(str(report.alignment), markup=False, highlight=False)
     _out.print(

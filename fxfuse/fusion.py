@@ -30,7 +30,7 @@ from .solvers import Exact
 from .tracing import as_example, device_of, run_once, trace
 from .verify import lint
 
-Progress = Callable[[str], None]
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fuse(
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given.
         method: The choices along the way; the default is the best one known.
-        progress: Called with the name of each stage as it begins.
+        progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
         An ordinary `GraphModule` with the module names of the network whose structure it has. Its
@@ -109,14 +109,14 @@ def fuse(
     target = _anchor(anchor, method.anchor(depths), len(networks))
     if alignment is None:
         clock.start("align layers")
-        alignment = align_networks(networks, calibration, method.aligner, measure_forced=False)
+        alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
     match = correspond(balanced, target)
     clock.start("measure units")
     samples = min(calibration.samples, frontier_samples(balanced.networks))
     outputs = outputs_to_settle(balanced.networks[target])
-    measured = measure(balanced, match, calibration, outputs, samples)
+    measured = measure(balanced, match, calibration, outputs, samples, clock.tick)
     clock.start("couple units")
     mixer = Mixer(balanced, target, match, shares)
     couple(mixer, measured, method.ground_cost, method.solver, method.maps)
@@ -124,7 +124,7 @@ def fuse(
     module, plans = emit(mixer, measured.outputs)
     clock.start("settle norms and moments")
     fused = _like(balanced.networks[target], module)
-    settle(fused, plans, calibration, samples, method.match_moments)
+    settle(fused, plans, calibration, samples, method.match_moments, clock.tick)
     seconds = clock.stop()
     _finish(module, fused, models[target])
     module.meta["fxfuse"] = report_on(mixer, alignment, seconds)
@@ -144,7 +144,7 @@ def align(
         models: Two or more networks; not modified.
         data: Calibration inputs, as for `fuse`.
         method: The choices along the way.
-        progress: Called with the name of each stage as it begins.
+        progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
         The alignment; print it, draw it, or hand it to `fuse`.
@@ -155,7 +155,7 @@ def align(
     clock = _Clock(progress)
     networks, calibration = _networks(models, data, clock)
     clock.start("align layers")
-    return align_networks(networks, calibration, (method or Method()).aligner)
+    return align_networks(networks, calibration, (method or Method()).aligner, tick=clock.tick)
 
 
 def balance(
@@ -199,8 +199,11 @@ class _Clock:
     def start(self, stage: str) -> None:
         self.stop()
         self.stage, self.since = stage, time.perf_counter()
+        self.tick(0.0)
+
+    def tick(self, share: float) -> None:
         if self.progress is not None:
-            self.progress(stage)
+            self.progress(self.stage, share)
 
     def stop(self) -> dict[str, float]:
         if self.stage:

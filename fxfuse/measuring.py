@@ -7,7 +7,7 @@ residual add. Layers that a network has only as neutral ones are not run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -69,6 +69,7 @@ def measure(
     data: Calibration,
     outputs: dict[str, int],
     samples: int,
+    tick: Callable[[float], None] | None = None,
 ) -> Measurements:
     """Advance all networks together over the data and gather moments at the measuring points.
 
@@ -79,6 +80,7 @@ def measure(
         outputs: Nodes whose output moments are wanted, with their feature axis.
         samples: How many of the first samples count for these: a multiple of `measuring_batch`,
             or all.
+        tick: Called with the share of the samples that is done.
 
     Raises:
         DataError: If activations are not finite.
@@ -106,7 +108,7 @@ def measure(
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     around = bypasses(balanced)
-    for batch in data.chunks(measuring_batch(networks)):
+    for batch in data.chunks(measuring_batch(networks), tick):
         walk(networks, batch, visit, around)
         seen += len(batch[0])
         if seen == samples:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .calls import Op, unknown
 from .contraction import merge
@@ -56,6 +57,7 @@ def _rerun(op: Op, key: str, layer: Tensor) -> Any:
     args = {**op.args, key: layer}
     if op.name == "constant_pad_nd":
         args["value"] = NOTHING
+    args = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, args)  # labels live there
     keywords = {a.name for a in op.func._schema.arguments if a.kwarg_only}
     positional = [v for k, v in args.items() if k not in keywords]
     return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
@@ -119,12 +121,11 @@ def lookup(run: LabelRun, op: Op) -> Labels:
     """Rows picked from a table by number stay where they are; moved activations move."""
     tensor = op["weight"] if op.name == "embedding" else op["self"]
     known = run.of(tensor)
-    if op.name == "embedding":
-        picked, func = (0,), lambda x: torch.ops.aten.embedding(x.double(), op["indices"]).long()
-    else:
-        picked = tuple(d for d, i in enumerate(op["indices"]) if i is not None)
-        func = lambda x: op.func(x, op["indices"])  # noqa: E731
+    indices = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, op["indices"])
+    indices = [indices] if op.name == "embedding" else indices
+    picked = [d for d, i in enumerate(indices) if i is not None]
     stay = [x for x in known.layers if known.sources and set(varying(x)) & set(picked)]
     run.freeze(stay, "rows of a table picked by number")
-    moved = [collapse(func(x.expand(tensor.shape))) for x in known.layers if absent(x, stay)]
+    going = [x.expand(tensor.shape) for x in known.layers if absent(x, stay)]
+    moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in going]
     return Labels(tuple(x for x in moved if varying(x)), known.fill, known.sources)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -150,23 +151,18 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             expected="a safetensors file",
             do="check the path; convert other formats with safetensors.torch.save_file",
         ) from error
-    own = model.state_dict()
-    wrong = [f"no '{k}'" for k in own if k not in state]
-    wrong += [f"'{k}' is not in the model" for k in state if k not in own]
-    wrong += [
-        f"'{k}' is {tuple(v.shape)} instead of {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    try:
+        model.load_state_dict(
+            state
+        )  # fills in what older checkpoints lack, unlike a check of names
+    except RuntimeError as error:
+        found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
         raise CheckpointError(
-            f"a checkpoint that does not fit: {'; '.join(wrong[:3])}{more}",
+            f"a checkpoint that does not fit: {found}",
             where=f"{path} into {type(model).__name__}",
             expected="the names and shapes of the model's state_dict",
             do="build the model with the options it was trained with: ?key=value",
-        )
-    model.load_state_dict(state)
+        ) from error
 
 
 def _image_folder(

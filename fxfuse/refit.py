@@ -12,7 +12,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ def settle(
     data: Calibration,
     samples: int,
     match_moments: bool,
+    tick: Callable[[float], None] | None = None,
 ) -> None:
     """Settle the norms, and the moments of other contractions, of a freshly emitted network.
 
@@ -52,6 +53,7 @@ def settle(
         data: Calibration inputs.
         samples: How many of the first samples to use, all live at once.
         match_moments: Give each unit the parents' moments; otherwise keep the mixed function.
+        tick: Called with the share of the plans that is settled.
     """
     by_node = {p.node: p for p in plans if match_moments or isinstance(p, NormPlan)}
     waiting, runs = set(by_node), _start(network, data, samples)
@@ -66,6 +68,8 @@ def settle(
             if isinstance(plan, WeightPlan) and plan.target is not None:
                 _settle_weight(network, plan, values)
             waiting.discard(node.name)
+            if plan is not None and tick is not None:
+                tick(1 - len(waiting) / len(by_node))
 
 
 def _start(network: Network, data: Calibration, samples: int) -> list[Run]:

@@ -235,10 +235,15 @@ def test_an_alignment_can_be_found_first_and_handed_in():
     assert alignment.pairs[1][0] == ("1.0", "1.0")
 
 
-def test_progress_names_the_stages():
+def test_progress_names_the_stages_and_what_is_done_of_them():
     seen = []
-    fxfuse.fuse(pair_of_depths(), images(), progress=seen.append)
-    assert seen[0] == "read data" and len(seen) == len(set(seen)) >= 6
+    nets = [randomise(residual((6, 4), (8, 1))), randomise(residual((6, 3), (8, 1)))]
+    fxfuse.fuse(nets, images(), progress=lambda *step: seen.append(step))
+    stages_seen = list(dict.fromkeys(stage for stage, _ in seen))
+    assert stages_seen[0] == "read data" and len(stages_seen) == 8
+    for stage in ("align layers", "measure units", "settle norms and moments"):
+        shares = [share for name, share in seen if name == stage]
+        assert shares[0] == 0.0 and shares[-1] == 1.0 and shares == sorted(shares)
 
 
 def test_more_data_than_one_batch_gives_the_same_as_one_tensor():
