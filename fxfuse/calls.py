@@ -19,17 +19,18 @@ class Op:
     name: str
     args: dict[str, Any]
     out: Any
+    before: tuple[int, ...] = ()  # shape of the first tensor before the call, which may change it
 
     def __getitem__(self, key: str) -> Any:
         return self.args.get(key)
 
     @classmethod
-    def of(cls, func: Any, args: tuple, kwargs: dict, out: Any) -> Op:
+    def of(cls, func: Any, args: tuple, kwargs: dict, out: Any, before: tuple[int, ...] = ()) -> Op:
         """Name the arguments of a call; an in-place operator goes by its plain name."""
         names = [a.name for a in func._schema.arguments]
         name = func._overloadpacket.__name__
         name = name.rstrip("_") if func._schema.is_mutable else name
-        return cls(func, name, {**dict(zip(names, args)), **kwargs}, out)
+        return cls(func, name, {**dict(zip(names, args)), **kwargs}, out, before)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -47,6 +48,11 @@ class Op:
 def unknown(run: LabelRun, op: Op) -> Labels:
     """Freeze everything that passes through an operator that has no rule."""
     run.book.unknown.append((run.node, str(op.func)))
+    return fixed(run, op, f"no rule for {op.func}")
+
+
+def fixed(run: LabelRun, op: Op, reason: str) -> Labels:
+    """Freeze every unit of every tensor that an operator takes."""
     for tensor in op.tensors:
-        run.freeze(run.of(tensor).layers, f"no rule for {op.func}")
+        run.freeze(run.of(tensor).layers, reason)
     return Labels()

@@ -32,8 +32,11 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
     operands = [_align(labels, shape, rank) for labels, shape in operands]
     by_axes: dict[tuple[int, ...], dict[int, Tensor]] = {}
     for i, (labels, _) in enumerate(operands):
-        for layer in labels.layers:
-            by_axes.setdefault(varying(layer), {})[i] = layer
+        for axes, layers in _along_same_axes(labels.layers).items():
+            if len(layers) == 1:
+                by_axes.setdefault(axes, {})[i] = layers[0]
+            else:
+                run.freeze(layers, "several axes of units flattened into one")
     result = []
     for axes, holders in by_axes.items():
         layer = _tie_all(run, list(holders.values()))
@@ -52,6 +55,13 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
     fill = NOTHING if all(o[0].fill == NOTHING for o in operands) else FIXED
     sources = [o[0].sources for o in operands]
     return Labels(tuple(result), fill, sum(sources, ()) if all(sources) else ())
+
+
+def _along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    for layer in layers:
+        found.setdefault(varying(layer), []).append(layer)
+    return found
 
 
 def _align(labels: Labels, shape: tuple[int, ...], rank: int) -> Operand:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +61,8 @@ class Spool:
         self._file.seek(start)
         tensors = []
         for dtype, shape, size in parts:
-            raw = torch.frombuffer(bytearray(self._file.read(size)), dtype=torch.uint8)
-            tensors.append(raw.view(dtype).view(shape))
+            raw = np.frombuffer(bytearray(self._file.read(size)), np.uint8)
+            tensors.append(torch.from_numpy(raw).view(dtype).view(shape))
         return tuple(tensors)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -94,7 +95,11 @@ class Calibration:
             if limit is not None:
                 inputs = tuple(t[: limit - self.samples] for t in inputs)
             if not len(inputs[0]):
-                break
+                if self.samples == limit:
+                    break
+                continue
+            if not isinstance(data, Tensor):  # a loader may use its buffers again
+                inputs = tuple(t.clone() for t in inputs)
             _require_finite(inputs, self.samples)
             if self.samples:
                 _require_alike(inputs, self._batches[0], self.samples)

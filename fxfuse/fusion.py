@@ -27,7 +27,7 @@ from .refit import finite, frontier_samples, settle
 from .report import report_on
 from .segments import partition
 from .solvers import Exact
-from .tracing import as_example, device_of, run_once, trace
+from .tracing import as_example, copy_modes, device_of, plain_modes, run_once, trace
 from .verify import lint
 
 Progress = Callable[[str, float], None]
@@ -58,6 +58,7 @@ class Method:
         return fuse(models, data, method=self, **options)
 
 
+@plain_modes()
 def fuse(
     models: Sequence[nn.Module],
     data: Any,
@@ -131,6 +132,7 @@ def fuse(
     return module
 
 
+@plain_modes()
 def align(
     models: Sequence[nn.Module],
     data: Any,
@@ -158,6 +160,7 @@ def align(
     return align_networks(networks, calibration, (method or Method()).aligner, tick=clock.tick)
 
 
+@plain_modes()
 def balance(
     models: Sequence[nn.Module],
     data: Any,
@@ -304,4 +307,4 @@ def _dressed(module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     for node in module.graph.nodes:
         for key in ("inserted", "neutral_to"):
             node.meta.pop(key, None)
-    return module.train(model.training)
+    return copy_modes(model, module)

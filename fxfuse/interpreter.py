@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .labels import LabelRun, Ledger, TensorAxis, varying
 from .operators import mirror
+from .tracing import plain_modes
 
 
 class _MirrorMode(TorchDispatchMode):
@@ -28,31 +29,34 @@ class _MirrorMode(TorchDispatchMode):
         return False  # the default wraps every call, which imports the whole compiler: 2 s, 300 MB
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        before = () if first is None else tuple(first.shape)
         out = func(*args, **(kwargs or {}))
-        mirror(self.run, func, args, kwargs or {}, out)
+        mirror(self.run, func, args, kwargs or {}, out, before)
         return out
 
 
 class _NodeInterpreter(fx.Interpreter):
+    """Name the running node, and keep what is known of its value for after the run."""
+
     def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
         super().__init__(module)
         self.labelled = run
+        self.layers: dict[str, list[Tensor]] = {}
+        self.outputs: list[Tensor] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        run, book = self.labelled, self.labelled.book
+        run, shapes = self.labelled, self.labelled.book.shapes
         run.node = n.name
         value = super().run_node(n)
+        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         if n.op == "output":
-            for tensor in tree_leaves(value):
-                run.freeze(run.of(tensor).layers, "an output of the network")
+            self.outputs = [layer for t in tensors for layer in run.of(t).layers]
         elif isinstance(value, Tensor):
-            book.shapes[n.name] = tuple(value.shape)
-            layers = [layer for layer in run.of(value).layers if len(varying(layer)) == 1]
-            book.features[n.name] = [
-                TensorAxis(n.name, varying(layer)[0], layer.flatten().numpy()) for layer in layers
-            ]
-        elif any(isinstance(t, Tensor) for t in tree_leaves(value)):
-            book.shapes[n.name] = ()
+            shapes[n.name] = tuple(value.shape)
+            self.layers[n.name] = [x for x in run.of(value).layers if len(varying(x)) == 1]
+        elif tensors:
+            shapes[n.name] = ()
         return value
 
 
@@ -71,10 +75,15 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _MirrorMode(run):
-            _NodeInterpreter(module, run).run(*example)
+        with plain_modes(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _MirrorMode(run):
+            interpreter = _NodeInterpreter(module, run)
+            interpreter.run(*example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for m, mode in modes.items():
             m.training = mode
+    run.freeze(interpreter.outputs, "an output of the network")
+    for node, layers in interpreter.layers.items():
+        axes = [TensorAxis(node, varying(x)[0], x.flatten().numpy()) for x in layers]
+        run.book.features[node] = axes
     return run.book

@@ -99,7 +99,7 @@ class Spaces:
         return len(self.spaces)
 
     def __getitem__(self, name: str) -> Space:
-        return next(s for s in self.spaces if s.name == name)
+        return {s.name: s for s in self.spaces}[name]
 
     @property
     def free_units(self) -> int:

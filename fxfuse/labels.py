@@ -6,12 +6,13 @@ label tensors, elementwise operators tie the labels that meet, contractions tie 
 The ledger of ties, freezes, blocks and places is all that `spaces` needs.
 
 A tensor carries zero or more *layers*: integer tensors of its own rank, of size 1 along every axis
-on which the labels do not vary. The label `NOTHING` marks places that hold one constant (padding),
-`FIXED` marks places whose content must stay where it is.
+on which the labels do not vary. The label `NOTHING` marks places that hold zero (padding), `FIXED`
+marks places whose content must stay where it is.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,7 @@ class LabelRun:
         self._names = WeakTensorKeyDictionary()
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
+        self._sharing: dict[int, list[weakref.ref]] = {}
         for name, tensor in tensors:
             if tensor.is_floating_point() and tensor not in self._names:
                 self._start(name, tensor)
@@ -187,6 +189,31 @@ class LabelRun:
             self._place(layer)
         if tensor not in self._names:
             self._labels[tensor] = labels
+            shared = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
+            shared[:] = [r for r in shared if r() is not None and r() is not tensor]
+            shared.append(weakref.ref(tensor))
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer itself, not computed from one."""
+        return tensor in self._names
+
+    def written(self, tensor: Tensor, labels: Labels) -> None:
+        """Take note that a tensor was written in place: its views may now hold other units.
+
+        Writing that moves no unit (an activation in place) changes nothing. Otherwise whatever
+        shares the memory is fixed, and so is what was written.
+        """
+        known = self.of(tensor)
+        pairs = zip(known.layers, labels.layers)
+        alike = len(known.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
+        if alike and known.fill == labels.fill:
+            return
+        for reference in self._sharing.get(tensor.untyped_storage().data_ptr(), ()):
+            other = reference()
+            if other is not None and other is not tensor:
+                reason = "memory that is written through a view"
+                self.freeze([*self.of(other).layers, *labels.layers], reason)
+                self._labels[other] = Labels()
 
     def freeze(self, layers: Sequence[Tensor], reason: str) -> None:
         """Freeze the units of some layers, naming the node that runs."""

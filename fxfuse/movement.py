@@ -37,30 +37,39 @@ def opaque(run: LabelRun, op: Op) -> Labels:
 def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
     """Run the operator itself on the label tensors of its first argument."""
     key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
-    known = run.of(tensor)
+    known, shape = run.of(tensor), op.before or tuple(tensor.shape)
     many = not isinstance(op.out, Tensor)
     count = len(op.out) if many else 1
     layers: list[list[Tensor]] = [[] for _ in range(count)]
     for layer in known.layers:
-        moved = _rerun(op, key, layer.expand(tensor.shape))
+        moved = _rerun(op, key, layer, shape)
         for kept, part in zip(layers, moved if many else [moved]):
             part = collapse(part)
             if varying(part):
                 kept.append(part)
+            elif part.numel():
+                run.book.place(part)  # a unit taken out alone is not like the others
     outputs = [Labels(tuple(kept), known.fill, known.sources) for kept in layers]
     return outputs if many else outputs[0]
 
 
-def _rerun(op: Op, key: str, layer: Tensor) -> Any:
+def _rerun(op: Op, key: str, layer: Tensor, shape: tuple[int, ...]) -> Any:
     if op.name in VIEWS:
-        return layer.reshape(op.out.shape)
-    args = {**op.args, key: layer}
-    if op.name == "constant_pad_nd":
-        args["value"] = NOTHING
+        return layer.expand(shape).reshape(op.out.shape)
+    args = {**op.args, key: layer.expand(shape)}
+    if op.name == "constant_pad_nd":  # a border beside the units is the same for all of them
+        args["pad"] = [n if layer.shape[-1 - i // 2] > 1 else 0 for i, n in enumerate(op["pad"])]
+        args |= {"value": NOTHING, key: layer}
     args = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, args)  # labels live there
     keywords = {a.name for a in op.func._schema.arguments if a.kwarg_only}
     positional = [v for k, v in args.items() if k not in keywords]
     return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
+
+
+def copied(run: LabelRun, op: Op) -> Labels:
+    """A copy into a tensor brings the labels of what is copied."""
+    source = op["src"]
+    return merge(run, [(run.of(source), tuple(source.shape))], op.out.dim())
 
 
 def restride(run: LabelRun, op: Op) -> Labels:

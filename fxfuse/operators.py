@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .calls import Op, unknown
+from .calls import Op, fixed, unknown
 from .contraction import contract, merge, rows_over
-from .labels import FIXED, KERNEL, LabelRun, Labels, absent, varying
-from .movement import VIEWS, cat, constant, lookup, move, opaque, restride, stack, unchanged
+from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, varying
+from .movement import VIEWS, cat, constant, copied, lookup, move, opaque, restride, stack, unchanged
 
 Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]
 
 
-def mirror(run: LabelRun, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+def mirror(
+    run: LabelRun, func: Any, args: tuple, kwargs: dict, out: Any, before: tuple[int, ...] = ()
+) -> None:
     """Carry labels through one operator call and describe it under the running node."""
-    op = Op.of(func, args, kwargs, out)
+    op = Op.of(func, args, kwargs, out, before)
     outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     if not outputs:
         return
@@ -35,7 +37,24 @@ def mirror(run: LabelRun, func: Any, args: tuple, kwargs: dict, out: Any) -> Non
     result = _rule_for(op)(run, op)
     results = result if isinstance(result, list) else [result] * len(outputs)
     for tensor, labels in zip(outputs, results):
+        labels = _still_nothing(tensor, labels)
+        if func._schema.is_mutable and any(tensor is t for t in op.tensors):
+            run.written(tensor, labels)
         run.put(tensor, labels)
+
+
+def _still_nothing(tensor: Tensor, labels: Labels) -> Labels:
+    """Keep `NOTHING` in layers only where the value is zero: constants may differ, zeros do not."""
+    fill = labels.fill
+    if fill == NOTHING and tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
+        fill = FIXED
+    layers = []
+    for layer in labels.layers:
+        empty = layer == NOTHING
+        if bool(empty.any()) and bool((tensor.detach().cpu() * empty).any()):
+            layer = torch.where(empty, FIXED, layer)
+        layers.append(layer)
+    return Labels(tuple(layers), fill, labels.sources)
 
 
 def _rule_for(op: Op) -> Rule:
@@ -60,6 +79,8 @@ def _describe(op: Op) -> tuple | None:
         grouping = "dense" if groups == 1 else "depthwise" if groups == dense_in else "grouped"
         geometry = [tuple(op[k]) for k in ("stride", "padding", "dilation", "output_padding")]
         return (rule, tuple(weight.shape[2:]), *geometry, op["transposed"], grouping)
+    if op.name in ARITHMETIC:
+        return (rule, op.name)  # its numbers scale with widths, as in attention
     if "pool" in op.name or torch.Tag.pointwise in op.func.tags:
         numbers = [v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float))]
         return (rule, op.name, *numbers)
@@ -132,17 +153,30 @@ def _on_axis(run: LabelRun, vector: Tensor, dim: int, rank: int) -> tuple[Labels
     return Labels(tuple(x.view(shape) for x in known.layers), known.fill, known.sources), shape
 
 
+def weight_norm(run: LabelRun, op: Op) -> list[Labels]:
+    """A weight scaled by its own norm keeps its units, and ties them to the scales."""
+    operands = [(run.of(t), tuple(t.shape)) for t in (op["v"], op["g"])]
+    return [merge(run, operands, op["v"].dim()), Labels()]
+
+
 def layer_norm(run: LabelRun, op: Op) -> list[Labels]:
     """All normalised positions are treated alike, then scaled one by one."""
     tensor = op["input"]
+    known = _told_apart(run.of(tensor))
     dims = set(range(tensor.dim() - len(op["normalized_shape"]), tensor.dim()))
     for layer in run.of(tensor).layers:
         rest = set(varying(layer)) - dims
         if rest and rest != set(varying(layer)):
             rows_over(run, layer, tuple(sorted(rest)))
     affine = [t for t in (op["weight"], op["bias"]) if t is not None]
-    operands = [(run.of(t), tuple(t.shape)) for t in (tensor, *affine)]
+    operands = [(known, tuple(tensor.shape)), *((run.of(t), tuple(t.shape)) for t in affine)]
     return [merge(run, operands, tensor.dim())] + [Labels()] * (len(op.out) - 1)
+
+
+def _told_apart(labels: Labels) -> Labels:
+    """Fix the empty places of a tensor whose other values are about to be mixed into them."""
+    layers = tuple(torch.where(x == NOTHING, FIXED, x) for x in labels.layers)
+    return Labels(layers, FIXED, labels.sources)
 
 
 def group_norm(run: LabelRun, op: Op) -> list[Labels]:
@@ -155,7 +189,7 @@ def group_norm(run: LabelRun, op: Op) -> list[Labels]:
         elif groups > 1 and groups < tensor.shape[1]:
             rows_over(run, layer.view(groups, -1), (0,))
     affine = [_on_axis(run, t, 1, rank) for t in (op["weight"], op["bias"]) if t is not None]
-    operands = [(run.of(tensor), tuple(tensor.shape)), *affine]
+    operands = [(_told_apart(run.of(tensor)), tuple(tensor.shape)), *affine]
     return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
 
 
@@ -164,22 +198,24 @@ def convolution(run: LabelRun, op: Op) -> Labels:
     x, w, transposed, groups = op["input"], op["weight"], op["transposed"], op["groups"]
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     run.uses([w], contracted=True)
-    known = run.of(x)
-    channels = [layer for layer in known.layers if varying(layer) == (1,)]
+    known, weight = run.of(x), run.of(w).layers
+    if groups > 1 and (transposed or not run.is_parameter(w)):
+        return fixed(
+            run, op, "a grouped convolution that is transposed or whose weight is computed"
+        )
+    channels = [la for la in known.layers if varying(la) == (1,)]
     run.freeze([la for la in known.layers if varying(la) != (1,)], "units along a convolved axis")
-    weight = run.of(w).layers
     run.freeze([la for la in weight if max(varying(la)) > 1], KERNEL)
     outs = [la.flatten() for la in weight if varying(la) == (out_dim,)]
     if groups == 1:
         ins = [la.flatten() for la in weight if varying(la) == (in_dim,)]
         _read(run, [c.flatten() for c in channels], ins, known.fill)
-        return _write(run, op, outs, x.dim())
-    if transposed or not channels:
-        run.freeze([*channels, *weight], "grouped convolution of unlabelled or transposed input")
-        return Labels()
-    labels = channels[0].flatten()
-    run.dense_axis(w, in_dim, labels, groups)
-    _group_channels(run, labels.view(groups, -1), outs[0].view(groups, -1))
+    elif len(channels) != 1 or not outs:
+        return fixed(run, op, "a grouped convolution of what cannot be moved")
+    else:
+        labels = channels[0].flatten()
+        run.dense_axis(w, in_dim, labels, groups)
+        _group_channels(run, labels.view(groups, -1), outs[0].view(groups, -1))
     return _write(run, op, outs, x.dim())
 
 
@@ -188,12 +224,17 @@ def _read(run: LabelRun, units: list[Tensor], ins: list[Tensor], fill: int) -> N
         run.book.reads.append(read.numpy())
         for unit in units:
             run.book.tie(unit, read)
-        if not units and fill == FIXED:
+        if not units:
             run.freeze([read], "reads what cannot be moved")
+    if not ins:
+        run.freeze(units, "summed against values that are not its units")
 
 
 def _group_channels(run: LabelRun, ins: Tensor, outs: Tensor) -> None:
     """A group is a block of its inputs and outputs; a group of one unit is that unit."""
+    stuck = (ins == NOTHING).any(1) | (ins == FIXED).any(1)
+    run.freeze([x[stuck] for x in (ins, outs) if stuck.any()], "a group that reads constants")
+    ins, outs = ins[~stuck], outs[~stuck]
     blocks = ins[:, 0] if ins.shape[1] == 1 else run.book.new(len(ins))
     if ins.shape[1] > 1:
         run.book.group(blocks, ins)
@@ -245,6 +286,8 @@ def linear(run: LabelRun, op: Op) -> Labels:
 
 SILENT = {"detach", "alias", "clone", "contiguous", "lift_fresh", "t", "_to_copy"} | VIEWS
 
+ARITHMETIC = {"add", "sub", "rsub", "mul", "div"}
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [*VIEWS, "permute", "transpose", "t", "expand", "select", "slice", "split", "squeeze"]
@@ -254,7 +297,7 @@ RULES: dict[str, Rule] = {
         move,
     ),
     **dict.fromkeys(
-        ["clone", "detach", "alias", "contiguous", "lift_fresh", "_to_copy", "dropout", "copy"]
+        ["clone", "detach", "alias", "contiguous", "lift_fresh", "_to_copy", "dropout"]
         + ["native_dropout", "feature_dropout"],
         unchanged,
     ),
@@ -284,6 +327,8 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
     "as_strided": restride,
+    "_prelu_kernel": pointwise,
+    "_weight_norm_interface": weight_norm,
     "mv": matvec,
     "linear": linear,
     "convolution": convolution,
@@ -291,6 +336,7 @@ RULES: dict[str, Rule] = {
     "native_group_norm": group_norm,
     "cat": cat,
     "stack": stack,
+    "copy": copied,
     "index": lookup,
     "embedding": lookup,
 }

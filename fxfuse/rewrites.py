@@ -114,19 +114,11 @@ def _copy_node(
 
 def _free_path(module: fx.GraphModule, path: str) -> str:
     taken = {p for p, _ in module.named_modules()} | {p for p, _ in module.named_parameters()}
+    called = tuple(f"{n.target}." for n in module.graph.nodes if n.op == "call_module")
     free, n = path, 1
-    while free in taken or not _can_hold(module, free):
+    while free in taken or free.startswith(called):
         free, n = f"{path.replace('.', '_')}_inserted{n}", n + 1
     return free
-
-
-def _can_hold(module: nn.Module, path: str) -> bool:
-    """Tell whether the modules on the way to a path are containers, or do not exist yet."""
-    for part in path.split(".")[:-1]:
-        module = module._modules.get(part) or nn.Module()
-        if next(module.parameters(recurse=False), None) is not None:
-            return False
-    return True
 
 
 def _attach(module: fx.GraphModule, path: str, part: nn.Module | Tensor) -> None:
@@ -208,7 +200,7 @@ def _zero_branch(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tens
         raise _no_neutral_form(layer, f"'{merge.name}' is not the sum of a branch and the entry")
     node = branch[0]
     while True:
-        own = [x for x in template.book.tensors.get(node.name, ()) if _trainable(tensors[x])]
+        own = [x for x in _last_writer(template, node) if _trainable(tensors[x])]
         for name in own:
             tensors.fill(name, 0.0)
         before = template.inputs_of(node)
@@ -217,6 +209,13 @@ def _zero_branch(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tens
         if not before or node.name == layer.entry:
             raise _no_neutral_form(layer, "its branch ends in nothing that can be set to zero")
         node = before[0]
+
+
+def _last_writer(network: Network, node: fx.Node) -> list[str]:
+    """Return the tensors of a node's last contraction, or all of a node that contracts nothing."""
+    names = network.book.tensors.get(node.name, [])
+    before = network.book.weights.get(node.name, [])[:-1]
+    return names[names.index(before[-1]) + 1 :] if before else names
 
 
 def _trainable(tensor: Tensor) -> bool:

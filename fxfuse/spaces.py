@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from .interpreter import label_network
 from .ir import Axis, Space, Spaces
 from .ties import spaces_of
-from .tracing import Example, as_example, device_of, run_once, trace
+from .tracing import Example, as_example, device_of, plain_modes, run_once, trace
 
 
+@plain_modes()
 def find_spaces(module: nn.Module, example: Example) -> Spaces:
     """Find the unit spaces of any traceable module.
 
@@ -39,6 +40,7 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
     return spaces_of(label_network(graph, inputs))
 
 
+@plain_modes()
 def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModule:
     """Return a network of the same function with every space randomly permuted.
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from .errors import DataError, ModelError, TraceError
 Example = Tensor | tuple[Tensor, ...]
 
 
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave inference mode and autocast, which a caller may be in: they hide operators."""
+    cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+    with torch.inference_mode(False), cpu, cuda:
+        yield
+
+
 class Mode(nn.Module):
     """A training flag that stays live in a graph."""
 
@@ -30,14 +40,22 @@ class Mode(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: frozenset[str]) -> None:
+    def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.proxy_buffer_attributes = leaves, proxy_buffers
+        self.failed_in = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Mode) or module_qualified_name in self.leaves:
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
 
 
 def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
@@ -62,14 +80,33 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
             do="build the model first and load its weights into it",
         )
     _require_finite(model, name)
+    _refuse_hooks(model, name)
     shell = _shell(model)
     graph = _live_graph(shell, name)
     module = fx.GraphModule(shell, graph, type(model).__name__)
     module = copy.deepcopy(module)
-    for part in module.modules():  # a hook would run user code inside a network that outlives it
-        part._forward_hooks.clear()
-        part._backward_hooks.clear()
-    return module.train(model.training)
+    return copy_modes(model, module)
+
+
+def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+    """Put every part of a graph module into the mode of the model's part of that name."""
+    modes = {path: part.training for path, part in model.named_modules()}
+    for path, part in module.named_modules():
+        owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
+        part.training = modes.get(owner, model.training)
+    return module
+
+
+def _refuse_hooks(model: nn.Module, name: str) -> None:
+    """Refuse forward hooks: they may change the function, and no graph shows them."""
+    for path, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise TraceError(
+                "a module with forward hooks",
+                where=f"'{path}' of {name}",
+                expected="modules whose function is their forward alone",
+                do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
+            )
 
 
 def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor, ...]:
@@ -126,40 +163,58 @@ def _shell(model: nn.Module) -> nn.Module:
 
 
 def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
+    """Trace in both modes until they agree but for flags, keeping what differs as leaves."""
     leaves: frozenset[str] = frozenset()
     while True:
-        evaluating = _trace_in(shell, False, leaves, name)
-        try:
-            training = _trace_in(shell, True, leaves, name)
-        except TraceError:  # the training branch does not trace: keep what does
-            return evaluating
-        flags, around = _compare(evaluating, training)
-        if around is None:
-            return _with_flags(shell, evaluating, flags)
-        if around in leaves or not around:
-            return evaluating
+        evaluating, error = _trace_in(shell, False, leaves)
+        if isinstance(evaluating, str):
+            raise _untraceable(shell, name, error) from error
+        training, _ = _trace_in(shell, True, leaves)
+        if isinstance(training, str):
+            flags, around = [], training
+        else:
+            flags, around = _compare(evaluating, training)
+            if around is None:
+                return _with_flags(shell, evaluating, flags)
+        if not around or around in leaves:
+            return evaluating  # the model itself takes another way: keep the one of eval mode
         leaves |= {around}
 
 
-def _trace_in(shell: nn.Module, training: bool, leaves: frozenset[str], name: str) -> fx.Graph:
+def _trace_in(
+    shell: nn.Module, training: bool, leaves: frozenset[str]
+) -> tuple[fx.Graph | str, Exception | None]:
+    """Return the graph of one mode, or the module that failed and why.
+
+    Buffers are read live where that traces; a forward that looks at their values needs them real.
+    """
     shell.train(training)
-    try:
-        return _Tracer(leaves).trace(shell)
-    except Exception as error:
-        raise TraceError(
-            f"torch.fx cannot trace it: {error}",
-            where=f"{name} ({type(shell).__name__})",
-            expected="a forward without control flow that depends on tensor values or shapes",
-            do="move the branch out of forward, or wrap the function with torch.fx.wrap",
-        ) from error
+    for proxy_buffers in (True, False):
+        tracer = _Tracer(leaves, proxy_buffers)
+        try:
+            return tracer.trace(shell), None
+        except Exception as error:
+            failure = tracer.failed_in, error
+    return failure
+
+
+def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceError:
+    return TraceError(
+        f"torch.fx cannot trace it: {error}",
+        where=f"{name} ({type(shell).__name__})",
+        expected="a forward without control flow that depends on tensor values or shapes",
+        do="move the branch out of forward, or wrap the function with torch.fx.wrap",
+    )
 
 
 def _compare(a: fx.Graph, b: fx.Graph) -> tuple[list[tuple[fx.Node, str | int]], str | None]:
     """Return the arguments that follow the mode, and the module around any other difference."""
     flags: list[tuple[fx.Node, str | int]] = []
-    for n, m in zip(a.nodes, b.nodes):
+    for n, m in zip_longest(a.nodes, b.nodes):
+        if n is None or m is None:
+            return [], _path(n or m)
         if (n.op, str(n.target), n.name) != (m.op, str(m.target), m.name):
-            return [], _path(n)
+            return [], _path(m) or _path(n)  # what training adds names its own module
         if len(n.args) != len(m.args) or set(n.kwargs) != set(m.kwargs):
             return [], _path(n)
         places = [*enumerate(zip(n.args, m.args))]
@@ -169,7 +224,7 @@ def _compare(a: fx.Graph, b: fx.Graph) -> tuple[list[tuple[fx.Node, str | int]],
                 flags.append((n, key))
             elif str(x) != str(y):
                 return [], _path(n)
-    return (flags, None) if len(a.nodes) == len(b.nodes) else ([], "")
+    return flags, None
 
 
 def _path(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,13 +51,28 @@ def lint(module: fx.GraphModule) -> None:
             held = getattr(part, name)
             if (tuple(held) if isinstance(held, (tuple, list)) else held) != size:
                 raise _wrong(path, f"{name} is {held}, but its parameters say {size}")
-        bias, weight = getattr(part, "bias", None), getattr(part, "weight", None)
-        if isinstance(part, nn.Linear) and bias is not None and len(bias) != len(weight):
-            raise _wrong(path, f"a bias of {len(bias)} values for {len(weight)} outputs")
+        for name, tensor in _vectors(part):
+            if len(tensor) != _outputs(part):
+                raise _wrong(path, f"a {name} of {len(tensor)} values for {_outputs(part)} outputs")
     used = {str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr")}
     for path, _ in [*module.named_parameters(), *module.named_buffers()]:
         if not any(path == u or path.startswith(u + ".") for u in used):
             raise _wrong(path, "nothing in the graph uses it")
+
+
+def _vectors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a module that hold one value per unit it writes."""
+    if not sizes_of(module) or isinstance(module, nn.LayerNorm):
+        return []
+    names = ("weight", "bias", "running_mean", "running_var")
+    found = [(name, getattr(module, name, None)) for name in names]
+    return [(name, t) for name, t in found if t is not None and t.dim() == 1]
+
+
+def _outputs(module: nn.Module) -> int:
+    sizes = sizes_of(module)
+    keys = ("out_channels", "out_features", "num_features", "num_channels")
+    return next(sizes[key] for key in keys if key in sizes)
 
 
 def _wrong(path: str, what: str) -> PassError:
@@ -78,10 +94,9 @@ def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
         if not x.is_floating_point():
             worst = max(worst, float(not torch.equal(x, y)))
         elif x.numel():
-            difference = (x.double() - y.double()).abs().max() / x.double().abs().max().clamp(
-                min=1e-12
-            )
-            worst = max(worst, float(difference))
+            difference = (x.double() - y.double()).abs().max()
+            error = float(difference / x.double().abs().max().clamp(min=1e-12))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst if len(a) == len(b) else float("inf")
 
 
