@@ -124,6 +124,7 @@ def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
     nodes, wanted = list(module.graph.nodes), list(shape.module.graph.nodes)
     root: dict[str, object] = {}
     origin: dict[str, str] = {}
+    serves: dict[str, str] = {}
     for i, (own, other) in enumerate(zip(nodes, wanted)):
         if other.op not in ("call_module", "get_attr"):
             continue
@@ -131,6 +132,7 @@ def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
         if own.op == other.op:
             root[target] = _fetch(module, str(own.target))
             alike = origin.setdefault(target, str(own.target)) == str(own.target)
+            alike &= serves.setdefault(str(own.target), target) == target
             if not alike and not isinstance(root[target], Mode):
                 raise _differs(network, shape, i, own, other)
         else:  # the same step spelled as a function: a module without weights serves as well

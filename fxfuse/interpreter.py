@@ -71,7 +71,8 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     """
     modes = {m: m.training for m in module.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    run = LabelRun([*module.named_parameters(), *module.named_buffers()])
+    with plain_modes():
+        run = LabelRun([*module.named_parameters(), *module.named_buffers()])
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.sparse import csr_array
 
+from .errors import ArgumentError
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -218,7 +220,12 @@ class Alignment:
     def pairs(self) -> list[list[tuple[str, str]]]:
         """For two models, per segment, `(layer of the deeper, layer of the shallower)`."""
         if len(self.names) != 2:
-            raise ValueError(f"pairs are of two models, this alignment has {len(self.names)}")
+            raise ArgumentError(
+                f"an alignment of {len(self.names)} models",
+                where="Alignment.pairs",
+                expected="an alignment of two models",
+                do="read the slots of each of its segments instead",
+            )
         found = []
         for s in self.segments:
             deep, shallow = s.slots[s.reference], s.slots[1 - s.reference]

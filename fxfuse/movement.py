@@ -44,13 +44,17 @@ def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
     for layer in known.layers:
         moved = _rerun(op, key, layer, shape)
         for kept, part in zip(layers, moved if many else [moved]):
-            part = collapse(part)
-            if varying(part):
-                kept.append(part)
-            elif part.numel():
-                run.book.place(part)  # a unit taken out alone is not like the others
+            kept.extend(_kept(run, [collapse(part)]))
     outputs = [Labels(tuple(kept), known.fill, known.sources) for kept in layers]
     return outputs if many else outputs[0]
+
+
+def _kept(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
+    """Return the layers that still vary; note that a unit taken out alone is unlike the others."""
+    for layer in layers:
+        if layer.numel() and not varying(layer):
+            run.book.place(layer)
+    return [layer for layer in layers if varying(layer)]
 
 
 def _rerun(op: Op, key: str, layer: Tensor, shape: tuple[int, ...]) -> Any:
@@ -137,4 +141,4 @@ def lookup(run: LabelRun, op: Op) -> Labels:
     run.freeze(stay, "rows of a table picked by number")
     going = [x.expand(tensor.shape) for x in known.layers if absent(x, stay)]
     moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in going]
-    return Labels(tuple(x for x in moved if varying(x)), known.fill, known.sources)
+    return Labels(tuple(_kept(run, moved)), known.fill, known.sources)

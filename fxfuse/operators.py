@@ -81,7 +81,7 @@ def _describe(op: Op) -> tuple | None:
         return (rule, tuple(weight.shape[2:]), *geometry, op["transposed"], grouping)
     if op.name in ARITHMETIC:
         return (rule, op.name)  # its numbers scale with widths, as in attention
-    if "pool" in op.name or torch.Tag.pointwise in op.func.tags:
+    if "pool" in op.name or rule == "pointwise":
         numbers = [v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float))]
         return (rule, op.name, *numbers)
     return (rule, op.name)
@@ -327,7 +327,11 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm"], matmul),
     "as_strided": restride,
-    "_prelu_kernel": pointwise,
+    **dict.fromkeys(  # what older versions of torch do not tag as pointwise
+        ["relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish"]
+        + ["hardsigmoid", "softplus", "softshrink", "threshold", "_prelu_kernel", "clamp", "rsub"],
+        pointwise,
+    ),
     "_weight_norm_interface": weight_norm,
     "mv": matvec,
     "linear": linear,

@@ -12,7 +12,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,24 +20,7 @@ from .errors import PassError
 from .ir import Layer
 from .network import Network
 from .passes import graph_pass
-from .sizing import resized_copy
-
-
-@dataclass(frozen=True, eq=False)
-class Insertion:
-    """A layer of one network to be put into another as a neutral layer.
-
-    Attributes:
-        template: The network that has the layer.
-        layer: The layer.
-        into: The network that lacks it.
-        after: Node of that network behind which it goes.
-    """
-
-    template: Network
-    layer: Layer
-    into: Network
-    after: str
+from .sizing import Insertion, resized_copy
 
 
 @graph_pass(keeps_function=True)
@@ -251,7 +233,8 @@ def _require_absorbed(insertion: Insertion, node: fx.Node) -> None:
             found = next(iter(into.inputs_of(found)), None)
         else:
             found = None
-    values = torch.linspace(-8, 8, 4001, device=next(insertion.template.module.parameters()).device)
+    device = next(insertion.template.module.parameters()).device
+    values = torch.linspace(-12, 12, 6001, device=device).sinh()  # dense near zero, far out too
     if source is not None:
         once = _apply(into, source, values)
         if torch.equal(_apply(insertion.template, node, once), once):

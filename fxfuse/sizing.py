@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PassError
+from .ir import Layer
+from .network import Network
 from .verify import sizes_of
 
-if TYPE_CHECKING:
-    from .rewrites import Insertion
+
+@dataclass(frozen=True, eq=False)
+class Insertion:
+    """A layer of one network to be put into another as a neutral layer.
+
+    Attributes:
+        template: The network that has the layer.
+        layer: The layer.
+        into: The network that lacks it.
+        after: Node of that network behind which it goes.
+    """
+
+    template: Network
+    layer: Layer
+    into: Network
+    after: str
 
 
 def resized_copy(insertion: Insertion, path: str) -> nn.Module | Tensor:

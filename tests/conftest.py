@@ -1,9 +1,10 @@
 """What every test shares: checks on, seeds fixed, few threads, and the tolerances, named once."""
 
-import fxfuse
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import fxfuse
 
 # Largest difference of outputs, relative to the largest output, in float32.
 FUNCTION = 1e-4  # a rewrite that claims to keep the function

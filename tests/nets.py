@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 
 def randomise(module, seed=0):
@@ -48,6 +48,23 @@ def moved(before, after):
     """Names of the parameters and buffers that differ."""
     a, b = before.state_dict(), after.state_dict()
     return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+class Recorder(fx.Interpreter):
+    """A graph's forward that keeps the value of every node."""
+
+    def run_node(self, n):
+        self.seen[n.name] = value = super().run_node(n)
+        return value
+
+
+def values(graph, *inputs):
+    """Return the value of every node of a graph by name."""
+    recorder = Recorder(graph)
+    recorder.seen = {}
+    with torch.no_grad():
+        recorder.run(*inputs)
+    return recorder.seen
 
 
 # --- building blocks ------------------------------------------------------------------------------
@@ -279,11 +296,11 @@ NETS = {
     "gate": Net(lambda: _image(conv(3, 6), Inverted(6, 9, gate=4), width=6), IMAGE, (4, 6, 9)),
     "shared": Net(lambda: _image(conv(3, 6), Twice(6), width=6), IMAGE, (6,)),
     # The shuffle deals each group of the first convolution out to all groups of the second: a unit
-    # lies in two blocks, which stay, and moves inside their intersection (2 of 4 units each).
+    # lies in two blocks, which stay, and moves inside their intersection.
     "shuffle": Net(
         lambda: _image(conv(3, 8), conv(8, 8, groups=2), Shuffle(2), conv(8, 8, groups=2), width=8),
         IMAGE,
-        (4, 4, 4, 4, 8),
+        (2, 2, 2, 2, 4, 4, 4, 4),
     ),
     # stream, MLP; heads, and inside them query/key and value/output units
     "tokens": Net(Tokens, IMAGE, (2, 8, 8, 8, 12)),
@@ -336,3 +353,8 @@ def random_nets(draw, max_steps=4):
     step = st.tuples(st.sampled_from(sorted(_STEPS)), st.sampled_from([2, 4, 6, 8]))
     steps = draw(st.lists(step, max_size=max_steps))
     return random_net(steps, draw(st.booleans()), draw(st.integers(0, 1000)))
+
+
+def data_shape(name):
+    """Return the shape of one sample of a network of the table."""
+    return NETS[name].shape[1:]

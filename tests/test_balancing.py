@@ -1,0 +1,341 @@
+import copy
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FUNCTION
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import (
+    Functional,
+    GroupedBottleneck,
+    Inverted,
+    Pooled,
+    Tokens,
+    conv,
+    gap,
+    mlp,
+    outputs,
+    randomise,
+    residual,
+    stages,
+    values,
+)
+from torch import nn
+
+import fxfuse
+from fxfuse.alignment import align_networks
+from fxfuse.balancing import Absent, balance_networks, check_alignment
+from fxfuse.data import Calibration
+from fxfuse.errors import ArgumentError, FuseError, PairingError, PassError
+from fxfuse.ir import Alignment
+from fxfuse.network import Network
+from fxfuse.segments import partition
+from fxfuse.tracing import trace
+
+VECTORS, IMAGES = torch.randn(16, 6), torch.randn(8, 3, 8, 8)
+
+
+def networks(*nets, data=VECTORS):
+    found = [randomise(net, seed) for seed, net in enumerate(nets)]
+    return [Network.of(f"net {i}", trace(n), (data[:2],)) for i, n in enumerate(found)]
+
+
+def balanced(*nets, data=VECTORS):
+    found = networks(*nets, data=data)
+    alignment = align_networks(found, Calibration(data), measure_forced=False)
+    return found, balance_networks(found, alignment)
+
+
+def places(network):
+    return Counter(space.signature for space in network.spaces)
+
+
+def assert_same_structure_and_functions(before, after, data):
+    first = after.networks[0].module.graph
+    for network, old in zip(after.networks, before):
+        own = network.module.graph
+        assert [(n.op, n.name, str(n.target)) for n in own.nodes] == [
+            (n.op, n.name, str(n.target)) for n in first.nodes
+        ]
+        assert places(network) == places(after.networks[0])
+        assert set(network.module.state_dict()) == set(after.networks[0].module.state_dict())
+        assert gap(old.module, network.module, data) <= FUNCTION
+        assert network.name == old.name and network.example is old.example
+
+
+PAIRS = {
+    "perceptrons": (lambda: (mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3)), VECTORS),
+    "perceptrons with norms": (
+        lambda: (mlp(6, 5, 3, norm=True), mlp(6, 8, 8, 8, 3, norm=True)),
+        VECTORS,
+    ),
+    "perceptrons without biases": (
+        lambda: (mlp(6, 5, 3, bias=False), mlp(6, 8, 7, 3, bias=False)),
+        VECTORS,
+    ),
+    "each deeper elsewhere": (lambda: (stages([4, 4, 4], [5]), stages([6], [7, 7])), IMAGES),
+    "with linear layers": (
+        lambda: (stages([4], [5, 5], hidden=(7,)), stages([6, 6], [7], hidden=(5, 5, 5))),
+        IMAGES,
+    ),
+    "residual": (lambda: (residual((6, 3), (8, 1)), residual((6, 1), (5, 3))), IMAGES),
+    "three": (lambda: (mlp(6, 5, 3), mlp(6, 8, 8, 8, 3), mlp(6, 7, 7, 3)), VECTORS),
+    "bottlenecks": (
+        lambda: tuple(
+            blocks(lambda w: GroupedBottleneck(w, 8, 4), w, n) for w, n in ((6, 3), (4, 1))
+        ),
+        IMAGES,
+    ),
+    "inverted": (
+        lambda: tuple(blocks(lambda w: Inverted(w, w + 3, 4), w, n) for w, n in ((4, 1), (6, 3))),
+        IMAGES,
+    ),
+    "tokens": (lambda: (Tokens(8, 2, 12, 3), Tokens(8, 2, 10, 1)), IMAGES),
+    "equal": (lambda: (residual((6, 2)), residual((6, 2))), IMAGES),
+}
+
+
+def blocks(make, width, count):
+    return nn.Sequential(conv(3, width), *[make(width) for _ in range(count)], Pooled(width, 3))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_all_networks_get_one_structure_and_keep_their_functions(name):
+    make, data = PAIRS[name]
+    before, after = balanced(*make(), data=data)
+    assert_same_structure_and_functions(before, after, data)
+
+
+@given(
+    st.lists(st.integers(3, 8), min_size=1, max_size=4),
+    st.lists(st.integers(3, 8), min_size=1, max_size=4),
+    st.booleans(),
+    st.booleans(),
+)
+def test_perceptrons_of_any_widths_and_depths_can_be_balanced(a, b, norm, bias):
+    nets = [mlp(6, *widths, 3, norm=norm, bias=bias) for widths in (a, b)]
+    before, after = balanced(*nets)
+    assert_same_structure_and_functions(before, after, VECTORS)
+    depth = max(len(a), len(b)) + 1
+    assert [sum(len(s.layers) for s in partition(n)) for n in after.networks] == [depth] * 2
+
+
+shapes = st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=3), min_size=2, max_size=2)
+
+
+@given(shapes, shapes, st.booleans())
+def test_convolutional_networks_can_be_balanced_in_every_segment(a, b, norm):
+    before, after = balanced(stages(*a, norm=norm), stages(*b, norm=norm), data=IMAGES)
+    assert_same_structure_and_functions(before, after, IMAGES)
+
+
+def test_widths_stay_as_they_were():
+    _, after = balanced(mlp(6, 8, 8, 8, 3), mlp(6, 5, 4, 3))
+    shapes = [
+        [tuple(p.shape) for p in n.module.parameters() if p.dim() == 2] for n in after.networks
+    ]
+    assert shapes[0] == [(8, 6), (8, 8), (8, 8), (3, 8)]
+    assert shapes[1] == [(5, 6), (5, 5), (4, 5), (3, 4)]
+
+
+def test_names_and_states_are_those_of_the_network_with_most_layers():
+    before, after = balanced(mlp(6, 5, 3), mlp(6, 8, 8, 8, 3))
+    assert [set(n.module.state_dict()) for n in after.networks] == [
+        set(before[1].module.state_dict())
+    ] * 2
+
+
+def test_what_is_absent_is_said_for_each_network():
+    _, after = balanced(stages([4, 4, 4], [5]), stages([6], [7, 7]), data=IMAGES)
+    ours, theirs = after.absent
+    assert len(ours) == 1 and len(theirs) == 2
+    assert len(ours[0].nodes) == len(theirs[0].nodes) == 3, "convolution, norm, activation"
+    assert all(a.carriers == a.nodes and not a.inner for a in (*ours, *theirs))
+    nodes = {n.name for n in after.networks[0].module.graph.nodes}
+    assert all({*a.nodes, a.entry} <= nodes for a in (*ours, *theirs))
+
+
+def test_absent_blocks_hand_their_entry_on_and_write_nothing_inside():
+    before, after = balanced(residual((6, 3)), residual((6, 1)), data=IMAGES)
+    assert not after.absent[0] and len(after.absent[1]) == 2
+    lacking = after.networks[1]
+    found = values(lacking.module, IMAGES)
+    for absent in after.absent[1]:
+        assert len(absent.carriers) == 2 and absent.inner
+        entry = found[absent.entry]
+        for name in absent.carriers:
+            assert torch.allclose(found[name], entry, atol=1e-5)
+        assert any(float(found[name].abs().max()) == 0 for name in absent.inner)
+
+
+def test_carriers_hold_the_value_and_the_others_do_not():
+    absent = Absent(("a", "b", "c"), "e", ("b", "c"))
+    assert absent.inner == frozenset("a")
+
+
+def test_the_networks_are_left_as_they_were():
+    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
+    states = [copy.deepcopy(n.module.state_dict()) for n in found]
+    codes = [n.module.code for n in found]
+    after = balance_networks(found, align_networks(found, Calibration(VECTORS)))
+    with torch.no_grad():
+        for network in after.networks[1:]:
+            for parameter in network.module.parameters():
+                parameter.zero_()
+    assert codes == [n.module.code for n in found]
+    assert all(torch.equal(t, states[1][k]) for k, t in found[1].module.state_dict().items())
+
+
+def test_alignments_by_hand_are_followed():
+    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
+    hidden, last = align_networks(found, Calibration(VECTORS)).segments
+    absent = []
+    for row in (("0", "2", None), ("0", None, "2"), (None, "0", "2")):
+        hand = dataclasses.replace(hidden, slots=(hidden.slots[0], row))
+        alignment = Alignment((hand, last), ("net 0", "net 1"))
+        if row[0] is None:
+            with pytest.raises(PassError, match="no neutral form"):
+                balance_networks(found, alignment)
+            continue
+        after = balance_networks(found, alignment)
+        assert_same_structure_and_functions(found, after, VECTORS)
+        absent.append(after.absent[1][0].nodes[0])
+    assert absent == ["_4", "_2"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s[::-1],
+        lambda s: s[:1],
+        lambda s: (s[0], s[0]),
+        lambda s: (dataclasses.replace(s[0], slots=(s[0].slots[0], ("0", "2", None))), s[1]),
+        lambda s: (dataclasses.replace(s[0], slots=(s[0].slots[0], ("2", None, "0"))), s[1]),
+        lambda s: (dataclasses.replace(s[0], slots=(("0", "x", "4"), s[0].slots[1])), s[1]),
+    ],
+)
+def test_alignments_of_other_networks_are_refused(change):
+    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
+    alignment = align_networks(found, Calibration(VECTORS))
+    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in found]
+    check_alignment(alignment, layers)
+    wrong = dataclasses.replace(alignment, segments=tuple(change(alignment.segments)))
+    with pytest.raises(ArgumentError, match="an alignment of the layers") as caught:
+        check_alignment(wrong, layers)
+    assert "argument `alignment`" in caught.value.where
+
+
+def test_an_alignment_of_another_number_of_networks_is_refused():
+    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3), mlp(6, 5, 3))
+    alignment = align_networks(found[:2], Calibration(VECTORS))
+    with pytest.raises(ArgumentError):
+        balance_networks(found, alignment)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_activation_that_acts_twice_is_refused_naming_the_layer(swapped):
+    nets = [mlp(6, 8, 8, 8, 3, act=nn.GELU), mlp(6, 5, 3, act=nn.GELU)]
+    with pytest.raises(PassError, match="no neutral form") as caught:
+        balanced(*(nets[::-1] if swapped else nets))
+    assert caught.value.where == "layer '2'"
+
+
+def test_an_expanding_layer_behind_a_linear_one_is_refused_naming_it():
+    def net(expansions):
+        hidden = [conv(4, 4) for _ in range(expansions)]
+        return nn.Sequential(conv(3, 4, act=False), *hidden, conv(4, 4, act=False), Pooled(4, 3))
+
+    with pytest.raises(PassError, match="changes the values behind") as caught:
+        balanced(net(2), net(0), data=IMAGES)
+    assert caught.value.where == "layer '1.0'"
+
+
+def test_dropout_behind_one_layer_alone_makes_another_structure():
+    spelled = mlp(6, 5, 5, 3)
+    dropping = nn.Sequential(*spelled[:4], nn.Dropout(), spelled[4])
+    with pytest.raises(PairingError):
+        balanced(dropping, mlp(6, 5, 5, 3))
+
+
+def test_averaging_and_maximum_pooling_are_not_the_same_structure():
+    a = nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3))
+    b = nn.Sequential(conv(3, 4), nn.AvgPool2d(2), conv(4, 4), Pooled(4, 3))
+    with pytest.raises(PairingError, match="differ beside their aligned layers") as caught:
+        balanced(a, b, data=IMAGES)
+    assert "_1" in caught.value.where
+
+
+def test_what_a_graph_does_not_say_about_itself_is_caught_by_the_outputs():
+    """Two networks that differ in nothing but the axis of a function."""
+
+    class Normalised(nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.a, self.b, self.dim = nn.Linear(6, 5), nn.Linear(5, 3), dim
+
+        def forward(self, x):
+            return self.b(F.softmax(self.a(x), self.dim))
+
+    tokens = torch.randn(4, 5, 6)
+    with fxfuse.debug(0), pytest.raises(FuseError):
+        balanced(Normalised(1), Normalised(2), data=tokens)
+
+
+def test_one_module_used_twice_is_not_two_modules():
+    class Shared(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.b = self.a if shared else nn.Linear(6, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    with pytest.raises(PairingError, match="differ beside their aligned layers"):
+        balanced(Shared(True), Shared(False))
+    before, after = balanced(Shared(True), Shared(True))
+    assert_same_structure_and_functions(before, after, VECTORS)
+
+
+def test_functions_and_modules_are_one_structure_where_they_hold_no_flags():
+    class Spelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x)))
+
+    before, after = balanced(Spelled(), mlp(6, 8, 8, 3))
+    assert_same_structure_and_functions(before, after, VECTORS)
+    before, after = balanced(mlp(6, 5, 3), nn.Sequential(Spelled()))
+    assert_same_structure_and_functions(before, after, VECTORS)
+
+
+def test_live_flags_stay_live():
+    before, after = balanced(Functional(), Functional())
+    for network in after.networks:
+        module = network.module
+        assert not torch.equal(outputs(module.train(), VECTORS), outputs(module, VECTORS))
+        assert torch.equal(outputs(module.eval(), VECTORS), outputs(module, VECTORS))
+
+
+@pytest.mark.parametrize("name", ["perceptrons", "residual", "tokens"])
+def test_inserted_layers_can_be_trained(name):
+    make, data = PAIRS[name]
+    _, after = balanced(*make(), data=data)
+    for network, absent in zip(after.networks, after.absent):
+        network.module.zero_grad()
+        out = network.module(data)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        grads = {n: p.grad for n, p in network.module.named_parameters()}
+        for layer in absent:
+            names = [t for n in layer.nodes for t in network.book.tensors.get(n, ()) if t in grads]
+            assert any(float(grads[t].abs().max()) > 0 for t in names)

@@ -1,0 +1,115 @@
+import copy
+
+import pytest
+import torch
+from nets import NETS, Residual, build, mlp, randomise
+from torch import nn
+
+from fxfuse.interpreter import label_network
+from fxfuse.tracing import trace
+
+
+def ledger(net, *x):
+    return label_network(trace(net), x)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_network_is_left_as_it_was(name):
+    net, x = build(name)
+    graph = trace(net)
+    graph.train()
+    next(m for m in graph.modules() if m is not graph).eval()
+    modes = [m.training for m in graph.modules()]
+    before = copy.deepcopy(graph.state_dict())
+    label_network(graph, (x,))
+    assert [m.training for m in graph.modules()] == modes
+    assert all(torch.equal(t, before[k]) for k, t in graph.state_dict().items())
+    assert all(p.grad is None for p in graph.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_fast_path_of_attention_is_switched_back(fails):
+    graph = trace(mlp(6, 8, 3))
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        label_network(graph, (torch.zeros(2, 5 if fails else 6),))
+    except RuntimeError:
+        assert fails
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_shapes_and_operators_are_known_by_node():
+    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert book.shapes["a_0"] == book.shapes["add"] == (2, 4, 8, 8)
+    assert book.ops["a_0"][0][0] == "convolution"
+    assert [step[:2] for step in book.ops["add"]] == [("pointwise", "add")]
+    assert "output" not in book.shapes
+
+
+def test_weights_are_what_a_node_contracts_and_tensors_all_it_touches():
+    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert book.weights == {
+        "a_0": ["a.0.weight"],
+        "b_0": ["b.0.weight"],
+        "skip_0": ["skip.0.weight"],
+    }
+    assert set(book.tensors["a_1"]) == {
+        "a.1.weight",
+        "a.1.bias",
+        "a.1.running_mean",
+        "a.1.running_var",
+    }
+
+
+def test_norms_are_known_by_role():
+    book = ledger(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5)), torch.zeros(2, 4))
+    assert book.norms == {
+        "_1": {
+            "eps": 0.5,
+            "weight": "1.weight",
+            "bias": "1.bias",
+            "running_mean": "1.running_mean",
+            "running_var": "1.running_var",
+        }
+    }
+
+
+def test_units_of_a_node_are_known_by_axis():
+    book = ledger(mlp(6, 8, 3), torch.zeros(2, 6))
+    (axis,) = book.features["_0"]
+    assert (axis.dim, len(axis.labels)) == (1, 8)
+    assert book.features["_1"][0].labels.tolist() == axis.labels.tolist()
+
+
+def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.a(x).cumsum(1)
+
+    book = ledger(Running(), torch.zeros(2, 6))
+    assert book.unknown == [("cumsum", "aten.cumsum.default")]
+    assert "no rule for aten.cumsum.default" in {reason for _, _, reason in book.frozen}
+    assert ledger(mlp(6, 8, 3), torch.zeros(2, 6)).unknown == []
+
+
+def test_a_value_of_several_tensors_has_a_place_in_the_graph_but_no_shape():
+    book = ledger(nn.Sequential(nn.Linear(6, 8), Halves()), torch.zeros(2, 6))
+    assert book.shapes["chunk"] == ()
+    assert book.shapes["getitem"] == (2, 4)
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        halves = x.chunk(2, 1)
+        return halves[0] * halves[1]
+
+
+def test_a_run_needs_no_gradients_and_keeps_none():
+    net = randomise(mlp(6, 8, 3))
+    x = torch.randn(2, 6, requires_grad=True)
+    label_network(trace(net), (x,))
+    assert x.grad is None

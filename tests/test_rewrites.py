@@ -1,0 +1,479 @@
+import copy
+
+import pytest
+import torch
+from conftest import FUNCTION
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import (
+    Concat,
+    Gate,
+    GroupedBottleneck,
+    Inverted,
+    Pooled,
+    Residual,
+    Tokens,
+    conv,
+    gap,
+    mlp,
+    outputs,
+    randomise,
+    residual,
+)
+from torch import nn
+
+import fxfuse
+from fxfuse.errors import NotEquivalent, PassError
+from fxfuse.network import Network
+from fxfuse.rewrites import Insertion, deepen
+from fxfuse.segments import partition
+from fxfuse.tracing import trace
+from fxfuse.verify import lint
+
+VECTORS, IMAGES, TOKENS = torch.randn(4, 6), torch.randn(4, 3, 8, 8), torch.randn(4, 5, 6)
+
+
+def network(net, x, name="net", seed=0):
+    return Network.of(name, trace(randomise(net, seed)), (x,))
+
+
+def layer_of(found, name):
+    layers = {layer.name: layer for s in partition(found) for layer in s.layers}
+    return layers[name]
+
+
+def insert(into, template, name, after, times=1):
+    """Put a template's layer behind a node of another network; return the edited module."""
+    layer = layer_of(template, name)
+    return deepen(into.module, into.example, [Insertion(template, layer, into, after)] * times)
+
+
+def inserted(module):
+    return [n for n in module.graph.nodes if "inserted" in n.meta]
+
+
+# --- plain layers ---------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([nn.ReLU, nn.ReLU6, nn.Hardtanh]),
+    st.integers(0, 99),
+)
+def test_an_identity_linear_layer_keeps_the_function(width, other, norm, bias, act, seed):
+    into = network(mlp(6, width, 3, norm=norm, act=act, bias=bias), VECTORS, seed=seed)
+    template = network(mlp(6, other, other, 3, norm=norm, act=act, bias=bias), VECTORS)
+    name, after = ("3", "_2") if norm else ("2", "_1")
+    edited = insert(into, template, name, after)
+    assert gap(into.module, edited, 3 * torch.randn(50, 6)) <= FUNCTION
+    assert len(inserted(edited)) == 2 + norm
+
+
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.booleans(),
+    st.sampled_from([1, 3, 5]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_an_identity_convolution_keeps_the_function(width, other, norm, kernel, pool, seed):
+    between = [nn.MaxPool2d(2)] if pool else []
+    shallow = nn.Sequential(conv(3, width, norm=norm), *between, Pooled(width, 3))
+    deep = nn.Sequential(
+        conv(3, other, norm=norm), conv(other, 2 * other, kernel, norm), Pooled(2 * other, 3)
+    )
+    into, template = network(shallow, IMAGES, seed=seed), network(deep, IMAGES)
+    after = "_1" if pool else "_0_2" if norm else "_0_1"
+    edited = insert(into, template, "1.0", after)
+    assert gap(into.module, edited, 3 * torch.randn(5, 3, 8, 8)) <= FUNCTION
+    (layer,) = [m for n, m in edited.named_modules() if n == str(inserted(edited)[0].target)]
+    assert (layer.in_channels, layer.out_channels) == (width, width)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_identities_may_be_grouped(groups):
+    def net(layers):
+        return nn.Sequential(
+            conv(3, 8), *[conv(8, 8, groups=groups) for _ in range(layers)], Pooled(8, 3)
+        )
+
+    into, template = network(net(1), IMAGES), network(net(2), IMAGES, seed=1)
+    assert gap(into.module, insert(into, template, "2.0", "_1_2"), IMAGES) <= FUNCTION
+
+
+def test_identities_may_be_dilated():
+    def net(layers):
+        extra = [
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ReLU())
+            for _ in range(layers)
+        ]
+        return nn.Sequential(conv(3, 4), *extra, Pooled(4, 3))
+
+    into, template = network(net(0), IMAGES), network(net(1), IMAGES, seed=1)
+    assert gap(into.module, insert(into, template, "1.0", "_0_2"), IMAGES) <= FUNCTION
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_inserted_norm_is_exactly_neutral(affine):
+    def net(widths):
+        return nn.Sequential(
+            *[
+                m
+                for i, o in zip((6, *widths), widths)
+                for m in (nn.Linear(i, o), nn.BatchNorm1d(o, eps=0.1, affine=affine), nn.ReLU())
+            ],
+            nn.Linear(widths[-1], 3),
+        )
+
+    into, template = network(net([5]), VECTORS), network(net([5, 5]), VECTORS, seed=1)
+    edited = insert(into, template, "3", "_2")
+    assert gap(into.module, edited, VECTORS) <= 1e-6
+
+
+def test_identities_on_tokens_are_linear_layers():
+    into, template = network(mlp(6, 5, 3), TOKENS), network(mlp(6, 7, 7, 3), TOKENS, seed=1)
+    assert gap(into.module, insert(into, template, "2", "_1"), TOKENS) <= FUNCTION
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+BLOCKS = {
+    "residual": lambda w: Residual(w, w),
+    "residual of another inner width": lambda w: Residual(w, w, inner=5),
+    "bottleneck": lambda w: GroupedBottleneck(w, 8, 4),
+    "inverted": lambda w: Inverted(w, 7),
+    "inverted with a gate": lambda w: Inverted(w, 7, gate=3),
+    "pre-activation": lambda w: PreActivation(w),
+    "layer scale": lambda w: Scaled(w),
+    "without norm": lambda w: Bare(w),
+    "functional": lambda w: FunctionalBlock(w),
+}
+
+
+class PreActivation(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.a = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.b = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(torch.relu(self.norm(x)))))
+
+
+class Scaled(nn.Module):
+    """Any norm and any activation, and a scale for each channel at the end of the branch."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width)
+        self.gamma, self.drop = nn.Parameter(torch.ones(width, 1, 1)), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.drop(self.gamma * nn.functional.gelu(self.norm(self.a(x))))
+
+
+class Bare(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(width, 5, 3, padding=1), nn.Conv2d(5, width, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.b(torch.tanh(self.a(x))) + x)
+
+
+class FunctionalBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, width, 1, 1)),
+            nn.Parameter(torch.randn(width)),
+        )
+
+    def forward(self, x):
+        return x + nn.functional.conv2d(torch.sigmoid(x), self.weight, self.bias)
+
+
+def stack(make, width, blocks):
+    return nn.Sequential(conv(3, width), *[make(width) for _ in range(blocks)], Pooled(width, 3))
+
+
+def last_block(found):
+    return partition(found)[-2].layers[-1]
+
+
+def deeper(name, width=6, other=4, blocks=2):
+    """A network with one block, and itself with more of them put in from a wider one."""
+    into = network(stack(BLOCKS[name], other, 1), IMAGES)
+    template = network(stack(BLOCKS[name], width, 2), IMAGES, seed=1)
+    layer = last_block(template)
+    wanted = [Insertion(template, layer, into, last_block(into).nodes[-1])] * blocks
+    return into, deepen(into.module, into.example, wanted), layer
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_block_that_adds_zero_keeps_the_function(name, width):
+    into, edited, layer = deeper(name, width)
+    assert gap(into.module, edited, 3 * torch.randn(5, 3, 8, 8)) <= FUNCTION
+    assert len([n for n in inserted(edited) if n.op != "get_attr"]) == 2 * len(layer.nodes)
+    lint(edited)
+
+
+def gradients(module, x):
+    module.zero_grad()
+    outputs_of = module(x)
+    (outputs_of * torch.linspace(-1, 1, outputs_of.numel()).view_as(outputs_of)).sum().backward()
+    return {
+        n: float(p.grad.abs().max()) for n, p in module.named_parameters() if p.grad is not None
+    }
+
+
+def new_parameters(into, edited):
+    return [
+        n for n, _ in edited.named_parameters() if n not in dict(into.module.named_parameters())
+    ]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_inserted_block_can_be_trained(name):
+    """Its last writer gets a gradient at once, and after one step so does everything in it."""
+    into, edited, _ = deeper(name, blocks=1)
+    new = new_parameters(into, edited)
+    first = gradients(edited, IMAGES)
+    assert any(first[n] > 0 for n in new)
+    train(edited, first, new)
+    second = gradients(edited, IMAGES)
+    assert all(second[n] > 0 for n in new if _matters(edited, n))
+
+
+def train(module, grads, names):
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in names and grads[name]:
+                parameter -= 0.1 * parameter.grad / grads[name]
+
+
+def _matters(module, name):
+    """A bias before a norm that takes means off has no gradient; everything else has one."""
+    return not name.endswith("bias")
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_an_inserted_block_of_a_transformer_keeps_the_function_and_can_be_trained(name):
+    into = network(Tokens(8, 2, 12, 1), IMAGES)
+    template = network(Tokens(8, 2, 10, 2), IMAGES, seed=1)
+    behind = layer_of(into, "blocks.0.attention").nodes[-1]
+    edited = insert(into, template, f"blocks.0.{name}", behind)
+    assert gap(into.module, edited, IMAGES) <= FUNCTION
+    new = new_parameters(into, edited)
+    first = gradients(edited, IMAGES)
+    train(edited, first, new)
+    second = gradients(edited, IMAGES)
+    weights = [n for n in new if n.endswith("weight") and "norm" not in n]
+    assert weights and all(second[n] > 0 for n in weights)
+
+
+def test_zero_blocks_stay_zero_in_training_mode_but_for_statistics():
+    into, edited, _ = deeper("residual")
+    before = outputs(copy.deepcopy(into.module).train(), IMAGES)
+    assert torch.allclose(outputs(edited.train(), IMAGES), before, rtol=1e-4, atol=1e-5)
+
+
+# --- where they go --------------------------------------------------------------------------------
+
+
+def test_several_insertions_behind_one_node_follow_each_other_in_order():
+    into, template = network(mlp(6, 5, 3), VECTORS), network(mlp(6, 7, 7, 7, 3), VECTORS, seed=1)
+    second, third = layer_of(template, "2"), layer_of(template, "4")
+    wanted = [Insertion(template, layer, into, "_1") for layer in (second, third)]
+    edited = deepen(into.module, into.example, wanted)
+    assert [str(n.target) for n in edited.graph.nodes if n.op == "call_module"][:6] == [
+        "0",
+        "1",
+        *[str(n.target) for n in inserted(edited)],
+    ]
+    first_exit = inserted(edited)[1].name
+    marks = [(0, "_1", True)] * 2 + [(1, first_exit, True)] * 2
+    assert [n.meta["inserted"] for n in inserted(edited)] == marks
+    assert gap(into.module, edited, VECTORS) <= FUNCTION
+
+
+def test_nodes_of_a_block_know_which_of_them_hold_the_value():
+    _, edited, layer = deeper("residual", blocks=1)
+    held = [n.name for n in inserted(edited) if n.meta["inserted"][2]]
+    assert len(held) == 2, "the sum and the activation behind it"
+    assert all(n.meta["origin"][0] == "deepen" for n in inserted(edited))
+
+
+def test_an_insertion_reaches_every_reader():
+    """The skip and the branch of the next block both read what was put in."""
+    template = network(residual((6, 3)), IMAGES, seed=1)
+    into = network(residual((6, 2)), IMAGES)
+    edited = insert(into, template, "1.1", "relu")
+    exit_node = inserted(edited)[-1]
+    assert {u.name for u in exit_node.users} == {"_1_1_a_0", "_1_1_skip"}
+    assert gap(into.module, edited, IMAGES) <= FUNCTION
+
+
+def test_a_layer_can_be_put_in_front_of_a_segment():
+    template = network(
+        nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3)), IMAGES
+    )
+    into = network(
+        nn.Sequential(conv(3, 5), nn.MaxPool2d(2), conv(5, 7), Pooled(7, 3)), IMAGES, seed=1
+    )
+    edited = insert(into, template, "2.0", "_1")
+    assert gap(into.module, edited, IMAGES) <= FUNCTION
+    assert [n.name for n in edited.graph.nodes].index(inserted(edited)[0].name) == 5
+
+
+def test_names_that_are_taken_are_not_overwritten():
+    into, template = network(mlp(6, 5, 4, 3), VECTORS), network(mlp(6, 7, 7, 7, 3), VECTORS, seed=1)
+    edited = insert(into, template, "2", "_1", times=3)
+    names = [n for n, _ in edited.named_parameters()]
+    assert len(set(names)) == len(names) == 12
+    for name, tensor in into.module.state_dict().items():
+        assert torch.equal(edited.state_dict()[name], tensor)
+
+
+def test_an_inserted_layer_is_not_put_inside_a_module_that_is_called():
+    """Where its path would lead into another layer (here: a pooling), it gets a path of its own."""
+    template = network(nn.Sequential(conv(3, 4), conv(4, 4), Pooled(4, 3)), IMAGES)
+    into = network(nn.Sequential(conv(3, 5), nn.MaxPool2d(2), Pooled(5, 3)), IMAGES, seed=1)
+    edited = insert(into, template, "1.0", "_0_2")
+    called = [str(n.target) for n in edited.graph.nodes if n.op == "call_module"]
+    assert not any(a.startswith(f"{b}.") for a in called for b in called)
+    assert gap(into.module, edited, IMAGES) <= FUNCTION
+
+
+def test_copies_do_not_share_weights_with_each_other_nor_with_the_template():
+    into, template = network(mlp(6, 5, 3), VECTORS), network(mlp(6, 5, 5, 3), VECTORS, seed=1)
+    edited = insert(into, template, "2", "_1", times=2)
+    pointers = [p.data_ptr() for p in edited.parameters()]
+    assert len(set(pointers)) == len(pointers)
+    assert not set(pointers) & {p.data_ptr() for p in template.module.parameters()}
+
+
+def test_template_and_network_are_left_as_they_were():
+    into, template = network(mlp(6, 5, 3), VECTORS), network(mlp(6, 7, 7, 3), VECTORS, seed=1)
+    states = [copy.deepcopy(n.module.state_dict()) for n in (into, template)]
+    insert(into, template, "2", "_1")
+    for found, state in zip((into, template), states):
+        assert all(torch.equal(t, state[k]) for k, t in found.module.state_dict().items())
+        assert not inserted(found.module)
+
+
+def test_the_global_random_state_is_left_as_it_was():
+    into, template = network(mlp(6, 5, 3), VECTORS), network(mlp(6, 7, 7, 3), VECTORS, seed=1)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    insert(into, template, "2", "_1")
+    assert torch.rand(1) == expected
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(into, template, name, after, x, level=2):
+    with fxfuse.debug(level), pytest.raises(PassError) as caught:
+        insert(network(into, x), network(template, x, seed=1), name, after)
+    assert not isinstance(caught.value, NotEquivalent)
+    assert f"'{name}'" in caught.value.where
+    return caught.value
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus])
+def test_an_activation_that_acts_twice_is_refused(act):
+    error = refused(mlp(6, 5, 3, act=act), mlp(6, 7, 7, 3, act=act), "2", "_1", VECTORS, level=0)
+    assert "activation '_3' changes the values behind '_1'" in error.met
+
+
+def test_an_activation_behind_a_linear_layer_is_refused():
+    """What a linear bottleneck hands on may be negative."""
+    into = nn.Sequential(conv(3, 4, act=False), Pooled(4, 3))
+    template = nn.Sequential(conv(3, 4, act=False), conv(4, 4), Pooled(4, 3))
+    refused(into, template, "1.0", "_0_1", IMAGES, level=0)
+
+
+def test_an_activation_behind_an_input_is_refused():
+    refused(mlp(6, 5, 3), mlp(6, 6, 7, 3), "2", "input_1", VECTORS, level=0)
+
+
+def test_a_layer_without_activation_may_follow_a_linear_one():
+    into = network(nn.Sequential(conv(3, 4, act=False), Pooled(4, 3)), IMAGES)
+    template = network(
+        nn.Sequential(conv(3, 4, act=False), conv(4, 4, act=False), Pooled(4, 3)), IMAGES, seed=1
+    )
+    assert gap(into.module, insert(into, template, "1.0", "_0_1"), IMAGES) <= FUNCTION
+
+
+def test_a_convolution_that_changes_the_size_is_refused():
+    into = nn.Sequential(conv(3, 4), Pooled(4, 3))
+    for layer in (
+        conv(4, 4, stride=2),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), nn.ReLU()),
+    ):
+        template = nn.Sequential(conv(3, 4), layer, Pooled(4, 3))
+        error = refused(into, template, "1.0", "_0_2", IMAGES)
+        assert "changes the size" in error.met
+
+
+def test_a_norm_that_depends_on_its_input_is_refused_in_a_plain_layer():
+    norm = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU())
+    template = nn.Sequential(conv(3, 4), norm, Pooled(4, 3))
+    error = refused(nn.Sequential(conv(3, 4), Pooled(4, 3)), template, "1.0", "_0_2", IMAGES)
+    assert "depends on its input" in error.met
+
+
+@pytest.mark.parametrize(
+    "block", [lambda: Concat(4, 2), lambda: Gate(4, 2), lambda: Residual(4, 6)]
+)
+def test_a_block_that_is_no_sum_around_its_entry_is_refused(block):
+    wide = {Concat: 6, Gate: 4, Residual: 6}[type(block())]
+    template = nn.Sequential(conv(3, 4), block(), Pooled(wide, 3))
+    found = network(template, IMAGES)
+    name = partition(found)[-2].layers[-1].name
+    refused(nn.Sequential(conv(3, 4), Pooled(4, 3)), template, name, "_0_2", IMAGES)
+
+
+def test_a_branch_that_cannot_be_set_to_zero_is_refused():
+    class Powered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return x + torch.exp(self.a(x))
+
+    template = nn.Sequential(conv(3, 4), Powered(), Pooled(4, 3))
+    with pytest.raises(PassError):
+        insert(
+            network(nn.Sequential(conv(3, 4), Pooled(4, 3)), IMAGES),
+            network(template, IMAGES),
+            "1.a",
+            "_0_2",
+        )
+
+
+def test_a_layer_that_reads_the_input_beside_its_entry_is_refused():
+    class Sized(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(blocks))
+
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            for block in self.blocks:
+                y = y + block(y).view(x.shape[0], -1)
+            return self.head(y)
+
+    error = refused(Sized(0), Sized(1), "blocks.0", "relu", VECTORS, level=0)
+    assert "reads the network's input beside its entry" in error.met
