@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from .ir import Alignment
 from .measuring import measure
 from .mixing import Mixer
 from .network import Network
-from .passes import debug, debug_level
 from .refit import finite, frontier_samples, settle
 from .report import report_on
 from .segments import partition
@@ -113,23 +112,28 @@ def fuse(
         alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
-    match = correspond(balanced, target)
+    mixer = Mixer(balanced, target, correspond(balanced, target), shares)
+    fused = _mix(mixer, calibration, method, clock)
+    fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
+    return copy_modes(models[target], fused)
+
+
+def _mix(mixer: Mixer, data: Calibration, method: Method, clock: _Clock) -> fx.GraphModule:
+    """Measure, couple, emit and settle: from balanced networks to the fused one."""
+    networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
     clock.start("measure units")
-    samples = min(calibration.samples, frontier_samples(balanced.networks))
-    outputs = outputs_to_settle(balanced.networks[target])
-    measured = measure(balanced, match, calibration, outputs, samples, clock.tick)
+    samples = min(data.samples, frontier_samples(networks))
+    outputs = outputs_to_settle(base)
+    measured = measure(mixer.balanced, mixer.match, data, outputs, samples, clock.tick)
     clock.start("couple units")
-    mixer = Mixer(balanced, target, match, shares)
     couple(mixer, measured, method.ground_cost, method.solver, method.maps)
     clock.start("emit")
     module, plans = emit(mixer, measured.outputs)
     clock.start("settle norms and moments")
-    fused = _like(balanced.networks[target], module)
-    settle(fused, plans, calibration, samples, method.match_moments, clock.tick)
-    seconds = clock.stop()
-    _finish(module, fused, models[target])
-    module.meta["fxfuse"] = report_on(mixer, alignment, seconds)
-    return module
+    fused = replace(base, name=f"the fusion of {base.name}", module=module)
+    settle(fused, plans, data, samples, method.match_moments, clock.tick)
+    _require_sound(fused)
+    return _cleaned(module)
 
 
 @plain_modes()
@@ -191,7 +195,7 @@ def balance(
         alignment = align_networks(networks, calibration, aligner, measure_forced=False)
     balanced = balance_networks(networks, alignment)
     pairs = zip(balanced.networks, models)
-    return [_dressed(n.module, model) for n, model in pairs]
+    return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]
 
 
 class _Clock:
@@ -282,29 +286,21 @@ def _anchor(given: int | None, default: int, count: int) -> int:
     )
 
 
-def _like(network: Network, module: fx.GraphModule) -> Network:
-    return Network(
-        f"the fusion of {network.name}", module, network.example, network.book, network.spaces
-    )
-
-
-def _finish(module: fx.GraphModule, fused: Network, model: nn.Module) -> None:
-    if not finite(module):
+def _require_sound(fused: Network) -> None:
+    if not finite(fused.module):
         raise ModelError(
             "fused weights that are NaN or infinite",
-            where="the fused network",
+            where=fused.name,
             expected="finite weights",
             do="check the activations of the models on the calibration data for overflow",
         )
-    with debug(max(1, debug_level())):
-        lint(module)
-    run_once(module, fused.example, "the fused network")
-    _dressed(module, model)
+    lint(fused.module)
+    run_once(fused.module, fused.example, fused.name)
 
 
-def _dressed(module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
-    """Put a result into its model's mode, without traces of the work in its graph."""
+def _cleaned(module: fx.GraphModule) -> fx.GraphModule:
+    """Take the traces of the work out of a graph that is handed to the user."""
     for node in module.graph.nodes:
         for key in ("inserted", "neutral_to"):
             node.meta.pop(key, None)
-    return copy_modes(model, module)
+    return module
