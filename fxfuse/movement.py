@@ -70,6 +70,12 @@ def _rerun(op: Op, key: str, layer: Tensor, shape: tuple[int, ...]) -> Any:
     return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
 
 
+def filled(run: LabelRun, op: Op) -> Labels:
+    """One value written over units leaves them alike; over anything else it is new data."""
+    known = run.of(op["self"])
+    return known if known.layers else Labels()
+
+
 def copied(run: LabelRun, op: Op) -> Labels:
     """A copy into a tensor brings the labels of what is copied."""
     source = op["src"]

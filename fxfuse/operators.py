@@ -17,7 +17,20 @@ from torch.utils._pytree import tree_leaves
 from .calls import Op, fixed, unknown
 from .contraction import contract, merge, rows_over
 from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, varying
-from .movement import VIEWS, cat, constant, copied, lookup, move, opaque, restride, stack, unchanged
+from .movement import (
+    VIEWS,
+    cat,
+    constant,
+    copied,
+    filled,
+    lookup,
+    move,
+    opaque,
+    restride,
+    stack,
+    unchanged,
+)
+from .norms import batch_norm, group_norm, layer_norm, on_axis, weight_norm
 
 Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]
 
@@ -133,66 +146,6 @@ def spatial(run: LabelRun, op: Op) -> Labels | list[Labels]:
     return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
 
 
-def batch_norm(run: LabelRun, op: Op) -> list[Labels]:
-    """Per-channel statistics and affine parameters tie to axis 1."""
-    rank = op["input"].dim()
-    operands = [(run.of(op["input"]), tuple(op["input"].shape))]
-    roles: dict[str, str | float] = {"eps": op["eps"] if op["eps"] is not None else op["epsilon"]}
-    for key in ("weight", "bias", "running_mean", "running_var"):
-        if op[key] is not None:
-            operands.append(_on_axis(run, op[key], 1, rank))
-            roles.update((key, name) for name in run.of(op[key]).sources)
-    if "running_mean" in roles and "running_var" in roles:
-        run.book.norms[run.node] = roles
-    return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
-
-
-def _on_axis(run: LabelRun, vector: Tensor, dim: int, rank: int) -> tuple[Labels, tuple[int, ...]]:
-    shape = tuple(vector.numel() if d == dim else 1 for d in range(rank))
-    known = run.of(vector)
-    return Labels(tuple(x.view(shape) for x in known.layers), known.fill, known.sources), shape
-
-
-def weight_norm(run: LabelRun, op: Op) -> list[Labels]:
-    """A weight scaled by its own norm keeps its units, and ties them to the scales."""
-    operands = [(run.of(t), tuple(t.shape)) for t in (op["v"], op["g"])]
-    return [merge(run, operands, op["v"].dim()), Labels()]
-
-
-def layer_norm(run: LabelRun, op: Op) -> list[Labels]:
-    """All normalised positions are treated alike, then scaled one by one."""
-    tensor = op["input"]
-    known = _told_apart(run.of(tensor))
-    dims = set(range(tensor.dim() - len(op["normalized_shape"]), tensor.dim()))
-    for layer in run.of(tensor).layers:
-        rest = set(varying(layer)) - dims
-        if rest and rest != set(varying(layer)):
-            rows_over(run, layer, tuple(sorted(rest)))
-    affine = [t for t in (op["weight"], op["bias"]) if t is not None]
-    operands = [(known, tuple(tensor.shape)), *((run.of(t), tuple(t.shape)) for t in affine)]
-    return [merge(run, operands, tensor.dim())] + [Labels()] * (len(op.out) - 1)
-
-
-def _told_apart(labels: Labels) -> Labels:
-    """Fix the empty places of a tensor whose other values are about to be mixed into them."""
-    layers = tuple(torch.where(x == NOTHING, FIXED, x) for x in labels.layers)
-    return Labels(layers, FIXED, labels.sources)
-
-
-def group_norm(run: LabelRun, op: Op) -> list[Labels]:
-    """Channels normalised together travel together."""
-    tensor, groups = op["input"], op["group"]
-    rank = tensor.dim()
-    for layer in run.of(tensor).layers:
-        if varying(layer) != (1,):
-            run.freeze([layer], "units laid out along an axis that GroupNorm averages")
-        elif groups > 1 and groups < tensor.shape[1]:
-            rows_over(run, layer.view(groups, -1), (0,))
-    affine = [_on_axis(run, t, 1, rank) for t in (op["weight"], op["bias"]) if t is not None]
-    operands = [(_told_apart(run.of(tensor)), tuple(tensor.shape)), *affine]
-    return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
-
-
 def convolution(run: LabelRun, op: Op) -> Labels:
     """Contract the channels; kernel positions and spatial positions stay in place."""
     x, w, transposed, groups = op["input"], op["weight"], op["transposed"], op["groups"]
@@ -248,7 +201,7 @@ def _write(run: LabelRun, op: Op, outs: list[Tensor], rank: int) -> Labels:
     shape = [1, -1, *[1] * (rank - 2)]
     operands = [(Labels(tuple(o.view(shape) for o in outs)), tuple(op.out.shape))]
     if op["bias"] is not None:
-        operands.append(_on_axis(run, op["bias"], 1, rank))
+        operands.append(on_axis(run, op["bias"], 1, rank))
     return merge(run, operands, rank)
 
 
@@ -341,6 +294,8 @@ RULES: dict[str, Rule] = {
     "cat": cat,
     "stack": stack,
     "copy": copied,
+    "zero": filled,
+    "fill": filled,
     "index": lookup,
     "embedding": lookup,
 }

@@ -19,7 +19,7 @@ LEVELS = {
             "ir",
             "costs data display labels solvers tracing",
             "calls contraction references ties verify",
-            "movement passes",
+            "movement norms passes",
             "operators",
             "interpreter",
             "network spaces",
