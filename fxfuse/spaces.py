@@ -34,10 +34,7 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
         >>> [(space.name, space.size) for space in find_spaces(net, torch.zeros(1, 4))]
         [('0', 8)]
     """
-    graph = trace(module)
-    inputs = as_example(example, device_of(graph))
-    run_once(graph, inputs, "the model")
-    return spaces_of(label_network(graph, inputs))
+    return _analyse(module, example)[1]
 
 
 @plain_modes()
@@ -55,12 +52,18 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
         >>> bool(torch.allclose(permute(net, x)(x), net(x), atol=1e-6))
         True
     """
-    graph = trace(module)
-    spaces = find_spaces(module, example)
+    graph, spaces = _analyse(module, example)
     rng, order = np.random.default_rng(seed), {}
     for space in spaces:
         order[space.name] = _shuffle(space, order, rng)
     return rearrange(graph, spaces, order)
+
+
+def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
+    graph = trace(module)
+    inputs = as_example(example, device_of(graph))
+    run_once(graph, inputs, "the model")
+    return graph, spaces_of(label_network(graph, inputs))
 
 
 def rearrange(
