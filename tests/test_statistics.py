@@ -50,22 +50,28 @@ def test_a_walk_is_in_eval_mode_and_needs_no_gradients():
     one.module.train()
     state = {k: t.clone() for k, t in one.module.state_dict().items()}
     for _ in range(2):
-        walk([one], (x,), lambda node, values: seen.append(values[0]), last={"_3"})
+        walk([one], (x,), lambda node, values: seen.append(values[0]))
     assert torch.equal(seen[len(seen) // 2 - 1], seen[-1])
     assert not seen[-1].requires_grad
     assert all(torch.equal(t, state[k]) for k, t in one.module.state_dict().items())
 
 
-def test_a_walk_stops_behind_the_last_node_wanted():
+def test_recording_stops_behind_the_last_node_wanted():
     class Stop(nn.Module):
         def forward(self, x):
             raise AssertionError("this was not to be run")
 
-    x, seen = torch.randn(2, 6), []
+    x = torch.randn(2, 6)
     one = network(mlp(6, 8, 7, 3), x)
     setattr(one.module, "4", Stop())
-    walk([one], (x,), lambda node, values: seen.append(node.name), last={"_2", "_1"})
-    assert seen == ["input_1", "_0", "_1", "_2"]
+    assert list(record(one, (x,), ["_2", "_1"], torch.clone)) == ["_1", "_2"]
+
+
+def test_recording_in_parts_gives_the_values_of_the_whole_batch():
+    x = torch.randn(300, 6)  # more than is run at a time
+    one = network(randomise(mlp(6, 8, 7, 3)), x)
+    found, whole = record(one, (x,), ["_1", "_2"], torch.clone), values_of(one.module, x)
+    assert all(torch.allclose(found[n], whole[n], atol=1e-6) for n in ("_1", "_2"))
 
 
 def test_recording_reduces_the_named_values_only():
