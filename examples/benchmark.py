@@ -1,7 +1,7 @@
 """Time and memory of `fuse`, stage by stage, for ResNet-34 + ResNet-18 on 32x32 images.
 
 The constraints leave this pair a single alignment, so `fuse` measures no layer costs; `align`,
-which always does, is timed beside it. Each case runs in a process of its own, for its own peak memory.
+which always does, is timed beside it. Each case runs in a process of its own.
 Times are in seconds and as ratios to a plain forward pass of all samples through both networks.
 
     python examples/benchmark.py [--samples 200] [--threads 2] [--width 64]
