@@ -1,0 +1,188 @@
+"""What fxfuse understands of other people's networks: free units, exactness, time.
+
+Every number of a network is drawn anew first (biases, affine parameters, statistics, heads), since
+fresh zeros and ones hide wrong permutations. Then all its units are permuted at random, and on
+request the network is fused with that permuted copy; both must leave its outputs as they are.
+
+    python examples/coverage.py [NAME ...] [--library torchvision|timm] [--fuse] [--giants]
+                                [--write table.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from torchvision import models
+
+import fxfuse
+
+GIANTS = {"regnet_y_128gf", "vit_h_14"}
+VIDEO = {"s3d": (16, 128), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
+# The smallest member of each family of timm that fits the time of a test, by its own name.
+TIMM: dict[str, str] = {}
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+def names_in(library: str) -> list[str]:
+    """Return the networks of a library that `torch.fx` traces, in alphabetical order."""
+    if library == "timm":
+        return sorted(TIMM)
+    modules = (models, models.segmentation, models.video)
+    return sorted(name for module in modules for name in models.list_models(module=module))
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Return a network of torchvision or timm with random numbers in all of its tensors."""
+    torch.manual_seed(seed)
+    if name in models.list_models():
+        options = {"weights": None}
+        if name in ("googlenet", "inception_v3"):
+            options["init_weights"] = True
+        if name in models.list_models(module=models.segmentation):
+            options["weights_backbone"] = None
+            if not name.startswith("lraspp"):
+                options["aux_loss"] = True
+        net = models.get_model(name, **options)
+    else:
+        import timm
+
+        net = timm.create_model(name, pretrained=False)
+    return randomise(net, example(name, net, 4 if "_3d" not in name else 2), seed)
+
+
+def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> Tensor:
+    """Return random inputs of the size a network takes; smaller ones where it takes any size."""
+    if name in models.list_models(module=models.video):
+        frames, size = VIDEO.get(name, (8, 112))
+        return torch.randn(count, 3, frames, size, size)
+    if hasattr(net, "default_cfg"):
+        channels, height, width = net.default_cfg["input_size"]
+        return torch.randn(count, channels, height, width)
+    fixed = name.startswith(("vit", "maxvit")) or not small
+    size = 299 if name == "inception_v3" else 224 if fixed else 64
+    return torch.randn(count, 3, size, size)
+
+
+@torch.no_grad()
+def randomise(net: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
+    """Draw all biases, affine parameters, statistics and heads anew; matrices keep their spread.
+
+    Running variances are drawn around the second moments of a batch: with numbers from nowhere, or
+    with the small variances of noise, deep networks amplify rounding until nothing else is left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in net.named_parameters():
+        normal = torch.randn(tensor.shape, generator=generator)
+        if tensor.dim() < 2 and name.endswith("bias"):
+            tensor.copy_(normal * 0.2)
+        elif tensor.dim() < 2 or not tensor.any() or tensor.std() < 1e-4:
+            tensor.copy_(normal * 0.2 + (1 if tensor.dim() < 2 else 0))
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.before = 1.0, norm.momentum
+    net.eval()
+    for norm in norms:
+        norm.train()
+    net(x)
+    for norm in norms:
+        norm.momentum = norm.before
+        del norm.before
+        size, square = norm.running_mean.shape, norm.running_var + norm.running_mean**2
+        norm.running_mean.copy_(0.2 * square.sqrt() * torch.randn(size, generator=generator))
+        norm.running_var.copy_(square * (0.7 + 0.6 * torch.rand(size, generator=generator)))
+    return net.eval()
+
+
+# --- what is measured -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def difference(before: nn.Module, after: nn.Module, x: Tensor) -> float:
+    """Return the largest difference of any output, relative to the largest value in it."""
+    worst = 0.0
+    pairs = zip(tree_leaves(before(x)), tree_leaves(after(x)), strict=True)
+    for a, b in pairs:
+        worst = max(worst, float((a - b).abs().max() / a.abs().max()))
+    return worst
+
+
+def measure(name: str, fuse: bool) -> dict:
+    """Return one row of the table, or the error that stands in its place."""
+    net = build(name)
+    x = example(name, net)
+    with torch.no_grad():
+        start = time.perf_counter()
+        net(x)
+        forward = time.perf_counter() - start
+    start = time.perf_counter()
+    spaces = fxfuse.find_spaces(net, x)
+    row = {"model": name, "free": spaces.free_units, "seconds": time.perf_counter() - start}
+    row["forwards"] = row["seconds"] / forward
+    row["frozen"] = frozen(spaces)
+    shuffled = fxfuse.permute(net, x, seed=1)
+    row["permuted"] = difference(net, shuffled, example(name, net, 2))
+    if fuse:
+        few = example(name, net, 8, small=True)
+        start = time.perf_counter()
+        fused = fxfuse.fuse([net, shuffled], few)
+        row["fuse_seconds"] = time.perf_counter() - start
+        row["fused"] = difference(net, fused, few)
+        net.load_state_dict(fused.state_dict(), strict=True)
+    return row
+
+
+def frozen(spaces: fx.Any) -> dict[str, int]:
+    """Count the units that stay in place by reason, the network's own outputs left out."""
+    reasons: Counter[str] = Counter()
+    for part in spaces.frozen:
+        if "output" not in part.reason:
+            reasons[part.reason] += part.count
+    return dict(reasons)
+
+
+def show(row: dict) -> str:
+    if "error" in row:
+        return f"{row['model']:32} {row['error']}"
+    cells = f"{row['model']:32} {row['free']:7,} {row['permuted']:9.1e}"
+    cells += f" {row['fused']:9.1e}" if "fused" in row else " " * 10
+    cells += f" {row['seconds']:5.1f} s {row['forwards']:5.1f}x  "
+    return cells + "; ".join(f"{n:,} {why}" for why, n in row["frozen"].items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--library", choices=["torchvision", "timm"], default="torchvision")
+    parser.add_argument("--fuse", action="store_true", help="also fuse with the permuted copy")
+    parser.add_argument("--giants", action="store_true", help="also those above 600 M parameters")
+    parser.add_argument("--write", type=Path, help="a JSON file for the table")
+    args = parser.parse_args()
+    names = args.names or [n for n in names_in(args.library) if args.giants or n not in GIANTS]
+    rows = []
+    print(f"{'model':32} {'free':>7} {'permuted':>9} {'fused':>9} {'seconds':>7} forwards frozen")
+    for name in names:
+        try:
+            row = measure(name, args.fuse)
+        except Exception as error:  # the table goes on, and says what happened
+            lines = str(error).splitlines()
+            row = {"model": name, "error": f"{type(error).__name__}: {lines[0] if lines else ''}"}
+        rows.append(row)
+        print(show(row), flush=True)
+        gc.collect()
+        if args.write:
+            args.write.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
