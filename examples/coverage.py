@@ -25,7 +25,7 @@ from torchvision import models
 import fxfuse
 
 GIANTS = {"regnet_y_128gf", "vit_h_14"}
-VIDEO = {"s3d": (16, 128), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
+VIDEO = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
 # The smallest member of each family of timm that fits the time of a test, by its own name.
 TIMM: dict[str, str] = {}
 
@@ -77,31 +77,32 @@ def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> T
 def randomise(net: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     """Draw all biases, affine parameters, statistics and heads anew; matrices keep their spread.
 
-    Running variances are drawn around the second moments of a batch: with numbers from nowhere, or
-    with the small variances of noise, deep networks amplify rounding until nothing else is left.
+    Running variances are drawn around the second moments of what reaches each norm: with numbers
+    from nowhere deep networks amplify rounding until nothing else is left.
     """
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
     for name, tensor in net.named_parameters():
-        normal = torch.randn(tensor.shape, generator=generator)
         if tensor.dim() < 2 and name.endswith("bias"):
-            tensor.copy_(normal * 0.2)
+            tensor.copy_(draw(tensor.shape) * 0.2)
         elif tensor.dim() < 2 or not tensor.any() or tensor.std() < 1e-4:
-            tensor.copy_(normal * 0.2 + (1 if tensor.dim() < 2 else 0))
+            tensor.copy_(draw(tensor.shape) * 0.2 + (1 if tensor.dim() < 2 else 0))
+
+    def settle(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        axes = [d for d in range(inputs[0].dim()) if d != 1]
+        square = inputs[0].square().mean(axes)
+        norm.running_mean.copy_(draw(square.shape) * 0.2 * square.sqrt())
+        norm.running_var.copy_(square * (0.7 + 0.1 * draw(square.shape).abs()))
+
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.before = 1.0, norm.momentum
-    net.eval()
-    for norm in norms:
-        norm.train()
-    net(x)
-    for norm in norms:
-        norm.momentum = norm.before
-        del norm.before
-        size, square = norm.running_mean.shape, norm.running_var + norm.running_mean**2
-        norm.running_mean.copy_(0.2 * square.sqrt() * torch.randn(size, generator=generator))
-        norm.running_var.copy_(square * (0.7 + 0.6 * torch.rand(size, generator=generator)))
-    return net.eval()
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
+    net.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return net
 
 
 # --- what is measured -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .labels import LabelRun, Ledger, TensorAxis, varying
 from .operators import mirror
-from .tracing import plain_modes
+from .tracing import Interpreter, plain_modes
 
 
 class _MirrorMode(TorchDispatchMode):
@@ -36,7 +36,7 @@ class _MirrorMode(TorchDispatchMode):
         return out
 
 
-class _NodeInterpreter(fx.Interpreter):
+class _NodeInterpreter(Interpreter):
     """Name the running node, and keep what is known of its value for after the run."""
 
     def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:

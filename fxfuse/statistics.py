@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from .data import Batch
 from .errors import DataError
 from .network import Network
-from .tracing import device_of
+from .tracing import Interpreter, device_of
 
 Bypass = Mapping[str, tuple[str, bool]]
 
@@ -72,7 +72,7 @@ def walk(
             visit(nodes[0], values)
 
 
-class Run(fx.Interpreter):
+class Run(Interpreter):
     """One network on its way through one batch, in eval mode."""
 
     def __init__(self, network: Network, batch: Batch, bypass: Bypass | None = None) -> None:

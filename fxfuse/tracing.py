@@ -39,6 +39,26 @@ class Mode(nn.Module):
         return self.training
 
 
+class Interpreter(fx.Interpreter):
+    """Run a graph as its own code does: with lists that the called function may write to."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        """Return a node's arguments as fresh lists and dictionaries instead of frozen ones."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(args), _thawed(kwargs)
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _thawed(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_thawed(v) for v in value]
+        if isinstance(value, list):
+            return parts
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
         super().__init__()

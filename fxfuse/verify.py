@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import NotEquivalent, PassError
-from .tracing import run_once
+from .tracing import Interpreter, run_once
 
 TOLERANCE = 1e-4  # relative, of the largest output, in float32
 
@@ -120,7 +120,7 @@ def require_equal(
     )
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.values: dict[str, Any] = {}
