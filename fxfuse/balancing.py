@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .errors import ArgumentError, PairingError
-from .ir import Alignment, Layer, SegmentAlignment
+from .ir import Alignment, Layer
 from .network import Network
 from .rewrites import Insertion, deepen
 from .segments import describe, partition
@@ -107,16 +108,43 @@ def _insertions(
             before = next((n for n in reversed(own[:i]) if n is not None), None)
             behind = next((n for n in own[i:] if n is not None), None)
             after = layers[k][before].nodes[-1] if before else layers[k][behind].entry
-            source, layer = _template(segment, i, layers)
-            found.append(Insertion(networks[source], layer, networks[k], after))
+            deep = networks[segment.reference]
+            wanted = layers[segment.reference][segment.slots[segment.reference][i]]
+            known = [layers[k][n] for n in [*own[:i][::-1], *own[i:]] if n is not None]
+            template, layer = _template(networks[k], known, deep, wanted, after)
+            found.append(Insertion(template, layer, networks[k], after))
     return found
 
 
 def _template(
-    segment: SegmentAlignment, slot: int, layers: Sequence[dict[str, Layer]]
-) -> tuple[int, Layer]:
-    name = segment.slots[segment.reference][slot]
-    return segment.reference, layers[segment.reference][name]
+    network: Network, known: Sequence[Layer], deep: Network, wanted: Layer, after: str
+) -> tuple[Network, Layer]:
+    """Return a layer of the wanted kind and its network, at best one of the network's own.
+
+    A layer of its own needs no resizing; the one whose settings are most like the wanted one's is
+    taken, then the nearest.
+    """
+    shape = network.book.shapes[after]
+    fits = [
+        layer
+        for layer in known
+        if layer.kind == wanted.kind
+        and network.book.shapes[layer.entry] == network.book.shapes[layer.nodes[-1]] == shape
+    ]
+    if not fits:
+        return deep, wanted
+    settings = _settings(deep, wanted)
+    differing = [sum(a != b for a, b in zip(_settings(network, x), settings)) for x in fits]
+    return network, fits[differing.index(min(differing))]
+
+
+def _settings(network: Network, layer: Layer) -> list:
+    """Return the literal arguments of a layer's steps."""
+    nodes = [n for n in network.module.graph.nodes if n.name in layer.nodes]
+    found = []
+    for node in nodes:
+        found += [x for x in tree_leaves((node.args, node.kwargs)) if not isinstance(x, fx.Node)]
+    return found
 
 
 def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
@@ -141,6 +169,8 @@ def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
         i = next((i for i, (a, b) in enumerate(zip(nodes, wanted)) if a.op != b.op), 0)
         raise _differs(network, shape, i, nodes[i], wanted[i])
     graph = copy.deepcopy(shape.module.graph)
+    for own, node in zip(nodes, graph.nodes):
+        _take_settings(own, node)
     module = fx.GraphModule(root, graph, type(module).__name__).eval()
     run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
     adopted = Network.of(network.name, module, network.example)
@@ -148,6 +178,19 @@ def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
         if describe(adopted, own) != describe(shape, other):
             raise _differs(network, shape, i, nodes[i], other)
     return adopted
+
+
+def _take_settings(own: fx.Node, node: fx.Node) -> None:
+    """Give a node the literal arguments (sizes, rates) of the node it stands for."""
+    if (own.op, len(own.args), [*own.kwargs]) == (node.op, len(node.args), [*node.kwargs]):
+        alike = own.op == "call_module" or own.target == node.target
+        pair = [
+            tree_flatten((n.args, n.kwargs), lambda x: isinstance(x, fx.Node)) for n in (own, node)
+        ]
+        (mine, layout), (theirs, other) = pair
+        if alike and layout == other:
+            leaves = [b if isinstance(b, fx.Node) else a for a, b in zip(mine, theirs)]
+            node.args, node.kwargs = tree_unflatten(leaves, other)
 
 
 def _fetch(module: nn.Module, path: str) -> object:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .alignment import Aligner, align_networks, monotone
 from .balancing import balance_networks
+from .canonical import canonical
 from .correspondence import correspond
 from .costs import correlation
 from .coupling import GroundCost, Maps, Solver, couple, two_maps
@@ -238,6 +239,7 @@ def _networks(
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     _require_same_outputs(outputs, names)
+    graphs = [canonical(g, x) for g, x in zip(graphs, inputs)]
     return [Network.of(n, g, x) for n, g, x in zip(names, graphs, inputs)], calibration
 
 

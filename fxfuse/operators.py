@@ -94,6 +94,8 @@ def _describe(op: Op) -> tuple | None:
         return (rule, tuple(weight.shape[2:]), *geometry, op["transposed"], grouping)
     if op.name in ARITHMETIC:
         return (rule, op.name)  # its numbers scale with widths, as in attention
+    if rule in ("softmax", "reduction", "cat", "stack"):
+        return (rule, op.name, op.dims(op.tensors[0].dim()))
     if "pool" in op.name or rule == "pointwise":
         numbers = [v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float))]
         return (rule, op.name, *numbers)

@@ -95,7 +95,8 @@ def _copy_node(
 
 
 def _free_path(module: fx.GraphModule, path: str) -> str:
-    taken = {p for p, _ in module.named_modules()} | {p for p, _ in module.named_parameters()}
+    taken = {p for p, _ in [*module.named_modules(), *module.named_parameters()]}
+    taken |= {p for p, _ in module.named_buffers()}
     called = tuple(f"{n.target}." for n in module.graph.nodes if n.op == "call_module")
     free, n = path, 1
     while free in taken or free.startswith(called):

@@ -22,7 +22,7 @@ LEVELS = {
             "movement norms passes",
             "operators",
             "interpreter",
-            "network spaces",
+            "canonical network spaces",
             "folding segments sizing statistics",
             "alignment rewrites",
             "balancing",
