@@ -21,8 +21,9 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
     """Combine tensors place by place, broadcasting from the right.
 
     Layers that vary along the same axes are tied. A layer whose axes refine those of another
-    operand's layer makes its units members of that layer's blocks. A layer that meets values
-    which vary along its axes without labels is frozen and not handed on.
+    operand's layer makes its units members of that layer's blocks. Along the axes where another
+    operand varies without labels, units stay in their rows; if these are all the axes of a layer,
+    it is frozen and not handed on.
 
     Args:
         run: The run.
@@ -30,38 +31,85 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
         rank: Rank of the result.
     """
     operands = [_align(labels, shape, rank) for labels, shape in operands]
+    operands, apart = _told_apart(run, operands)
     by_axes: dict[tuple[int, ...], dict[int, Tensor]] = {}
     for i, (labels, _) in enumerate(operands):
-        for axes, layers in _along_same_axes(labels.layers).items():
-            if len(layers) == 1:
-                by_axes.setdefault(axes, {})[i] = layers[0]
-            else:
-                run.freeze(layers, "several axes of units flattened into one")
+        for layer in labels.layers:
+            by_axes.setdefault(varying(layer), {})[i] = layer
     result = []
     for axes, holders in by_axes.items():
         layer = _tie_all(run, list(holders.values()))
-        others = [o for i, o in enumerate(operands) if i not in holders]
-        met = [o for o in others if o[0].fill == FIXED and any(o[1][d] > 1 for d in axes)]
-        nested = [[x for x in o[0].layers if set(varying(x)) < set(axes)] for o in met]
-        coarser = any(set(varying(x)) > set(axes) for o in met for x in o[0].layers)
-        for blocks in (x for layers in nested for x in layers):
-            run.book.group(blocks.flatten(), _rows(layer, varying(blocks)))
-        if coarser:
-            continue  # the finer layer is handed on and knows its blocks
-        if not all(nested):
-            run.freeze([layer], "meets values that vary along its axis without being its units")
-        else:
-            result.append(layer)
+        others = [o for i, o in enumerate(operands) if i not in holders and o[0].fill == FIXED]
+        if all([_meet(run, layer, o) for o in others]):
+            coarser = any(set(varying(x)) > set(axes) for o in others for x in o[0].layers)
+            result += [] if coarser else [layer]  # the finer layer knows its blocks
     fill = NOTHING if all(o[0].fill == NOTHING for o in operands) else FIXED
     sources = [o[0].sources for o in operands]
-    return Labels(tuple(result), fill, sum(sources, ()) if all(sources) else ())
+    return Labels((*result, *apart), fill, sum(sources, ()) if all(sources) else ())
 
 
-def _along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+def _meet(run: LabelRun, layer: Tensor, other: Operand) -> bool:
+    """Let a layer meet an operand that has none along the same axes; tell whether it lives on."""
+    labels, shape = other
+    axes = set(varying(layer))
+    alone = {d for d in axes if shape[d] > 1}
+    for x in labels.layers:
+        if set(varying(x)) < axes:
+            run.book.group(x.flatten(), _rows(layer, varying(x)))
+        if set(varying(x)) < axes or set(varying(x)) > axes:
+            alone -= set(varying(x))
+    return hold(run, layer, alone, "meets values that vary along its axis without being its units")
+
+
+def hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
+    """Keep the units of a layer in their rows along some axes; tell whether any may move."""
+    if axes == set(varying(layer)):
+        run.freeze([layer], reason)
+    elif axes:
+        run.freeze([rows_over(run, layer, tuple(sorted(axes)))], reason)
+    return axes != set(varying(layer))
+
+
+def _told_apart(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand], list[Tensor]]:
+    """Join the layers along one axis of one operand, if others meet them; else set them apart."""
+    joined, apart = [], []
+    for i, (labels, shape) in enumerate(operands):
+        layers = []
+        for axes, found in along_same_axes(labels.layers).items():
+            others = [o for j, o in enumerate(operands) if j != i and o[0].fill == FIXED]
+            if len(found) == 1:
+                layers += found
+            elif any(o[1][d] > 1 for o in others for d in axes):
+                layers += [joint(run, found)]
+            else:
+                apart += found
+        joined.append((Labels(tuple(layers), labels.fill, labels.sources), shape))
+    return joined, apart
+
+
+def along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+    """Sort layers by the axes along which they vary."""
     found: dict[tuple[int, ...], list[Tensor]] = {}
     for layer in layers:
         found.setdefault(varying(layer), []).append(layer)
     return found
+
+
+def joint(run: LabelRun, layers: Sequence[Tensor]) -> Tensor:
+    """Join layers along the same axes, as flattening makes them, into one.
+
+    Each combination of labels is a new unit, and each of the old labels a block of those.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    layers = torch.broadcast_tensors(*layers)
+    places = torch.stack([x.flatten() for x in layers])
+    combinations, which = torch.unique(places, dim=1, return_inverse=True)
+    units = run.book.new(combinations.shape[1])
+    units[(combinations == NOTHING).any(0)] = NOTHING
+    for labels in combinations:
+        run.book.gather(labels, units)
+    return units[which].view(layers[0].shape)
 
 
 def _align(labels: Labels, shape: tuple[int, ...], rank: int) -> Operand:
@@ -89,12 +137,17 @@ def rows_over(run: LabelRun, layer: Tensor, axes: tuple[int, ...]) -> Tensor:
 
     Places with the same units (windows that repeat heads) are the same block.
     """
+    known = run.rows.get((id(layer), axes))
+    if known is not None:
+        return known[1]
     rows = _rows(layer, axes)
     unique, inverse = np.unique(rows.numpy(), axis=0, return_inverse=True)
     blocks = run.book.new(len(unique))
     run.book.group(blocks, torch.from_numpy(unique))
     shape = [n if d in axes else 1 for d, n in enumerate(layer.shape)]
-    return blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
+    found = blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
+    run.rows[id(layer), axes] = layer, found
+    return found
 
 
 def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
@@ -117,6 +170,7 @@ def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) ->
     ka, pa = _split(run.of(a).layers, la, letters, summed)
     kb, pb = _split(run.of(b).layers, lb, letters, summed)
     _note_reads(run, a, b, ka, kb)
+    ka, kb = _one_each(run, ka), _one_each(run, kb)
     blocks = []
     for x in ka:
         for y in kb:
@@ -131,6 +185,11 @@ def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) ->
         layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
         operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
     return merge(run, operands, len(out))
+
+
+def _one_each(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
+    found = along_same_axes(layers).values()
+    return [joint(run, same) for same in found]
 
 
 def _split(

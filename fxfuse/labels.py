@@ -113,8 +113,24 @@ class Ledger:
         self.frozen.append((np.unique(layer.numpy()), node, reason))
 
     def group(self, blocks: Tensor, members: Tensor) -> None:
-        """Say that the units of each row of `members` `(b, n)` travel with their block `(b,)`."""
+        """Say that the units of each row of `members` `(b, n)` travel with their block `(b,)`.
+
+        Places without a unit of their own are blocks that stay, each for itself.
+        """
+        stuck = blocks <= FIXED
+        if bool(stuck.any()):
+            blocks = torch.where(stuck, self.new(len(blocks)), blocks)
+            self.frozen.append((blocks[stuck].numpy(), "", "its block has no unit of its own"))
         self.groups.append((blocks.numpy(), members.numpy()))
+
+    def gather(self, blocks: Tensor, members: Tensor) -> None:
+        """Say that each of `members` `(n,)` travels with its entry of `blocks` `(n,)`."""
+        order = torch.argsort(blocks, stable=True)
+        names, counts = torch.unique(blocks, return_counts=True)
+        rows = members[order].split(counts.tolist())
+        for count in torch.unique(counts):
+            same = [row for row in rows if len(row) == count]
+            self.group(names[counts == count], torch.stack(same))
 
     def place(self, layer: Tensor) -> None:
         """Note the units that share one tensor."""
@@ -158,6 +174,7 @@ class LabelRun:
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
         self._sharing: dict[int, list[weakref.ref]] = {}
+        self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         for name, tensor in tensors:
             if tensor.is_floating_point() and tensor not in self._names:
                 self._start(name, tensor)

@@ -7,6 +7,7 @@ runs the operator itself on the labels; an operator without a rule freezes what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .calls import Op, fixed, unknown
-from .contraction import contract, merge, rows_over
+from .contraction import along_same_axes, contract, joint, merge, rows_over
 from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, varying
 from .movement import (
     VIEWS,
@@ -141,8 +142,9 @@ def softmax(run: LabelRun, op: Op) -> Labels:
 def spatial(run: LabelRun, op: Op) -> Labels | list[Labels]:
     """Pooling and resampling act on the trailing axes, where units may not vary."""
     tensor = op.tensors[0]
-    known = run.of(tensor)
-    mixed = [x for x in known.layers if max(varying(x)) > 1]
+    known, rank = run.of(tensor), tensor.dim()
+    count = next(int(n) for n in re.findall(r"(\d)d", op.name))
+    mixed = [x for x in known.layers if max(varying(x)) >= rank - count]
     run.freeze(mixed, "units laid out along a pooled axis")
     labels = Labels(tuple(x for x in known.layers if absent(x, mixed)), known.fill)
     return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
@@ -158,12 +160,12 @@ def convolution(run: LabelRun, op: Op) -> Labels:
         return fixed(
             run, op, "a grouped convolution that is transposed or whose weight is computed"
         )
-    channels = [la for la in known.layers if varying(la) == (1,)]
-    run.freeze([la for la in known.layers if varying(la) != (1,)], "units along a convolved axis")
+    channels, beside = _channels(run, known)
     run.freeze([la for la in weight if max(varying(la)) > 1], KERNEL)
     outs = [la.flatten() for la in weight if varying(la) == (out_dim,)]
     if groups == 1:
-        ins = [la.flatten() for la in weight if varying(la) == (in_dim,)]
+        ins = [la for la in weight if varying(la) == (in_dim,)]
+        ins = [joint(run, ins).flatten()] if ins else []
         _read(run, [c.flatten() for c in channels], ins, known.fill)
     elif len(channels) != 1 or not outs:
         return fixed(run, op, "a grouped convolution of what cannot be moved")
@@ -171,7 +173,22 @@ def convolution(run: LabelRun, op: Op) -> Labels:
         labels = channels[0].flatten()
         run.dense_axis(w, in_dim, labels, groups)
         _group_channels(run, labels.view(groups, -1), outs[0].view(groups, -1))
-    return _write(run, op, outs, x.dim())
+    return _write(run, op, outs, beside)
+
+
+def _channels(run: LabelRun, known: Labels) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the layers along channels, one for the whole batch, and those along the batch.
+
+    What is computed for each sample alike ties the units of all samples to each other.
+    """
+    beside = [x for x in known.layers if varying(x) == (0,)]
+    channels = [x for x in known.layers if varying(x) in ((1,), (0, 1))]
+    others = [x for x in known.layers if absent(x, [*beside, *channels])]
+    run.freeze(others, "units along a convolved axis")
+    for layer in channels:
+        run.book.tie(layer, layer[:1])
+    found = along_same_axes([x[:1] for x in channels]).values()
+    return [joint(run, same) for same in found], beside
 
 
 def _read(run: LabelRun, units: list[Tensor], ins: list[Tensor], fill: int) -> None:
@@ -199,9 +216,11 @@ def _group_channels(run: LabelRun, ins: Tensor, outs: Tensor) -> None:
         run.book.group(blocks, outs)
 
 
-def _write(run: LabelRun, op: Op, outs: list[Tensor], rank: int) -> Labels:
+def _write(run: LabelRun, op: Op, outs: list[Tensor], beside: list[Tensor]) -> Labels:
+    rank = op.out.dim()
     shape = [1, -1, *[1] * (rank - 2)]
-    operands = [(Labels(tuple(o.view(shape) for o in outs)), tuple(op.out.shape))]
+    layers = (*(o.view(shape) for o in outs), *beside)
+    operands = [(Labels(layers), tuple(op.out.shape))]
     if op["bias"] is not None:
         operands.append(on_axis(run, op["bias"], 1, rank))
     return merge(run, operands, rank)

@@ -8,25 +8,18 @@ falls apart by itself (padded shortcuts, half-tied streams, concatenations).
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from .blocks import CROSSED, parents, solve
 from .ir import Axis, Frozen, Space, Spaces
-from .labels import KERNEL, Ledger, TensorAxis
+from .labels import FIXED, KERNEL, Ledger, TensorAxis
 
 
 def spaces_of(book: Ledger) -> Spaces:
     """Solve the ties of a ledger and sort its units into spaces."""
-    unit = _solve_ties(book)
-    groups = _merge_blocks(unit, book)
-    unit, parents = groups
-    frozen = np.zeros(book.size, dtype=bool)
-    frozen[unit[1]] = True
-    for labels, _, _ in book.frozen:
-        frozen[unit[labels]] = True
-    parent, crossed = _parents(parents, book.size)
-    frozen[list(crossed)] = True
+    unit, sets, frozen = solve(book)
     cls = _classes(book, unit)
+    parent, crossed = parents(sets, cls)
+    frozen[crossed] = True
     cls = _refine_by_blocks(cls, parent, frozen, unit)
     spaces = _build(book, unit, cls, parent, frozen)
     return Spaces(spaces, _report(book, unit, frozen), _sizes(book))
@@ -34,63 +27,6 @@ def spaces_of(book: Ledger) -> Spaces:
 
 def _sizes(book: Ledger) -> dict[tuple[str, int], int]:
     return {(a.tensor, a.dim): len(a.labels) for a in book.axes}
-
-
-def _solve_ties(book: Ledger, more: list[tuple[int, int]] | None = None) -> np.ndarray:
-    """Return the unit of each label: the smallest label it is tied to."""
-    pairs = [np.array([a, b]) for a, b in book.ties] + [np.array(more or []).reshape(-1, 2).T]
-    a, b = np.concatenate(pairs, axis=1).astype(int)
-    graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(book.size, book.size))
-    _, component = connected_components(graph, directed=False)
-    _, first = np.unique(component, return_index=True)
-    return first[component]
-
-
-def _merge_blocks(
-    unit: np.ndarray, book: Ledger
-) -> tuple[np.ndarray, list[tuple[int, tuple[int, ...]]]]:
-    """Tie blocks that have the same members; return units and `(block, members)`."""
-    more: list[tuple[int, int]] = []
-    while True:
-        seen: dict[tuple[int, ...], int] = {}
-        found, before = [], len(more)
-        for blocks, members in book.groups:
-            for block, row in zip(unit[blocks], unit[members]):
-                key = tuple(np.unique(row))
-                if key == (block,):
-                    continue
-                other = seen.setdefault(key, int(block))
-                if other != block:
-                    more.append((other, int(block)))
-                found.append((int(block), key))
-        if len(more) == before:
-            return unit, sorted(set(found))
-        unit = _solve_ties(book, more)
-
-
-def _parents(groups: list[tuple[int, tuple[int, ...]]], size: int) -> tuple[np.ndarray, set[int]]:
-    """Return each unit's block (-1 for none) and the blocks that cross others, which are fixed.
-
-    A unit in two blocks travels with both: it may only move inside their intersection, which
-    becomes its block, and the blocks themselves stay.
-    """
-    found: dict[int, list[int]] = {}
-    for block, members in groups:
-        for member in members:
-            blocks = found.setdefault(member, [])
-            if block not in blocks:
-                blocks.append(block)
-    parent = np.full(size, -1)
-    crossed: set[int] = set()
-    virtual: dict[tuple[int, ...], int] = {}
-    for member, blocks in found.items():
-        key = tuple(sorted(blocks))
-        if len(key) > 1:
-            crossed.update(key)
-            parent[member] = virtual.setdefault(key, -2 - len(virtual))
-        else:
-            parent[member] = key[0]
-    return parent, crossed
 
 
 def _classes(book: Ledger, unit: np.ndarray) -> np.ndarray:
@@ -113,29 +49,31 @@ def _refine_by_blocks(
     A block with a fixed member stays (marked in `frozen`); its members may move inside it.
     """
     live = np.unique(unit)
+    inside = live[parent[live] >= 0]
+    while not frozen[parent[inside[frozen[inside]]]].all():
+        frozen[parent[inside[frozen[inside]]]] = True
+    block = parent[live]
+    stays = np.where((block < -1) | ((block >= 0) & frozen[block]), block, -1)
+    draw = np.random.default_rng(0).integers(1 << 63, size=len(unit) + 1, dtype=np.uint64)
+    refined = cls.copy()
+    _, refined[live] = np.unique(cls[live], return_inverse=True)
     while True:
-        members: dict[int, list[int]] = {}
-        for u in live[parent[live] != -1]:
-            members.setdefault(int(parent[u]), []).append(int(u))
-        for block, inside in members.items():
-            if block >= 0 and frozen[inside].any():
-                frozen[block] = True
-        keys = []
-        for u in live:
-            block, make = int(parent[u]), ()
-            if u in members:
-                make = tuple(
-                    zip(*(x.tolist() for x in np.unique(cls[members[u]], return_counts=True)))
-                )
-            stays = block if block < -1 or block >= 0 and frozen[block] else -1
-            keys.append((int(cls[u]), stays, int(cls[block]) if block >= 0 else -1, make))
-        names: dict[tuple, int] = {}
-        refined = cls.copy()
-        for u, key in zip(live, keys):
-            refined[u] = names.setdefault(key, len(names))
-        if len(names) == len(np.unique(cls[live])):
+        make = np.zeros(len(unit), dtype=np.uint64)  # the sum tells the kinds of all members
+        np.add.at(make, parent[inside], draw[refined[inside]])
+        outer = np.where(block >= 0, refined[block], -1)
+        _, split = _distinct(refined[live], stays, outer, make[live])
+        if split.max(initial=-1) == refined[live].max(initial=-1):
             return refined
-        cls = refined
+        refined[live] = split
+
+
+def _distinct(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct rows of some columns as numbers, and the number of each row."""
+    numbers, code = np.zeros(0, dtype=np.int64), np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        names, part = np.unique(column, return_inverse=True)
+        numbers, code = np.unique(code * len(names) + part, return_inverse=True)
+    return numbers, code
 
 
 def _build(
@@ -144,7 +82,7 @@ def _build(
     wide = [a for a in book.axes if len(a.labels) > 1]  # an axis of one position has no symmetry
     parametric = np.unique(np.concatenate([unit[a.labels] for a in wide] + [[0]]))
     members_of: dict[int, list[int]] = {}
-    for u in np.unique(np.concatenate([parametric, parent[parametric][parent[parametric] > 1]])):
+    for u in _with_blocks(parametric, parent):
         if u > 1 and not frozen[u]:
             members_of.setdefault(int(cls[u]), []).append(int(u))
     position, where = np.full(book.size, -1), np.full(book.size, -1)
@@ -164,6 +102,16 @@ def _build(
             for c, found in _locate(axis, unit, position, where, False):
                 features[c].append(found)
     return _name(members_of, axes, features, parent, where, position)
+
+
+def _with_blocks(units: np.ndarray, parent: np.ndarray) -> np.ndarray:
+    """Add the blocks of some units, and the blocks of those blocks."""
+    while True:
+        outer = parent[units]
+        more = np.unique(np.concatenate([units, outer[outer > FIXED]]))
+        if len(more) == len(units):
+            return more
+        units = more
 
 
 def _locate(
@@ -230,17 +178,17 @@ def _depth(space: Space, by_name: dict[str, Space]) -> int:
 
 
 def _report(book: Ledger, unit: np.ndarray, frozen: np.ndarray) -> tuple[Frozen, ...]:
-    why: dict[int, tuple[str, str]] = {}
-    for labels, node, reason in reversed(book.frozen):
-        for u in np.unique(unit[labels]):
-            why[int(u)] = (node, reason)
+    cause = np.full(book.size, -1)
+    for i, (labels, _, _) in reversed(list(enumerate(book.frozen))):
+        cause[unit[labels]] = i
     report = []
     for axis in book.axes:
         units = unit[axis.labels]
         stuck = units[frozen[units]]
-        node, reason = (
-            why.get(int(stuck[0]), ("", "its blocks cross others")) if len(stuck) else ("", "")
-        )
-        if len(stuck) and len(axis.labels) > 1 and reason != KERNEL:
+        if not len(stuck) or len(axis.labels) < 2:
+            continue
+        why = cause[stuck[0]]
+        _, node, reason = book.frozen[why] if why >= 0 else (None, "", CROSSED)
+        if reason != KERNEL:
             report.append(Frozen(axis.tensor, axis.dim, len(stuck), node, reason))
     return tuple(report)

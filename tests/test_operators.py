@@ -224,6 +224,12 @@ CASES = {
     "pools of one": tokens(
         lambda net, x: (F.avg_pool1d(x.mT, 2) + F.adaptive_avg_pool1d(x.mT, 2)).mT
     ),
+    "pool over units of one sample": images(
+        lambda net, x: torch.stack(
+            [F.avg_pool2d(v.transpose(0, 1), 3, 1, 1) for v in _two(x)]
+        ).transpose(1, 2),
+        free=0,
+    ),
     "pool over units": tokens(lambda net, x: F.avg_pool1d(x, 2), outputs=4, free=0),
     "interpolate": images(
         lambda net, x: (
@@ -243,7 +249,13 @@ CASES = {
     "layer_norm": tokens(**kept(lambda: nn.LayerNorm(8))),
     "layer_norm of images": images(**kept(lambda: nn.LayerNorm([8, 6, 6]))),
     "layer_norm of parts": vectors(
-        lambda net, x: net.part(x.view(3, 2, 4)).flatten(1), part=lambda: nn.LayerNorm(4), free=0
+        lambda net, x: net.part(x.view(3, 2, 4)).flatten(1), part=lambda: nn.LayerNorm(4), free=4
+    ),
+    "layer_norm of parts multiplied": tokens(
+        lambda net, x: net.a(x) * net.part(x.view(2, 5, 4, 2)).flatten(2),
+        a=lambda: nn.Linear(8, 8),
+        part=lambda: nn.LayerNorm(2),
+        free=4,
     ),
     "rms_norm": tokens(**kept(lambda: nn.RMSNorm(8))),
     "group_norm": images(**kept(lambda: nn.GroupNorm(2, 8))),
@@ -289,11 +301,53 @@ CASES = {
     ),
     "conv of three axes": volumes(**kept(lambda: nn.Conv3d(8, 8, 2)), free=16),
     "conv over units": tokens(lambda net, x: net.part(x), part=lambda: nn.Conv1d(5, 5, 1), free=0),
+    "conv of parts": images(
+        lambda net, x: net.part(x.view(4, 4, 6, 6)).view(2, 12, 6, 6),
+        part=lambda: nn.Conv2d(4, 6, 1),
+        outputs=12,
+        free=10,
+    ),
+    "depthwise conv of parts": images(
+        lambda net, x: net.part(x.view(4, 4, 6, 6)).view(2, 8, 6, 6),
+        part=lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        free=4,
+    ),
+    "attention with parts pooled": tokens(
+        lambda net, x: _pooled_attention(net, net.q(x), net.k(x), net.v(x)),
+        **{n: lambda: nn.Linear(8, 8) for n in "qkv"},
+        pool=lambda: nn.Conv1d(4, 4, 3, groups=4),
+        norm=lambda: nn.LayerNorm(4),
+        free=20,
+    ),
     "transposed conv": images(**kept(lambda: nn.ConvTranspose2d(8, 8, 2, 2)), free=16),
     "grouped conv": images(**kept(lambda: nn.Conv2d(8, 8, 3, groups=2)), free=16),
     "depthwise conv": images(**kept(lambda: nn.Conv2d(8, 8, 3, groups=8))),
     "depthwise multiplied": images(
         **kept(lambda: nn.Conv2d(8, 16, 3, groups=8)), free=16, outputs=16
+    ),
+    # --- parameters with an axis for parts and one for what is in them
+    "table of parts": vectors(
+        lambda net, x: (x.view(3, 2, 4) + net.a).flatten(1), a=table(2, 4), free=4
+    ),
+    "table of parts, flattened": vectors(lambda net, x: x * net.a.flatten(), a=table(2, 4), free=4),
+    "matrix of parts, flattened": vectors(
+        lambda net, x: x @ net.a.flatten(0, 1), a=table(2, 4, 8), free=12
+    ),
+    "kernel of parts, flattened": images(
+        lambda net, x: F.conv2d(x, net.a.flatten(1, 2)), a=table(8, 4, 2, 1, 1), free=12
+    ),
+    "matrix to parts, flattened": vectors(
+        lambda net, x: (x @ net.a.flatten(1)).view(3, 2, 4).sum(1),
+        a=table(8, 2, 4),
+        outputs=4,
+        free=14,
+    ),
+    # --- parts in place, units within them
+    "numbered parts": vectors(lambda net, x: (x.view(3, 2, 4) * numbered(x)[:2, None]).flatten(1)),
+    "numbered parts with a gate": vectors(
+        lambda net, x: (x.view(3, 4, 2) * (net.a(x)[:, :, None] * numbered(x)[:2])).flatten(1),
+        a=lambda: nn.Linear(8, 4),
+        free=4,
     ),
     # --- tables
     "embedding": vectors(
@@ -317,6 +371,17 @@ def _pair(parts):
 
 def _three(x):
     return [x[0], x[1], x[2]]
+
+
+def _two(x):
+    return [x[0], x[1]]
+
+
+def _pooled_attention(net, q, k, v):
+    """Two heads, their keys pooled along tokens and normalised by what all heads share."""
+    q, k, v = (t.view(2, 5, 2, 4).transpose(1, 2) for t in (q, k, v))
+    k = net.norm(net.pool(k.reshape(4, 5, 4).mT).mT).view(2, 2, 3, 4)
+    return ((q @ k.mT).softmax(-1) @ v[:, :, :3]).transpose(1, 2).reshape(2, 5, 8)
 
 
 # Networks on which a permutation of all spaces once changed the function, or crashed.
@@ -372,6 +437,18 @@ FOUND_IN_THE_WILD = {
     ),
     "convolution weight that is computed": images(
         lambda net, x: F.conv2d(x, net.a.cumsum(0)), a=table(8, 8, 3, 3)
+    ),
+    "gates of which some are numbers": vectors(
+        lambda net, x: (
+            x.view(3, 4, 2) * torch.cat([net.a(x), numbered(x)[:2].expand(3, 2)], 1)[:, :, None]
+        ).flatten(1),
+        a=lambda: nn.Linear(8, 2),
+    ),
+    "sum with numbers beside a gate": vectors(
+        lambda net, x: torch.addcmul(
+            numbered(x)[:4].expand(3, 2, 4), x.view(3, 2, 4), net.a(x)[:, :, None]
+        ).flatten(1),
+        a=lambda: nn.Linear(8, 2),
     ),
     "weight norm": images(
         **kept(lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
