@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .labels import LabelRun, Ledger, TensorAxis, varying
+from .modes import is_choice
 from .operators import mirror
-from .tracing import Interpreter, plain_modes
+from .tracing import Interpreter, plain_modes, tensors_in
 
 
 class _MirrorMode(TorchDispatchMode):
@@ -49,13 +49,13 @@ class _NodeInterpreter(Interpreter):
         run, shapes = self.labelled, self.labelled.book.shapes
         run.node = n.name
         value = super().run_node(n)
-        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
-        if n.op == "output":
-            self.outputs = [layer for t in tensors for layer in run.of(t).layers]
-        elif isinstance(value, Tensor):
+        if n.op == "output" or is_choice(self.module, n):  # given the outputs of both modes
+            given, _ = self.fetch_args_kwargs_from_env(n)
+            self.outputs += [layer for t in tensors_in(given) for layer in run.of(t).layers]
+        if n.op != "output" and isinstance(value, Tensor):
             shapes[n.name] = tuple(value.shape)
             self.layers[n.name] = [x for x in run.of(value).layers if len(varying(x)) == 1]
-        elif tensors:
+        elif n.op != "output" and tensors_in(value):
             shapes[n.name] = ()
         return value
 

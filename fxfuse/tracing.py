@@ -1,9 +1,10 @@
 """From a module to a `GraphModule` of its own: same function, live modes, no tie to the original.
 
-Symbolic tracing bakes `self.training` into functional calls (`F.dropout(x, p, self.training)`).
-The model is therefore traced in both modes; where the two graphs differ in a flag only, the flag
-becomes a module that reads its own mode. Where they differ in more, the smallest module around the
-difference is kept as a leaf, and if that is the whole model, the graph is the one of eval mode.
+Symbolic tracing bakes `self.training` into functional calls (`F.dropout(x, p, self.training)`) and
+leaves out what only training computes. The model is therefore traced in both modes, and `modes`
+makes one graph of the two, with live flags and a live choice of outputs. Where that cannot be, the
+smallest module around the difference is kept as a leaf, and if that is the whole model, the graph
+is the one of eval mode.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import DataError, ModelError, TraceError
+from .modes import Mode, cut_to, evaluating_part, merge
 
 Example = Tensor | tuple[Tensor, ...]
 
@@ -29,14 +31,6 @@ def plain_modes() -> Iterator[None]:
     cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     with torch.inference_mode(False), cpu, cuda:
         yield
-
-
-class Mode(nn.Module):
-    """A training flag that stays live in a graph."""
-
-    def forward(self) -> bool:
-        """Return whether the module is in training mode."""
-        return self.training
 
 
 class Interpreter(fx.Interpreter):
@@ -86,7 +80,9 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
         name: How to call it in errors.
 
     Returns:
-        A `GraphModule` with the model's module names and state, in the model's mode.
+        A `GraphModule` with the model's module names and state, in the model's mode. Heads that
+        exist in training only run in eval mode too, which costs their time and takes inputs that
+        they take; `torch.compile` and `torch.export` leave them out again.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -104,8 +100,18 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
     shell = _shell(model)
     graph = _live_graph(shell, name)
     module = fx.GraphModule(shell, graph, type(model).__name__)
+    _hide_constants(model, module)
     module = copy.deepcopy(module)
     return copy_modes(model, module)
+
+
+def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
+    """Keep tensors that are no state of the model, which fx makes buffers, out of the state."""
+    known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        added = {name for name in part._buffers if prefix + name not in known}
+        part._non_persistent_buffers_set |= added
 
 
 def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
@@ -146,6 +152,17 @@ def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor
     return tuple(p.to(device) for p in parts)
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value; what its data classes hold counts."""
+    found: list[Tensor] = []
+    for part in tree_leaves(value):
+        if is_dataclass(part) and not isinstance(part, type):
+            found += tensors_in([getattr(part, field.name) for field in fields(part)])
+        elif isinstance(part, Tensor):
+            found.append(part)
+    return found
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model lives, the CPU if it has no tensors."""
     first = next(iter(_tensors(model)), None)
@@ -183,19 +200,17 @@ def _shell(model: nn.Module) -> nn.Module:
 
 
 def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
-    """Trace in both modes until they agree but for flags, keeping what differs as leaves."""
+    """Trace in both modes until one graph serves both, keeping what differs as leaves."""
     leaves: frozenset[str] = frozenset()
     while True:
         evaluating, error = _trace_in(shell, False, leaves)
         if isinstance(evaluating, str):
             raise _untraceable(shell, name, error) from error
-        training, _ = _trace_in(shell, True, leaves)
-        if isinstance(training, str):
-            flags, around = [], training
-        else:
-            flags, around = _compare(evaluating, training)
-            if around is None:
-                return _with_flags(shell, evaluating, flags)
+        around, _ = _trace_in(shell, True, leaves)
+        if isinstance(around, fx.Graph):
+            around = merge(shell, evaluating, around)
+        if isinstance(around, fx.Graph):
+            return around
         if not around or around in leaves:
             return evaluating  # the model itself takes another way: keep the one of eval mode
         leaves |= {around}
@@ -227,51 +242,11 @@ def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceE
     )
 
 
-def _compare(a: fx.Graph, b: fx.Graph) -> tuple[list[tuple[fx.Node, str | int]], str | None]:
-    """Return the arguments that follow the mode, and the module around any other difference."""
-    flags: list[tuple[fx.Node, str | int]] = []
-    for n, m in zip_longest(a.nodes, b.nodes):
-        if n is None or m is None:
-            return [], _path(n or m)
-        if (n.op, str(n.target), n.name) != (m.op, str(m.target), m.name):
-            return [], _path(m) or _path(n)  # what training adds names its own module
-        if len(n.args) != len(m.args) or set(n.kwargs) != set(m.kwargs):
-            return [], _path(n)
-        places = [*enumerate(zip(n.args, m.args))]
-        places += [(k, (n.kwargs[k], m.kwargs[k])) for k in n.kwargs]
-        for key, (x, y) in places:
-            if (x, y) == (False, True) and isinstance(x, bool):
-                flags.append((n, key))
-            elif str(x) != str(y):
-                return [], _path(n)
-    return flags, None
-
-
-def _path(node: fx.Node) -> str:
-    """Return the module a node was traced in; a repeated call of it is marked `@n` by fx."""
-    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).split("@")[0]
-
-
-def _with_flags(
-    shell: nn.Module, graph: fx.Graph, flags: list[tuple[fx.Node, str | int]]
-) -> fx.Graph:
-    for node, key in flags:
-        path = ".".join(part for part in (_path(node), "training_mode") if part)
-        owner = shell.get_submodule(_path(node))
-        if not isinstance(getattr(owner, "training_mode", None), Mode):
-            owner.training_mode = Mode()
-        with graph.inserting_before(node):
-            flag = graph.call_module(path)
-            flag.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
-        if isinstance(key, int):
-            node.update_arg(key, flag)
-        else:
-            node.update_kwarg(key, flag)
-    return graph
-
-
 def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[Tensor]:
     """Return the output tensors of one forward pass in eval mode.
+
+    Where only what training computes refuses the batch, as too small for its head, that part is cut
+    off the network in place: eval mode is what a network is fused for.
 
     Raises:
         DataError: If the model refuses the batch or computes values that are not finite.
@@ -280,7 +255,7 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
     module.eval()
     try:
         with torch.no_grad():
-            out = module(*example)
+            out = _forward(module, example)
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in example)
         raise DataError(
@@ -292,7 +267,7 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
     finally:
         for m, mode in modes.items():
             m.training = mode
-    tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    tensors = tensors_in(out)
     if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
         raise DataError(
             "outputs that are NaN or infinite",
@@ -301,3 +276,15 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
             do="check the data for NaN and the model for exploding activations",
         )
     return tensors
+
+
+def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    try:
+        return module(*example)
+    except Exception:
+        part = evaluating_part(module) if isinstance(module, fx.GraphModule) else None
+        if part is None:
+            raise
+        out = part.eval()(*example)
+        cut_to(module, part)
+        return out

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -94,6 +95,33 @@ def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
     assert book.unknown == [("cumsum", "aten.cumsum.default")]
     assert "no rule for aten.cumsum.default" in {reason for _, _, reason in book.frozen}
     assert ledger(mlp(6, 8, 3), torch.zeros(2, 6)).unknown == []
+
+
+class Auxiliary(nn.Module):
+    """Two outputs in training mode, in an object of their own, one in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.extra = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return Result(self.b(x), self.extra(x)) if self.training else self.b(x)
+
+
+@dataclass
+class Result:
+    main: torch.Tensor
+    extra: torch.Tensor
+
+
+def test_outputs_of_both_modes_are_frozen():
+    book = ledger(randomise(Auxiliary()), torch.randn(2, 6))
+    fixed = [set(labels) for labels, _, reason in book.frozen if "output" in reason]
+    by_tensor = {a.tensor: set(a.labels.tolist()) for a in book.axes if a.dim == 0}
+    assert by_tensor["b.weight"] in fixed and by_tensor["extra.weight"] in fixed
+    assert by_tensor["a.weight"] not in fixed
+    assert book.weights["extra"] == ["extra.weight"]
 
 
 def test_a_value_of_several_tensors_has_a_place_in_the_graph_but_no_shape():

@@ -15,7 +15,7 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors moments version",
+            "errors modes moments version",
             "ir",
             "costs data display labels solvers tracing",
             "blocks calls contraction references verify",

@@ -2,18 +2,20 @@ import contextlib
 import copy
 import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FUNCTION
 from hypothesis import given
-from nets import NETS, Functional, Residual, build, gap, mlp, outputs, random_nets, randomise
+from nets import NETS, Functional, Residual, build, conv, gap, mlp, outputs, random_nets, randomise
 from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 from fxfuse.errors import DataError, ModelError, TraceError
-from fxfuse.tracing import Mode, as_example, device_of, run_once, trace
+from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace
+from fxfuse.verify import lint
 
 
 def varies(module, x):
@@ -263,17 +265,61 @@ def test_batch_statistics_are_live():
     assert gap(copy.deepcopy(net).train(), trace(net).train(), x) <= FUNCTION
 
 
-def test_modes_that_differ_at_the_top_leave_the_graph_of_eval_mode():
-    class Auxiliary(nn.Module):
+class Auxiliary(nn.Module):
+    """A head for training that takes nothing smaller than its kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 5)
+        self.extra = nn.Sequential(nn.Conv2d(4, 6, 5), nn.BatchNorm2d(6), nn.Dropout(0.3))
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x):
+        x = self.a(x)
+        aux = self.extra(x) * self.scale if self.training else None
+        x = F.dropout(self.b(x).mean((2, 3)), 0.3, self.training)
+        return (x, aux) if self.training else x
+
+
+def test_a_head_for_training_is_live():
+    net, x = randomise(Auxiliary()), torch.randn(4, 3, 8, 8)
+    graph = trace(net)
+    assert gap(net, graph, x) == 0
+    torch.manual_seed(1)
+    expected = outputs(net.train(), x)
+    torch.manual_seed(1)
+    found = outputs(graph.train(), x)
+    assert type(found) is tuple and all(map(torch.equal, expected, found))
+
+
+def test_modes_that_go_two_ways_leave_the_graph_of_eval_mode():
+    class Normalised(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.extra = nn.Linear(6, 3), nn.Linear(6, 3)
+            self.a = nn.Linear(6, 3)
 
         def forward(self, x):
-            return (self.a(x), self.extra(x)) if self.training else self.a(x)
+            return self.a(x) if self.training else self.a(x).softmax(1)
 
-    net, x = randomise(Auxiliary()), torch.randn(2, 6)
+    net, x = randomise(Normalised()), torch.randn(2, 6)
     assert gap(net, trace(net), x) <= FUNCTION
+
+
+def test_constants_are_the_same_in_both_modes_and_no_state():
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.plain = nn.Linear(6, 3), torch.rand(3)
+            self.register_buffer("mask", torch.rand(3), persistent=False)
+
+        def forward(self, x):
+            x = self.a(x) * torch.tensor([1.0, 2.0, 3.0]) + self.plain * self.mask
+            return F.dropout(x, 0.5, self.training)
+
+    net, x = randomise(Scaling()), torch.randn(4, 6)
+    assert_modes_are_live(net, x)
+    for graph in (trace(net), trace(trace(net)), copy.deepcopy(trace(net))):
+        assert set(graph.state_dict()) == {"a.weight", "a.bias"}
 
 
 def test_a_flag_may_be_positional_or_by_name_and_follows_its_own_module():
@@ -402,6 +448,29 @@ def test_a_refused_batch_names_network_and_shape_and_restores_the_modes():
     assert caught.value.where == "net 3" and net.training
 
 
+def test_a_head_that_refuses_the_batch_is_cut_off():
+    """Eval mode takes it; what cannot be run cannot be fused, and what is kept must be right."""
+    net, x = randomise(Auxiliary()), torch.randn(4, 3, 4, 4)
+    graph = trace(net).train()
+    graph.get_submodule("a.0").eval()
+    modes = {path: m.training for path, m in graph.named_modules()}
+    (found,) = run_once(graph, (x,), "net")
+    assert torch.equal(found, outputs(net, x))
+    lint(graph)
+    assert {k.partition(".")[0] for k in graph.state_dict()} == {"a", "b"}
+    assert all(m.training == modes[path] for path, m in graph.named_modules())
+    assert gap(net, graph.eval(), x) == 0
+
+
+def test_a_head_stays_where_the_whole_network_refuses_the_batch():
+    graph = trace(randomise(Auxiliary()))
+    with pytest.raises(DataError, match=r"\(4, 2, 8, 8\)"):
+        run_once(graph, (torch.randn(4, 2, 8, 8),), "net")
+    assert set(graph.state_dict()) == set(Auxiliary().state_dict())
+    run_once(graph, (torch.randn(4, 3, 8, 8),), "net")
+    assert "scale" in graph.state_dict()
+
+
 def test_outputs_that_are_not_finite_are_refused():
     class Exploding(nn.Module):
         def forward(self, x):
@@ -417,3 +486,13 @@ def test_all_tensors_of_nested_outputs_are_returned():
             return {"a": x, "b": (x + 1, [x.long()])}
 
     assert len(run_once(Nested(), (torch.zeros(2),), "net")) == 3
+
+
+def test_tensors_of_data_classes_count():
+    @dataclass
+    class Result:
+        main: torch.Tensor
+        rest: object = None
+
+    a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+    assert len(tensors_in([a, Result(b, {"x": Result(c)}), 3, Result])) == 3

@@ -1,0 +1,295 @@
+"""One graph for both modes of a model: live flags, and heads that exist in training only.
+
+A model is traced in eval mode and in training mode. Where the nodes of the first graph are found
+one by one, in order, in the second, the second serves both modes: flags follow the mode, and what
+only training computes ends in a live choice at the output. Eval mode computes it too, so that it is
+analysed and fused like the rest, but on copies, so that nothing it writes reaches the outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from operator import attrgetter
+from os.path import commonprefix
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+ONLY_IN_TRAINING = "only_in_training"  # key of the meta of nodes that eval mode has no use for
+
+
+class Mode(nn.Module):
+    """A training flag that stays live in a graph."""
+
+    called = "training_mode"
+
+    def forward(self) -> bool:
+        """Return whether the module is in training mode."""
+        return self.training
+
+
+class Choice(Mode):
+    """A choice between two values that stays live in a graph."""
+
+    called = "training_output"
+
+    def forward(self, evaluating: Any, training: Any) -> Any:
+        """Return the value of the module's mode."""
+        return training if self.training else evaluating
+
+
+class Tap(Mode):
+    """Where a branch for training leaves: in eval mode it may not write to what it reads."""
+
+    called = "training_input"
+
+    def forward(self, value: Any) -> Any:
+        """Return the value, in eval mode a copy of it."""
+        if self.training:
+            return value
+        return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+
+
+def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Graph | str:
+    """Make the graph of training mode serve eval mode as well.
+
+    Args:
+        shell: The module that both were traced from; it gets what keeps the graph live.
+        evaluating: Its graph in eval mode.
+        training: Its graph in training mode; edited in place.
+
+    Returns:
+        The graph, or the name of the module around the first difference that this cannot bridge.
+    """
+    numbers = _numbers(shell, evaluating, training)
+    partners = _partners(evaluating, training, numbers)
+    if partners is None:
+        return _difference(evaluating, training, numbers)
+    flags: list[tuple[fx.Node, str | int]] = []
+    for node, partner in partners.items():
+        found = _flags(node, partner, partners)
+        if found is None:
+            return path_of(node)
+        flags += [(partner, key) for key in found]
+    shared = {*partners.values()}
+    extra = [node for node in _steps(training) if node not in shared]
+    flags += [(node, "training") for node in extra if node.kwargs.get("training") is True]
+    _branch_off(shell, training, extra, _results(evaluating, training, partners))
+    _follow_mode(shell, flags)
+    return training
+
+
+def path_of(node: fx.Node) -> str:
+    """Return the module a node was traced in; a repeated call of it is marked `@n` by fx."""
+    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).split("@")[0]
+
+
+def packs(node: fx.Node) -> bool:
+    """Tell whether a node only makes an object (a named tuple) of outputs."""
+    makes = node.op == "call_function" and isinstance(node.target, type)
+    return makes and all(user.op == "output" or packs(user) for user in node.users)
+
+
+# --- which nodes of two graphs correspond ---------------------------------------------------------
+
+
+def _steps(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op != "output"]
+
+
+def _numbers(shell: nn.Module, *graphs: fx.Graph) -> dict[fx.Node, int]:
+    """Number nodes so that those of one number do the same to the same inputs, but for flags."""
+    known: dict[str, int] = {}
+    numbers: dict[fx.Node, int] = {}
+    constants: dict[str, Tensor] = {}
+
+    def target(node: fx.Node) -> str:
+        name = str(node.target)
+        if node.op == "get_attr" and name.startswith("_tensor_constant"):  # each trace has its own
+            value = getattr(shell, name)
+            alike = (k for k, v in constants.items() if v.dtype == value.dtype and v.equal(value))
+            name = next(alike, name)
+            constants.setdefault(name, value)
+        return name
+
+    def token(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{numbers[value]}"
+        return "flag" if isinstance(value, bool) else repr(value)
+
+    for graph in graphs:
+        for node in graph.nodes:
+            arguments = map_aggregate((node.args, node.kwargs), token)
+            step = repr((node.op, target(node), path_of(node), arguments))
+            numbers[node] = known.setdefault(step, len(known))
+    return numbers
+
+
+def _partners(
+    evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node, int]
+) -> dict[fx.Node, fx.Node] | None:
+    """Find each node of one graph in the other, in order; None if one is missing.
+
+    Backwards, since a step that only one mode repeats (`x.flatten(1)`) is told by who reads it.
+    Objects made of other outputs than in training are left out.
+    """
+    partners: dict[fx.Node, fx.Node] = {}
+    rest = _steps(training)
+    known = {numbers[node] for node in rest}
+    for node in reversed(_steps(evaluating)):
+        if packs(node) and numbers[node] not in known:
+            continue
+        wanted = partners.get(node)
+        while rest:
+            other = rest.pop()
+            if other is wanted or (wanted is None and numbers[other] == numbers[node]):
+                break
+        else:
+            return None
+        partners[node] = other
+        for a, b in zip(_reads(node), _reads(other)):
+            if partners.setdefault(a, b) is not b:
+                return None
+    return partners
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _flags(
+    node: fx.Node, partner: fx.Node, partners: dict[fx.Node, fx.Node]
+) -> list[str | int] | None:
+    """Return the arguments of a node that follow the mode, None if others differ."""
+    args, kwargs = map_arg((node.args, node.kwargs), partners.__getitem__)
+    places = [*enumerate(zip(args, partner.args))]
+    places += [(key, (kwargs[key], partner.kwargs[key])) for key in kwargs]
+    differing = [(key, x, y) for key, (x, y) in places if repr(x) != repr(y)]
+    if any(x is not False or y is not True for _, x, y in differing):
+        return None
+    return [key for key, _, _ in differing]
+
+
+def _difference(evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node, int]) -> str:
+    """Return the module around the first step of eval mode that training mode does not take."""
+    rest = _steps(training)
+    for node in _steps(evaluating):
+        place = next((i for i, m in enumerate(rest) if numbers[m] == numbers[node]), None)
+        if place is None:
+            known = {numbers[n] for n in evaluating.nodes}
+            called = (node.op, node.target, path_of(node))
+            same = [m for m in rest if (m.op, m.target, path_of(m)) == called]
+            reads = same[0].all_input_nodes if same else []
+            added = [m for m in reads if numbers[m] not in known]
+            return path_of(added[0] if added else node)  # what training adds names its own module
+        del rest[: place + 1]
+    return ""
+
+
+# --- keeping a graph live -------------------------------------------------------------------------
+
+
+def _live(shell: nn.Module, path: str, kind: type[Mode]) -> str:
+    """Give a module a part that follows its mode, and return the part's name."""
+    owner, name = shell.get_submodule(path), kind.called
+    while hasattr(owner, name) and type(getattr(owner, name)) is not kind:
+        name += "_"
+    if not hasattr(owner, name):
+        setattr(owner, name, kind())
+    return f"{path}.{name}" if path else name
+
+
+def _results(evaluating: fx.Graph, training: fx.Graph, partners: dict[fx.Node, fx.Node]) -> Any:
+    """Return what eval mode returns, in terms of the graph of training mode."""
+    with training.inserting_before(training.output_node()):
+        for node in [n for n in _steps(evaluating) if n not in partners]:
+            partners[node] = training.node_copy(node, partners.__getitem__)
+    return map_arg(evaluating.output_node().args[0], partners.__getitem__)
+
+
+def _branch_off(shell: nn.Module, graph: fx.Graph, extra: list[fx.Node], result: Any) -> None:
+    """Let what only training computes read through taps, and choose the output by the mode."""
+    output, owner = graph.output_node(), _owner([*extra, *tree_leaves(result)])
+    inside = {node for node in extra if node.op != "get_attr"}
+    taps: dict[fx.Node, fx.Node] = {}
+    for node in [n for n in extra if n in inside and not packs(n)]:
+        for source in [n for n in node.all_input_nodes if n not in inside]:
+            if source not in taps:
+                taps[source] = _tap(shell, owner, source, node)
+            node.replace_input_with(source, taps[source])
+    added = [*extra, *(tap for source, tap in taps.items() if tap is not source)]
+    if repr(result) != repr(output.args[0]):
+        with graph.inserting_before(output):
+            choice = graph.call_module(_live(shell, owner, Choice), (result, output.args[0]))
+        output.args = (choice,)
+        added.append(choice)
+    for node in added:
+        node.meta[ONLY_IN_TRAINING] = True
+
+
+def _tap(shell: nn.Module, owner: str, source: fx.Node, reader: fx.Node) -> fx.Node:
+    """Insert a tap before a reader; parameters need none, no forward writes to them."""
+    if source.op == "get_attr" and isinstance(attrgetter(str(source.target))(shell), nn.Parameter):
+        return source
+    with source.graph.inserting_before(reader):
+        return source.graph.call_module(_live(shell, owner, Tap), (source,))
+
+
+def _owner(nodes: list[Any]) -> str:
+    """Return the innermost module whose forward can have made all of some nodes."""
+    paths = []
+    for node in nodes:
+        if isinstance(node, fx.Node) and not packs(node):
+            leaf = node.op in ("call_module", "get_attr")
+            path = str(node.target).rpartition(".")[0] if leaf else path_of(node)
+            paths.append(path.split("."))
+    return ".".join(commonprefix(paths))
+
+
+def _follow_mode(shell: nn.Module, flags: list[tuple[fx.Node, str | int]]) -> None:
+    for node, key in flags:
+        with node.graph.inserting_before(node):
+            flag = node.graph.call_module(_live(shell, path_of(node), Mode))
+        flag.meta.update(node.meta)
+        if isinstance(key, int):
+            node.update_arg(key, flag)
+        else:
+            node.update_kwarg(key, flag)
+
+
+# --- doing without what only training computes ----------------------------------------------------
+
+
+def evaluating_part(module: fx.GraphModule) -> fx.GraphModule | None:
+    """Return a network without what only training computes, None if it has nothing of the kind.
+
+    Args:
+        module: Network that was traced; the result shares its tensors.
+    """
+    graph = copy.deepcopy(module.graph)
+    extra = [node for node in graph.nodes if node.meta.get(ONLY_IN_TRAINING)]
+    for node in reversed(extra):
+        if is_choice(module, node):
+            graph.output_node().args = (node.args[0],)
+        graph.erase_node(node)
+    return fx.GraphModule(module, graph, type(module).__name__) if extra else None
+
+
+def is_choice(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a node chooses between the outputs of the two modes."""
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Choice)
+
+
+def cut_to(module: fx.GraphModule, part: fx.GraphModule) -> None:
+    """Cut a network down, in place, to a part of it that shares its tensors."""
+    module.graph = part.graph
+    module.delete_all_unused_submodules()
+    kept = {id(t) for t in [*part.parameters(), *part.buffers()]}
+    for owner in module.modules():
+        for held in (owner._parameters, owner._buffers):
+            for name in [n for n, t in held.items() if t is not None and id(t) not in kept]:
+                del held[name]

@@ -1,0 +1,317 @@
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Functional, gap, mlp, moved, outputs, randomise
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_structure
+
+from fxfuse.modes import Choice, Mode, Tap, cut_to, evaluating_part
+from fxfuse.tracing import trace
+
+
+class Both(NamedTuple):
+    main: torch.Tensor
+    aux: object
+
+
+class Body(nn.Module):
+    """Two steps and a result, with a head for training behind the first step."""
+
+    def __init__(self, head=None):
+        super().__init__()
+        self.a, self.b, self.out = mlp(6, 8, 8, norm=True), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.head = head or nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        aux = self.head(x) if self.training else None
+        x = self.out(F.dropout(torch.relu(self.b(x)), 0.4, self.training))
+        return self.result(x, aux)
+
+    def result(self, x, aux):
+        return (x, aux) if self.training else x
+
+
+class Named(Body):
+    def result(self, x, aux):
+        return Both(x, aux) if self.training else x
+
+
+class NamedInBothModes(Body):
+    def result(self, x, aux):
+        return Both(x, aux)
+
+
+class Keyed(Body):
+    def result(self, x, aux):
+        return {"main": x, "all": [x, aux]} if self.training else {"main": x}
+
+
+class HeadWithModes(nn.Module):
+    """A head with everything that has a mode, which writes to what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.a, self.norm = nn.Dropout(0.3), nn.Linear(8, 6), nn.BatchNorm1d(6)
+        self.b = nn.Parameter(torch.randn(6, 4))
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x):
+        self.seen.add_(x.detach().sum(0))
+        x = self.norm(self.a(F.relu(self.drop(x), inplace=True)))
+        return F.dropout(x, 0.5, training=self.training).view(x.size(0), -1) @ self.b
+
+
+class Writing(Body):
+    """A head that writes to the stream: training alone may see it."""
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        aux = self.head(F.relu(x, inplace=True)) if self.training else None
+        return self.result(self.out(x), aux)
+
+
+class Repeating(Body):
+    """Steps that training takes once more than eval mode does."""
+
+    def forward(self, x):
+        x = self.a(x)
+        aux = self.head(x.view(x.size(0), -1)) if self.training else None
+        return self.result(self.out(self.b(x.view(x.size(0), -1))), aux)
+
+
+class Supervised(Body):
+    """One head on two depths, the deeper one first."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+
+    def forward(self, x):
+        x = self.a(x)
+        y = torch.relu(self.b(x))
+        return (self.out(y), self.out(x)) if self.training else self.out(y)
+
+
+class Features(Body):
+    """Training hands out more of what is computed anyway."""
+
+    def forward(self, x):
+        x = self.head(self.a(x))
+        return self.result(self.out(self.b(F.pad(x, (0, 3)))), x)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x) if self.training else x
+
+
+class Wrapped(nn.Module):
+    """The heads sit in a part, and another part behind them branches on its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise, self.part = Noise(), Named(nn.Sequential(Noise(), nn.Linear(8, 2)))
+
+    def forward(self, x):
+        return self.part(self.noise(x))
+
+
+HEADS = {
+    "tuple": Body,
+    "named": Named,
+    "named in both modes": NamedInBothModes,
+    "keyed": Keyed,
+    "with modes": lambda: Body(HeadWithModes()),
+    "writing": Writing,
+    "repeating": Repeating,
+    "supervised": Supervised,
+    "features": Features,
+    "wrapped": Wrapped,
+}
+
+
+def same(a, b):
+    """Whether two results agree exactly, types of tuples and keys of dictionaries included."""
+    pairs = zip(tree_leaves(a), tree_leaves(b))
+    alike = all(torch.equal(x, y) if torch.is_tensor(x) else x is y for x, y in pairs)
+    return alike and type(a) is type(b) and tree_structure(a) == tree_structure(b)
+
+
+def seeded(module, x):
+    torch.manual_seed(1)
+    return outputs(module, x.clone())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_both_modes_compute_what_the_model_computes_in_them(name):
+    net, x = randomise(HEADS[name]()), torch.randn(7, 6)
+    graph = trace(net)
+    for training in (False, True, False):
+        net.train(training)
+        graph.train(training)
+        expected = seeded(net, x)
+        state = {k: v.clone() for k, v in net.state_dict().items()}
+        assert same(expected, seeded(graph, x))
+        assert all(torch.equal(v, state[k]) for k, v in graph.state_dict().items())
+    assert not same(seeded(net, x), seeded(net.train(), x))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_keep_names_and_state_and_copies_keep_both_modes(name):
+    net, x = randomise(HEADS[name]()), torch.randn(7, 6)
+    graph = copy.deepcopy(trace(net.train()))
+    graph.graph.lint()
+    assert set(graph.state_dict()) == set(net.state_dict())
+    other = randomise(HEADS[name](), seed=5)
+    graph.load_state_dict(other.state_dict())
+    assert same(seeded(other.train(), x), seeded(graph, x))
+    assert same(seeded(other.eval(), x), seeded(graph.eval(), x))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_graph_that_is_traced_again_is_the_same(name):
+    graph = trace(randomise(HEADS[name]()))
+    again = trace(graph)
+    steps = [[(n.op, str(n.target)) for n in g.graph.nodes] for g in (graph, again)]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_eval_mode_writes_nothing(name):
+    graph, x = trace(randomise(HEADS[name]())), torch.randn(7, 6)
+    before, given = copy.deepcopy(graph), x.clone()
+    outputs(graph, x)
+    assert not moved(before, graph) and torch.equal(x, given)
+
+
+def test_heads_drop_nothing_in_eval_mode():
+    """What is measured of them is what they learned, not what a draw left of it."""
+    graph, x = trace(randomise(Body(HeadWithModes()))), torch.randn(7, 6)
+    state = torch.get_rng_state()
+    outputs(graph, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_learn(name):
+    graph, x = trace(randomise(HEADS[name]())).train(), torch.randn(7, 6)
+    sum(t.sum() for t in tree_leaves(graph(x)) if t is not None).backward()
+    assert all(p.grad is not None for p in graph.parameters())
+
+
+def test_eval_mode_exports_without_the_heads():
+    net, x = randomise(Named()), torch.randn(7, 6)
+    program = torch.export.export(trace(net), (x,))
+    assert gap(net, program.module(), x) == 0
+    called = [n for n in program.graph.nodes if n.op == "call_function"]
+    assert all("head" not in str(n.meta["nn_module_stack"]) for n in called if n.users)
+
+
+def test_the_mode_of_the_part_that_branches_decides():
+    net, x = randomise(Wrapped()), torch.randn(7, 6)
+    graph = trace(net)
+    for module in (net, graph):
+        module.train()
+        module.get_submodule("part").eval()
+    assert same(seeded(net, x), seeded(graph, x))
+
+
+def test_names_that_a_model_uses_itself_are_left_to_it():
+    class Busy(Body):
+        training_output, training_mode = "mine", None
+
+        def __init__(self):
+            super().__init__()
+            self.training_input = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return super().forward(self.training_input(F.pad(x, (0, 2)))[:, :6])
+
+    net, x = randomise(Busy()), torch.randn(7, 6)
+    graph = trace(net)
+    assert same(seeded(net, x), seeded(graph, x))
+    assert same(seeded(net.train(), x), seeded(graph.train(), x))
+
+
+def test_only_what_differs_becomes_live():
+    plain, flagged, branched = (trace(n) for n in (mlp(6, 8, 3), Functional(), Body()))
+    kinds = [
+        {type(m) for m in g.modules()} & {Mode, Choice, Tap} for g in (plain, flagged, branched)
+    ]
+    assert kinds == [set(), {Mode}, {Mode, Choice, Tap}]
+
+
+# --- what cannot be bridged -----------------------------------------------------------------------
+
+
+class Noisy(Body):
+    """Training computes something else on the way to the outputs."""
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.out(self.b(x + torch.rand_like(x)) if self.training else self.b(x))
+
+
+class Normalising(Body):
+    """Eval mode takes a step of its own."""
+
+    def result(self, x, aux):
+        return x if self.training else x.softmax(1)
+
+
+class Swapping(Body):
+    """Both modes take the same steps in another order, and one may write."""
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.training:
+            y, z = x.relu_(), self.b(x)
+        else:
+            z, y = self.b(x), x.relu_()
+        return self.out(y + z)
+
+
+class Turned(Body):
+    """A flag that is set in eval mode."""
+
+    def forward(self, x):
+        return self.out(self.b(self.a(x)).mean(1, keepdim=not self.training).view(-1, 1) + x.sum())
+
+
+@pytest.mark.parametrize("kind", [Noisy, Normalising, Swapping])
+def test_models_that_go_two_ways_keep_the_one_of_eval_mode(kind):
+    net, x = randomise(kind()), torch.randn(7, 6)
+    graph = trace(net)
+    assert not any(isinstance(m, Choice) for m in graph.modules())
+    assert same(seeded(net, x), seeded(graph, x))
+
+
+@pytest.mark.parametrize("kind", [Noisy, Normalising, Swapping])
+def test_parts_that_go_two_ways_are_kept_whole(kind):
+    net, x = randomise(nn.Sequential(nn.Linear(6, 6), kind(), nn.Linear(3, 2))), torch.randn(7, 6)
+    graph = trace(net)
+    assert "1" in {n.target for n in graph.graph.nodes}
+    assert same(seeded(net, x), seeded(graph, x))
+    assert same(seeded(net.train(), x), seeded(graph.train(), x))
+
+
+# --- doing without the heads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_part_for_eval_mode_computes_the_same(name):
+    net, x = randomise(HEADS[name]()), torch.randn(7, 6)
+    graph = trace(net)
+    part = evaluating_part(graph)
+    assert same(seeded(net, x), seeded(part.eval(), x))
+    whole = copy.deepcopy(graph)
+    cut_to(graph, part)
+    graph.graph.lint()
+    assert same(seeded(net, x), seeded(graph, x))
+    used = {str(n.target) for n in graph.graph.nodes}
+    assert all(any(k.startswith(u) for u in used) for k in graph.state_dict())
+    assert set(graph.state_dict()) <= set(whole.state_dict())
+    assert evaluating_part(graph) is None
