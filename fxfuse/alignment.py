@@ -220,12 +220,22 @@ def pair_segments(
         if any(s is None or not _pairs(s, here[0]) for s in here):
             raise _mismatch(networks, segments, i)
     paired = []
-    for here in zip(*segments):
+    for i, here in enumerate(zip(*segments)):
         runs = [[list(g) for _, g in groupby(s.layers, key=lambda x: x.branched)] for s in here]
         patterns = {tuple(run[0].branched for run in r) for r in runs}
         split = list(zip(*runs)) if len(patterns) == 1 else [tuple(s.layers for s in here)]
-        paired += [tuple(Segment(tuple(layers)) for layers in one) for one in split]
+        parts = [tuple(Segment(tuple(layers)) for layers in one) for one in split]
+        if not all(_fit(part) for part in parts):
+            raise _mismatch(networks, segments, i)
+        paired += parts
     return paired
+
+
+def _fit(segments: tuple[Segment, ...]) -> bool:
+    """Tell whether the layers of each can be mapped to the most layers at all, kinds kept."""
+    deep = max((s.layers for s in segments), key=len)
+    maps = (choices(_possible(deep, s.layers), first=False, last=False) for s in segments)
+    return all(count > 0 for count in maps)
 
 
 def _pairs(a: Segment, b: Segment | None) -> bool:

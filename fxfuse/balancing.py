@@ -26,11 +26,16 @@ class Absent:
         nodes: Its nodes.
         entry: The node whose value it hands on.
         carriers: The nodes among them that hold this value.
+        joins: Whether it adds units beside this value, which nobody reads.
+        zeroed: The tensors that were set to zero to silence it: unlike the others, which are of
+            no meaning, these say that the network adds nothing here.
     """
 
     nodes: tuple[str, ...]
     entry: str
     carriers: tuple[str, ...]
+    joins: bool = False
+    zeroed: frozenset[str] = frozenset()
 
     @property
     def inner(self) -> frozenset[str]:
@@ -73,7 +78,7 @@ def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balan
         adopted = shape if module is shape.module else _adopt(network, module, shape)
         require_equal(network.module, adopted.module, network.example, f"balancing {network.name}")
         balanced.append(adopted)
-        absent.append(_absent(module, shape.module))
+        absent.append(_absent(module, adopted))
     return Balanced(tuple(balanced), tuple(absent))
 
 
@@ -209,14 +214,17 @@ def _differs(
     )
 
 
-def _absent(module: fx.GraphModule, shape: fx.GraphModule) -> tuple[Absent, ...]:
-    names = {a.name: b.name for a, b in zip(module.graph.nodes, shape.graph.nodes)}
-    found: dict[int, tuple[list[str], str, list[str]]] = {}
-    for node in module.graph.nodes:
-        if "inserted" in node.meta:
-            number, entry, carries = node.meta["inserted"]
-            nodes, _, carriers = found.setdefault(number, ([], names[entry], []))
-            nodes.append(names[node.name])
-            if carries:
-                carriers.append(names[node.name])
-    return tuple(Absent(tuple(n), e, tuple(c)) for n, e, c in found.values())
+def _absent(module: fx.GraphModule, adopted: Network) -> tuple[Absent, ...]:
+    """Read the stamps of a deepened graph, in the names of the graph it was given."""
+    names = {a.name: b.name for a, b in zip(module.graph.nodes, adopted.module.graph.nodes)}
+    stamps = {n.name: n.meta["inserted"] for n in module.graph.nodes if "inserted" in n.meta}
+    found = []
+    for number in sorted({s.number for s in stamps.values()}):
+        here = {names[n]: s for n, s in stamps.items() if s.number == number}
+        first = next(iter(here.values()))
+        zeroed = {adopted.book.tensors[n][i] for n, s in here.items() for i in s.zeroed}
+        carriers = tuple(n for n, s in here.items() if s.carries)
+        found.append(
+            Absent(tuple(here), names[first.after], carriers, first.joins, frozenset(zeroed))
+        )
+    return tuple(found)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .passes import graph_pass
+from .tracing import Interpreter
 
 _QUESTIONS = {"size", "dim", "numel", "ndimension", "is_floating_point"}  # methods that only ask
 _COMPARISONS: set[Callable] = {
@@ -27,11 +29,39 @@ _COMPARISONS: set[Callable] = {
 }
 
 
+def canonical(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Return a copy of a graph without checks and with nested joins."""
+    return _rewrite(module, example, _kept_joins(module, example))
+
+
 @graph_pass(keeps_function=True)
-def canonical(module: fx.GraphModule) -> None:
-    """Drop checks and nest joins."""
+def _rewrite(module: fx.GraphModule, kept: set[str]) -> None:
     _drop_checks(module.graph)
-    _nest_joins(module.graph)
+    _nest_joins(module.graph, kept)
+
+
+class _Watcher(Interpreter):
+    """A run that remembers joins and what they joined, and how often each had been written to."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        parts = [self.env[p] for p in _join(n)[0]]
+        value = super().run_node(n)
+        if parts:
+            self.joins[n.name] = [(t, t._version) for t in (value, *parts)]
+        return value
+
+
+def _kept_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]:
+    """Return the joins that go on holding what was joined: nothing writes to either later."""
+    watcher, modes = _Watcher(module), {m: m.training for m in module.modules()}
+    watcher.joins = {}
+    module.eval()
+    with torch.no_grad():
+        watcher.run(*example)
+    for part, mode in modes.items():
+        part.training = mode
+    joins = watcher.joins.items()
+    return {n for n, values in joins if all(t._version == version for t, version in values)}
 
 
 def _drop_checks(graph: fx.Graph) -> None:
@@ -47,24 +77,27 @@ def _only_asks(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _COMPARISONS
 
 
-def _nest_joins(graph: fx.Graph) -> None:
+def _nest_joins(graph: fx.Graph, kept: set[str]) -> None:
     seen: list[tuple[list[fx.Node], int, fx.Node]] = []
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
-            continue
         parts, dim = _join(node)
-        if not parts:
+        if not parts or node.name not in kept:
             continue
-        earlier = [s for s in seen if s[1] == dim and s[0] == parts[: len(s[0])] and s[2] != node]
-        seen.append((parts, dim, node))
+        if len(parts) == 1:
+            node.replace_all_uses_with(parts[0])
+            graph.erase_node(node)
+            continue
+        earlier = [s for s in seen if s[1] == dim and s[0] == parts[: len(s[0])] != parts]
         longest = max(earlier, key=lambda s: len(s[0]), default=None)
-        if longest is not None and 1 < len(longest[0]) < len(parts):
-            node.args = ([longest[2], *parts[len(longest[0]) :]], dim)
-            node.kwargs = {}
+        seen.append((parts, dim, node))
+        if longest is not None:
+            node.args, node.kwargs = ([longest[2], *parts[len(longest[0]) :]], dim), {}
 
 
 def _join(node: fx.Node) -> tuple[list[fx.Node], int]:
-    """Return what a join joins, and along which axis."""
+    """Return what a join joins, and along which axis; nothing for any other node."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return [], 0
     parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     known = isinstance(parts, (list, tuple)) and isinstance(dim, int)

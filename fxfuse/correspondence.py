@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .balancing import Balanced
 from .errors import PairingError
+from .folding import folds
 from .ir import Space
 from .network import Network
 
@@ -17,7 +18,8 @@ class Correspondence:
 
     Attributes:
         base: Space name -> the network whose units the fused units are.
-        spaces: Space name -> the space in each network (names are those of the anchor).
+        spaces: Space name -> the space in each network (names are those of the anchor); of size 0
+            where a network has none in these places.
         present: Space name -> whether each network really has it.
     """
 
@@ -35,21 +37,51 @@ def correspond(balanced: Balanced, anchor: int) -> Correspondence:
     networks = balanced.networks
     by_places = [_by_places(n) for n in networks]
     missing = [absent_tensors(n, a) for n, a in zip(networks, balanced.absent)]
-    base, spaces, present = {}, {}, {}
-    for space in networks[anchor].spaces:
-        found = []
-        for network, known in zip(networks, by_places):
-            other = _same_space(space, networks[anchor], network, known)
-            if other is None:
-                raise _unmatched(space, networks[anchor], network)
-            found.append(other)
-        written = {a.tensor for a in space.axes if not a.reads}
-        here = tuple(not written or not written <= gone for gone in missing)
-        same = [k for k, s in enumerate(found) if here[k] and s.size == space.size]
-        base[space.name] = anchor if here[anchor] or not same else same[0]
-        spaces[space.name], present[space.name] = tuple(found), here
+    ours = networks[anchor]
+    spaces = {
+        s.name: tuple(
+            _same_space(s, ours, n, p) or Space(s.name, 0, ()) for n, p in zip(networks, by_places)
+        )
+        for s in ours.spaces
+    }
+    _require_common_ground(networks, anchor, spaces)
+    contracted = {t for names in ours.book.weights.values() for t in names}
+    present = {
+        s.name: tuple(_has(own, s, contracted, gone) for own, gone in zip(spaces[s.name], missing))
+        for s in ours.spaces
+        if s.axes
+    }
+    for space in ours.spaces:
+        inside = [present[s.name] for s in ours.spaces if s.parent == space.name and s.axes]
+        present.setdefault(space.name, tuple(any(here) for here in zip(*inside)))
+    base = {}
+    for name, found in spaces.items():
+        same = [k for k, s in enumerate(found) if present[name][k] and s.size == found[anchor].size]
+        base[name] = anchor if present[name][anchor] or not same else same[0]
     _require_equal_sizes(networks, anchor)
     return Correspondence(base, spaces, present)
+
+
+def _has(own: Space, space: Space, contracted: set[str], gone: set[str]) -> bool:
+    """Tell whether a network writes a space by anything but layers that it has in name only."""
+    written = {a.tensor for a in space.axes if not a.reads}
+    written = written & contracted or written
+    return own.size > 0 and (not written or not written <= gone)
+
+
+def _require_common_ground(
+    networks: Sequence[Network], anchor: int, spaces: dict[str, tuple[Space, ...]]
+) -> None:
+    """Refuse networks most of whose units lie in places that another does not have.
+
+    Some may: where streams are cut and interleaved again and again (channel shuffle), the pieces
+    of streams of different widths do not all come out alike.
+    """
+    total = sum(s.size for s in networks[anchor].spaces)
+    for k, network in enumerate(networks):
+        lost = [s for s in networks[anchor].spaces if not spaces[s.name][k].size]
+        if 2 * sum(s.size for s in lost) > total:
+            raise _unmatched(lost[0], networks[anchor], network)
 
 
 def _by_places(network: Network) -> dict[frozenset, list[Space]]:
@@ -76,11 +108,21 @@ def _same_space(
 
 
 def absent_tensors(network: Network, absent: Sequence) -> set[str]:
-    """Return the parameters and buffers of blocks that a network has only as neutral ones."""
+    """Return the parameters and buffers of layers that a network has in name only.
+
+    What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
+    norm is folded into: it is a fact that the network adds nothing there.
+    """
     nodes = {node for a in absent for node in a.inner}
     own = {t for node in nodes for t in network.book.tensors.get(node, ())}
     kept = {t for n, ts in network.book.tensors.items() if n not in nodes for t in ts}
-    return own - kept
+    silent = {t for a in absent for t in a.zeroed}
+    folded = folds(network)
+    for norm, roles in network.book.norms.items():
+        touched = {t for t in roles.values() if isinstance(t, str)}
+        if silent & touched:
+            silent |= touched | set(network.book.tensors.get(folded.get(norm, ""), ()))
+    return own - kept - silent
 
 
 def _unmatched(space: Space, a: Network, b: Network) -> PairingError:

@@ -88,6 +88,12 @@ class Coupler:
         self.plans[name, k] = csr_array(eye_array(size) / size)
         self.couplings[name, k] = Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
 
+    def drop(self, name: str, k: int) -> None:
+        """Take nothing from a network that does not have a space."""
+        fused, own = self.match.spaces[name][self.match.base[name]], self.match.spaces[name][k]
+        shape = fused.size, own.size
+        self.couplings[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
+
     def _parent(self, name: str) -> str | None:
         """Return the anchor's name of the space whose blocks a space lies in."""
         inside = self.match.spaces[name]
@@ -95,7 +101,7 @@ class Coupler:
 
     def _encloses(self, name: str, inside: Sequence[Space]) -> bool:
         pairs = zip(self.match.spaces[name], inside)
-        return all(child.parent == outer.name for outer, child in pairs)
+        return all(child.parent == outer.name for outer, child in pairs if child.size)
 
     def _children(
         self, name: str, k: int, costs: dict[tuple[str, int], np.ndarray]
@@ -128,7 +134,10 @@ def couple(
     keys = [(name, k) for name, spaces in match.spaces.items() for k in range(len(spaces))]
     own = {(n, k) for n, k in keys if k == match.base[n] or not match.present[n][k]}
     for name, k in own:
-        coupler.keep(name, k)
+        if k == match.base[name]:
+            coupler.keep(name, k)
+        else:
+            coupler.drop(name, k)
     late = _unseen(match, [key for key in keys if key not in own], costs)
     for name, k in keys:
         if (name, k) not in own and (name, k) not in late:
@@ -176,7 +185,9 @@ def weight_cost(mixer: Mixer, name: str, k: int) -> np.ndarray:
     states = [dict(tensors_of(networks[i].module)) for i in (base, k)]
     for axis in space.axes:
         other = next(a for a in own.axes if (a.tensor, a.dim) == (axis.tensor, axis.dim))
-        if axis.groups > 1:
+        across = networks[mixer.anchor].spaces.on(axis.tensor)
+        across = [(s.name, i) for s, a in across if a.dim != axis.dim for i in (base, k)]
+        if axis.groups > 1 or any(pair not in mixer.couplings for pair in across):
             continue
         rows = []
         for i, state, found in zip((base, k), states, (axis, other)):

@@ -101,8 +101,9 @@ def emit(
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)))
     norms = [_norm_plan(mixer, states, node, outputs[node]) for node in base.book.norms]
+    able = producers(base)
     weights = [
-        _weight_plan(mixer, node, moments)
+        _weight_plan(mixer, node, able[node], moments)
         for node, moments in outputs.items()
         if node not in base.book.norms
     ]
@@ -124,18 +125,18 @@ def _norm_plan(
     )
 
 
-def _weight_plan(mixer: Mixer, node: str, moments: list[Moments | None]) -> WeightPlan:
-    base = mixer.balanced.networks[mixer.anchor]
-    weight, dim = producers(base)[node]
+def _weight_plan(
+    mixer: Mixer, node: str, writes: tuple[str, int], moments: list[Moments | None]
+) -> WeightPlan:
+    base, (weight, dim) = mixer.balanced.networks[mixer.anchor], writes
     bias = next((t for t in base.book.tensors[node] if t != weight), None)
     axis = base.book.features[node][0].dim
     return WeightPlan(node, weight, dim, bias, axis, _target(mixer, weight, dim, moments))
 
 
-def _target(mixer: Mixer, tensor: str, dim: int, moments: list[Moments | None]) -> Target | None:
-    """Mix the parents' moments over the units that a tensor axis holds."""
-    if any(m is None and s for m, s in zip(moments, mixer.shares(tensor))):
-        return None
-    means = [np.zeros(0) if m is None else m.mean for m in moments]
-    spreads = [np.zeros(0) if m is None else m.spread for m in moments]
+def _target(mixer: Mixer, tensor: str, dim: int, moments: list[Moments | None]) -> Target:
+    """Mix the parents' moments over the units that a tensor axis holds; no layer writes zero."""
+    sizes = [n.spaces.sizes[tensor, dim] for n in mixer.balanced.networks]
+    means = [np.zeros(n) if m is None else m.mean for m, n in zip(moments, sizes)]
+    spreads = [np.zeros(n) if m is None else m.spread for m, n in zip(moments, sizes)]
     return Target(mixer.mix(tensor, means, dim), mixer.mix(tensor, spreads, dim))

@@ -50,9 +50,7 @@ def producers(network: Network) -> dict[str, tuple[str, int]]:
             calls[name] = calls.get(name, 0) + 1
     found = {}
     for node, weights in network.book.weights.items():
-        writes = [
-            a.dim for s in network.spaces for a in s.axes if a.tensor == weights[0] and not a.reads
-        ]
+        writes = [a.dim for _, a in network.spaces.on(weights[0]) if not a.reads]
         if len(weights) == 1 and calls[weights[0]] == 1 and len(set(writes)) == 1:
             found[node] = (weights[0], writes[0])
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -102,6 +103,26 @@ class Spaces:
 
     def __getitem__(self, name: str) -> Space:
         return {s.name: s for s in self.spaces}[name]
+
+    @cached_property
+    def places(self) -> dict[tuple[str, int], list[tuple[Space, Axis]]]:
+        """The spaces on each axis `(tensor, dim)` of a parameter or buffer."""
+        found: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
+        for space in self.spaces:
+            for axis in space.axes:
+                found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
+        return found
+
+    def on(self, tensor: str) -> list[tuple[Space, Axis]]:
+        """Return the spaces on all axes of a tensor, with where they lie."""
+        return [pair for place in self._dims.get(tensor, ()) for pair in self.places[place]]
+
+    @cached_property
+    def _dims(self) -> dict[str, list[tuple[str, int]]]:
+        found: dict[str, list[tuple[str, int]]] = {}
+        for place in self.places:
+            found.setdefault(place[0], []).append(place)
+        return found
 
     @property
     def free_units(self) -> int:

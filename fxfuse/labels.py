@@ -68,7 +68,8 @@ class Ledger:
         frozen: Label arrays that must stay in place, each with the node and the reason.
         groups: `(blocks (b,), members (b, n))`: members of one row travel with their block.
         places: Label arrays that share a tensor; units of one space occur in the same places.
-        reads: Labels of parameter axes that a contraction sums over.
+        reads: Labels of parameter axes that a contraction sums over; dense axes of grouped
+            convolutions, which carry the labels of what they read, all are such.
         axes: The labelled axes of parameters and buffers.
         features: Per node, the labelled axes of its output.
         shapes: Per node, the shape of its output.
@@ -237,6 +238,13 @@ class LabelRun:
         for layer in layers:
             self.book.freeze(layer, self.node, reason)
 
+    def freeze_unused(self) -> None:
+        """Freeze the tensors that no operator took: values kept from before may hide them."""
+        used = {name for names in self.book.tensors.values() for name in names}
+        for axis in self.book.axes:
+            if axis.tensor not in used:
+                self.book.frozen.append((axis.labels, "", "a tensor that no operator takes"))
+
     def dense_axis(self, weight: Tensor, dim: int, labels: Tensor, groups: int) -> None:
         """Label the input axis of a grouped convolution with the units it reads.
 
@@ -252,7 +260,6 @@ class LabelRun:
             self._dense_axes[name] = labels
             self.book.axes[:] = [a for a in self.book.axes if (a.tensor, a.dim) != (name, dim)]
             self.book.axes.append(TensorAxis(name, dim, labels.numpy(), groups))
-            self.book.reads.append(labels.numpy())
             self._place(labels)
 
     def uses(self, tensors: Iterable[Any], contracted: bool = False) -> None:

@@ -59,7 +59,8 @@ def bypasses(balanced: Balanced) -> list[Bypass]:
     """Return, per network, the nodes that need not run because its layer is absent."""
     found = []
     for absent in balanced.absent:
-        found.append({n: (a.entry, n in a.carriers) for a in absent for n in a.nodes})
+        silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
+        found.append({n: (a.entry, n in a.carriers) for a in silent for n in a.nodes})
     return found
 
 
@@ -86,7 +87,7 @@ def measure(
         DataError: If activations are not finite.
     """
     networks = balanced.networks
-    visits = _visits(networks, match)
+    visits = _visits(balanced, match)
     meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
     by_node: dict[str, list[Key]] = {}
     for key in meters:
@@ -152,8 +153,9 @@ class _Visit:
     axes: tuple[Axis, Axis]
 
 
-def _visits(networks: Sequence[Network], match: Correspondence) -> dict[Key, list[_Visit]]:
-    points = measuring_points(networks[0])
+def _visits(balanced: Balanced, match: Correspondence) -> dict[Key, list[_Visit]]:
+    points, fed = measuring_points(balanced.networks[0]), balanced.networks[0].fed()
+    gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in match.spaces.items():
         base = match.base[name]
@@ -162,6 +164,7 @@ def _visits(networks: Sequence[Network], match: Correspondence) -> dict[Key, lis
                 continue
             own = {a.tensor: a for a in space.features}
             both = [(a, own[a.tensor]) for a in spaces[base].features if a.tensor in own]
+            both = [p for p in both if p[0].tensor in fed - gone[k] - gone[base]]
             for axes in [p for p in both if p[0].tensor in points] or both[:1]:
                 single = axes[0].index.shape[1] == 1
                 key = (axes[0].tensor, None if single else name)

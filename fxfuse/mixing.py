@@ -49,47 +49,47 @@ class Mixer:
         if along is not None:
             shape = self._anchor_spaces().sizes[name, along]
         total = np.zeros(shape, dtype=values[self.anchor].dtype)
-        for k, (share, value) in enumerate(zip(self.shares(name), values)):
+        shares = self.shares(name)
+        for k, (share, value) in enumerate(zip(shares, values)):
             if share and along is None:
                 total += share * self.carry(name, value, k)
             elif share:
                 total += share * (self.axis_map(name, along, k) @ value)
+        for dim in range(total.ndim):
+            mass = self._mass(name, dim if along is None else along, shares)
+            if mass is not None:
+                total /= mass.reshape([-1 if d == dim else 1 for d in range(total.ndim)])
         return total
 
-    def shares(self, name: str) -> list[float]:
-        """Return each network's share of a tensor.
+    def _mass(self, name: str, dim: int, shares: Sequence[float]) -> np.ndarray | None:
+        """Return the share of the networks that have the unit at each written position."""
+        written = [(s, a) for s, a in self._on_axis(name, dim) if not a.reads]
+        if all(all(self.match.present[s]) for s, _ in written):
+            return None
+        mass = np.ones(self._anchor_spaces().sizes[name, dim])
+        for space, axis in written:
+            here = sum(w for w, p in zip(shares, self.match.present[space]) if p)
+            mass[axis.index] = here or 1.0
+        return mass
 
-        A network without a block adds nothing to the stream the block writes to, which is a real
-        value; the inside of the block belongs to the others alone.
-        """
-        gone = [name in tensors for tensors in self._absent]
-        shares = [0.0 if g else w for g, w in zip(gone, self.weights)]
-        spaces = [
-            s for s in self._anchor_spaces() for a in s.axes if a.tensor == name and not a.reads
-        ]
-        inside = spaces and all(not p for g, p in zip(gone, self._present(spaces)) if g)
-        if any(gone) and inside:
-            shares = shares if any(shares) else [float(not g) for g in gone]
-            shares = [s / sum(shares) for s in shares]
-        return shares
+    def shares(self, name: str) -> list[float]:
+        """Return each network's share of a tensor; it belongs to the networks that have it."""
+        shares = [0.0 if name in gone else w for gone, w in zip(self._absent, self.weights)]
+        if not any(shares):
+            shares = [float(name not in gone) for gone in self._absent]
+        return [s / sum(shares) for s in shares]
 
     @cached_property
     def _absent(self) -> list[set[str]]:
         pairs = zip(self.balanced.networks, self.balanced.absent)
         return [absent_tensors(network, absent) for network, absent in pairs]
 
-    def _present(self, spaces: Sequence) -> list[bool]:
-        """Tell for each network whether it really has any of some spaces."""
-        rows = [self.match.present[s.name] for s in spaces]
-        return [any(column) for column in zip(*rows)]
-
     def _anchor_spaces(self) -> Spaces:
         return self.balanced.networks[self.anchor].spaces
 
     def carry(self, name: str, tensor: np.ndarray, k: int, but: int | None = None) -> np.ndarray:
         """Return one network's tensor with every axis mapped, `but` one."""
-        axes = [a for s in self._anchor_spaces() for a in s.axes if a.tensor == name]
-        axes = [a for a in axes if a.dim != but]
+        axes = [a for _, a in self._anchor_spaces().on(name) if a.dim != but]
         maps = {a.dim: self.axis_map(name, a.dim, k) for a in axes}
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:
@@ -99,12 +99,10 @@ class Mixer:
         return tensor
 
     def _groups(self, name: str, k: int) -> int:
-        axes = (a for s in self.balanced.networks[k].spaces for a in s.axes if a.tensor == name)
-        return max(a.groups for a in axes)
+        return max(a.groups for _, a in self.balanced.networks[k].spaces.on(name))
 
     def _on_axis(self, name: str, dim: int) -> list[tuple[str, Axis]]:
-        spaces = self._anchor_spaces()
-        return [(s.name, a) for s in spaces for a in s.axes if (a.tensor, a.dim) == (name, dim)]
+        return [(s.name, a) for s, a in self._anchor_spaces().places.get((name, dim), ())]
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
@@ -112,16 +110,22 @@ class Mixer:
         theirs = self.balanced.networks[k].spaces.sizes[name, dim]
         rows, columns, data = [], [], []
         fixed = np.ones(ours, dtype=bool), np.ones(theirs, dtype=bool)
+        found = self.balanced.networks[k].spaces.places.get((name, dim), ())
+        here = {own.name: axis for own, axis in found}
+        for axis in here.values():
+            fixed[1][axis.index] = False
         for space_name, axis in self._on_axis(name, dim):
+            fixed[0][axis.index] = False
             own = self.match.spaces[space_name][k]
-            other = next(a for a in own.axes if (a.tensor, a.dim) == (name, dim))
+            if not own.size:
+                continue
+            other = here[own.name]
             coupling = self.couplings[space_name, k]
             matrix = (coupling.unproject.T if axis.reads else coupling.project).tocoo()
             for m in range(axis.index.shape[1]):
                 rows.append(axis.index[matrix.row, m])
                 columns.append(other.index[matrix.col, m])
                 data.append(matrix.data)
-            fixed[0][axis.index], fixed[1][other.index] = False, False
         rows.append(np.flatnonzero(fixed[0]))
         columns.append(np.flatnonzero(fixed[1]))
         data.append(np.ones(len(rows[-1])))

@@ -46,6 +46,14 @@ class Network:
             return True
         return node.op not in ("get_attr", "output") and node.name in self.book.shapes
 
+    def fed(self) -> set[str]:
+        """Return the nodes that the network's inputs reach."""
+        found: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder" or found.intersection(node.all_input_nodes):
+                found.add(node)
+        return {n.name for n in found}
+
     def steps(self, node: fx.Node | str) -> list[tuple]:
         """Return the descriptors of the operators that a node runs."""
         return self.book.ops.get(getattr(node, "name", node), [])

@@ -10,12 +10,15 @@ from .mixing import Mixer
 
 @dataclass(frozen=True)
 class SpaceReport:
-    """One space of the fused network: its size, and how well each network's units matched."""
+    """One space of the fused network: its size, and how well each network's units matched.
+
+    A network that does not have the space has no cost and no confidence.
+    """
 
     name: str
     size: int
     costs: tuple[float | None, ...]
-    confidences: tuple[float, ...]
+    confidences: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def report_on(mixer: Mixer, alignment: Alignment, seconds: dict[str, float]) -> 
     spaces = []
     for space in base:
         found = [mixer.couplings[space.name, k] for k in range(len(mixer.weights))]
-        costs, confidences = zip(*((c.cost, c.confidence) for c in found))
-        spaces.append(SpaceReport(space.name, space.size, costs, confidences))
+        here = mixer.match.present[space.name]
+        sure = tuple(c.confidence if p else None for c, p in zip(found, here))
+        spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
     shares = tuple(mixer.weights)
     return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds)

@@ -2,7 +2,8 @@
 
 An inserted layer is a copy of the other network's layer at this network's width, made neutral: a
 plain layer becomes the identity (centre tap of the kernel, exactly neutral norm; only before an
-activation that does nothing twice), a residual block gets a branch that writes zero.
+activation that does nothing twice), a residual block gets a branch that writes zero, and of a block
+that joins its output to its input nobody reads that output.
 
 References:
     Chen et al. 2016 (Net2Net); METHODS of CLAFusion, section 3.2 (adding layers). Difference: only
@@ -12,6 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,44 +23,70 @@ from .ir import Layer
 from .network import Network
 from .passes import graph_pass
 from .sizing import Insertion, resized_copy
+from .widening import Room
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What an inserted node is there for.
+
+    Attributes:
+        number: Of its insertion.
+        after: The node whose value the layer hands on.
+        carries: Whether this node holds that value.
+        joins: Whether the layer adds units beside that value.
+        zeroed: Which of the tensors the node touches were set to zero to silence the layer.
+    """
+
+    number: int
+    after: str
+    carries: bool
+    joins: bool
+    zeroed: tuple[int, ...] = ()
 
 
 @graph_pass(keeps_function=True)
 def deepen(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     """Insert neutral layers, in the order given; several behind one node follow each other.
 
-    Each inserted node is stamped `inserted`: the number of its insertion, the node whose value
-    the layer hands on, and whether this node holds that value.
+    Each inserted node is stamped `inserted` with a `Stamp`.
 
     Raises:
         PassError: If a layer has no neutral form.
     """
     tail: dict[str, fx.Node] = {}
+    room = Room(insertions[0].into) if insertions else None
     for number, insertion in enumerate(insertions):
         after = tail.get(insertion.after)
         if after is None:
             after = next(n for n in module.graph.nodes if n.name == insertion.after)
-        tail[insertion.after] = _insert(module, insertion, after, number)
+        insertion = replace(insertion, width=room.width(insertion.after))
+        tail[insertion.after] = _insert(module, insertion, after, number, room)
 
 
-def _insert(module: fx.GraphModule, insertion: Insertion, after: fx.Node, number: int) -> fx.Node:
+def _insert(
+    module: fx.GraphModule, insertion: Insertion, after: fx.Node, number: int, room: Room
+) -> fx.Node:
     layer = insertion.layer
     originals = {n.name: n for n in insertion.template.module.graph.nodes}
     known: dict[fx.Node, fx.Node] = {originals[layer.entry]: after}
     paths: dict[str, str] = {}
     readers = list(after.users)
-    passed = not layer.branched
+    passed, joins = not layer.branched, _joins(insertion)
     with module.graph.inserting_before(after.next):
         for node in _layer_nodes(insertion.template.module, layer):
             passed = passed or node.name == layer.merge
             known[node] = _copy_node(module, node, known, paths, insertion)
             known[node].meta["origin"] = ("deepen", (after.name,))
-            known[node].meta["inserted"] = (number, after.name, passed)
+            stamp = Stamp(number, after.name, passed, joins)
+            known[node].meta["inserted"] = stamp
     exit_node = known[originals[layer.nodes[-1]]]
     for reader in readers:
         reader.replace_input_with(after, exit_node)
     exit_node.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
-    _neutralise(module, insertion, paths)
+    for name, places in _neutralise(module, insertion, paths, room).items():
+        writer = known[originals[name]]
+        writer.meta["inserted"] = replace(writer.meta["inserted"], zeroed=places)
     return exit_node
 
 
@@ -121,20 +149,26 @@ def _attach(module: fx.GraphModule, path: str, part: nn.Module | Tensor) -> None
 # --- neutral values -------------------------------------------------------------------------------
 
 
-def _neutralise(module: fx.GraphModule, insertion: Insertion, paths: dict[str, str]) -> None:
+def _neutralise(
+    module: fx.GraphModule, insertion: Insertion, paths: dict[str, str], room: Room
+) -> dict[str, tuple[int, ...]]:
+    """Make a layer neutral; return the node that silences it and which of its tensors are zero."""
     layer, template = insertion.layer, insertion.template
     nodes = {n.name: n for n in template.module.graph.nodes}
-    tensors = _Tensors(module, paths)
-    if layer.branched:
-        _zero_branch(insertion, nodes, tensors)
-    else:
+    tensors, zeroed = _Tensors(module, paths), {}
+    if not layer.branched:
         _make_identity(insertion, tensors)
+    elif _joins(insertion):
+        _leave_unread(module, insertion, room)
+    else:
+        zeroed = _zero_branch(insertion, nodes, tensors)
     merge = layer.nodes.index(layer.merge)
     for node in (nodes[name] for name in layer.nodes[merge + (1 if layer.branched else 0) :]):
         if template.is_activation(node):
             _require_absorbed(insertion, node)
         elif template.is_norm(node):
             _neutral_norm(insertion, node, tensors)
+    return zeroed
 
 
 class _Tensors:
@@ -173,7 +207,28 @@ def _make_identity(insertion: Insertion, tensors: _Tensors) -> None:
     weight[(rows, rows % weight.shape[1], *centre)] = 1.0
 
 
-def _zero_branch(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tensors) -> None:
+def _joins(insertion: Insertion) -> bool:
+    """Tell whether a layer ends in a join of its entry with what it computed."""
+    layer, template = insertion.layer, insertion.template
+    merge = next(n for n in template.module.graph.nodes if n.name == layer.merge)
+    parts = template.inputs_of(merge)
+    joins = {s[0] for s in template.steps(merge)} == {"cat"} and len(parts) > 1
+    return layer.branched and joins and _is_skip(template, parts[0], layer.entry)
+
+
+def _leave_unread(module: fx.GraphModule, insertion: Insertion, room: Room) -> None:
+    layer, shapes = insertion.layer, insertion.template.book.shapes
+    sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
+    behind = layer.nodes[-1] == layer.merge
+    if len(sizes) != 1 or not behind:
+        raise _no_neutral_form(layer, "what it joins to its input is changed again behind the join")
+    if not room.add(module, insertion.after, sizes[0][1] - sizes[0][0]):
+        raise _no_neutral_form(layer, "it adds units to a stream that cannot be widened")
+
+
+def _zero_branch(
+    insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tensors
+) -> dict[str, tuple[int, ...]]:
     """Zero the last parameters of the branch, so that the merge adds nothing to its skip."""
     layer, template = insertion.layer, insertion.template
     merge = nodes[layer.merge]
@@ -188,7 +243,8 @@ def _zero_branch(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tens
             tensors.fill(name, 0.0)
         before = template.inputs_of(node)
         if own:
-            return
+            names = template.book.tensors[node.name]
+            return {node.name: tuple(names.index(x) for x in own)}
         if not before or node.name == layer.entry:
             raise _no_neutral_form(layer, "its branch ends in nothing that can be set to zero")
         node = before[0]

@@ -23,12 +23,14 @@ class Insertion:
         layer: The layer.
         into: The network that lacks it.
         after: Node of that network behind which it goes.
+        width: Size of the feature axis there, if layers inserted before have changed it.
     """
 
     template: Network
     layer: Layer
     into: Network
     after: str
+    width: int | None = None
 
 
 def resized_copy(insertion: Insertion, path: str) -> nn.Module | Tensor:
@@ -73,9 +75,11 @@ def _refill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _shape(insertion: Insertion, name: str, tensor: Tensor) -> tuple[int, ...]:
     spaces, layer, book = insertion.template.spaces, insertion.layer, insertion.template.book
     into = insertion.into.book
-    new = _width(into.features.get(insertion.after), into.shapes[insertion.after])
+    new = insertion.width or _width(
+        into.features.get(insertion.after), into.shapes[insertion.after]
+    )
     shape = list(tensor.shape)
-    for space, axis in ((s, a) for s in spaces for a in s.axes if a.tensor == name):
+    for space, axis in spaces.on(name):
         ends = [layer.entry] if layer.branched else [layer.entry, layer.nodes[-1]]
         end = next((e for e in ends if any(f.tensor == e for f in space.features)), None)
         if end is None:

@@ -94,7 +94,8 @@ def _build(
         reads[labels] = True
     axes: dict[int, list[Axis]] = {c: [] for c in members_of}
     for axis in wide:
-        for c, found in _locate(axis, unit, position, where, bool(reads[axis.labels].any())):
+        read = axis.groups > 1 or bool(reads[axis.labels].any())
+        for c, found in _locate(axis, unit, position, where, read):
             axes[c].append(found)
     features: dict[int, list[Axis]] = {c: [] for c in members_of}
     for outputs in book.features.values():

@@ -126,6 +126,24 @@ class Concat(nn.Module):
         return torch.cat([x, self.a(x)], 1)
 
 
+class Grown(nn.Module):
+    """Dense layers with the norm in front, spelled as one list of all that was computed so far."""
+
+    def __init__(self, inputs, growth, layers):
+        super().__init__()
+        widths = [inputs + growth * i for i in range(layers)]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, growth, 3, 1, 1))
+            for n in widths
+        )
+
+    def forward(self, x):
+        seen = [x]
+        for layer in self.layers:
+            seen.append(layer(torch.cat(seen, 1)))
+        return torch.cat(seen, 1)
+
+
 class Gate(nn.Module):
     def __init__(self, width, inner):
         super().__init__()

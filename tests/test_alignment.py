@@ -344,8 +344,9 @@ def test_a_perceptron_does_not_pair_with_a_convolutional_network():
 def test_layers_that_can_only_pair_out_of_order_are_refused():
     a = nn.Sequential(conv(3, 4), conv(4, 4, 5), conv(4, 4), Pooled(4, 3))
     b = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4, 5), Pooled(4, 3))
-    with pytest.raises(PairingError, match="out of order"):
+    with pytest.raises(PairingError, match="segments do not pair") as caught:
         aligned(a, b, data=IMAGES)
+    assert caught.value.met.count(">>") == 2, "both lists, each with the segment that differs"
 
 
 def test_plain_layers_do_not_pair_with_blocks():

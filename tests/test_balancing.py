@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nets import (
     Functional,
     GroupedBottleneck,
+    Grown,
     Inverted,
     Pooled,
     Tokens,
@@ -28,6 +29,7 @@ from torch import nn
 import fxfuse
 from fxfuse.alignment import align_networks
 from fxfuse.balancing import Absent, balance_networks, check_alignment
+from fxfuse.canonical import canonical
 from fxfuse.data import Calibration
 from fxfuse.errors import ArgumentError, FuseError, PairingError, PassError
 from fxfuse.ir import Alignment
@@ -40,7 +42,14 @@ VECTORS, IMAGES = torch.randn(16, 6), torch.randn(8, 3, 8, 8)
 
 def networks(*nets, data=VECTORS):
     found = [randomise(net, seed) for seed, net in enumerate(nets)]
-    return [Network.of(f"net {i}", trace(n), (data[:2],)) for i, n in enumerate(found)]
+    graphs = [canonical(trace(n), (data[:2],)) for n in found]
+    return [Network.of(f"net {i}", g, (data[:2],)) for i, g in enumerate(graphs)]
+
+
+def dense(layers, stem=4, growth=2):
+    width = stem + growth * layers
+    head = nn.BatchNorm2d(width), nn.ReLU(), Pooled(width, 3)
+    return nn.Sequential(conv(3, stem), Grown(stem, growth, layers), *head)
 
 
 def balanced(*nets, data=VECTORS):
@@ -75,6 +84,28 @@ PAIRS = {
     "perceptrons without biases": (
         lambda: (mlp(6, 5, 3, bias=False), mlp(6, 8, 7, 3, bias=False)),
         VECTORS,
+    ),
+    "streams that grow": (lambda: (dense(5), dense(2, 5, 3)), IMAGES),
+    "streams that grow and are cut": (
+        lambda: (
+            nn.Sequential(
+                conv(3, 4),
+                Grown(4, 2, 4),
+                conv(12, 4, stride=2),
+                dense(3, 4)[1:2],
+                conv(10, 3),
+                Pooled(3, 3),
+            ),
+            nn.Sequential(
+                conv(3, 4),
+                Grown(4, 2, 2),
+                conv(8, 4, stride=2),
+                dense(4, 4)[1:2],
+                conv(12, 3),
+                Pooled(3, 3),
+            ),
+        ),
+        IMAGES,
     ),
     "each deeper elsewhere": (lambda: (stages([4, 4, 4], [5]), stages([6], [7, 7])), IMAGES),
     "with linear layers": (

@@ -91,6 +91,7 @@ def test_a_tensor_is_mixed_as_the_formula_says():
 
 
 def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_inside():
+    """The zeros that silence the block count, its other tensors belong to the other network."""
     nets, x = (
         [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 1)), 2)],
         images(),
@@ -101,7 +102,9 @@ def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_insi
     mixer = Mixer(balanced, 0, match, (0.4, 0.6))
     inside = [n for n in gone if n.endswith("weight") and balanced.networks[0].book]
     shares = {name: mixer.shares(name) for name in inside}
-    assert {tuple(s) for s in shares.values()} == {(1.0, 0.0), (0.4, 0.0)}
+    assert {tuple(s) for s in shares.values()} == {(1.0, 0.0)}
+    silent = {t for a in balanced.absent[1] for t in a.zeroed}
+    assert silent and all(mixer.shares(name) == [0.4, 0.6] for name in silent)
     assert mixer.shares("0.0.weight") == [0.4, 0.6]
 
 

@@ -23,7 +23,7 @@ LEVELS = {
             "operators",
             "interpreter",
             "canonical network spaces",
-            "folding segments sizing statistics",
+            "folding segments sizing statistics widening",
             "alignment rewrites",
             "balancing",
             "correspondence",

@@ -25,7 +25,7 @@ from torch import nn
 import fxfuse
 from fxfuse.errors import NotEquivalent, PassError
 from fxfuse.network import Network
-from fxfuse.rewrites import Insertion, deepen
+from fxfuse.rewrites import Insertion, Stamp, deepen
 from fxfuse.segments import partition
 from fxfuse.tracing import trace
 from fxfuse.verify import lint
@@ -297,14 +297,14 @@ def test_several_insertions_behind_one_node_follow_each_other_in_order():
         *[str(n.target) for n in inserted(edited)],
     ]
     first_exit = inserted(edited)[1].name
-    marks = [(0, "_1", True)] * 2 + [(1, first_exit, True)] * 2
+    marks = [Stamp(0, "_1", True, False)] * 2 + [Stamp(1, first_exit, True, False)] * 2
     assert [n.meta["inserted"] for n in inserted(edited)] == marks
     assert gap(into.module, edited, VECTORS) <= FUNCTION
 
 
 def test_nodes_of_a_block_know_which_of_them_hold_the_value():
     _, edited, layer = deeper("residual", blocks=1)
-    held = [n.name for n in inserted(edited) if n.meta["inserted"][2]]
+    held = [n.name for n in inserted(edited) if n.meta["inserted"].carries]
     assert len(held) == 2, "the sum and the activation behind it"
     assert all(n.meta["origin"][0] == "deepen" for n in inserted(edited))
 
@@ -433,10 +433,10 @@ def test_a_norm_that_depends_on_its_input_is_refused_in_a_plain_layer():
 
 
 @pytest.mark.parametrize(
-    "block", [lambda: Concat(4, 2), lambda: Gate(4, 2), lambda: Residual(4, 6)]
+    "block", [lambda: Gate(4, 2), lambda: Residual(4, 6)]
 )
 def test_a_block_that_is_no_sum_around_its_entry_is_refused(block):
-    wide = {Concat: 6, Gate: 4, Residual: 6}[type(block())]
+    wide = {Gate: 4, Residual: 6}[type(block())]
     template = nn.Sequential(conv(3, 4), block(), Pooled(wide, 3))
     found = network(template, IMAGES)
     name = partition(found)[-2].layers[-1].name
