@@ -84,6 +84,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         for m, mode in modes.items():
             m.training = mode
     run.freeze(interpreter.outputs, "an output of the network")
+    run.freeze_unused()
     for node, layers in interpreter.layers.items():
         axes = [TensorAxis(node, varying(x)[0], x.flatten().numpy()) for x in layers]
         run.book.features[node] = axes

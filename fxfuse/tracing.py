@@ -223,14 +223,22 @@ def _trace_in(
 
     Buffers are read live where that traces; a forward that looks at their values needs them real.
     """
-    shell.train(training)
     for proxy_buffers in (True, False):
+        shell.train(training)  # a network that keeps computed values forgets them here
         tracer = _Tracer(leaves, proxy_buffers)
         try:
-            return tracer.trace(shell), None
+            return _without_unused_reads(tracer.trace(shell)), None
         except Exception as error:
             failure = tracer.failed_in, error
     return failure
+
+
+def _without_unused_reads(graph: fx.Graph) -> fx.Graph:
+    """Erase attributes that are read for nothing: they may differ between modes that are alike."""
+    for node in reversed(graph.nodes):
+        if node.target is getattr and not node.users:
+            graph.erase_node(node)
+    return graph
 
 
 def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceError:

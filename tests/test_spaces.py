@@ -397,3 +397,38 @@ def test_shape_of_the_stream_decides_what_is_tied():
         8,
         8,
     ]
+
+
+class Keeping(nn.Module):
+    """A network that keeps a value computed from a parameter until its mode changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.table, self.kept = nn.Parameter(torch.zeros(8)), {}
+
+    def train(self, mode=True):
+        self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if not self.training:
+            key = str(x.device)
+            if key not in self.kept:
+                self.kept[key] = self.table.exp()
+        return self.b(self.a(x) + (self.table.exp() if self.training else self.kept[key]))
+
+
+def test_values_kept_between_runs_are_computed_in_the_graph():
+    net, x = randomise(Keeping()), torch.randn(2, 6)
+    outputs(net, x)
+    assert fxfuse.find_spaces(net, x).free_units == 8
+    assert gap(net, fxfuse.permute(net, x), x) <= PERMUTATION
+
+
+def test_a_tensor_that_no_operator_takes_stays():
+    unused = nn.Transformer(8, 2, 1, 1, 8).encoder.layers[0]  # a leaf when traced
+    net, x = randomise(nn.Sequential(nn.Linear(6, 8), unused, nn.Linear(8, 3))), torch.randn(2, 6)
+    unused.register_parameter("idle", nn.Parameter(torch.randn(5)))
+    spaces = fxfuse.find_spaces(net, x)
+    assert ("1.idle", 5) in [(f.tensor, f.count) for f in spaces.frozen]
