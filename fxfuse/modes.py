@@ -52,7 +52,7 @@ class Tap(Mode):
         return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
 
 
-def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Graph | str:
+def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Graph | set[str]:
     """Make the graph of training mode serve eval mode as well.
 
     Args:
@@ -61,20 +61,23 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
         training: Its graph in training mode; edited in place.
 
     Returns:
-        The graph, or the name of the module around the first difference that this cannot bridge.
+        The graph, or the names of modules that have to be kept whole.
     """
     numbers = _numbers(shell, evaluating, training)
     partners = _partners(evaluating, training, numbers)
     if partners is None:
-        return _difference(evaluating, training, numbers)
+        return {_difference(evaluating, training, numbers)}
     flags: list[tuple[fx.Node, str | int]] = []
     for node, partner in partners.items():
         found = _flags(node, partner, partners)
         if found is None:
-            return path_of(node)
+            return {path_of(node)}
         flags += [(partner, key) for key in found]
     shared = {*partners.values()}
     extra = [node for node in _steps(training) if node not in shared]
+    counting = _counting(shell, extra)
+    if counting:
+        return counting
     flags += [(node, "training") for node in extra if node.kwargs.get("training") is True]
     _branch_off(shell, training, extra, _results(evaluating, training, partners))
     _follow_mode(shell, flags)
@@ -188,6 +191,21 @@ def _difference(evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node,
             return path_of(added[0] if added else node)  # what training adds names its own module
         del rest[: place + 1]
     return ""
+
+
+def _counting(shell: nn.Module, extra: list[fx.Node]) -> set[str]:
+    """Return the modules that only keep a record while training, as norms that count batches do.
+
+    Passes copy what computes something; a module that is called takes its record along.
+    """
+    found = set()
+    for node in extra:
+        reads = any(n.op == "get_attr" for n in node.all_input_nodes)
+        if reads and not node.users and node.op != "call_module":
+            parts = shell.get_submodule(path_of(node)).children()
+            if not any(True for part in parts for _ in part.parameters()):
+                found.add(path_of(node))
+    return found - {""}
 
 
 # --- keeping a graph live -------------------------------------------------------------------------

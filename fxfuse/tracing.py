@@ -206,14 +206,13 @@ def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
         evaluating, error = _trace_in(shell, False, leaves)
         if isinstance(evaluating, str):
             raise _untraceable(shell, name, error) from error
-        around, _ = _trace_in(shell, True, leaves)
-        if isinstance(around, fx.Graph):
-            around = merge(shell, evaluating, around)
-        if isinstance(around, fx.Graph):
-            return around
-        if not around or around in leaves:
+        training, _ = _trace_in(shell, True, leaves)
+        both = {training} if isinstance(training, str) else merge(shell, evaluating, training)
+        if isinstance(both, fx.Graph):
+            return both
+        if "" in both or both <= leaves:
             return evaluating  # the model itself takes another way: keep the one of eval mode
-        leaves |= {around}
+        leaves |= both
 
 
 def _trace_in(

@@ -236,6 +236,30 @@ def test_names_that_a_model_uses_itself_are_left_to_it():
     assert same(seeded(net.train(), x), seeded(graph.train(), x))
 
 
+class Counting(nn.BatchNorm1d):
+    """A norm that activates, as `timm` has it: traced through, for it is not of torch.nn."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        known = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(F.batch_norm(x, *known, self.training, self.momentum, self.eps))
+
+
+def test_small_parts_that_only_keep_a_record_are_kept_whole():
+    """Passes copy steps on the way to the outputs; a record beside it would be lost."""
+    steps = [m for _ in range(5) for m in (nn.Linear(6, 6), Counting(6))]
+    net, x = randomise(nn.Sequential(*steps)), torch.randn(7, 6)
+    graph = trace(net)
+    assert [n.target for n in graph.graph.nodes][1:-1] == [str(i) for i in range(10)]
+    assert same(seeded(net.train(), x), seeded(graph.train(), x))
+    assert not moved(net, graph) and net[1].num_batches_tracked == 1
+
+
 def test_only_what_differs_becomes_live():
     plain, flagged, branched = (trace(n) for n in (mlp(6, 8, 3), Functional(), Body()))
     kinds = [
