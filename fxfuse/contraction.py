@@ -87,6 +87,11 @@ def _told_apart(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand], 
     return joined, apart
 
 
+def extents(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape, with size 1 along the axes that only repeat one value."""
+    return tuple(n if step else 1 for n, step in zip(tensor.shape, tensor.stride()))
+
+
 def along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
     """Sort layers by the axes along which they vary."""
     found: dict[tuple[int, ...], list[Tensor]] = {}

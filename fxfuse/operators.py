@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .calls import Op, fixed, unknown
-from .contraction import along_same_axes, contract, joint, merge, rows_over
+from .contraction import along_same_axes, contract, extents, joint, merge, rows_over
 from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, varying
 from .movement import (
     VIEWS,
@@ -108,7 +108,7 @@ def _describe(op: Op) -> tuple | None:
 
 def pointwise(run: LabelRun, op: Op) -> Labels:
     """Tie the units that meet at the same place."""
-    return merge(run, [(run.of(t), tuple(t.shape)) for t in op.tensors], op.out.dim())
+    return merge(run, [(run.of(t), extents(t)) for t in op.tensors], op.out.dim())
 
 
 def reduction(run: LabelRun, op: Op) -> Labels | list[Labels]:
@@ -160,7 +160,7 @@ def convolution(run: LabelRun, op: Op) -> Labels:
         return fixed(
             run, op, "a grouped convolution that is transposed or whose weight is computed"
         )
-    channels, beside = _channels(run, known)
+    channels, beside = _channels(run, op)
     run.freeze([la for la in weight if max(varying(la)) > 1], KERNEL)
     outs = [la.flatten() for la in weight if varying(la) == (out_dim,)]
     if groups == 1:
@@ -168,7 +168,8 @@ def convolution(run: LabelRun, op: Op) -> Labels:
         ins = [joint(run, ins).flatten()] if ins else []
         _read(run, [c.flatten() for c in channels], ins, known.fill)
     elif len(channels) != 1 or not outs:
-        return fixed(run, op, "a grouped convolution of what cannot be moved")
+        run.freeze([*channels, *weight], "a grouped convolution of what cannot be moved")
+        outs = []
     else:
         labels = channels[0].flatten()
         run.dense_axis(w, in_dim, labels, groups)
@@ -176,18 +177,23 @@ def convolution(run: LabelRun, op: Op) -> Labels:
     return _write(run, op, outs, beside)
 
 
-def _channels(run: LabelRun, known: Labels) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the layers along channels, one for the whole batch, and those along the batch.
+def _channels(run: LabelRun, op: Op) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the layers along channels, one for all places, and those along places.
 
-    What is computed for each sample alike ties the units of all samples to each other.
+    Places are the axes that the convolution does not mix: the batch, and where its kernel has size
+    1. What is computed alike in each of them ties the units of all places to each other.
     """
-    beside = [x for x in known.layers if varying(x) == (0,)]
-    channels = [x for x in known.layers if varying(x) in ((1,), (0, 1))]
+    known, rank = run.of(op["input"]), op["input"].dim()
+    steps = zip(range(2, rank), op["weight"].shape[2:], op["stride"], op["padding"])
+    places = {0, *(d for d, kernel, step, pad in steps if (kernel, step, pad) == (1, 1, 0))}
+    beside = [x for x in known.layers if set(varying(x)) <= places]
+    channels = [x for x in known.layers if {1} <= set(varying(x)) <= places | {1}]
     others = [x for x in known.layers if absent(x, [*beside, *channels])]
     run.freeze(others, "units along a convolved axis")
-    for layer in channels:
-        run.book.tie(layer, layer[:1])
-    found = along_same_axes([x[:1] for x in channels]).values()
+    first = [x[(slice(1), slice(None), *[slice(1)] * (rank - 2))] for x in channels]
+    for layer, alike in zip(channels, first):
+        run.book.tie(layer, alike)
+    found = along_same_axes(first).values()
     return [joint(run, same) for same in found], beside
 
 
@@ -290,7 +296,10 @@ RULES: dict[str, Rule] = {
         ["max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"]
         + ["_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "avg_pool1d"]
         + ["adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_bilinear2d", "mkldnn_max_pool2d"]
-        + ["upsample_nearest2d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d"],
+        + ["upsample_nearest2d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d"]
+        + ["upsample_nearest1d", "upsample_linear1d", "upsample_nearest3d", "reflection_pad1d"]
+        + ["reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d"]
+        + ["replication_pad3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"],
         spatial,
     ),
     **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax"], softmax),

@@ -139,7 +139,12 @@ CASES = {
     "pad pixels": images(lambda net, x: F.pad(x, (1, 1, 2, 2))),
     "pad pixels with a value": images(lambda net, x: F.pad(x, (1, 1, 2, 2), value=0.7)),
     "pixel_unshuffle": images(lambda net, x: F.pixel_unshuffle(x, 2), outputs=32),
-    "pixel_shuffle": images(lambda net, x: F.pixel_shuffle(x, 2), outputs=2, free=0),
+    "pixel_shuffle": images(  # all that land in one channel are the same unit
+        lambda net, x: F.pixel_shuffle(net.a(x), 2), 12, 4, a=lambda: nn.Conv2d(8, 16, 1)
+    ),
+    "pixel_shuffle before a kernel": images(
+        lambda net, x: net.a(F.pixel_shuffle(x, 2)), 8, 8, a=lambda: nn.Conv2d(2, 8, 3)
+    ),
     "unfold": images(lambda net, x: x.unfold(2, 3, 1).mean(-1)),
     "channel_shuffle": images(lambda net, x: F.channel_shuffle(x, 2)),
     "movedim": images(lambda net, x: x.movedim(1, 3).movedim(3, 1)),
@@ -238,6 +243,20 @@ CASES = {
             + F.interpolate(x, scale_factor=2, mode="bicubic")
         )
     ),
+    "interpolate one": tokens(
+        lambda net, x: (
+            (
+                F.interpolate(x.mT, scale_factor=2)
+                + F.interpolate(x.mT, scale_factor=2, mode="linear")
+            ).mT
+        )
+    ),
+    "interpolate without aliases": images(
+        lambda net, x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    ),
+    "reflected borders": images(
+        lambda net, x: F.pad(x, (1, 1, 1, 1), "reflect") + F.pad(x, (2, 0, 1, 1), "replicate")
+    ),
     "interpolate three": volumes(lambda net, x: F.interpolate(x, scale_factor=2, mode="trilinear")),
     # --- norms
     "batch_norm": images(**kept(lambda: nn.BatchNorm2d(8))),
@@ -300,7 +319,21 @@ CASES = {
         lambda net, x: net.part(x.mT).mT, part=lambda: nn.Conv1d(8, 8, 3), free=16
     ),
     "conv of three axes": volumes(**kept(lambda: nn.Conv3d(8, 8, 2)), free=16),
-    "conv over units": tokens(lambda net, x: net.part(x), part=lambda: nn.Conv1d(5, 5, 1), free=0),
+    "conv over units": tokens(
+        lambda net, x: net.part(x), part=lambda: nn.Conv1d(5, 5, 3, padding=1), free=0
+    ),
+    "conv beside units": tokens(lambda net, x: net.part(x), part=lambda: nn.Conv1d(5, 5, 1)),
+    "depthwise conv beside units": images(
+        lambda net, x: net.part(x.permute(0, 2, 1, 3)).permute(0, 2, 1, 3),
+        part=lambda: nn.Conv2d(6, 6, (1, 3), padding=(0, 1), groups=6),
+    ),
+    "normalize": vectors(lambda net, x: F.normalize(x, dim=1)),
+    "normalize heads": tokens(
+        lambda net, x: _normalised(net.q(x), net.k(x)) @ x,
+        q=lambda: nn.Linear(8, 6),
+        k=lambda: nn.Linear(8, 6),
+        free=14,
+    ),
     "conv of parts": images(
         lambda net, x: net.part(x.view(4, 4, 6, 6)).view(2, 12, 6, 6),
         part=lambda: nn.Conv2d(4, 6, 1),
@@ -371,6 +404,12 @@ def _pair(parts):
 
 def _three(x):
     return [x[0], x[1], x[2]]
+
+
+def _normalised(q, k):
+    """Attention by cosines, in two heads whose units are normalised."""
+    q, k = (F.normalize(t.view(2, 5, 2, 3).transpose(1, 2), dim=-1) for t in (q, k))
+    return (q @ k.mT).softmax(-1).mean(1)
 
 
 def _two(x):
