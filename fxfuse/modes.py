@@ -25,8 +25,13 @@ class Mode(nn.Module):
 
     called = "training_mode"
 
-    def forward(self) -> bool:
-        """Return whether the module is in training mode."""
+    def forward(self, *records: Any) -> bool:
+        """Return whether the module is in training mode.
+
+        Args:
+            records: What training has recorded before; given, so that passes that copy a step and
+                its flag copy the record too.
+        """
         return self.training
 
 
@@ -75,12 +80,13 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
         flags += [(partner, key) for key in found]
     shared = {*partners.values()}
     extra = [node for node in _steps(training) if node not in shared]
-    counting = _counting(shell, extra)
-    if counting:
-        return counting
     flags += [(node, "training") for node in extra if node.kwargs.get("training") is True]
+    records = _records(training, extra, [node for node, _ in flags])
+    whole = _recorders(shell, extra, {n for nodes in records.values() for n in nodes})
+    if whole:
+        return whole
     _branch_off(shell, training, extra, _results(evaluating, training, partners))
-    _follow_mode(shell, flags)
+    _follow_mode(shell, flags, records)
     return training
 
 
@@ -193,15 +199,24 @@ def _difference(evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node,
     return ""
 
 
-def _counting(shell: nn.Module, extra: list[fx.Node]) -> set[str]:
-    """Return the modules that only keep a record while training, as norms that count batches do.
+def _records(
+    graph: fx.Graph, extra: list[fx.Node], flagged: list[fx.Node]
+) -> dict[fx.Node, list[fx.Node]]:
+    """Return, per step with a flag, what its module records of training before that step."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in [n for n in extra if not n.users and n.op != "get_attr"]:
+        own = [n for n in flagged if path_of(n) == path_of(node) and place[n] > place[node]]
+        if own:
+            found.setdefault(min(own, key=place.__getitem__), []).append(node)
+    return found
 
-    Passes copy what computes something; a module that is called takes its record along.
-    """
+
+def _recorders(shell: nn.Module, extra: list[fx.Node], carried: set[fx.Node]) -> set[str]:
+    """Return the small modules with records that no flag carries: a call takes them along."""
     found = set()
-    for node in extra:
-        reads = any(n.op == "get_attr" for n in node.all_input_nodes)
-        if reads and not node.users and node.op != "call_module":
+    for node in [n for n in extra if n not in carried and n.op != "call_module"]:
+        if not node.users and any(n.op == "get_attr" for n in node.all_input_nodes):
             parts = shell.get_submodule(path_of(node)).children()
             if not any(True for part in parts for _ in part.parameters()):
                 found.add(path_of(node))
@@ -268,10 +283,15 @@ def _owner(nodes: list[Any]) -> str:
     return ".".join(commonprefix(paths))
 
 
-def _follow_mode(shell: nn.Module, flags: list[tuple[fx.Node, str | int]]) -> None:
+def _follow_mode(
+    shell: nn.Module,
+    flags: list[tuple[fx.Node, str | int]],
+    records: dict[fx.Node, list[fx.Node]],
+) -> None:
     for node, key in flags:
         with node.graph.inserting_before(node):
-            flag = node.graph.call_module(_live(shell, path_of(node), Mode))
+            done = tuple(records.pop(node, ()))
+            flag = node.graph.call_module(_live(shell, path_of(node), Mode), done)
         flag.meta.update(node.meta)
         if isinstance(key, int):
             node.update_arg(key, flag)

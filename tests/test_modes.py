@@ -250,14 +250,39 @@ class Counting(nn.BatchNorm1d):
         return self.act(F.batch_norm(x, *known, self.training, self.momentum, self.eps))
 
 
-def test_small_parts_that_only_keep_a_record_are_kept_whole():
+class Recording(nn.Module):
+    """Notes what it sees in training; nothing in it has a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.seen.add_(x.detach().sum(0))
+        return 2 * x
+
+
+def test_a_record_goes_with_the_step_that_it_is_kept_for():
     """Passes copy steps on the way to the outputs; a record beside it would be lost."""
-    steps = [m for _ in range(5) for m in (nn.Linear(6, 6), Counting(6))]
+    steps = [m for _ in range(3) for m in (nn.Linear(6, 6), Counting(6))]
     net, x = randomise(nn.Sequential(*steps)), torch.randn(7, 6)
     graph = trace(net)
-    assert [n.target for n in graph.graph.nodes][1:-1] == [str(i) for i in range(10)]
-    assert same(seeded(net.train(), x), seeded(graph.train(), x))
+    assert all(n.users for n in graph.graph.nodes if n.op != "output")
+    assert {"1.act", "3.act", "5.act"} <= {n.target for n in graph.graph.nodes}
+    for module in (net, graph):
+        seeded(module.train(), x)
     assert not moved(net, graph) and net[1].num_batches_tracked == 1
+    assert same(seeded(net.eval(), x), seeded(graph.eval(), x))
+    assert not moved(net, graph)
+
+
+def test_a_small_part_with_a_record_and_no_flag_is_kept_whole():
+    net = randomise(nn.Sequential(nn.Linear(6, 6), Recording(), nn.Linear(6, 6), Recording()))
+    graph, x = trace(net), torch.randn(7, 6)
+    assert [n.target for n in graph.graph.nodes][1:-1] == ["0", "1", "2", "3"]
+    assert same(seeded(net.train(), x), seeded(graph.train(), x))
+    assert not moved(net, graph)
 
 
 def test_only_what_differs_becomes_live():
