@@ -70,6 +70,36 @@ def _rerun(op: Op, key: str, layer: Tensor, shape: tuple[int, ...]) -> Any:
     return op.func(*positional, **{k: v for k, v in args.items() if k in keywords})
 
 
+def patches(run: LabelRun, op: Op) -> Labels:
+    """Places around each place, laid out along the channels: they hold the same units."""
+    known, axis = run.of(op["self"]), op["self"].dim() - 3
+    size, layers = op["kernel_size"][0] * op["kernel_size"][1], []
+    for layer in known.layers:
+        if max(varying(layer)) > axis:
+            run.freeze([layer], "units along places that are cut into patches")
+        else:
+            spread = layer.repeat_interleave(size if layer.shape[axis] > 1 else 1, axis)
+            layers.append(spread.squeeze(-1))
+    return Labels(tuple(layers), sources=known.sources)
+
+
+def folded(run: LabelRun, op: Op) -> Labels:
+    """Patches summed where they overlap: the places of a patch hold the same units."""
+    tensor = op["self"]
+    axis, layers = tensor.dim() - 2, []
+    patch = op["kernel_size"][0] * op["kernel_size"][1]
+    for layer in run.of(tensor).layers:
+        if varying(layer) == (axis,):
+            units = layer.view(-1, patch)
+            run.book.tie(units, units[:, :1])
+            layers.append(units[:, 0].view(*[1] * axis, -1, 1, 1))
+        elif set(varying(layer)) < set(range(axis)):
+            layers.append(layer.unsqueeze(-1))
+        else:
+            run.freeze([layer], "units along the places of patches")
+    return Labels(tuple(layers))
+
+
 def filled(run: LabelRun, op: Op) -> Labels:
     """One value written over units leaves them alike; over anything else it is new data."""
     known = run.of(op["self"])

@@ -146,6 +146,16 @@ CASES = {
         lambda net, x: net.a(F.pixel_shuffle(x, 2)), 8, 8, a=lambda: nn.Conv2d(2, 8, 3)
     ),
     "unfold": images(lambda net, x: x.unfold(2, 3, 1).mean(-1)),
+    "patches": images(
+        lambda net, x: F.unfold(x, 3, padding=1).view(2, 8, 9, 6, 6).amax(2),
+    ),
+    "patches summed": images(
+        lambda net, x: F.fold(net.a[:, None] * F.unfold(x, 3, padding=1), 6, 3, padding=1),
+        a=table(72),
+    ),
+    "patches of places": images(
+        lambda net, x: F.fold(F.unfold(x, 2, stride=2).mT.mT * net.a, 6, 2, stride=2), a=table(9)
+    ),
     "channel_shuffle": images(lambda net, x: F.channel_shuffle(x, 2)),
     "movedim": images(lambda net, x: x.movedim(1, 3).movedim(3, 1)),
     "tile": vectors(lambda net, x: x.tile(1, 2), outputs=16),
