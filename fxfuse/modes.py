@@ -87,6 +87,7 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
         return whole
     _branch_off(shell, training, extra, _results(evaluating, training, partners))
     _follow_mode(shell, flags, records)
+    _mark(training, {*partners.values()})
     return training
 
 
@@ -254,14 +255,10 @@ def _branch_off(shell: nn.Module, graph: fx.Graph, extra: list[fx.Node], result:
             if source not in taps:
                 taps[source] = _tap(shell, owner, source, node)
             node.replace_input_with(source, taps[source])
-    added = [*extra, *(tap for source, tap in taps.items() if tap is not source)]
     if repr(result) != repr(output.args[0]):
         with graph.inserting_before(output):
             choice = graph.call_module(_live(shell, owner, Choice), (result, output.args[0]))
         output.args = (choice,)
-        added.append(choice)
-    for node in added:
-        node.meta[ONLY_IN_TRAINING] = True
 
 
 def _tap(shell: nn.Module, owner: str, source: fx.Node, reader: fx.Node) -> fx.Node:
@@ -292,11 +289,20 @@ def _follow_mode(
         with node.graph.inserting_before(node):
             done = tuple(records.pop(node, ()))
             flag = node.graph.call_module(_live(shell, path_of(node), Mode), done)
-        flag.meta.update(node.meta)
+        flag.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
         if isinstance(key, int):
             node.update_arg(key, flag)
         else:
             node.update_kwarg(key, flag)
+
+
+def _mark(graph: fx.Graph, needed: set[fx.Node]) -> None:
+    """Mark what eval mode has no use for; records that its steps carry are of use to it."""
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+        elif node.op != "output":
+            node.meta[ONLY_IN_TRAINING] = True
 
 
 # --- doing without what only training computes ----------------------------------------------------

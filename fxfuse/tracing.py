@@ -82,7 +82,7 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
     Returns:
         A `GraphModule` with the model's module names and state, in the model's mode. Heads that
         exist in training only run in eval mode too, which costs their time and takes inputs that
-        they take; `torch.compile` and `torch.export` leave them out again.
+        they take; compilers leave them out again, as does `run_decompositions` after an export.
 
     Raises:
         TraceError: If the model cannot be traced.
