@@ -6,6 +6,8 @@ Working below `torch.nn`, it sees the same few dozen operators however a network
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +62,20 @@ class _NodeInterpreter(Interpreter):
         return value
 
 
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Take the forms of attention and recurrent layers that show what they are made of."""
+    fastpath, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mkldnn.enabled = fused
+
+
 def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
     """Run a traced network once, in eval mode, on labels and return the ledger.
 
@@ -70,17 +86,14 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         example: Input tensors.
     """
     modes = {m: m.training for m in module.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with plain_modes():
         run = LabelRun([*module.named_parameters(), *module.named_buffers()])
     module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with plain_modes(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _MirrorMode(run):
+        with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):
             interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for m, mode in modes.items():
             m.training = mode
     run.freeze(interpreter.outputs, "an output of the network")

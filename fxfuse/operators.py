@@ -275,7 +275,8 @@ RULES: dict[str, Rule] = {
         [*VIEWS, "permute", "transpose", "t", "expand", "select", "slice", "split", "squeeze"]
         + ["split_with_sizes", "chunk", "unbind", "unsqueeze", "flip", "roll", "repeat", "narrow"]
         + ["index_select", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "unfold"]
-        + ["channel_shuffle", "movedim", "flatten", "tile", "native_channel_shuffle"],
+        + ["channel_shuffle", "movedim", "flatten", "tile", "native_channel_shuffle"]
+        + ["unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"],
         move,
     ),
     **dict.fromkeys(

@@ -355,6 +355,18 @@ CASES = {
         part=lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4),
         free=4,
     ),
+    "recurrent": tokens(
+        lambda net, x: net.part(x)[0],
+        part=lambda: nn.LSTM(8, 5, batch_first=True),
+        outputs=5,
+        free=13,
+    ),
+    "recurrent both ways": tokens(
+        lambda net, x: net.part(x)[0],
+        part=lambda: nn.GRU(8, 5, batch_first=True, bidirectional=True),
+        outputs=10,
+        free=13,  # the last states of both are stacked, which ties them
+    ),
     "attention with parts pooled": tokens(
         lambda net, x: _pooled_attention(net, net.q(x), net.k(x), net.v(x)),
         **{n: lambda: nn.Linear(8, 8) for n in "qkv"},
