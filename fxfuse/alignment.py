@@ -137,7 +137,7 @@ def _align(
         possible = _possible(deep, segment.layers)
         matrix = np.where(possible, 0.0, np.inf) if costs[k] is None else costs[k]
         same = k == reference or len(deep) == len(segment.layers) and possible.diagonal().all()
-        rows = list(range(len(deep))) if same else aligner(matrix)
+        rows = range(len(deep)) if same else _align_steps(deep, segment.layers, matrix, aligner)
         row = [None] * len(deep)
         for layer, at in zip(segment.layers, rows):
             row[at] = layer.name
@@ -146,8 +146,54 @@ def _align(
     return SegmentAlignment(segments[reference].label, reference, tuple(slots), tuple(shown))
 
 
-def _possible(deep: Sequence[Layer], shallow: Sequence[Layer]) -> np.ndarray:
-    return np.array([[a.kind == b.kind for b in shallow] for a in deep])
+def _align_steps(
+    deep: Sequence[Layer], shallow: Sequence[Layer], costs: np.ndarray, aligner: Aligner
+) -> list[int]:
+    """Align step by step, so that layers which are neutral only together stay together."""
+    rows, columns = _steps(deep, shallow)
+    first, own = (np.cumsum([0, *map(len, s)]) for s in (rows, columns))
+    fits = _possible(rows, columns)
+    table = np.full(fits.shape, np.inf)
+    for i, j in np.argwhere(fits):
+        table[i, j] = costs[first[i] : first[i + 1], own[j] : own[j + 1]].diagonal().mean()
+    found = aligner(table)
+    return [int(first[i]) + n for i, step in zip(found, columns) for n in range(len(step))]
+
+
+def _steps(
+    deep: Sequence[Layer], shallow: Sequence[Layer]
+) -> tuple[list[tuple[Layer, ...]], list[tuple[Layer, ...]]]:
+    """Group the layers of two networks into steps that are matched or inserted as a whole.
+
+    A run of plain layers and gates that ends without an activation (an inverted bottleneck without
+    a skip) is one step, if the networks agree on such runs; any other layer is one by itself.
+    """
+    runs = tuple(_runs(layers) for layers in (deep, shallow))
+    if len(runs[0]) >= len(runs[1]) and choices(_possible(*runs), first=False, last=False):
+        return runs
+    return [(x,) for x in deep], [(x,) for x in shallow]
+
+
+def _runs(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
+    found, i = [], 0
+    while i < len(layers):
+        end = i
+        if not layers[i].branched and not layers[i].linear:
+            ends = (j for j in range(i, len(layers)) if layers[j].linear)
+            end = next(ends, i)
+        found.append(tuple(layers[i : end + 1]))
+        i = end + 1
+    return found
+
+
+def _possible(deep: Sequence, shallow: Sequence) -> np.ndarray:
+    """Tell which layers, or runs of layers, are of one kind."""
+    ours, theirs = ([_kinds(x) for x in layers] for layers in (deep, shallow))
+    return np.array([[a == b for b in theirs] for a in ours]).reshape(len(ours), len(theirs))
+
+
+def _kinds(step: Layer | tuple[Layer, ...]) -> tuple[str, ...]:
+    return tuple(x.kind for x in (step if isinstance(step, tuple) else (step,)))
 
 
 def _measure(
@@ -164,7 +210,8 @@ def _measure(
         deep = segments[reference].layers
         for k, segment in enumerate(segments):
             possible = _possible(deep, segment.layers)
-            open_ones = measure_forced or choices(possible) > 1 and len(segment.layers) < len(deep)
+            steps = _possible(*_steps(deep, segment.layers))
+            open_ones = measure_forced or choices(steps) > 1 and len(segment.layers) < len(deep)
             if k != reference and open_ones:
                 meters[s, k] = LinearCKA(len(deep), len(segment.layers))
                 points[reference].update(dict.fromkeys(x.point for x in deep))
@@ -234,7 +281,8 @@ def pair_segments(
 def _fit(segments: tuple[Segment, ...]) -> bool:
     """Tell whether the layers of each can be mapped to the most layers at all, kinds kept."""
     deep = max((s.layers for s in segments), key=len)
-    maps = (choices(_possible(deep, s.layers), first=False, last=False) for s in segments)
+    steps = (_possible(*_steps(deep, s.layers)) for s in segments)
+    maps = (choices(s, first=False, last=False) for s in steps)
     return all(count > 0 for count in maps)
 
 

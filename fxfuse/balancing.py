@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .errors import ArgumentError, PairingError
 from .ir import Alignment, Layer
 from .network import Network
+from .neutral import absorbed
 from .rewrites import Insertion, deepen
 from .segments import describe, partition
 from .tracing import Mode, run_once
@@ -27,6 +28,7 @@ class Absent:
         entry: The node whose value it hands on.
         carriers: The nodes among them that hold this value.
         joins: Whether it adds units beside this value, which nobody reads.
+        whole: Whether it is a run of layers that hands on its input only as a whole.
         zeroed: The tensors that were set to zero to silence it: unlike the others, which are of
             no meaning, these say that the network adds nothing here.
     """
@@ -35,12 +37,18 @@ class Absent:
     entry: str
     carriers: tuple[str, ...]
     joins: bool = False
+    whole: bool = False
     zeroed: frozenset[str] = frozenset()
 
     @property
     def inner(self) -> frozenset[str]:
-        """Nodes of a branch that writes nothing."""
+        """Nodes whose values mean nothing: of a branch that writes nothing, or inside a run."""
         return frozenset(self.nodes) - frozenset(self.carriers)
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Nodes whose parameters mean nothing."""
+        return frozenset(self.nodes) if self.whole else self.inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +114,52 @@ def _insertions(
 ) -> list[Insertion]:
     found = []
     for segment in alignment.segments:
-        own = segment.slots[k]
-        for i, name in enumerate(own):
-            if name is not None:
+        own, deep = segment.slots[k], networks[segment.reference]
+        wanted = [layers[segment.reference][n] for n in segment.slots[segment.reference]]
+        i = 0
+        while i < len(own):
+            if own[i] is not None:
+                i += 1
                 continue
             before = next((n for n in reversed(own[:i]) if n is not None), None)
             behind = next((n for n in own[i:] if n is not None), None)
             after = layers[k][before].nodes[-1] if before else layers[k][behind].entry
-            deep = networks[segment.reference]
-            wanted = layers[segment.reference][segment.slots[segment.reference][i]]
             known = [layers[k][n] for n in [*own[:i][::-1], *own[i:]] if n is not None]
-            template, layer = _template(networks[k], known, deep, wanted, after)
-            found.append(Insertion(template, layer, networks[k], after))
+            template, layer = _template(networks[k], known, deep, wanted[i], after)
+            insertion = Insertion(template, layer, networks[k], after)
+            run = wanted[i : next((j for j in range(i, len(own)) if own[j]), len(own))]
+            parts = _carrying(Insertion(deep, run[0], networks[k], after), run)
+            if parts:
+                insertion = Insertion(deep, _joined(parts), networks[k], after, parts)
+            found.append(insertion)
+            i += len(parts) or 1
     return found
+
+
+def _carrying(insertion: Insertion, run: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the first layers of a run that are neutral only together, if they can be.
+
+    A layer whose activation changes what it gets is neutral in a run that ends in a layer without
+    an activation (as the widest part of an inverted bottleneck does).
+    """
+    nodes = [n for n in insertion.template.module.graph.nodes if n.name in run[0].nodes]
+    acts = [n for n in nodes if insertion.template.is_activation(n)]
+    if run[0].branched or all(absorbed(insertion, n) for n in acts):
+        return ()
+    ends = (i for i, x in enumerate(run) if x.linear)
+    return tuple(run[: next(ends, -1) + 1])
+
+
+def _joined(layers: Sequence[Layer]) -> Layer:
+    """Return several layers as one step."""
+    return replace(
+        layers[-1],
+        name=f"{layers[0].name}..{layers[-1].name}",
+        kind="; ".join(x.kind for x in layers),
+        nodes=tuple(n for x in layers for n in x.nodes),
+        entry=layers[0].entry,
+        producers=tuple(n for x in layers for n in x.producers),
+    )
 
 
 def _template(
@@ -225,6 +266,13 @@ def _absent(module: fx.GraphModule, adopted: Network) -> tuple[Absent, ...]:
         zeroed = {adopted.book.tensors[n][i] for n, s in here.items() for i in s.zeroed}
         carriers = tuple(n for n, s in here.items() if s.carries)
         found.append(
-            Absent(tuple(here), names[first.after], carriers, first.joins, frozenset(zeroed))
+            Absent(
+                tuple(here),
+                names[first.after],
+                carriers,
+                first.joins,
+                first.whole,
+                frozenset(zeroed),
+            )
         )
     return tuple(found)

@@ -113,7 +113,7 @@ def absent_tensors(network: Network, absent: Sequence) -> set[str]:
     What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
     norm is folded into: it is a fact that the network adds nothing there.
     """
-    nodes = {node for a in absent for node in a.inner}
+    nodes = {node for a in absent for node in a.foreign}
     own = {t for node in nodes for t in network.book.tensors.get(node, ())}
     kept = {t for n, ts in network.book.tensors.items() if n not in nodes for t in ts}
     silent = {t for a in absent for t in a.zeroed}

@@ -174,6 +174,11 @@ class Layer:
     layout: tuple[int, int]
     width: int
 
+    @property
+    def linear(self) -> bool:
+        """Whether it is a plain layer without an activation."""
+        return not self.branched and self.point == self.nodes[-1]
+
     def __str__(self) -> str:
         return f"{self.name} ({'block' if self.branched else 'layer'}, {self.width} units)"
 

@@ -23,6 +23,7 @@ class Insertion:
         layer: The layer.
         into: The network that lacks it.
         after: Node of that network behind which it goes.
+        parts: The layers it joins, if it is a run of them that is neutral only as a whole.
         width: Size of the feature axis there, if layers inserted before have changed it.
     """
 
@@ -30,6 +31,7 @@ class Insertion:
     layer: Layer
     into: Network
     after: str
+    parts: tuple[Layer, ...] = ()
     width: int | None = None
 
 

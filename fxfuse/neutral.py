@@ -1,0 +1,300 @@
+"""Neutral values: what makes an inserted layer hand on what it reads.
+
+A plain layer becomes the identity (centre tap of the kernel, exactly neutral norm; only before an
+activation that does nothing twice). A residual block gets a branch that writes zero. Of a block
+that joins its output to its input nobody reads that output. A run of layers that ends without an
+activation carries its input through where its activations are straight lines, and takes out at the
+end what that added.
+
+References:
+    Chen et al. 2016 (Net2Net); METHODS of CLAFusion, section 3.2 (adding layers). Difference: only
+    the last writer of an added branch is zero, so the added block can be trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import PassError
+from .ir import Layer
+from .network import Network
+from .sizing import Insertion
+from .statistics import record
+from .widening import Room
+
+
+def neutralise(
+    module: fx.GraphModule, insertion: Insertion, paths: dict[str, str], room: Room
+) -> dict[str, tuple[int, ...]]:
+    """Make a layer neutral; return the node that silences it and which of its tensors are zero."""
+    layer, template = insertion.layer, insertion.template
+    nodes = {n.name: n for n in template.module.graph.nodes}
+    tensors, zeroed = _Tensors(module, paths), {}
+    if insertion.parts:
+        _carry_through(insertion, nodes, tensors)
+        return {}
+    if not layer.branched:
+        _make_identity(insertion, tensors)
+    elif joins(insertion):
+        _leave_unread(module, insertion, room)
+    else:
+        zeroed = _zero_branch(insertion, nodes, tensors)
+    merge = layer.nodes.index(layer.merge)
+    for node in (nodes[name] for name in layer.nodes[merge + (1 if layer.branched else 0) :]):
+        if template.is_activation(node):
+            _require_absorbed(insertion, node)
+        elif template.is_norm(node):
+            _neutral_norm(insertion, node, tensors)
+    return zeroed
+
+
+class _Tensors:
+    """The parameters and buffers of an inserted layer, by the names they have in the template."""
+
+    def __init__(self, module: fx.GraphModule, paths: dict[str, str]) -> None:
+        self.all = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.paths = paths
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = max((p for p in self.paths if name == p or name.startswith(p + ".")), key=len)
+        return self.all[self.paths[path] + name[len(path) :]]
+
+    def fill(self, name: str, value: float | Tensor) -> None:
+        tensor = self[name]
+        tensor.data.copy_(torch.as_tensor(value).expand_as(tensor))
+
+
+def _make_identity(insertion: Insertion, tensors: _Tensors) -> None:
+    layer = insertion.layer
+    weight = _copy_inputs(insertion, layer, tensors)
+    if weight.dim() == 2 and weight.shape[0] != weight.shape[1]:
+        raise no_neutral_form(layer, "its width changes")
+
+
+def _copy_inputs(insertion: Insertion, layer: Layer, tensors: _Tensors) -> Tensor:
+    """Let a plain layer's contraction write its input, place by place; return its weight."""
+    book = insertion.template.book
+    weights = book.weights[layer.merge]
+    for name in book.tensors[layer.merge]:
+        tensors.fill(name, 0.0)
+    weight = tensors[weights[0]].data
+    steps = [s for s in insertion.template.steps(layer.merge) if s[0] == "convolution"]
+    if len(weights) != 1 or len(steps) > 1:
+        raise no_neutral_form(layer, "several contractions in one step")
+    for _, kernel, stride, padding, dilation, _, transposed, _ in steps:
+        centred = all(2 * p == d * (k - 1) for k, p, d in zip(kernel, padding, dilation))
+        if transposed or set(stride) != {1} or not centred:
+            raise no_neutral_form(layer, "its convolution changes the size or is not centred")
+    grouped = bool(steps) and steps[0][-1] != "dense"
+    rows = torch.arange(weight.shape[0] if grouped else min(weight.shape[:2]))
+    centre = tuple(k // 2 for k in weight.shape[2:])
+    weight[(rows, rows % weight.shape[1], *centre)] = 1.0
+    return weight
+
+
+def joins(insertion: Insertion) -> bool:
+    """Tell whether a layer ends in a join of its entry with what it computed."""
+    layer, template = insertion.layer, insertion.template
+    merge = next(n for n in template.module.graph.nodes if n.name == layer.merge)
+    parts = template.inputs_of(merge)
+    joins = {s[0] for s in template.steps(merge)} == {"cat"} and len(parts) > 1
+    return layer.branched and joins and _is_skip(template, parts[0], layer.entry)
+
+
+def _leave_unread(module: fx.GraphModule, insertion: Insertion, room: Room) -> None:
+    layer, shapes = insertion.layer, insertion.template.book.shapes
+    sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
+    behind = layer.nodes[-1] == layer.merge
+    if len(sizes) != 1 or not behind:
+        raise no_neutral_form(layer, "what it joins to its input is changed again behind the join")
+    if not room.add(module, insertion.after, sizes[0][1] - sizes[0][0]):
+        raise no_neutral_form(layer, "it adds units to a stream that cannot be widened")
+
+
+def _zero_branch(
+    insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tensors
+) -> dict[str, tuple[int, ...]]:
+    """Zero the last parameters of the branch, so that the merge adds nothing to its skip."""
+    layer, template = insertion.layer, insertion.template
+    merge = nodes[layer.merge]
+    adds = {s[1] for s in template.steps(merge) if len(s) > 1} == {"add"}
+    branch = [n for n in template.inputs_of(merge) if not _is_skip(template, n, layer.entry)]
+    if not adds or len(branch) != 1 or len(template.inputs_of(merge)) != 2:
+        raise no_neutral_form(layer, f"'{merge.name}' is not the sum of a branch and the entry")
+    node = branch[0]
+    while True:
+        own = [x for x in _last_writer(template, node) if _trainable(tensors[x])]
+        for name in own:
+            tensors.fill(name, 0.0)
+        before = template.inputs_of(node)
+        if own:
+            names = template.book.tensors[node.name]
+            return {node.name: tuple(names.index(x) for x in own)}
+        if not before or node.name == layer.entry:
+            raise no_neutral_form(layer, "its branch ends in nothing that can be set to zero")
+        node = before[0]
+
+
+def _last_writer(network: Network, node: fx.Node) -> list[str]:
+    """Return the tensors of a node's last contraction, or all of a node that contracts nothing."""
+    names = network.book.tensors.get(node.name, [])
+    before = network.book.weights.get(node.name, [])[:-1]
+    return names[names.index(before[-1]) + 1 :] if before else names
+
+
+def _trainable(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_skip(network: Network, node: fx.Node, entry: str) -> bool:
+    while node.name != entry and network.is_idle(node) and network.inputs_of(node):
+        node = network.inputs_of(node)[0]
+    return node.name == entry
+
+
+def _neutral_norm(
+    insertion: Insertion, node: fx.Node, tensors: _Tensors, scale: float = 1.0, shift: float = 0.0
+) -> None:
+    """Let a norm compute `scale * x + shift`."""
+    roles = insertion.template.book.norms.get(node.name)
+    if roles is None:
+        raise no_neutral_form(insertion.layer, f"norm '{node.name}' depends on its input")
+    eps, affine = float(roles["eps"]), "weight" in roles
+    tensors.fill(str(roles["running_mean"]), 0.0 if affine else -shift / scale)
+    tensors.fill(str(roles["running_var"]), 1.0 if affine else 1.0 / scale**2 - eps)
+    if affine:
+        tensors.fill(str(roles["weight"]), scale * (1.0 + eps) ** 0.5)
+        tensors.fill(str(roles["bias"]), shift)
+
+
+# --- a run of layers ------------------------------------------------------------------------------
+
+LINES = ((3.0, 2.5), (40.0, 16.0))  # where activations are straight: around a centre, how far
+OPEN = 30.0  # what any gate takes for one
+
+
+def _carry_through(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Tensors) -> None:
+    """Make a run of plain layers and gates hand on its input, inside the lines of its activations.
+
+    The input is scaled into the line on the way in and scaled back on the way out; how far it
+    reaches is measured on the network's example.
+    """
+    into = insertion.into
+    reach = record(into, into.example, [insertion.after], lambda v: float(v.abs().max()))
+    reach = max(4 * reach[insertion.after], 1e-6)
+    scale, shift = 1.0, 0.0  # of what the layer before hands on: scale * input + shift
+    for layer in insertion.parts:
+        if layer.branched:
+            _open_gate(insertion, layer, nodes, tensors)
+            continue
+        weight = _copy_inputs(insertion, layer, tensors)
+        if weight.shape[0] < insertion.width:
+            raise no_neutral_form(layer, "it is narrower than the stream it has to carry")
+        template = insertion.template
+        behind = [nodes[n] for n in layer.nodes[1:] if not template.is_idle(nodes[n])]
+        acts = [n for n in behind if template.is_activation(n)]
+        centre, far = _line(insertion, acts[0]) if acts else (0.0, reach)
+        wanted = far / reach
+        if behind and template.is_norm(behind[0]):
+            gain = wanted / scale
+            _neutral_norm(insertion, behind[0], tensors, gain, centre - shift * gain)
+        else:
+            _scale_and_shift(insertion, layer, tensors, wanted / scale, centre, shift)
+        scale, shift = wanted, centre
+        if acts:
+            value = _apply(
+                template, acts[0], torch.tensor([centre - far, centre, centre + far]).double()
+            )
+            slope = float(value[2] - value[0]) / (2 * far)
+            scale, shift = scale * slope, float(value[1])
+
+
+def _scale_and_shift(
+    insertion: Insertion, layer: Layer, tensors: _Tensors, gain: float, centre: float, shift: float
+) -> None:
+    names = insertion.template.book.tensors[layer.merge]
+    if len(names) != 2:
+        raise no_neutral_form(insertion.layer, f"'{layer.name}' has neither a bias nor a norm")
+    weight = insertion.template.book.weights[layer.merge][0]
+    tensors[weight].data.mul_(gain)
+    tensors.fill(next(n for n in names if n != weight), centre - shift * gain)
+
+
+def _line(insertion: Insertion, node: fx.Node) -> tuple[float, float]:
+    """Return a centre and a distance from it within which an activation is a straight line."""
+    for centre, far in LINES:
+        x = torch.linspace(centre - far, centre + far, 101, dtype=torch.float64)
+        y = _apply(insertion.template, node, x)
+        line = torch.linspace(float(y[0]), float(y[-1]), 101, dtype=torch.float64)
+        if float((y - line).abs().max()) < 1e-6 * far and float(y[-1] - y[0]) > 0.1 * far:
+            return centre, far
+    raise no_neutral_form(insertion.layer, f"activation '{node.name}' is nowhere a straight line")
+
+
+def _open_gate(
+    insertion: Insertion, layer: Layer, nodes: dict[str, fx.Node], tensors: _Tensors
+) -> None:
+    """Let a gate multiply by one: its last contraction writes what its activation takes for one."""
+    template, node = insertion.template, nodes[layer.merge]
+    names = {s[1] for s in template.steps(node) if len(s) > 1}
+    branch = [n for n in template.inputs_of(node) if not _is_skip(template, n, layer.entry)]
+    if names != {"mul"} or len(branch) != 1 or len(template.inputs_of(node)) != 2:
+        raise no_neutral_form(insertion.layer, f"'{layer.name}' is neither plain nor a gate")
+    node = branch[0]
+    while not template.book.weights.get(node.name):
+        node = template.inputs_of(node)[0]
+    own = _last_writer(template, node)
+    if len(own) != 2:
+        raise no_neutral_form(insertion.layer, f"the gate '{layer.name}' has no bias to open it")
+    for name in own:
+        tensors.fill(name, 0.0 if name in template.book.weights[node.name] else OPEN)
+
+
+# --- what an activation does ----------------------------------------------------------------------
+
+
+def _require_absorbed(insertion: Insertion, node: fx.Node) -> None:
+    if not absorbed(insertion, node):
+        raise no_neutral_form(
+            insertion.layer,
+            f"activation '{node.name}' changes the values behind '{insertion.after}'",
+        )
+
+
+def absorbed(insertion: Insertion, node: fx.Node) -> bool:
+    """Tell whether an activation changes nothing that the layer before it hands on."""
+    into, source = insertion.into, None
+    found = next(n for n in into.module.graph.nodes if n.name == insertion.after)
+    while found is not None and source is None:
+        if into.is_activation(found):
+            source = found
+        elif into.is_idle(found) or into.rules(found) <= {"spatial", "move"}:
+            found = next(iter(into.inputs_of(found)), None)
+        else:
+            found = None
+    device = next(insertion.template.module.parameters()).device
+    values = torch.linspace(-12, 12, 6001, device=device).sinh()  # dense near zero, far out too
+    if source is None:
+        return False
+    once = _apply(into, source, values)
+    return torch.equal(_apply(insertion.template, node, once), once)
+
+
+def _apply(network: Network, node: fx.Node, values: Tensor) -> Tensor:
+    args = tuple(values if isinstance(a, fx.Node) else a for a in node.args)
+    if node.op == "call_module":
+        return network.module.get_submodule(str(node.target))(values.clone())
+    if node.op == "call_method":
+        return getattr(values.clone(), str(node.target))(*args[1:], **node.kwargs)
+    return node.target(values.clone(), *args[1:], **node.kwargs)
+
+
+def no_neutral_form(layer: Layer, why: str) -> PassError:
+    """Say that a layer cannot be inserted, and why."""
+    return PassError(
+        f"a layer that has no neutral form: {why}",
+        where=f"layer '{layer.name}'",
+        expected="an identity layer before an absorbing activation, or a block around a skip",
+        do="give an alignment in which this layer is matched, or fuse networks of equal depth here",
+    )
