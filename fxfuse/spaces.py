@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from .interpreter import label_network
 from .ir import Axis, Space, Spaces
 from .ties import spaces_of
-from .tracing import Example, as_example, device_of, plain_modes, run_once, trace
+from .tracing import Example, as_example, copy_modes, device_of, plain_modes, run_once, trace
 
 
 @plain_modes()
@@ -70,10 +70,10 @@ def rearrange(
     module: fx.GraphModule, spaces: Spaces, order: dict[str, np.ndarray]
 ) -> fx.GraphModule:
     """Move units: the place of unit `u` of space `s` takes the content of unit `order[s][u]`."""
-    moved = copy.deepcopy(module)
+    moved = copy_modes(module, copy.deepcopy(module))
     for name, tensor in [*moved.named_parameters(), *moved.named_buffers()]:
         dense = tensor.detach()
-        axes = [(s, a) for s in spaces for a in s.axes if a.tensor == name]
+        axes = spaces.on(name)
         by_dim: dict[int, list[tuple[Space, Axis]]] = {}
         for space, axis in axes:
             by_dim.setdefault(axis.dim, []).append((space, axis))

@@ -115,11 +115,16 @@ def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
 
 
 def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
-    """Put every part of a graph module into the mode of the model's part of that name."""
-    modes = {path: part.training for path, part in model.named_modules()}
+    """Put every part of a graph module into the mode of the model's part of that name.
+
+    The number that the part's class gives its state dictionary goes with it: loaders ask for it.
+    """
+    parts = dict(model.named_modules())
     for path, part in module.named_modules():
         owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
-        part.training = modes.get(owner, model.training)
+        part.training = parts.get(owner, model).training
+        if path in parts and part._version != parts[path]._version:
+            part._version = parts[path]._version
     return module
 
 

@@ -13,6 +13,7 @@ from nets import NETS, Functional, Residual, build, conv, gap, mlp, outputs, ran
 from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
+import fxfuse
 from fxfuse.errors import DataError, ModelError, TraceError
 from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace
 from fxfuse.verify import lint
@@ -496,3 +497,16 @@ def test_tensors_of_data_classes_count():
 
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     assert len(tensors_in([a, Result(b, {"x": Result(c)}), 3, Result])) == 3
+
+
+def test_state_dictionaries_keep_the_number_of_their_class():
+    class Numbered(nn.Sequential):
+        _version = 7
+
+    net = nn.Sequential(Numbered(nn.Linear(3, 4)), nn.ReLU())
+    outer = Numbered(net, nn.Linear(4, 2))
+    made = [trace(outer), fxfuse.permute(outer, torch.zeros(1, 3))]
+    made += [fxfuse.fuse([outer, outer], torch.randn(8, 3))]
+    for graph in made:
+        found = graph.state_dict()._metadata
+        assert found[""]["version"] == found["0.0"]["version"] == 7 and found["0"]["version"] == 1
