@@ -217,7 +217,17 @@ def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
             return both
         if "" in both or both <= leaves:
             return evaluating  # the model itself takes another way: keep the one of eval mode
-        leaves |= both
+        leaves |= both | _alike(shell, both)
+
+
+def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
+    """Return the parts of the same kinds as those of some parts that hold no tensors.
+
+    One that drops paths is seldom alone, and each would cost two traces to be found.
+    """
+    empty = {path: m for path, m in shell.named_modules() if next(_tensors(m), None) is None}
+    kinds = {type(empty[path]) for path in paths & set(empty)}
+    return {path for path, m in empty.items() if type(m) in kinds}
 
 
 def _trace_in(

@@ -14,7 +14,9 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
 import fxfuse
+from fxfuse import tracing
 from fxfuse.errors import DataError, ModelError, TraceError
+from fxfuse.modes import merge
 from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace
 from fxfuse.verify import lint
 
@@ -234,6 +236,22 @@ def test_a_module_that_cannot_be_traced_in_training_leaves_the_others_live():
     net, x = randomise(Both(DropPathOfAnyRank())), torch.randn(16, 6)
     assert any(isinstance(m, Mode) for m in trace(net).modules())
     assert_modes_are_live(net, x)
+
+
+def test_parts_of_one_kind_without_tensors_are_found_together(monkeypatch):
+    class Still(nn.Module):
+        def forward(self, x):
+            return x * 1
+
+    traces = []
+    monkeypatch.setattr(tracing, "merge", lambda *a: traces.append(1) or merge(*a))
+    net = randomise(nn.Sequential(*(Dropping(p()) for p in [DropPath, Still] * 3)))
+    net = nn.Sequential(*(nn.Sequential(m, nn.Linear(3, 6)) for m in net))
+    graph = trace(net)
+    called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
+    assert {t for t in called if "path" in t} == {"0.0.path", "2.0.path", "4.0.path"}
+    assert len(traces) == 2
+    assert_modes_are_live(net, torch.randn(16, 6))
 
 
 @pytest.mark.parametrize("path", [DropPath, DropPathOfTheBatch, DropPathOfAnyRank])
