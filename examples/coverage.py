@@ -2,15 +2,19 @@
 
 Every number of a network is drawn anew first (biases, affine parameters, statistics, heads), since
 fresh zeros and ones hide wrong permutations. Then all its units are permuted at random, and on
-request the network is fused with that permuted copy; both must leave its outputs as they are.
+request the network is fused with that permuted copy; both must leave its outputs as they are. Two
+networks of a family (`resnet18+resnet34`) are balanced, which must keep both functions, and fused.
 
-    python examples/coverage.py [NAME ...] [--library torchvision|timm] [--fuse] [--giants]
+    python examples/coverage.py [NAME ...] [--library torchvision|timm|pairs] [--fuse] [--giants]
                                 [--write table.json]
+
+A name is one of torchvision (`mobilenet_v2?width_mult=0.5`) or of timm (`timm/resnet10t`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -26,6 +30,13 @@ from torchvision import models
 import fxfuse
 
 GIANTS = {"regnet_y_128gf", "vit_h_14"}
+OPTIONS = {
+    **dict.fromkeys(["googlenet", "inception_v3"], {"init_weights": True}),
+    **dict.fromkeys(models.list_models(module=models.segmentation), {"weights_backbone": None}),
+}
+for _name in OPTIONS:
+    if _name.startswith(("fcn", "deeplab")):
+        OPTIONS[_name] = {**OPTIONS[_name], "aux_loss": True}
 VIDEO = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}  # frames, pixels
 # Of each family of timm that `torch.fx` traces, the member with the least work.
 TIMM = """
@@ -46,13 +57,30 @@ xception41p xcit_nano_12_p8_224
 """.split()  # noqa: SIM905
 
 
+# Networks of one family that differ in depth, width or both.
+PAIRS = """
+vgg11+vgg13 vgg13+vgg16 vgg16+vgg19 vgg11+vgg19 vgg11_bn+vgg13_bn vgg13_bn+vgg16_bn
+vgg16_bn+vgg19_bn vgg11_bn+vgg19_bn resnet18+resnet34 resnet50+resnet101 resnet101+resnet152
+wide_resnet50_2+wide_resnet101_2 resnext50_32x4d+resnext101_32x8d regnet_y_400mf+regnet_y_800mf
+regnet_x_1_6gf+regnet_x_3_2gf densenet121+densenet169 densenet169+densenet201
+efficientnet_b0+efficientnet_b1 efficientnet_b1+efficientnet_b4
+efficientnet_v2_s+efficientnet_v2_m mnasnet0_5+mnasnet1_0 shufflenet_v2_x0_5+shufflenet_v2_x1_0
+convnext_tiny+convnext_small convnext_small+convnext_base vit_b_16+vit_l_16 vit_b_16+vit_b_32
+swin_t+swin_s swin_s+swin_b swin_v2_t+swin_v2_s
+mobilenet_v2?width_mult=0.5+mobilenet_v2?width_mult=1.0 fcn_resnet50+fcn_resnet101
+deeplabv3_resnet50+deeplabv3_resnet101 resnet18+vgg11 mobilenet_v3_small+mobilenet_v3_large
+""".split()  # noqa: SIM905
+
+
 # --- networks ---------------------------------------------------------------------------------
 
 
 def names_in(library: str) -> list[str]:
     """Return the networks of a library that `torch.fx` traces, in alphabetical order."""
     if library == "timm":
-        return sorted(TIMM)
+        return [f"timm/{name}" for name in sorted(TIMM)]
+    if library == "pairs":
+        return PAIRS
     modules = (models, models.segmentation, models.video)
     return sorted(name for module in modules for name in models.list_models(module=module))
 
@@ -60,20 +88,18 @@ def names_in(library: str) -> list[str]:
 def build(name: str, seed: int = 0) -> nn.Module:
     """Return a network of torchvision or timm with random numbers in all of its tensors."""
     torch.manual_seed(seed)
-    if name in models.list_models():
-        options = {"weights": None}
-        if name in ("googlenet", "inception_v3"):
-            options["init_weights"] = True
-        if name in models.list_models(module=models.segmentation):
-            options["weights_backbone"] = None
-            if not name.startswith("lraspp"):
-                options["aux_loss"] = True
-        net = models.get_model(name, **options)
-    else:
+    if name.startswith("timm/"):
         import timm
 
-        net = timm.create_model(name, pretrained=False)
-    return randomise(net, example(name, net, 4 if "_3d" not in name else 2), seed)
+        net = timm.create_model(name.removeprefix("timm/"), pretrained=False)
+    else:
+        name, _, options = name.partition("?")
+        net = models.get_model(name, weights=None, **OPTIONS.get(name, {}), **_numbers(options))
+    return randomise(net, example(name, net, 4), seed)
+
+
+def _numbers(options: str) -> dict[str, float]:
+    return {k: float(v) for k, v in (pair.split("=") for pair in options.split("&") if pair)}
 
 
 def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> Tensor:
@@ -81,9 +107,8 @@ def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> T
     if name in models.list_models(module=models.video):
         frames, size = VIDEO.get(name, (8, 112))
         return torch.randn(count, 3, frames, size, size)
-    if hasattr(net, "default_cfg"):
-        channels, height, width = net.default_cfg["input_size"]
-        return torch.randn(count, channels, height, width)
+    if name.startswith("timm/"):
+        return torch.randn(count, *net.default_cfg["input_size"])
     fixed = name.startswith(("vit", "maxvit")) or not small
     size = 299 if name == "inception_v3" else 224 if fixed else 64
     return torch.randn(count, 3, size, size)
@@ -162,6 +187,25 @@ def measure(name: str, fuse: bool) -> dict:
     return row
 
 
+def measure_pair(first: str, second: str) -> dict:
+    """Return the row of two networks: errors of balancing, and whose class the fused one loads."""
+    names = [first, second]
+    nets = [build(name, seed) for seed, name in enumerate(names)]
+    x = example(first, nets[0], 8, small=True)
+    start = time.perf_counter()
+    balanced = fxfuse.balance(nets, x)
+    row = {"model": f"{first}+{second}"}
+    row["balanced"] = [difference(net, other, x) for net, other in zip(nets, balanced)]
+    row["loads"] = []
+    for anchor, net in enumerate(nets):
+        fused = fxfuse.fuse(nets, x, anchor=anchor)
+        with contextlib.suppress(RuntimeError):
+            net.load_state_dict(fused.state_dict(), strict=True)
+            row["loads"].append(names[anchor])
+    row["seconds"] = time.perf_counter() - start
+    return row
+
+
 def frozen(spaces: fx.Any) -> dict[str, int]:
     """Count the units that stay in place by reason, the network's own outputs left out."""
     reasons: Counter[str] = Counter()
@@ -174,6 +218,12 @@ def frozen(spaces: fx.Any) -> dict[str, int]:
 def show(row: dict) -> str:
     if "error" in row:
         return f"{row['model']:32} {row['error']}"
+    if "balanced" in row:
+        errors = " ".join(f"{e:.1e}" for e in row["balanced"])
+        loads = ", ".join(row["loads"]) or "neither: each is deeper in another stage"
+        return (
+            f"{row['model']:32} balanced {errors}, fused loads into {loads}, {row['seconds']:.1f} s"
+        )
     cells = f"{row['model']:32} {row['free']:7,} {row['permuted']:9.1e}"
     cells += f" {row['fused']:9.1e}" if "fused" in row else " " * 10
     cells += f" ({row['permuted64']:.0e} in float64)" if "permuted64" in row else ""
@@ -184,7 +234,9 @@ def show(row: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--library", choices=["torchvision", "timm"], default="torchvision")
+    parser.add_argument(
+        "--library", choices=["torchvision", "timm", "pairs"], default="torchvision"
+    )
     parser.add_argument("--fuse", action="store_true", help="also fuse with the permuted copy")
     parser.add_argument("--giants", action="store_true", help="also those above 600 M parameters")
     parser.add_argument("--write", type=Path, help="a JSON file for the table")
@@ -194,7 +246,7 @@ def main() -> None:
     print(f"{'model':32} {'free':>7} {'permuted':>9} {'fused':>9} {'seconds':>7} forwards frozen")
     for name in names:
         try:
-            row = measure(name, args.fuse)
+            row = measure_pair(*name.split("+")) if "+" in name else measure(name, args.fuse)
         except Exception as error:  # the table goes on, and says what happened
             lines = str(error).splitlines()
             row = {"model": name, "error": f"{type(error).__name__}: {lines[0] if lines else ''}"}

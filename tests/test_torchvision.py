@@ -1,51 +1,134 @@
-"""torchvision's networks: self-fusion, and depth within families, with nothing at a special value.
+"""torchvision's networks with nothing at a special value: permuted, fused with themselves, paired.
 
 The default run takes one small network of each mechanism; `pytest -m sweep` takes all.
 """
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
-import torchvision.models as models
-from conftest import FUNCTION
-from nets import gap, randomise
+from conftest import FUNCTION, PERMUTATION
+from torchvision import models
 
 import fxfuse
+from fxfuse.errors import PairingError
 
-sweep = pytest.mark.sweep
-SELF = [
-    "resnet18",
-    pytest.param("alexnet", marks=sweep),
-    pytest.param("vgg11", marks=sweep),
-    pytest.param("vgg16_bn", marks=sweep),
-    pytest.param("resnet50", marks=sweep),
-    pytest.param("resnext50_32x4d", marks=sweep),
-    pytest.param("wide_resnet50_2", marks=sweep),
-]
-PAIRS = [
-    ("resnet18", "resnet34"),
-    pytest.param("vgg11", "vgg19", marks=sweep),
-    pytest.param("vgg13_bn", "vgg16_bn", marks=sweep),
-    pytest.param("resnet50", "resnet101", marks=sweep),
-]
+EXAMPLE = Path(__file__).parents[1] / "examples/coverage.py"
+_spec = importlib.util.spec_from_file_location("fxfuse_examples_coverage", EXAMPLE)
+coverage = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(coverage)
+
+# Units that can be exchanged, at least. For googlenet and inception_v3 these are all there are:
+# every convolution and linear layer, the auxiliary heads included, but for the outputs.
+FREE = {
+    "alexnet": 9_344,
+    "vgg11": 10_944,
+    "vgg16_bn": 12_416,
+    "resnet18": 2_880,
+    "resnet50": 11_456,
+    "resnext50_32x4d": 19_008,
+    "densenet121": 10_240,
+    "r3d_18": 2_880,
+    "mobilenet_v2": 9_128,
+    "mobilenet_v3_small": 4_872,
+    "efficientnet_b0": 11_404,
+    "shufflenet_v2_x1_0": 5_626,
+    "squeezenet1_1": 2_944,
+    "googlenet": 9_584,
+    "inception_v3": 18_112,
+    "deeplabv3_mobilenet_v3_large": 9_208,
+    "mnasnet1_0": 10_024,
+    "regnet_y_400mf": 10_288,
+    "convnext_tiny": 27_936,
+    "vit_b_32": 56_064,
+    "swin_t": 27_936,
+    "swin_v2_t": 34_080,
+    "maxvit_t": 45_280,
+}
+QUICK = {
+    "resnet18",  # batch norm, residual streams
+    "squeezenet1_1",  # joins
+    "mobilenet_v3_small",  # depthwise convolutions, gates
+    "shufflenet_v2_x1_0",  # interleaved streams
+    "regnet_y_400mf",  # groups
+    "googlenet",  # heads of training mode only
+    "deeplabv3_mobilenet_v3_large",  # several outputs
+    "r3d_18",  # three axes
+    "convnext_tiny",  # layer norm, layer scale
+    "swin_t",  # shifted windows, heads, tables of relative positions
+}
+QUICK_FUSED = {"resnet18", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x1_0"}
+REFUSED = {"vit_b_16+vit_b_32", "resnet18+vgg11", "mobilenet_v3_small+mobilenet_v3_large"}
+DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
+QUICK_PAIRS = {
+    "resnet18+resnet34",
+    "shufflenet_v2_x0_5+shufflenet_v2_x1_0",
+    "mobilenet_v2?width_mult=0.5+mobilenet_v2?width_mult=1.0",
+    "resnet18+vgg11",
+    "mobilenet_v3_small+mobilenet_v3_large",
+}
 
 
-def make(name, seed=0):
-    return randomise(getattr(models, name)(weights=None), seed)
+def names(found, quick):
+    slow = pytest.mark.sweep
+    return [name if name in quick else pytest.param(name, marks=slow) for name in found]
 
 
-@pytest.mark.parametrize("name", SELF)
-def test_a_model_fused_with_its_permuted_copy_computes_what_it_computes(name):
-    net, x = make(name), torch.randn(16, 3, 64, 64)
+def all_names():
+    return [n for n in coverage.names_in("torchvision") if n not in coverage.GIANTS]
+
+
+@pytest.mark.parametrize("name", names(all_names(), QUICK))
+def test_all_units_of_a_network_can_be_permuted(name):
+    net = coverage.build(name)
+    x = coverage.example(name, net, 2)
+    assert fxfuse.find_spaces(net, x[:1]).free_units >= FREE.get(name, 1)
+    shuffled = fxfuse.permute(net, x[:1], seed=1)
+    assert coverage.difference(net, shuffled, x) < PERMUTATION
+    net.load_state_dict(shuffled.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", names(all_names(), QUICK_FUSED))
+def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
+    net = coverage.build(name)
+    x = coverage.example(name, net, 8, small=True)
     fused = fxfuse.fuse([net, fxfuse.permute(net, x[:1], seed=1)], x)
-    assert gap(net, fused, x) < FUNCTION
-    getattr(models, name)(weights=None).load_state_dict(fused.state_dict(), strict=True)
+    assert coverage.difference(net, fused, x) < FUNCTION
+    net.load_state_dict(fused.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize(("shallow", "deep"), PAIRS)
-def test_pairs_of_a_family_balance_exactly_and_fuse_into_the_deeper_class(shallow, deep):
-    nets, x = [make(shallow, 1), make(deep, 2)], torch.randn(16, 3, 64, 64)
+@pytest.mark.parametrize("pair", names(set(coverage.PAIRS) - REFUSED, QUICK_PAIRS))
+def test_pairs_of_a_family_balance_exactly_and_fuse_into_the_deeper_class(pair):
+    both = pair.split("+")
+    nets = [coverage.build(name, seed) for seed, name in enumerate(both)]
+    x = coverage.example(both[0], nets[0], 8, small=True)
     for net, balanced in zip(nets, fxfuse.balance(nets, x)):
-        assert gap(net, balanced, x) < FUNCTION
-    fused = fxfuse.fuse(nets, x)
-    getattr(models, deep)(weights=None).load_state_dict(fused.state_dict(), strict=True)
-    assert torch.isfinite(fused(x)).all()
+        assert coverage.difference(net, balanced, x) < FUNCTION
+    fused = fxfuse.fuse(nets, x, anchor=1)
+    assert torch.isfinite(torch.as_tensor(coverage.difference(nets[1], fused, x)))
+    if pair not in DEEPER_ELSEWHERE:
+        nets[1].load_state_dict(fused.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("pair", names(REFUSED, QUICK_PAIRS))
+def test_networks_of_other_families_are_refused_with_both_lists_of_segments(pair):
+    both = pair.split("+")
+    nets = [coverage.build(name) for name in both]
+    x = coverage.example(both[0], nets[0], 2, small=True)
+    with pytest.raises(PairingError) as caught:
+        fxfuse.fuse(nets, x)
+    assert caught.value.met.count("segments of ") == 2 and caught.value.met.count(">>") == 2
+
+
+def test_heads_of_training_mode_move_with_what_they_read():
+    net = coverage.build("googlenet")
+    x = torch.randn(4, 3, 64, 64)
+    shuffled = fxfuse.permute(net, x[:1], seed=1)
+    for model in (net, shuffled):
+        for part in model.modules():
+            part.train(not isinstance(part, (torch.nn.Dropout, torch.nn.BatchNorm2d)))
+    wanted, found = net(x), shuffled(x)
+    assert isinstance(found, models.GoogLeNetOutputs)
+    for a, b in zip(wanted, found):
+        assert float((a - b).abs().max() / a.abs().max()) < PERMUTATION
