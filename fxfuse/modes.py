@@ -14,8 +14,10 @@ from os.path import commonprefix
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .matching import maker_of, match, packs, path_of, steps
 
 ONLY_IN_TRAINING = "only_in_training"  # key of the meta of nodes that eval mode has no use for
 
@@ -68,18 +70,12 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
     Returns:
         The graph, or the names of modules that have to be kept whole.
     """
-    numbers = _numbers(shell, evaluating, training)
-    partners = _partners(evaluating, training, numbers)
-    if partners is None:
-        return {_difference(evaluating, training, numbers)}
-    flags: list[tuple[fx.Node, str | int]] = []
-    for node, partner in partners.items():
-        found = _flags(node, partner, partners)
-        if found is None:
-            return {path_of(node)}
-        flags += [(partner, key) for key in found]
+    found = match(shell, evaluating, training)
+    if isinstance(found, str):
+        return {found}
+    partners, flags = found
     shared = {*partners.values()}
-    extra = [node for node in _steps(training) if node not in shared]
+    extra = [node for node in steps(training) if node not in shared]
     flags += [(node, "training") for node in extra if node.kwargs.get("training") is True]
     records = _records(training, extra, [node for node, _ in flags])
     whole = _recorders(shell, extra, {n for nodes in records.values() for n in nodes})
@@ -89,115 +85,6 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
     _follow_mode(shell, flags, records)
     _mark(training, {*partners.values()})
     return training
-
-
-def path_of(node: fx.Node) -> str:
-    """Return the module a node was traced in; a repeated call of it is marked `@n` by fx."""
-    return next(reversed(node.meta.get("nn_module_stack") or {"": None})).split("@")[0]
-
-
-def packs(node: fx.Node) -> bool:
-    """Tell whether a node only makes an object (a named tuple) of outputs."""
-    makes = node.op == "call_function" and isinstance(node.target, type)
-    return makes and all(user.op == "output" or packs(user) for user in node.users)
-
-
-# --- which nodes of two graphs correspond ---------------------------------------------------------
-
-
-def _steps(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op != "output"]
-
-
-def _numbers(shell: nn.Module, *graphs: fx.Graph) -> dict[fx.Node, int]:
-    """Number nodes so that those of one number do the same to the same inputs, but for flags."""
-    known: dict[str, int] = {}
-    numbers: dict[fx.Node, int] = {}
-    constants: dict[str, Tensor] = {}
-
-    def target(node: fx.Node) -> str:
-        name = str(node.target)
-        if node.op == "get_attr" and name.startswith("_tensor_constant"):  # each trace has its own
-            value = getattr(shell, name)
-            alike = (k for k, v in constants.items() if v.dtype == value.dtype and v.equal(value))
-            name = next(alike, name)
-            constants.setdefault(name, value)
-        return name
-
-    def token(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return f"%{numbers[value]}"
-        return "flag" if isinstance(value, bool) else repr(value)
-
-    for graph in graphs:
-        for node in graph.nodes:
-            arguments = map_aggregate((node.args, node.kwargs), token)
-            step = repr((node.op, target(node), path_of(node), arguments))
-            numbers[node] = known.setdefault(step, len(known))
-    return numbers
-
-
-def _partners(
-    evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node, int]
-) -> dict[fx.Node, fx.Node] | None:
-    """Find each node of one graph in the other, in order; None if one is missing.
-
-    Backwards, since a step that only one mode repeats (`x.flatten(1)`) is told by who reads it.
-    Objects made of other outputs than in training are left out.
-    """
-    partners: dict[fx.Node, fx.Node] = {}
-    rest = _steps(training)
-    known = {numbers[node] for node in rest}
-    for node in reversed(_steps(evaluating)):
-        if packs(node) and numbers[node] not in known:
-            continue
-        wanted = partners.get(node)
-        while rest:
-            other = rest.pop()
-            if other is wanted or (wanted is None and numbers[other] == numbers[node]):
-                break
-        else:
-            return None
-        partners[node] = other
-        for a, b in zip(_reads(node), _reads(other)):
-            if partners.setdefault(a, b) is not b:
-                return None
-    return partners
-
-
-def _reads(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
-def _flags(
-    node: fx.Node, partner: fx.Node, partners: dict[fx.Node, fx.Node]
-) -> list[str | int] | None:
-    """Return the arguments of a node that follow the mode, None if others differ."""
-    args, kwargs = map_arg((node.args, node.kwargs), partners.__getitem__)
-    places = [*enumerate(zip(args, partner.args))]
-    places += [(key, (kwargs[key], partner.kwargs[key])) for key in kwargs]
-    differing = [(key, x, y) for key, (x, y) in places if repr(x) != repr(y)]
-    if any(x is not False or y is not True for _, x, y in differing):
-        return None
-    return [key for key, _, _ in differing]
-
-
-def _difference(evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node, int]) -> str:
-    """Return the module around the first step of eval mode that training mode does not take."""
-    rest = _steps(training)
-    for node in _steps(evaluating):
-        place = next((i for i, m in enumerate(rest) if numbers[m] == numbers[node]), None)
-        if place is None:
-            known = {numbers[n] for n in evaluating.nodes}
-            called = (node.op, node.target, path_of(node))
-            same = [m for m in rest if (m.op, m.target, path_of(m)) == called]
-            reads = same[0].all_input_nodes if same else []
-            added = [m for m in reads if numbers[m] not in known]
-            return path_of(added[0] if added else node)  # what training adds names its own module
-        del rest[: place + 1]
-    return ""
 
 
 def _records(
@@ -240,7 +127,7 @@ def _live(shell: nn.Module, path: str, kind: type[Mode]) -> str:
 def _results(evaluating: fx.Graph, training: fx.Graph, partners: dict[fx.Node, fx.Node]) -> Any:
     """Return what eval mode returns, in terms of the graph of training mode."""
     with training.inserting_before(training.output_node()):
-        for node in [n for n in _steps(evaluating) if n not in partners]:
+        for node in [n for n in steps(evaluating) if n not in partners]:
             partners[node] = training.node_copy(node, partners.__getitem__)
     return map_arg(evaluating.output_node().args[0], partners.__getitem__)
 
@@ -274,9 +161,7 @@ def _owner(nodes: list[Any]) -> str:
     paths = []
     for node in nodes:
         if isinstance(node, fx.Node) and not packs(node):
-            leaf = node.op in ("call_module", "get_attr")
-            path = str(node.target).rpartition(".")[0] if leaf else path_of(node)
-            paths.append(path.split("."))
+            paths.append(maker_of(node).split("."))
     return ".".join(commonprefix(paths))
 
 

@@ -15,8 +15,8 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors modes moments version",
-            "ir",
+            "errors matching moments version",
+            "ir modes",
             "costs data display labels solvers tracing",
             "blocks calls contraction references verify",
             "movement norms passes ties",

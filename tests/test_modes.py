@@ -108,6 +108,21 @@ class Noise(nn.Module):
         return x + torch.rand_like(x) if self.training else x
 
 
+class Counting(nn.BatchNorm1d):
+    """A norm that activates, as `timm` has it: traced through, for it is not of torch.nn."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        torch._assert(x.dim() == 2, f"two axes, not those of {x}")
+        known = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(F.batch_norm(x, *known, self.training, self.momentum, self.eps))
+
+
 class Wrapped(nn.Module):
     """The heads sit in a part, and another part behind them branches on its mode."""
 
@@ -119,25 +134,11 @@ class Wrapped(nn.Module):
         return self.part(self.noise(x))
 
 
-class Counting(nn.BatchNorm1d):
-    """A norm that activates, as `timm` has it: traced through, for it is not of torch.nn."""
-
-    def __init__(self, width):
-        super().__init__(width)
-        self.act = nn.ReLU()
-
-    def forward(self, x):
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        known = (self.running_mean, self.running_var, self.weight, self.bias)
-        return self.act(F.batch_norm(x, *known, self.training, self.momentum, self.eps))
-
-
 class Counted(Body):
     """Records and flags of both kinds, in the head and before it."""
 
     def __init__(self):
-        super().__init__(nn.Sequential(nn.Linear(8, 4), Counting(4)))
+        super().__init__(nn.Sequential(Counting(8), Noise(), nn.Linear(8, 4)))
         self.a = nn.Sequential(nn.Linear(6, 8), Counting(8))
 
 
@@ -279,7 +280,8 @@ def test_a_record_goes_with_the_step_that_it_is_kept_for():
     steps = [m for _ in range(3) for m in (nn.Linear(6, 6), Counting(6))]
     net, x = randomise(nn.Sequential(*steps)), torch.randn(7, 6)
     graph = trace(net)
-    assert all(n.users for n in graph.graph.nodes if n.op != "output")
+    idle = [n for n in graph.graph.nodes if not n.users and n.op != "output"]
+    assert all(n.target is torch._assert for n in idle)
     assert {"1.act", "3.act", "5.act"} <= {n.target for n in graph.graph.nodes}
     for module in (net, graph):
         seeded(module.train(), x)

@@ -238,6 +238,21 @@ def test_a_module_that_cannot_be_traced_in_training_leaves_the_others_live():
     assert_modes_are_live(net, x)
 
 
+def test_a_block_that_calls_a_part_in_training_only_is_kept_whole():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.noise, self.a = nn.Dropout(0.5), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(self.noise(x) if self.training else x)
+
+    net = randomise(nn.Sequential(nn.Linear(6, 8), Inner(), nn.Linear(8, 3)))
+    graph = trace(net)
+    assert [n.target for n in graph.graph.nodes][1:-1] == ["0", "1", "2"]
+    assert_modes_are_live(net, torch.randn(16, 6))
+
+
 def test_parts_of_one_kind_without_tensors_are_found_together(monkeypatch):
     class Still(nn.Module):
         def forward(self, x):
