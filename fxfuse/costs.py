@@ -80,9 +80,14 @@ def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.nd
         ma, mb, va, vb = m.a.mean, m.b.mean, m.a.variance, m.b.variance
         sa, sb = np.sqrt(va), np.sqrt(vb)
         scale = np.outer(sa, sb)
-        floor = 1e-7 * max(scale.max(), 1e-30)
-        r = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=scale > floor)
+        varies = np.outer(_varies(ma, sa), _varies(mb, sb))
+        r = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=varies)
         apart = (ma[:, None] - mb[None]) ** 2 + (sa[:, None] - sb[None]) ** 2
         unit = (ma**2 + va).mean() + (mb**2 + vb).mean() + 1e-30
         total = total + (1.0 - r) + tie_break * apart / unit
     return np.maximum(total / len(places), 0.0)
+
+
+def _varies(mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Tell which units vary by more than the rounding of their own values."""
+    return spread > 1e-6 * np.abs(mean) + 1e-9 * spread.max(initial=1e-20)
