@@ -120,8 +120,7 @@ def _partners(
             return None
         partners[node] = other
         for a, b in zip(_reads(node), _reads(other)):
-            if partners.setdefault(a, b) is not b:
-                return None
+            partners.setdefault(a, b)
     return partners
 
 

@@ -71,10 +71,10 @@ def test_a_module_called_twice_is_told_by_what_it_reads():
 
 def test_constants_match_by_value_and_messages_by_their_words():
     def forward(net, x, value=2.0):
-        torch._assert(x.dim() == 2, f"not two axes: {x.shape}")
+        torch._assert(x.dim() == 2, f"not two axes of {x.size(0)}")
         return net.a(x) * torch.tensor([value, 3.0])
 
-    net = Two(forward, lambda n, x: (x.shape, n.b(x), forward(n, x)))
+    net = Two(forward, lambda n, x: (x.size(0), n.b(x), forward(n, x)))
     assert len(matched(net)[0]) == len(steps(graphs(net)[0]))
     assert matched(Two(forward, lambda n, x: forward(n, x, 2.5))) == ""
 
@@ -88,8 +88,9 @@ def test_constants_match_by_value_and_messages_by_their_words():
         (lambda n, x: n.a(x).sum(1, keepdim=True), lambda n, x: n.a(x).sum(1, keepdim=False)),
         (lambda n, x: n.a(x) + n.b(x), lambda n, x: n.b(x) + n.a(x)),
         (lambda n, x: n.a(n.b(x)), lambda n, x: n.b(n.a(x))),
+        (lambda n, x: (lambda y: y + n.a(y))(x.exp()), lambda n, x: x.exp() + n.a(x.exp())),
     ],
-    ids=["more", "other input", "constant", "flag of eval mode", "order", "wiring"],
+    ids=["more", "other input", "constant", "flag of eval mode", "order", "wiring", "twice"],
 )
 def test_models_that_go_two_ways_do_not_match(evaluating, training):
     net = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Two(evaluating, training)))

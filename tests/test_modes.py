@@ -306,6 +306,13 @@ def test_only_what_differs_becomes_live():
     assert kinds == [set(), {Mode}, {Mode, Choice, Tap}]
 
 
+def test_only_what_may_be_written_to_is_tapped():
+    net = Named(HeadWithModes())
+    graph = trace(net)
+    taps = [n for n in graph.graph.nodes if n.target == "training_input"]
+    assert {n.args[0].target for n in taps} == {"a.3", "head.seen"}, "no parameter, no result"
+
+
 # --- what cannot be bridged -----------------------------------------------------------------------
 
 
