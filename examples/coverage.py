@@ -6,7 +6,7 @@ request the network is fused with that permuted copy; both must leave its output
 networks of a family (`resnet18+resnet34`) are balanced, which must keep both functions, and fused.
 
     python examples/coverage.py [NAME ...] [--library torchvision|timm|pairs] [--fuse] [--giants]
-                                [--write table.json]
+                                [--write table.md]
 
 A name is one of torchvision (`mobilenet_v2?width_mult=0.5`) or of timm (`timm/resnet10t`).
 """
@@ -231,6 +231,23 @@ def show(row: dict) -> str:
     return cells + "; ".join(f"{n:,} {why}" for why, n in row["frozen"].items())
 
 
+def markdown(rows: list[dict]) -> str:
+    """Return the table as Markdown."""
+    lines = ["| model | free units | permuted | fused with itself | seconds | fixed, and why |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for row in rows:
+        if "free" not in row:
+            lines.append(
+                f"| {row['model']} | {show(row).removeprefix(row['model']).strip()} | | | | |"
+            )
+            continue
+        why = "; ".join(f"{n:,} {reason}" for reason, n in row["frozen"].items())
+        fused = f"{row['fused']:.1e}" if "fused" in row else ""
+        cells = [f"{row['free']:,}", f"{row['permuted']:.1e}", fused, f"{row['seconds']:.1f}", why]
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*")
@@ -239,7 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--fuse", action="store_true", help="also fuse with the permuted copy")
     parser.add_argument("--giants", action="store_true", help="also those above 600 M parameters")
-    parser.add_argument("--write", type=Path, help="a JSON file for the table")
+    parser.add_argument("--write", type=Path, help="a .json or .md file for the table")
     args = parser.parse_args()
     names = args.names or [n for n in names_in(args.library) if args.giants or n not in GIANTS]
     rows = []
@@ -254,7 +271,10 @@ def main() -> None:
         print(show(row), flush=True)
         gc.collect()
         if args.write:
-            args.write.write_text(json.dumps(rows, indent=1) + "\n")
+            text = (
+                markdown(rows) if args.write.suffix == ".md" else json.dumps(rows, indent=1) + "\n"
+            )
+            args.write.write_text(text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .errors import ArgumentError, ModelError
 from .ir import Alignment
 from .measuring import measure
 from .mixing import Mixer
+from .modes import cut_to, evaluating_part
 from .network import Network
 from .refit import finite, frontier_samples, settle
 from .report import report_on
@@ -239,8 +240,18 @@ def _networks(
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     _require_same_outputs(outputs, names)
+    _agree_on_heads(graphs)
     graphs = [canonical(g, x) for g, x in zip(graphs, inputs)]
     return [Network.of(n, g, x) for n, g, x in zip(names, graphs, inputs)], calibration
+
+
+def _agree_on_heads(graphs: list[fx.GraphModule]) -> None:
+    """Leave out heads that exist in training mode only where not all networks have such."""
+    parts = [evaluating_part(g) for g in graphs]
+    if not all(parts):
+        for graph, part in zip(graphs, parts):
+            if part is not None:
+                cut_to(graph, part)
 
 
 def _names(models: Sequence[nn.Module]) -> list[str]:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import networkx as nx
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .ir import Layer, Segment
+from .modes import ONLY_IN_TRAINING, is_choice
 from .network import Network
 
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
@@ -37,16 +39,32 @@ def partition(network: Network) -> tuple[Segment, ...]:
 
 
 def data_graph(network: Network) -> nx.DiGraph:
-    """Return the nodes that carry data and their edges, from one source to the output."""
+    """Return the nodes that carry data and their edges, from one source to the output.
+
+    Heads that exist in training mode only are left out: they end no path of eval mode.
+    """
     graph = nx.DiGraph()
     for node in network.module.graph.nodes:
+        if ONLY_IN_TRAINING in node.meta:
+            continue
         if node.op == "placeholder":
             graph.add_edge("source", node)
         elif node.op == "output" or network.carries_data(node):
-            graph.add_edges_from((n, node) for n in network.inputs_of(node))
+            graph.add_edges_from((n, node) for n in _evaluated(network, node))
     output = next(n for n in network.module.graph.nodes if n.op == "output")
     on_paths = nx.descendants(graph, "source") & (nx.ancestors(graph, output) | {output})
     return graph.subgraph(on_paths | {"source"}).copy()
+
+
+def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose data a node reads in eval mode."""
+    found = []
+    for source in network.inputs_of(node):
+        if is_choice(network.module, source):
+            found += [n for n in tree_leaves(source.args[0]) if isinstance(n, fx.Node)]
+        elif ONLY_IN_TRAINING not in source.meta:
+            found.append(source)
+    return found
 
 
 def _chain(network: Network) -> list[_Step]:

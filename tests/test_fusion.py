@@ -363,3 +363,29 @@ def test_an_alignment_of_other_networks_is_refused():
     a, b, c = (randomise(mlp(6, *w, 3)) for w in ((5,), (5, 4), (5, 4, 4)))
     with pytest.raises(ArgumentError, match="alignment"):
         fxfuse.fuse([b, c], X, alignment=fxfuse.align([a, b], X))
+
+
+class Headed(nn.Module):
+    """A second head that exists in training mode only, if at all."""
+
+    def __init__(self, headed, depth=2):
+        super().__init__()
+        self.body = residual((6, depth), (8, 1))
+        self.extra = nn.Linear(3, 2) if headed else None
+
+    def forward(self, x):
+        y = self.body(x)
+        if self.training and self.extra is not None:
+            return y, self.extra(y)
+        return y
+
+
+def test_heads_of_training_mode_are_kept_where_all_networks_have_them():
+    nets = [randomise(Headed(True), 1), randomise(Headed(True, 3), 2)]
+    fused = fxfuse.fuse(nets, images())
+    nets[1].load_state_dict(fused.state_dict(), strict=True)
+    assert isinstance(fused.train()(images()), tuple)
+    mixed = [randomise(Headed(True), 1), randomise(Headed(False, 3), 2)]
+    fused = fxfuse.fuse(mixed, images())
+    mixed[1].load_state_dict(fused.state_dict(), strict=True)
+    assert isinstance(fused.train()(images()), torch.Tensor)
