@@ -218,12 +218,21 @@ def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
     for own, node in zip(nodes, graph.nodes):
         _take_settings(own, node)
     module = fx.GraphModule(root, graph, type(module).__name__).eval()
+    for target in root:
+        _keep_out_of_state(shape.module, module, target)
     run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
     adopted = Network.of(network.name, module, network.example)
     for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
         if describe(adopted, own) != describe(shape, other):
             raise _differs(network, shape, i, nodes[i], other)
     return adopted
+
+
+def _keep_out_of_state(known: nn.Module, module: nn.Module, path: str) -> None:
+    """Leave a buffer out of state dictionaries where the known network leaves it out."""
+    owner, _, leaf = path.rpartition(".")
+    if leaf in known.get_submodule(owner)._non_persistent_buffers_set:
+        module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
 
 
 def _take_settings(own: fx.Node, node: fx.Node) -> None:

@@ -370,3 +370,21 @@ def test_inserted_layers_can_be_trained(name):
         for layer in absent:
             names = [t for n in layer.nodes for t in network.book.tensors.get(n, ()) if t in grads]
             assert any(float(grads[t].abs().max()) > 0 for t in names)
+
+
+def test_buffers_that_are_no_state_stay_so():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.register_buffer("scale", torch.rand(6), persistent=False)
+
+        def forward(self, x):
+            return x + self.b(torch.relu(self.a(x)) * self.scale)
+
+    def net(depth):
+        return nn.Sequential(nn.Linear(6, 4), *[Scaled() for _ in range(depth)], nn.Linear(4, 3))
+
+    before, after = balanced(net(2), net(3))
+    assert_same_structure_and_functions(before, after, VECTORS)
+    assert set(after.networks[0].module.state_dict()) == set(net(3).state_dict())
