@@ -196,12 +196,11 @@ def measure_pair(first: str, second: str) -> dict:
     balanced = fxfuse.balance(nets, x)
     row = {"model": f"{first}+{second}"}
     row["balanced"] = [difference(net, other, x) for net, other in zip(nets, balanced)]
-    row["loads"] = []
-    for anchor, net in enumerate(nets):
-        fused = fxfuse.fuse(nets, x, anchor=anchor)
+    fused, row["loads"] = fxfuse.fuse(nets, x), []
+    for name, net in zip(names, nets):
         with contextlib.suppress(RuntimeError):
             net.load_state_dict(fused.state_dict(), strict=True)
-            row["loads"].append(names[anchor])
+            row["loads"].append(name)
     row["seconds"] = time.perf_counter() - start
     return row
 

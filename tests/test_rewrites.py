@@ -6,7 +6,6 @@ from conftest import FUNCTION
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import (
-    Concat,
     Gate,
     GroupedBottleneck,
     Inverted,
@@ -432,9 +431,7 @@ def test_a_norm_that_depends_on_its_input_is_refused_in_a_plain_layer():
     assert "depends on its input" in error.met
 
 
-@pytest.mark.parametrize(
-    "block", [lambda: Gate(4, 2), lambda: Residual(4, 6)]
-)
+@pytest.mark.parametrize("block", [lambda: Gate(4, 2), lambda: Residual(4, 6)])
 def test_a_block_that_is_no_sum_around_its_entry_is_refused(block):
     wide = {Gate: 4, Residual: 6}[type(block())]
     template = nn.Sequential(conv(3, 4), block(), Pooled(wide, 3))
