@@ -30,7 +30,9 @@ _COMPARISONS: set[Callable] = {
 
 
 def canonical(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModule:
-    """Return a copy of a graph without checks and with nested joins."""
+    """Return a copy of a graph without checks and with nested joins; itself if it has neither."""
+    if not any(_checks(node) or _join(node)[0] for node in module.graph.nodes):
+        return module
     return _rewrite(module, example, _kept_joins(module, example))
 
 
@@ -66,9 +68,12 @@ def _kept_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]
 
 def _drop_checks(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        checks = node.op == "call_function" and node.target is torch._assert
-        if checks or (not node.users and _only_asks(node)):
+        if _checks(node) or (not node.users and _only_asks(node)):
             graph.erase_node(node)
+
+
+def _checks(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch._assert
 
 
 def _only_asks(node: fx.Node) -> bool:

@@ -241,8 +241,10 @@ def _networks(
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     _require_same_outputs(outputs, names)
     _agree_on_heads(graphs)
-    graphs = [canonical(g, x) for g, x in zip(graphs, inputs)]
-    return [Network.of(n, g, x) for n, g, x in zip(names, graphs, inputs)], calibration
+    networks = []
+    for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
+        networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
+    return networks, calibration
 
 
 def _agree_on_heads(graphs: list[fx.GraphModule]) -> None:
