@@ -231,20 +231,24 @@ def show(row: dict) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the table as Markdown."""
+    """Return the table as Markdown; of pairs and errors, what was found in words."""
+    models, others = ([r for r in rows if ("free" in r) == full] for full in (True, False))
     lines = ["| model | free units | permuted | fused with itself | seconds | fixed, and why |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
-    for row in rows:
-        if "free" not in row:
-            lines.append(
-                f"| {row['model']} | {show(row).removeprefix(row['model']).strip()} | | | | |"
-            )
-            continue
+    for row in models:
         why = "; ".join(f"{n:,} {reason}" for reason, n in row["frozen"].items())
-        fused = f"{row['fused']:.1e}" if "fused" in row else ""
-        cells = [f"{row['free']:,}", f"{row['permuted']:.1e}", fused, f"{row['seconds']:.1f}", why]
-        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+        cells = [f"{row['free']:,}", *(_error(row, k) for k in ("permuted", "fused"))]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['seconds']:.1f} | {why} |")
+    lines = lines if models else []
+    if others:
+        lines += [""] * bool(models) + ["| networks | result |", "| --- | --- |"]
+        lines += [f"| {r['model']} | {show(r).removeprefix(r['model']).strip()} |" for r in others]
     return "\n".join(lines) + "\n"
+
+
+def _error(row: dict, key: str) -> str:
+    exact = f" ({row[key + '64']:.0e} in float64)" if key + "64" in row else ""
+    return f"{row[key]:.1e}{exact}" if key in row else ""
 
 
 def main() -> None:
