@@ -123,14 +123,16 @@ def couple(
 
     Args:
         mixer: The networks; its couplings are filled in.
-        measured: What the joint pass found.
+        measured: What the joint pass found; its pairs are used up.
         ground_cost: Moments to the cost between units.
         solver: Ground cost and marginals to a plan.
         maps: Plan to project and unproject.
     """
     match = mixer.match
     coupler = Coupler(match, solver, maps, mixer.couplings)
-    costs = {key: ground_cost(list(places.values())) for key, places in measured.pairs.items()}
+    costs = {}
+    for key in list(measured.pairs):  # of wide networks each takes gigabytes: hold one or the other
+        costs[key] = ground_cost(list(measured.pairs.pop(key).values()))
     keys = [(name, k) for name, spaces in match.spaces.items() for k in range(len(spaces))]
     own = {(n, k) for n, k in keys if k == match.base[n] or not match.present[n][k]}
     for name, k in own:
