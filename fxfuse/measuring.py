@@ -177,8 +177,9 @@ def _pairs(
 ) -> dict[tuple[str, int], dict[str, PairMoments]]:
     found: dict[tuple[str, int], dict[str, PairMoments]] = {}
     for key, measured in visits.items():
+        meter = meters.pop(key)  # of wide networks each takes gigabytes
         for visit in measured:
-            moments = meters[key].pairs[visit.base, visit.network]
+            moments = meter.pairs[visit.base, visit.network]
             if key[1] is None:
                 moments = moments.take(*(a.index[:, 0] for a in visit.axes))
             found.setdefault((visit.space, visit.network), {})[key[0]] = moments
