@@ -5,7 +5,7 @@ fresh zeros and ones hide wrong permutations. Then all its units are permuted at
 request the network is fused with that permuted copy; both must leave its outputs as they are. Two
 networks of a family (`resnet18+resnet34`) are balanced, which must keep both functions, and fused.
 
-    python examples/coverage.py [NAME ...] [--library torchvision|timm|pairs] [--fuse] [--giants]
+    python examples/coverage.py [NAME ...] [--collection torchvision|timm|pairs] [--fuse] [--giants]
                                 [--write table.md]
 
 A name is one of torchvision (`mobilenet_v2?width_mult=0.5`) or of timm (`timm/resnet10t`).
@@ -75,11 +75,11 @@ deeplabv3_resnet50+deeplabv3_resnet101 resnet18+vgg11 mobilenet_v3_small+mobilen
 # --- networks ---------------------------------------------------------------------------------
 
 
-def names_in(library: str) -> list[str]:
-    """Return the networks of a library that `torch.fx` traces, in alphabetical order."""
-    if library == "timm":
+def names_in(collection: str) -> list[str]:
+    """Return the networks of a collection that `torch.fx` traces, in alphabetical order."""
+    if collection == "timm":
         return [f"timm/{name}" for name in sorted(TIMM)]
-    if library == "pairs":
+    if collection == "pairs":
         return PAIRS
     modules = (models, models.segmentation, models.video)
     return sorted(name for module in modules for name in models.list_models(module=module))
@@ -255,13 +255,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument(
-        "--library", choices=["torchvision", "timm", "pairs"], default="torchvision"
+        "--collection", choices=["torchvision", "timm", "pairs"], default="torchvision"
     )
     parser.add_argument("--fuse", action="store_true", help="also fuse with the permuted copy")
     parser.add_argument("--giants", action="store_true", help="also those above 600 M parameters")
     parser.add_argument("--write", type=Path, help="a .json or .md file for the table")
     args = parser.parse_args()
-    names = args.names or [n for n in names_in(args.library) if args.giants or n not in GIANTS]
+    names = args.names or [n for n in names_in(args.collection) if args.giants or n not in GIANTS]
     rows = []
     print(f"{'model':32} {'free':>7} {'permuted':>9} {'fused':>9} {'seconds':>7} forwards frozen")
     for name in names:
