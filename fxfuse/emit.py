@@ -44,7 +44,7 @@ class NormPlan:
     reads: str
     scale: np.ndarray
     shift: np.ndarray
-    target: Target | None
+    target: Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class WeightPlan:
     dim: int
     bias: str | None
     axis: int
-    target: Target | None
+    target: Target
 
 
 def outputs_to_settle(network: Network) -> dict[str, int]:

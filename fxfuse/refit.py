@@ -65,7 +65,7 @@ def settle(
             if isinstance(plan, NormPlan):
                 _settle_norm(network, plan, [r.value_of(plan.reads) for r in runs], match_moments)
             values = [run.step(node) for run in runs]
-            if isinstance(plan, WeightPlan) and plan.target is not None:
+            if isinstance(plan, WeightPlan):
                 _settle_weight(network, plan, values)
             waiting.discard(node.name)
             if plan is not None and tick is not None:
@@ -88,7 +88,7 @@ def _settle_norm(
     mean, variance, roles = found.mean, found.variance, network.book.norms[plan.node]
     eps = float(roles["eps"])
     gain, shift = plan.scale, plan.scale * mean + plan.shift
-    if match_moments and plan.target is not None:
+    if match_moments:
         wanted = _gain(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
     if "weight" not in roles:  # no affine part: the statistics have to say it
