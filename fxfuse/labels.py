@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,33 @@ class TensorAxis:
 
 
 @dataclass
-class Ledger:
+class Facts:
+    """What a labelled run found that the later stages ask about.
+
+    Attributes:
+        features: Per node, the labelled axes of its output.
+        shapes: Per node, the shape of its output.
+        ops: Per node, descriptors of the operators it ran.
+        weights: Per node, the parameters it contracts with its input.
+        tensors: Per node, every parameter and buffer it touches.
+        norms: Per node that normalises by running statistics, the tensors by role and its epsilon.
+        unknown: Operators without a rule, as `(node, operator)`.
+    """
+
+    features: dict[str, list[TensorAxis]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ops: dict[str, list[tuple]] = field(default_factory=dict)
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+    norms: dict[str, dict[str, str | float]] = field(default_factory=dict)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Ledger(Facts):
     """Everything one labelled run wrote down, in the order in which it happened.
+
+    Beside the facts these are label arrays, which are large and of no use once spaces are found.
 
     Attributes:
         size: Number of labels given out so far.
@@ -71,13 +96,6 @@ class Ledger:
         reads: Labels of parameter axes that a contraction sums over; dense axes of grouped
             convolutions, which carry the labels of what they read, all are such.
         axes: The labelled axes of parameters and buffers.
-        features: Per node, the labelled axes of its output.
-        shapes: Per node, the shape of its output.
-        ops: Per node, descriptors of the operators it ran.
-        weights: Per node, the parameters it contracts with its input.
-        tensors: Per node, every parameter and buffer it touches.
-        norms: Per node that normalises by running statistics, the tensors by role and its epsilon.
-        unknown: Operators without a rule, as `(node, operator)`.
     """
 
     size: int = 2
@@ -87,13 +105,10 @@ class Ledger:
     places: list[np.ndarray] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
     axes: list[TensorAxis] = field(default_factory=list)
-    features: dict[str, list[TensorAxis]] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    ops: dict[str, list[tuple]] = field(default_factory=dict)
-    weights: dict[str, list[str]] = field(default_factory=dict)
-    tensors: dict[str, list[str]] = field(default_factory=dict)
-    norms: dict[str, dict[str, str | float]] = field(default_factory=dict)
-    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        """Return the facts alone."""
+        return Facts(*(getattr(self, f.name) for f in fields(Facts)))
 
     def new(self, count: int) -> Tensor:
         """Return `count` labels that no other unit has."""

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from .interpreter import label_network
 from .ir import Spaces
-from .labels import Ledger
+from .labels import Facts
 from .ties import spaces_of
 
 
@@ -27,14 +27,14 @@ class Network:
     name: str
     module: fx.GraphModule
     example: tuple[Tensor, ...]
-    book: Ledger
+    book: Facts
     spaces: Spaces
 
     @classmethod
     def of(cls, name: str, module: fx.GraphModule, example: tuple[Tensor, ...]) -> Network:
         """Analyse a traced network."""
         book = label_network(module, example)
-        return cls(name, module, example, book, spaces_of(book))
+        return cls(name, module, example, book.facts(), spaces_of(book))
 
     def inputs_of(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose tensors a node reads, parameters and sizes left out."""
