@@ -1,8 +1,10 @@
 """Couple the units of each space: one (project, unproject) pair of maps per space and network.
 
-A residual stream is one space and gets one coupling from all its places together. Spaces inside
-blocks (groups, heads) are coupled in two steps: blocks by the cost of their best inner match, then
-units inside matched blocks.
+A coupling method is an object with an attribute `view` (what it wants to see of the units, None if
+only weights) and `__call__(mixer, measured)`, which fills in `mixer.couplings`. What all of them
+share is here: from ground costs to plans, and from plans to maps. A residual stream is one space
+and gets one coupling from all its places together. Spaces inside blocks (groups, heads) are coupled
+in two steps: blocks by the cost of their best inner match, then units inside matched blocks.
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -14,21 +16,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, eye_array
 
 from .correspondence import Correspondence
 from .errors import PairingError
-from .folding import tensors_of
 from .ir import Coupling, Space
-from .measuring import Measurements
+from .measuring import Measurements, View
 from .mixing import Mixer
-from .moments import PairMoments
 
-GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
+Costs = dict[tuple[str, int], np.ndarray]
 Solver = Callable[[np.ndarray, np.ndarray, np.ndarray], csr_array]
 Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
+
+
+class CouplingMethod(Protocol):
+    """How the units of the networks find each other.
+
+    Attributes:
+        view: What is to be measured of the units; None if only weights count.
+    """
+
+    view: View | None
+
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+        """Fill in the coupling of every space and network.
+
+        Args:
+            mixer: The networks; its couplings are filled in.
+            measured: What the joint pass over the data found; its pairs are used up.
+        """
 
 
 def two_maps(plan: csr_array) -> tuple[csr_array, csr_array]:
@@ -50,8 +69,8 @@ def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
 
 
 @dataclass(frozen=True, eq=False)
-class Coupler:
-    """Solves the coupling of each space between the base network and one other.
+class Plans:
+    """Solves the plan of each space between the base network and one other, given ground costs.
 
     Attributes:
         match: The spaces.
@@ -65,7 +84,20 @@ class Coupler:
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
 
-    def solve(self, name: str, k: int, costs: dict[tuple[str, int], np.ndarray]) -> None:
+    def settle_given(self) -> list[tuple[str, int]]:
+        """Settle what needs no solving; return the spaces and networks that are left."""
+        left = []
+        for name, spaces in self.match.spaces.items():
+            for k in range(len(spaces)):
+                if k == self.match.base[name]:
+                    self.keep(name, k)
+                elif not self.match.present[name][k]:
+                    self.drop(name, k)
+                else:
+                    left.append((name, k))
+        return left
+
+    def solve(self, name: str, k: int, costs: Costs) -> None:
         """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
         space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
@@ -103,102 +135,13 @@ class Coupler:
         pairs = zip(self.match.spaces[name], inside)
         return all(child.parent == outer.name for outer, child in pairs if child.size)
 
-    def _children(
-        self, name: str, k: int, costs: dict[tuple[str, int], np.ndarray]
-    ) -> list[tuple[Space, Space, np.ndarray]]:
+    def _children(self, name: str, k: int, costs: Costs) -> list[tuple[Space, Space, np.ndarray]]:
         """Return the measured spaces inside a space's blocks: of the base, of `k`, their cost."""
         found = []
         for child, spaces in self.match.spaces.items():
             if (child, k) in costs and self._encloses(name, spaces):
                 found.append((spaces[self.match.base[child]], spaces[k], costs[child, k]))
         return found
-
-
-def couple(
-    mixer: Mixer, measured: Measurements, ground_cost: GroundCost, solver: Solver, maps: Maps
-) -> dict[tuple[str, int], Coupling]:
-    """Solve a coupling for each space and network, `(name, network)` -> maps to the fused space.
-
-    Spaces whose units no node shows (inside attention) are matched last, by their weights.
-
-    Args:
-        mixer: The networks; its couplings are filled in.
-        measured: What the joint pass found; its pairs are used up.
-        ground_cost: Moments to the cost between units.
-        solver: Ground cost and marginals to a plan.
-        maps: Plan to project and unproject.
-    """
-    match = mixer.match
-    coupler = Coupler(match, solver, maps, mixer.couplings)
-    costs = {}
-    for key in list(measured.pairs):  # of wide networks each takes gigabytes: hold one or the other
-        costs[key] = ground_cost(list(measured.pairs.pop(key).values()))
-    keys = [(name, k) for name, spaces in match.spaces.items() for k in range(len(spaces))]
-    own = {(n, k) for n, k in keys if k == match.base[n] or not match.present[n][k]}
-    for name, k in own:
-        if k == match.base[name]:
-            coupler.keep(name, k)
-        else:
-            coupler.drop(name, k)
-    late = _unseen(match, [key for key in keys if key not in own], costs)
-    for name, k in keys:
-        if (name, k) not in own and (name, k) not in late:
-            coupler.solve(name, k, costs)
-    costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
-    for name, k in keys:
-        if (name, k) in late:
-            coupler.solve(name, k, costs)
-    return coupler.couplings
-
-
-def _unseen(
-    match: Correspondence,
-    keys: Sequence[tuple[str, int]],
-    costs: dict[tuple[str, int], np.ndarray],
-) -> set[tuple[str, int]]:
-    """Return the spaces without a cost of their own, or around or beside such a one in blocks."""
-    late: set[tuple[str, int]] = set()
-    for k in {k for _, k in keys}:
-        family = {s[k].name: name for name, s in match.spaces.items()}
-        outer = {s[k].parent for s in match.spaces.values()}
-        for name in (n for n, j in keys if j == k):
-            space = match.spaces[name][k]
-            if (name, k) not in costs and space.name not in outer:
-                late.add((name, k))
-                if space.parent is not None:
-                    late.add((family[space.parent], k))
-        for name in (n for n, j in keys if j == k):
-            parent = match.spaces[name][k].parent
-            if parent is not None and (family[parent], k) in late:
-                late.add((name, k))
-    return late
-
-
-def weight_cost(mixer: Mixer, name: str, k: int) -> np.ndarray:
-    """Compare units by their weights, all other axes already mapped: `(base units, units)`.
-
-    References:
-        Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
-    """
-    networks, match = mixer.balanced.networks, mixer.match
-    base = match.base[name]
-    space, own = match.spaces[name][base], match.spaces[name][k]
-    cost = np.zeros((space.size, own.size))
-    states = [dict(tensors_of(networks[i].module)) for i in (base, k)]
-    for axis in space.axes:
-        other = next(a for a in own.axes if (a.tensor, a.dim) == (axis.tensor, axis.dim))
-        across = networks[mixer.anchor].spaces.on(axis.tensor)
-        across = [(s.name, i) for s, a in across if a.dim != axis.dim for i in (base, k)]
-        if axis.groups > 1 or any(pair not in mixer.couplings for pair in across):
-            continue
-        rows = []
-        for i, state, found in zip((base, k), states, (axis, other)):
-            tensor = state[axis.tensor].detach().cpu().numpy()
-            moved = np.moveaxis(mixer.carry(axis.tensor, tensor, i, but=axis.dim), axis.dim, 0)
-            rows.append(moved[found.index].reshape(len(found.index), -1).astype(float))
-        a, b = rows
-        cost += (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.maximum(cost, 0.0)
 
 
 def _unmeasured(name: str, size: int, other: int) -> PairingError:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from .alignment import Aligner, align_networks, monotone
 from .balancing import balance_networks
-from .canonical import canonical
 from .correspondence import correspond
-from .costs import correlation
-from .coupling import GroundCost, Maps, Solver, couple, two_maps
+from .coupling import CouplingMethod
 from .data import Calibration
 from .emit import emit, outputs_to_settle
-from .errors import ArgumentError, ModelError
+from .errors import ModelError
+from .intake import Clock, Progress, anchor_of, shares_of, take_in
 from .ir import Alignment
 from .measuring import measure
 from .mixing import Mixer
-from .modes import cut_to, evaluating_part
 from .network import Network
 from .refit import finite, frontier_samples, settle
 from .report import report_on
 from .segments import partition
-from .solvers import Exact
-from .tracing import as_example, copy_modes, device_of, plain_modes, run_once, trace
+from .tracing import copy_modes, plain_modes, run_once
+from .transport import Transport
 from .verify import lint
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -40,17 +34,13 @@ class Method:
 
     Attributes:
         aligner: Cost matrix of a segment to the alignment of its layers.
-        ground_cost: Moments of two spaces to the cost between their units.
-        solver: Ground cost and marginals to a transport plan.
-        maps: Plan to project and unproject.
+        coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
         anchor: Which network's widths the fused one takes, when the caller does not say.
     """
 
     aligner: Aligner = monotone
-    ground_cost: GroundCost = correlation
-    solver: Solver = Exact()
-    maps: Maps = two_maps
+    coupling: CouplingMethod = Transport()
     match_moments: bool = True
     anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
 
@@ -96,6 +86,7 @@ def fuse(
         PassError: If a layer that one network lacks has no neutral form.
 
     Example:
+        >>> import torch
         >>> def net(*widths):
         ...     pairs = zip((4, *widths), widths)
         ...     hidden = [m for i, o in pairs for m in (nn.Linear(i, o), nn.ReLU())]
@@ -104,11 +95,11 @@ def fuse(
         >>> [tuple(p.shape) for p in fused.parameters() if p.dim() == 2]
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
-    method, clock = method or Method(), _Clock(progress)
-    shares = _shares(weights, models)
-    networks, calibration = _networks(models, data, clock)
+    method, clock = method or Method(), Clock(progress)
+    shares = shares_of(weights, models)
+    networks, calibration = take_in(models, data, clock)
     depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
-    target = _anchor(anchor, method.anchor(depths), len(networks))
+    target = anchor_of(anchor, method.anchor(depths), len(networks))
     if alignment is None:
         clock.start("align layers")
         alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
@@ -120,15 +111,16 @@ def fuse(
     return copy_modes(models[target], fused)
 
 
-def _mix(mixer: Mixer, data: Calibration, method: Method, clock: _Clock) -> fx.GraphModule:
+def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:
     """Measure, couple, emit and settle: from balanced networks to the fused one."""
     networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
     clock.start("measure units")
     samples = min(data.samples, frontier_samples(networks))
     outputs = outputs_to_settle(base)
-    measured = measure(mixer.balanced, mixer.match, data, outputs, samples, clock.tick)
+    view = method.coupling.view
+    measured = measure(mixer.balanced, mixer.match, data, view, outputs, samples, clock.tick)
     clock.start("couple units")
-    couple(mixer, measured, method.ground_cost, method.solver, method.maps)
+    method.coupling(mixer, measured)
     clock.start("emit")
     module, plans = emit(mixer, measured.outputs)
     clock.start("settle norms and moments")
@@ -160,8 +152,8 @@ def align(
     Raises:
         PairingError: If the segments of the networks do not pair.
     """
-    clock = _Clock(progress)
-    networks, calibration = _networks(models, data, clock)
+    clock = Clock(progress)
+    networks, calibration = take_in(models, data, clock)
     clock.start("align layers")
     return align_networks(networks, calibration, (method or Method()).aligner, tick=clock.tick)
 
@@ -191,114 +183,13 @@ def balance(
         PassError: If a layer that one network lacks has no neutral form.
         NotEquivalent: If a network's function would change.
     """
-    networks, calibration = _networks(models, data, _Clock(None))
+    networks, calibration = take_in(models, data, Clock(None))
     if alignment is None:
         aligner = (method or Method()).aligner
         alignment = align_networks(networks, calibration, aligner, measure_forced=False)
     balanced = balance_networks(networks, alignment)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]
-
-
-class _Clock:
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds = progress, {}
-        self.stage, self.since = "", time.perf_counter()
-
-    def start(self, stage: str) -> None:
-        self.stop()
-        self.stage, self.since = stage, time.perf_counter()
-        self.tick(0.0)
-
-    def tick(self, share: float) -> None:
-        if self.progress is not None:
-            self.progress(self.stage, share)
-
-    def stop(self) -> dict[str, float]:
-        if self.stage:
-            self.seconds[self.stage] = time.perf_counter() - self.since
-            self.stage = ""
-        return self.seconds
-
-
-def _networks(
-    models: Sequence[nn.Module], data: Any, clock: _Clock
-) -> tuple[list[Network], Calibration]:
-    if not isinstance(models, Sequence) or not len(models):
-        raise ArgumentError(
-            "no models" if isinstance(models, Sequence) else f"a {type(models).__name__}",
-            where="the argument `models`",
-            expected="a list of one or more networks",
-            do="pass them as a list: fxfuse.fuse([a, b], data)",
-        )
-    clock.start("read data")
-    calibration = data if isinstance(data, Calibration) else Calibration(data)
-    clock.start("trace and find spaces")
-    names = _names(models)
-    graphs = [trace(m, name) for m, name in zip(models, names)]
-    example = calibration.example()
-    inputs = [as_example(example, device_of(g)) for g in graphs]
-    outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
-    _require_same_outputs(outputs, names)
-    _agree_on_heads(graphs)
-    networks = []
-    for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
-        networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
-    return networks, calibration
-
-
-def _agree_on_heads(graphs: list[fx.GraphModule]) -> None:
-    """Leave out heads that exist in training mode only where not all networks have such."""
-    parts = [evaluating_part(g) for g in graphs]
-    if not all(parts):
-        for graph, part in zip(graphs, parts):
-            if part is not None:
-                cut_to(graph, part)
-
-
-def _names(models: Sequence[nn.Module]) -> list[str]:
-    kinds = [type(m).__name__ for m in models]
-    return [f"{kind} {i}" if kinds.count(kind) > 1 else kind for i, kind in enumerate(kinds)]
-
-
-def _require_same_outputs(outputs: list[list[torch.Tensor]], names: list[str]) -> None:
-    shapes = [[tuple(t.shape[1:]) for t in out] for out in outputs]
-    for other, name in zip(shapes, names):
-        if other != shapes[0]:
-            raise ModelError(
-                f"outputs of shape {shapes[0]} and {other}",
-                where=f"{names[0]} and {name}",
-                expected="networks with the same outputs",
-                do="replace the heads, or fuse the networks without them",
-            )
-
-
-def _shares(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
-    count = len(models) if isinstance(models, Sequence) else 0
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
-    total = sum(given)
-    good = all(w >= 0 and w < float("inf") for w in given) and (total > 0 or not count)
-    if len(given) != count or not good:
-        raise ArgumentError(
-            f"weights {given}",
-            where="the argument `weights`",
-            expected=f"{count} non-negative numbers, one for each model, not all zero",
-            do="leave them out for equal weights",
-        )
-    return tuple(w / total for w in given)
-
-
-def _anchor(given: int | None, default: int, count: int) -> int:
-    if given is None:
-        return default
-    if isinstance(given, int) and 0 <= given < count:
-        return given
-    raise ArgumentError(
-        f"anchor {given!r}",
-        where="the argument `anchor`",
-        expected=f"an index from 0 to {count - 1}",
-        do="leave it out to take the deepest network",
-    )
 
 
 def _require_sound(fused: Network) -> None:

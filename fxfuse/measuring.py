@@ -1,7 +1,8 @@
 """One joint pass over the data: how alike the units of matched spaces are, and their moments.
 
-Units are compared by their pre-activations: after every contraction, the value behind its norm and
-residual add. Layers that a network has only as neutral ones are not run.
+Units are compared by their pre-activations (after every contraction, the value behind its norm and
+residual add) or by what their activations make of these. Layers that a network has only as neutral
+ones are not run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,21 @@ from .statistics import Bypass, batch_size, walk
 
 BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 Key = tuple[str, str | None]  # a node, and the space if it is measured unit by unit there
+Pair = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a coupling method wants to see of the units.
+
+    Attributes:
+        activated: Compare units behind their activations, not before.
+        everything: Compare all networks with each other and each with itself, not only each with
+            the base network of the space.
+    """
+
+    activated: bool = False
+    everything: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +46,22 @@ class Measurements:
     """What one joint pass over the data found.
 
     Attributes:
-        pairs: `(space, network)` -> moments against the base network, per node.
+        pairs: `(space, one network, the other)` -> moments, per node.
         outputs: Node whose output is to keep its moments -> those of each network, None where
             the network has no such layer.
     """
 
-    pairs: dict[tuple[str, int], dict[str, PairMoments]]
+    pairs: dict[Pair, dict[str, PairMoments]]
     outputs: dict[str, list[Moments | None]]
 
 
-def measuring_points(network: Network) -> set[str]:
-    """Return the nodes that hold pre-activations: behind each contraction, its norm and add."""
+def measuring_points(network: Network, activated: bool = False) -> set[str]:
+    """Return the nodes that hold pre-activations: behind each contraction, its norm and add.
+
+    Args:
+        network: Network to look at.
+        activated: Go on behind the activations.
+    """
     points = set()
     for node in network.module.graph.nodes:
         if node.name not in network.book.weights:
@@ -48,7 +69,8 @@ def measuring_points(network: Network) -> set[str]:
         while len(node.users) == 1:
             user = next(iter(node.users))
             adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
-            if not (network.is_norm(user) or adds or network.is_idle(user)):
+            passed = network.is_norm(user) or adds or network.is_idle(user)
+            if not (passed or activated and network.is_activation(user)):
                 break
             node = user
         points.add(node.name)
@@ -68,6 +90,7 @@ def measure(
     balanced: Balanced,
     match: Correspondence,
     data: Calibration,
+    view: View | None,
     outputs: dict[str, int],
     samples: int,
     tick: Callable[[float], None] | None = None,
@@ -78,6 +101,7 @@ def measure(
         balanced: Networks of one structure.
         match: Their spaces.
         data: Calibration inputs.
+        view: How units are compared; None if they are not.
         outputs: Nodes whose output moments are wanted, with their feature axis.
         samples: How many of the first samples count for these: a multiple of `measuring_batch`,
             or all.
@@ -87,7 +111,7 @@ def measure(
         DataError: If activations are not finite.
     """
     networks = balanced.networks
-    visits = _visits(balanced, match)
+    visits = {} if view is None else _visits(balanced, match, view)
     meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
     by_node: dict[str, list[Key]] = {}
     for key in meters:
@@ -153,36 +177,43 @@ class _Visit:
     axes: tuple[Axis, Axis]
 
 
-def _visits(balanced: Balanced, match: Correspondence) -> dict[Key, list[_Visit]]:
-    points, fed = measuring_points(balanced.networks[0]), balanced.networks[0].fed()
+def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, list[_Visit]]:
+    points = measuring_points(balanced.networks[0], view.activated)
+    fed = balanced.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in match.spaces.items():
-        base = match.base[name]
-        for k, space in enumerate(spaces):
-            if k == base or not (match.present[name][k] and match.present[name][base]):
-                continue
-            own = {a.tensor: a for a in space.features}
-            both = [(a, own[a.tensor]) for a in spaces[base].features if a.tensor in own]
-            both = [p for p in both if p[0].tensor in fed - gone[k] - gone[base]]
+        for i, k in _compared(match, name, view):
+            own = {a.tensor: a for a in spaces[k].features}
+            both = [(a, own[a.tensor]) for a in spaces[i].features if a.tensor in own]
+            both = [p for p in both if p[0].tensor in fed - gone[k] - gone[i]]
             for axes in [p for p in both if p[0].tensor in points] or both[:1]:
                 single = axes[0].index.shape[1] == 1
                 key = (axes[0].tensor, None if single else name)
-                visits.setdefault(key, []).append(_Visit(name, base, k, axes))
+                visits.setdefault(key, []).append(_Visit(name, i, k, axes))
     return visits
+
+
+def _compared(match: Correspondence, name: str, view: View) -> list[tuple[int, int]]:
+    """Return the pairs of networks whose units of a space are compared."""
+    here = [k for k, has in enumerate(match.present[name]) if has]
+    if view.everything:
+        return [(i, k) for i in here for k in here if i <= k]
+    base = match.base[name]
+    return [(base, k) for k in here if k != base and base in here]
 
 
 def _pairs(
     visits: dict[Key, list[_Visit]], meters: dict[Key, _Meter]
-) -> dict[tuple[str, int], dict[str, PairMoments]]:
-    found: dict[tuple[str, int], dict[str, PairMoments]] = {}
+) -> dict[Pair, dict[str, PairMoments]]:
+    found: dict[Pair, dict[str, PairMoments]] = {}
     for key, measured in visits.items():
         meter = meters.pop(key)  # of wide networks each takes gigabytes
         for visit in measured:
             moments = meter.pairs[visit.base, visit.network]
             if key[1] is None:
                 moments = moments.take(*(a.index[:, 0] for a in visit.axes))
-            found.setdefault((visit.space, visit.network), {})[key[0]] = moments
+            found.setdefault((visit.space, visit.base, visit.network), {})[key[0]] = moments
     return found
 
 
@@ -192,15 +223,13 @@ def _unit_by_unit(value: Tensor, axis: Axis) -> Tensor:
     return moved[axis.index.reshape(-1)].reshape(len(axis.index), -1)
 
 
-def _require_finite(
-    pairs: dict[tuple[str, int], dict[str, PairMoments]], networks: Sequence[Network]
-) -> None:
-    for (name, k), places in pairs.items():
+def _require_finite(pairs: dict[Pair, dict[str, PairMoments]], networks: Sequence[Network]) -> None:
+    for (name, i, k), places in pairs.items():
         for node, moments in places.items():
             if not bool(moments.cross.isfinite().all()):
                 raise DataError(
                     "activations that are NaN or infinite",
-                    where=f"node '{node}' (space '{name}') of {networks[k].name} or the anchor",
+                    where=f"node '{node}' ('{name}') of {networks[i].name} or {networks[k].name}",
                     expected="finite activations on the calibration data",
                     do="check the data's normalisation and the networks' weights",
                 )

@@ -27,7 +27,7 @@ class Mixer:
         anchor: Index of the network whose structure the fused one has.
         match: Their spaces.
         weights: `(networks,)` shares, sum 1.
-        couplings: The maps, filled in by `couple`.
+        couplings: The maps, filled in by a coupling method.
     """
 
     balanced: Balanced

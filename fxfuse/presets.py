@@ -5,14 +5,14 @@ from __future__ import annotations
 from .costs import euclidean
 from .coupling import one_map
 from .fusion import Method
+from .transport import Transport
 
 best = Method()
 
 #: CLAFusion (Nguyen et al.) by adding layers, as its scripts run it: Euclidean ground metric on raw
 #: pre-activations, exact transport, one map for both sides, widths of the shallowest network.
 clafusion = Method(
-    ground_cost=euclidean,
-    maps=one_map,
+    coupling=Transport(ground_cost=euclidean, maps=one_map),
     match_moments=False,
     anchor=lambda depths: depths.index(min(depths)),
 )

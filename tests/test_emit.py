@@ -16,7 +16,7 @@ from fxfuse.data import Calibration
 from fxfuse.emit import outputs_to_settle
 from fxfuse.folding import fold, folds, producers
 from fxfuse.ir import Coupling
-from fxfuse.measuring import measure, measuring_batch, measuring_points
+from fxfuse.measuring import View, measure, measuring_batch, measuring_points
 from fxfuse.mixing import Mixer
 from fxfuse.network import Network
 from fxfuse.refit import frontier_samples
@@ -112,7 +112,7 @@ def test_the_joint_pass_measures_what_numpy_measures():
     nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
     balanced, match, data = prepared(nets, x)
     nodes = outputs_to_settle(balanced.networks[0])
-    found = measure(balanced, match, data, nodes, 70)
+    found = measure(balanced, match, data, View(), nodes, 70)
     point = next(iter(measuring_points(balanced.networks[0]) & set(nodes)))
     for k, net in enumerate(nets):
         recorded = {}
@@ -171,4 +171,4 @@ def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
 
 
 def test_couplings_made_of_plans_are_used_by_default():
-    assert fxfuse.Method().maps is two_maps
+    assert fxfuse.Method().coupling.maps is two_maps

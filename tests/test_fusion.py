@@ -234,12 +234,15 @@ def test_the_anchor_gives_the_widths():
 def test_each_choice_of_a_method_changes_the_result():
     from fxfuse.costs import squared_euclidean
     from fxfuse.coupling import one_map
+    from fxfuse.measuring import View
+    from fxfuse.transport import Transport
 
     nets, x = pair_of_depths(), images()
     plain = fxfuse.fuse(nets, x)
     for choice in (
-        {"ground_cost": squared_euclidean},
-        {"maps": one_map},
+        {"coupling": Transport(ground_cost=squared_euclidean)},
+        {"coupling": Transport(maps=one_map)},
+        {"coupling": Transport(view=View(activated=True))},
         {"match_moments": False},
         {"anchor": lambda depths: 1},
     ):

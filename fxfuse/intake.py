@@ -1,0 +1,135 @@
+"""What a caller hands in: models and data made ready, weights and anchor checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .canonical import canonical
+from .data import Calibration
+from .errors import ArgumentError, ModelError
+from .modes import cut_to, evaluating_part
+from .network import Network
+from .tracing import as_example, device_of, run_once, trace
+
+Progress = Callable[[str, float], None]
+
+
+class Clock:
+    """Times the stages and tells the caller how far they are."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.seconds = progress, {}
+        self.stage, self.since = "", time.perf_counter()
+
+    def start(self, stage: str) -> None:
+        """Begin a stage; the one before ends."""
+        self.stop()
+        self.stage, self.since = stage, time.perf_counter()
+        self.tick(0.0)
+
+    def tick(self, share: float) -> None:
+        """Say which share of the stage is done."""
+        if self.progress is not None:
+            self.progress(self.stage, share)
+
+    def stop(self) -> dict[str, float]:
+        """End the last stage; return the seconds of all."""
+        if self.stage:
+            self.seconds[self.stage] = time.perf_counter() - self.since
+            self.stage = ""
+        return self.seconds
+
+
+def take_in(
+    models: Sequence[nn.Module], data: Any, clock: Clock
+) -> tuple[list[Network], Calibration]:
+    """Trace and analyse models that have the same inputs and outputs.
+
+    Raises:
+        ArgumentError: If there are no models.
+        TraceError: If a model cannot be traced.
+        ModelError: If weights are not finite, or outputs differ in shape.
+        DataError: If the data are empty or refused by a model.
+    """
+    if not isinstance(models, Sequence) or not len(models):
+        raise ArgumentError(
+            "no models" if isinstance(models, Sequence) else f"a {type(models).__name__}",
+            where="the argument `models`",
+            expected="a list of one or more networks",
+            do="pass them as a list: fxfuse.fuse([a, b], data)",
+        )
+    clock.start("read data")
+    calibration = data if isinstance(data, Calibration) else Calibration(data)
+    clock.start("trace and find spaces")
+    names = _names(models)
+    graphs = [trace(m, name) for m, name in zip(models, names)]
+    example = calibration.example()
+    inputs = [as_example(example, device_of(g)) for g in graphs]
+    outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
+    _require_same_outputs(outputs, names)
+    _agree_on_heads(graphs)
+    networks = []
+    for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
+        networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
+    return networks, calibration
+
+
+def _agree_on_heads(graphs: list[fx.GraphModule]) -> None:
+    """Leave out heads that exist in training mode only where not all networks have such."""
+    parts = [evaluating_part(g) for g in graphs]
+    if not all(parts):
+        for graph, part in zip(graphs, parts):
+            if part is not None:
+                cut_to(graph, part)
+
+
+def _names(models: Sequence[nn.Module]) -> list[str]:
+    kinds = [type(m).__name__ for m in models]
+    return [f"{kind} {i}" if kinds.count(kind) > 1 else kind for i, kind in enumerate(kinds)]
+
+
+def _require_same_outputs(outputs: list[list[torch.Tensor]], names: list[str]) -> None:
+    shapes = [[tuple(t.shape[1:]) for t in out] for out in outputs]
+    for other, name in zip(shapes, names):
+        if other != shapes[0]:
+            raise ModelError(
+                f"outputs of shape {shapes[0]} and {other}",
+                where=f"{names[0]} and {name}",
+                expected="networks with the same outputs",
+                do="replace the heads, or fuse the networks without them",
+            )
+
+
+def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
+    """Return the share of each model, sum 1; refuse what is no weights."""
+    count = len(models) if isinstance(models, Sequence) else 0
+    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    total = sum(given)
+    good = all(w >= 0 and w < float("inf") for w in given) and (total > 0 or not count)
+    if len(given) != count or not good:
+        raise ArgumentError(
+            f"weights {given}",
+            where="the argument `weights`",
+            expected=f"{count} non-negative numbers, one for each model, not all zero",
+            do="leave them out for equal weights",
+        )
+    return tuple(w / total for w in given)
+
+
+def anchor_of(given: int | None, default: int, count: int) -> int:
+    """Return the index of the anchor; refuse what is no index."""
+    if given is None:
+        return default
+    if isinstance(given, int) and 0 <= given < count:
+        return given
+    raise ArgumentError(
+        f"anchor {given!r}",
+        where="the argument `anchor`",
+        expected=f"an index from 0 to {count - 1}",
+        do="leave it out to take the deepest network",
+    )

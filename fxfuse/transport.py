@@ -1,0 +1,79 @@
+"""Couple units by optimal transport between what they compute on the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .correspondence import Correspondence
+from .costs import correlation
+from .coupling import Costs, Maps, Plans, Solver, two_maps
+from .measuring import Measurements, View
+from .mixing import Mixer
+from .moments import PairMoments
+from .solvers import Exact
+from .weightwise import weight_cost
+
+GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Transport from each network's units to the base network's, space by space.
+
+    Spaces whose units no node shows (inside attention) are matched last, by their weights.
+
+    Attributes:
+        ground_cost: Moments of two spaces to the cost between their units.
+        solver: Ground cost and marginals to a transport plan.
+        maps: Plan to project and unproject.
+        view: Where units are compared.
+    """
+
+    ground_cost: GroundCost = correlation
+    solver: Solver = Exact()
+    maps: Maps = two_maps
+    view: View = View()
+
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+        """Fill in the coupling of every space and network."""
+        match = mixer.match
+        plans = Plans(match, self.solver, self.maps, mixer.couplings)
+        costs: Costs = {}
+        for name, i, k in list(measured.pairs):  # of wide networks each takes gigabytes
+            places = measured.pairs.pop((name, i, k))
+            costs[name, k] = self.ground_cost(list(places.values()))
+        keys = plans.settle_given()
+        late = _unseen(match, keys, costs)
+        for key in keys:
+            if key not in late:
+                plans.solve(*key, costs)
+        costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
+        for key in keys:
+            if key in late:
+                plans.solve(*key, costs)
+
+
+def _unseen(
+    match: Correspondence,
+    keys: Sequence[tuple[str, int]],
+    costs: Costs,
+) -> set[tuple[str, int]]:
+    """Return the spaces without a cost of their own, or around or beside such a one in blocks."""
+    late: set[tuple[str, int]] = set()
+    for k in {k for _, k in keys}:
+        family = {s[k].name: name for name, s in match.spaces.items()}
+        outer = {s[k].parent for s in match.spaces.values()}
+        for name in (n for n, j in keys if j == k):
+            space = match.spaces[name][k]
+            if (name, k) not in costs and space.name not in outer:
+                late.add((name, k))
+                if space.parent is not None:
+                    late.add((family[space.parent], k))
+        for name in (n for n, j in keys if j == k):
+            parent = match.spaces[name][k].parent
+            if parent is not None and (family[parent], k) in late:
+                late.add((name, k))
+    return late
