@@ -166,12 +166,13 @@ def _block_cost(
         for i, here in enumerate(ours):
             for j, there in enumerate(theirs):
                 part = cost[np.ix_(here, there)]
-                plan = solver(part, *_uniform(part))
+                plan = solver(part, *uniform(part))
                 total[i, j] += plan.multiply(part).sum()
     return total
 
 
-def _uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return marginals that give every unit of a side the same mass."""
     return tuple(np.full(n, 1.0 / n) for n in cost.shape)
 
 
@@ -180,7 +181,7 @@ def _solve(
 ) -> csr_array:
     """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place)."""
     if base.blocks is None:
-        return solver(cost, *_uniform(cost))
+        return solver(cost, *uniform(cost))
     ours, theirs = _members(base), _members(space)
     if outer is None:
         outer = csr_array(eye_array(len(ours)) / len(ours))
@@ -188,7 +189,7 @@ def _solve(
     data, rows, columns = [], [], []
     for i, j, mass in zip(outer.row, outer.col, outer.data):
         part = cost[np.ix_(ours[i], theirs[j])]
-        plan = coo_array(solver(part, *_uniform(part)))
+        plan = coo_array(solver(part, *uniform(part)))
         rows.append(ours[i][plan.row])
         columns.append(theirs[j][plan.col])
         data.append(plan.data * mass)

@@ -36,12 +36,14 @@ class Method:
         aligner: Cost matrix of a segment to the alignment of its layers.
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
+        absent_as_zero: Let layers that a network lacks pull the others' towards zero.
         anchor: Which network's widths the fused one takes, when the caller does not say.
     """
 
     aligner: Aligner = monotone
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
+    absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
 
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
@@ -105,7 +107,8 @@ def fuse(
         alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
-    mixer = Mixer(balanced, target, correspond(balanced, target), shares)
+    match = correspond(balanced, target)
+    mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
     fused = _mix(mixer, calibration, method, clock)
     fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
     return copy_modes(models[target], fused)

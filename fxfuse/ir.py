@@ -15,6 +15,8 @@ from scipy.sparse import csr_array
 
 from .errors import ArgumentError
 
+OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:

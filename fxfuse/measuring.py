@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
+import numpy as np
 from torch import Tensor, fx
 
 from .balancing import Balanced
 from .correspondence import Correspondence
 from .data import Calibration
 from .errors import DataError
-from .ir import Axis
+from .ir import OUTPUTS, Axis
 from .moments import Moments, PairMoments
 from .network import Network
 from .statistics import Bypass, batch_size, walk
@@ -35,10 +37,15 @@ class View:
         activated: Compare units behind their activations, not before.
         everything: Compare all networks with each other and each with itself, not only each with
             the base network of the space.
+        singly: Where contractions write side by side into one sum, compare behind the sum for the
+            one in its first operand only, and the others before it.
+        outputs: Compare the network's outputs too, as a space called `OUTPUTS`.
     """
 
     activated: bool = False
     everything: bool = False
+    singly: bool = False
+    outputs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,26 +62,41 @@ class Measurements:
     outputs: dict[str, list[Moments | None]]
 
 
-def measuring_points(network: Network, activated: bool = False) -> set[str]:
-    """Return the nodes that hold pre-activations: behind each contraction, its norm and add.
+def measuring_points(network: Network) -> set[str]:
+    """Return the nodes that hold pre-activations: behind each contraction, its norm and add."""
+    return set(points_of(network, View()).values())
 
-    Args:
-        network: Network to look at.
-        activated: Go on behind the activations.
-    """
-    points = set()
+
+def points_of(network: Network, view: View) -> dict[str, str]:
+    """Return where what each contraction writes is compared: contraction -> node."""
+    points = {}
     for node in network.module.graph.nodes:
         if node.name not in network.book.weights:
             continue
-        while len(node.users) == 1:
-            user = next(iter(node.users))
+        point = node
+        while len(point.users) == 1:
+            user = next(iter(point.users))
             adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
-            passed = network.is_norm(user) or adds or network.is_idle(user)
-            if not (passed or activated and network.is_activation(user)):
+            if adds and view.singly and _joins_second(network, point, user):
                 break
-            node = user
-        points.add(node.name)
+            passed = network.is_norm(user) or adds or network.is_idle(user)
+            if not (passed or view.activated and network.is_activation(user)):
+                break
+            point = user
+        points[node.name] = point.name
     return points
+
+
+def _joins_second(network: Network, node: fx.Node, add: fx.Node) -> bool:
+    """Tell whether an add has a contraction beside this node, and in front of it."""
+    first, *others = network.inputs_of(add)
+    behind = bool(others) and node is not first
+    while len(first.users) == 1 and first.name not in network.book.weights:
+        before = network.inputs_of(first)
+        if len(before) != 1 or not (network.is_norm(first) or network.is_idle(first)):
+            return False
+        first = before[0]
+    return behind and first.name in network.book.weights
 
 
 def bypasses(balanced: Balanced) -> list[Bypass]:
@@ -178,7 +200,7 @@ class _Visit:
 
 
 def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, list[_Visit]]:
-    points = measuring_points(balanced.networks[0], view.activated)
+    points = set(points_of(balanced.networks[0], view).values())
     fed = balanced.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
     visits: dict[Key, list[_Visit]] = {}
@@ -191,7 +213,19 @@ def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, 
                 single = axes[0].index.shape[1] == 1
                 key = (axes[0].tensor, None if single else name)
                 visits.setdefault(key, []).append(_Visit(name, i, k, axes))
+    if view.outputs:
+        node, dim, size = last_contraction(balanced.networks[0])
+        axis = Axis(node, dim, np.arange(size)[:, None])
+        pairs = permutations(range(len(gone)), 2)
+        visits[node, None] = [_Visit(OUTPUTS, i, k, (axis, axis)) for i, k in pairs]
     return visits
+
+
+def last_contraction(network: Network) -> tuple[str, int, int]:
+    """Return the last contraction in front of the output, its feature axis and its width."""
+    node = [*network.book.weights][-1]
+    dim = network.book.features[node][0].dim
+    return node, dim, network.book.shapes[node][dim]
 
 
 def _compared(match: Correspondence, name: str, view: View) -> list[tuple[int, int]]:

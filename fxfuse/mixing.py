@@ -15,7 +15,7 @@ from scipy.sparse import csr_array, eye_array
 
 from .balancing import Balanced
 from .correspondence import Correspondence, absent_tensors
-from .ir import Axis, Coupling, Spaces
+from .ir import OUTPUTS, Axis, Coupling, Spaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,10 @@ class Mixer:
         anchor: Index of the network whose structure the fused one has.
         match: Their spaces.
         weights: `(networks,)` shares, sum 1.
-        couplings: The maps, filled in by a coupling method.
+        couplings: The maps of each space and network, filled in by a coupling method.
+        layered: Maps of single axes `(space, tensor, dim, network)` that differ from their space's.
+        absent_as_zero: Whether layers that a network has only as neutral ones count as zeros, not
+            as layers of which the other networks alone have a say.
     """
 
     balanced: Balanced
@@ -35,6 +38,8 @@ class Mixer:
     match: Correspondence
     weights: Sequence[float]
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
+    layered: dict[tuple[str, str, int, int], Coupling] = field(default_factory=dict)
+    absent_as_zero: bool = False
 
     def mix(self, name: str, values: Sequence[np.ndarray], along: int | None = None) -> np.ndarray:
         """Return the weighted sum over the networks, in fused coordinates.
@@ -64,7 +69,8 @@ class Mixer:
     def _mass(self, name: str, dim: int, shares: Sequence[float]) -> np.ndarray | None:
         """Return the share of the networks that have the unit at each written position."""
         written = [(s, a) for s, a in self._on_axis(name, dim) if not a.reads]
-        if all(all(self.match.present[s]) for s, _ in written):
+        whole = all(all(self.match.present[s]) for s, _ in written)
+        if whole or self.absent_as_zero:
             return None
         mass = np.ones(self._anchor_spaces().sizes[name, dim])
         for space, axis in written:
@@ -75,6 +81,8 @@ class Mixer:
     def shares(self, name: str) -> list[float]:
         """Return each network's share of a tensor; it belongs to the networks that have it."""
         shares = [0.0 if name in gone else w for gone, w in zip(self._absent, self.weights)]
+        if self.absent_as_zero:
+            return shares
         if not any(shares):
             shares = [float(name not in gone) for gone in self._absent]
         return [s / sum(shares) for s in shares]
@@ -90,7 +98,10 @@ class Mixer:
     def carry(self, name: str, tensor: np.ndarray, k: int, but: int | None = None) -> np.ndarray:
         """Return one network's tensor with every axis mapped, `but` one."""
         axes = [a for _, a in self._anchor_spaces().on(name) if a.dim != but]
-        maps = {a.dim: self.axis_map(name, a.dim, k) for a in axes}
+        dims = dict.fromkeys(a.dim for a in axes)
+        others = (d for d in range(tensor.ndim) if d != but)
+        dims |= {d: None for d in others if (OUTPUTS, name, d, k) in self.layered}
+        maps = {d: self.axis_map(name, d, k) for d in dims}
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:
             return _map_grouped(tensor, maps, groups, self._groups(name, k))
@@ -120,15 +131,19 @@ class Mixer:
             if not own.size:
                 continue
             other = here[own.name]
-            coupling = self.couplings[space_name, k]
+            own_maps = self.layered.get((space_name, name, dim, k))
+            coupling = own_maps or self.couplings[space_name, k]
             matrix = (coupling.unproject.T if axis.reads else coupling.project).tocoo()
             for m in range(axis.index.shape[1]):
                 rows.append(axis.index[matrix.row, m])
                 columns.append(other.index[matrix.col, m])
                 data.append(matrix.data)
-        rows.append(np.flatnonzero(fixed[0]))
-        columns.append(np.flatnonzero(fixed[1]))
-        data.append(np.ones(len(rows[-1])))
+        matrix = eye_array(int(fixed[0].sum())).tocoo()
+        if (OUTPUTS, name, dim, k) in self.layered:
+            matrix = self.layered[OUTPUTS, name, dim, k].project.tocoo()
+        rows.append(np.flatnonzero(fixed[0])[matrix.row])
+        columns.append(np.flatnonzero(fixed[1])[matrix.col])
+        data.append(matrix.data)
         where = (np.concatenate(rows), np.concatenate(columns))
         return csr_array((np.concatenate(data), where), shape=(ours, theirs))
 

@@ -1,5 +1,6 @@
 """The papers' methods against what the papers' own code gives on the same networks and samples."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from nets import mlp, outputs, residual
 from safetensors.torch import load_file
+from torch import nn
 
 import fxfuse
 
@@ -71,3 +73,62 @@ def test_residual_stages_of_34_and_18_layers_align_as_in_the_papers_code():
     pairs = fxfuse.align([deep, shallow], torch.randn(20, 3, 16, 16)).pairs
     blocks = [[int(a.split(".")[1]) for a, _ in stage] for stage in pairs[1:5]]
     assert blocks == [[0, 2], [0, 3], [0, 5], [0, 2]]
+
+
+GOLDEN = SHARED / "golden" / "resnet34e_resnet18e.safetensors"
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+
+    def forward(self, x):
+        return torch.relu(self.conv2(torch.relu(self.conv1(x))) + self.shortcut(x))
+
+
+class Stages(nn.Module):
+    """The papers' CIFAR networks: no norms, no biases, convolutions in the shortcuts."""
+
+    def __init__(self, *counts):
+        super().__init__()
+        self.conv1, width = nn.Conv2d(3, 8, 3, 1, 1, bias=False), 8
+        for n, count in enumerate(counts):
+            blocks = [Block(width, 8 << n, 2 if n else 1)]
+            blocks += [Block(8 << n, 8 << n, 1) for _ in range(count - 1)]
+            setattr(self, f"layer{n + 1}", nn.Sequential(*blocks))
+            width = 8 << n
+        self.linear = nn.Linear(width, 10, bias=False)
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return self.linear(nn.functional.avg_pool2d(x, 4).flatten(1))
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden/resnet34e_resnet18e")
+def test_clafusion_gives_the_weights_of_the_papers_code_on_residual_networks():
+    golden, names = load_file(GOLDEN), json.loads(GOLDEN.with_suffix(".json").read_text())
+    nets = [Stages(3, 4, 6, 3), Stages(2, 2, 2, 2)]
+    for net, letter in zip(nets, "AB"):
+        net.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith(f"{letter}/")})
+    fused = fxfuse.presets.clafusion(nets, golden["samples"])
+    alignment = fused.meta["fxfuse"].alignment
+    matched = {a for segment in alignment.pairs for a, _ in segment}
+    ours = fused.state_dict()
+    theirs = {name: golden[f"fused/{i}"] for i, name in enumerate(names["param_names"])}
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        block, _, leaf = name.rpartition(".conv")
+        if leaf and block and block not in matched and leaf.startswith("1"):
+            # the inside of a block that one network lacks has no order of its own
+            rows = torch.cdist(weight.flatten(1), ours[name].flatten(1)).argmin(1)
+            assert sorted(rows.tolist()) == list(range(len(rows)))
+            second = f"{block}.conv2.weight"
+            ours[name], ours[second] = ours[name][rows], ours[second][:, rows]
+        assert torch.allclose(ours[name], weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
