@@ -9,7 +9,8 @@ References:
     first-layer constraint only while backtracking and can miss the optimum; here it restricts the
     table from the start.
     Xu et al., Training-free Heterogeneous Model Merging: segment-wise and layer-wise alignment and
-    their baselines. Difference: the recursion printed with the latter attains its optimum rarely.
+    their baselines. Difference: the recursion of the released code adds the cost of a wrong
+    column and rarely attains its optimum.
 """
 
 from __future__ import annotations
@@ -154,14 +155,26 @@ class Nearest:
         return False
 
 
+def _head(m: int, n: int) -> Sequence[int]:
+    return range(n)
+
+
+def _evenly(m: int, n: int) -> Sequence[int]:
+    return [k * round(m / n) for k in range(n)]
+
+
+def _head_and_tail(m: int, n: int) -> Sequence[int]:
+    return [k if 2 * k < n else m - n + k for k in range(n)]
+
+
 #: Same index, also called head, or the longest chain of heterogeneous model transfer.
-same_index = Nearest(lambda m, n: range(n))
+same_index = Nearest(_head)
 
 #: Every k-th row from the first one on, k the rounded ratio of depths.
-uniform = Nearest(lambda m, n: [k * round(m / n) for k in range(n)])
+uniform = Nearest(_evenly)
 
 #: The upper half of the columns at the head, the lower at the tail.
-head_tail = Nearest(lambda m, n: [k if 2 * k < n else m - n + k for k in range(n)])
+head_tail = Nearest(_head_and_tail)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def align_networks(
     """
     paired = pair_segments(networks, [partition(n) for n in networks])
     jobs = [(max(range(len(s)), key=lambda k, s=s: len(s[k].layers)), s) for s in paired]
-    _require_two(pairs, networks, len(jobs))
+    _require_pairs(pairs, networks, len(jobs))
     by_hand = [
         None if given is None else _by_hand(given, i, *job)
         for i, (given, job) in enumerate(zip_longest(pairs, jobs))
@@ -124,12 +124,17 @@ def _require_map(rows: Sequence[int], costs: np.ndarray, aligner: Aligner) -> No
 # --- pairs by hand --------------------------------------------------------------------------------
 
 
-def _require_two(pairs: Sequence[Pairs | None], networks: Sequence[Network], segments: int) -> None:
-    if len(pairs) > segments or any(p is not None for p in pairs) and len(networks) != 2:
+def _require_pairs(
+    pairs: Sequence[Pairs | None], networks: Sequence[Network], segments: int
+) -> None:
+    """Refuse what is no list of pairs for each segment of two models."""
+    entries = [entry for given in pairs if given is not None for entry in given]
+    of_two = all(isinstance(e, (tuple, list)) and len(e) == 2 for e in entries)
+    if not of_two or len(pairs) > segments or entries and len(networks) != 2:
         raise ArgumentError(
-            f"pairs for {len(pairs)} segments of {len(networks)} models",
+            f"pairs {list(pairs)} for {segments} segments of {len(networks)} models",
             where="the argument `pairs`",
-            expected=f"two models, and pairs for at most their {segments} segments",
+            expected="per segment of two models, a list of (layer of the deeper, of the shallower)",
             do="start from the `pairs` of fxfuse.align(models, data); of more models, align two",
         )
 

@@ -47,6 +47,8 @@ class LayerView:
 class Meter:
     """What measures the layers of two networks; a base class with the usual answers.
 
+    All meters of one layer cost have the same attributes and the same `reduce`.
+
     Attributes:
         together: Samples of one batch, if its size matters; None if samples count one by one.
         wanted: Number of samples after which it has seen enough, None for all.

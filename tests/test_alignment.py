@@ -276,8 +276,10 @@ def test_layers_of_equal_depth_can_be_paired_in_one_way_only():
         by_hand([("2", "0"), ("0", "2")], deep=(8, 8))
 
 
-def test_pairs_by_hand_are_of_two_models_and_their_segments():
+def test_pairs_by_hand_are_lists_per_segment_of_two_models():
     with pytest.raises(ArgumentError, match="2 segments of 3 models"):
         aligned(*[mlp(6, 5, 3) for _ in range(3)], pairs=[[("0", "0")], None])
-    with pytest.raises(ArgumentError, match="3 segments of 2 models"):
+    with pytest.raises(ArgumentError, match="for 2 segments of 2 models"):
         by_hand(None, None, None)
+    with pytest.raises(ArgumentError, match="expected: per segment of two models, a list"):
+        by_hand(("0", "0"), ("2", "2"))
