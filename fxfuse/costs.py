@@ -1,58 +1,12 @@
-"""How unlike two layers are, and how unlike two units are, from streamed statistics.
-
-Layer costs compare sample-by-sample Gram matrices; ground costs compare units through their first
-and second moments and cross moments, so neither keeps activations.
-
-References:
-    Kornblith et al. 2019, linear CKA; Nguyen et al. 2021 (CLAFusion), section 3.1: the cost of a
-    pair of layers is one minus linear CKA of their pre-activations.
-"""
+"""Ground costs: how unlike two units are, from their streamed moments and cross moments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .moments import PairMoments
-
-
-def gram(x: Tensor) -> Tensor:
-    """Return the centred Gram matrix `(n, n)` of `n` samples, every other axis a feature."""
-    flat = x.flatten(1).float()
-    flat = flat - flat.mean(0)
-    return (flat @ flat.T).double()
-
-
-class LinearCKA:
-    """Linear CKA between every layer of one list and every layer of another, batch by batch.
-
-    Each batch adds its Hilbert-Schmidt inner products; the ratio is taken at the end. With one
-    batch this is the biased estimate that the paper's code uses.
-
-    Args:
-        rows: Number of layers of the first list.
-        columns: Number of layers of the second.
-    """
-
-    def __init__(self, rows: int, columns: int) -> None:
-        self.cross = np.zeros((rows, columns))
-        self.own = np.zeros(rows), np.zeros(columns)
-
-    def add(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        """Add the Gram matrices of one batch, `(n, n)` each."""
-        left = torch.stack([g.flatten() for g in a])
-        right = torch.stack([g.flatten() for g in b])
-        self.cross += (left @ right.T).cpu().numpy()
-        for own, grams in zip(self.own, (left, right)):
-            own += grams.square().sum(1).cpu().numpy()
-
-    def costs(self) -> np.ndarray:
-        """Return one minus CKA, `(rows, columns)`; a constant layer is unlike everything."""
-        scale = np.sqrt(np.outer(*self.own))
-        return 1.0 - np.divide(self.cross, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def squared_euclidean(places: Sequence[PairMoments]) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from .alignment import Aligner, align_networks, monotone
+from .aligners import Aligner, monotone
+from .alignment import Pairs, align_networks
 from .balancing import balance_networks
 from .correspondence import correspond
 from .coupling import CouplingMethod
@@ -17,6 +18,7 @@ from .emit import emit, outputs_to_settle
 from .errors import ModelError
 from .intake import Clock, Progress, anchor_of, shares_of, take_in
 from .ir import Alignment
+from .layer_costs import LayerCost, linear_cka
 from .measuring import measure
 from .mixing import Mixer
 from .network import Network
@@ -33,7 +35,8 @@ class Method:
     """The choices that make a fusion method; call it like `fuse`.
 
     Attributes:
-        aligner: Cost matrix of a segment to the alignment of its layers.
+        aligner: Cost matrix of a segment to the alignment of its layers (see `aligners`).
+        layer_cost: How unlike two layers are (see `layer_costs`).
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
@@ -41,6 +44,7 @@ class Method:
     """
 
     aligner: Aligner = monotone
+    layer_cost: LayerCost = linear_cka
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
     absent_as_zero: bool = False
@@ -104,7 +108,8 @@ def fuse(
     target = anchor_of(anchor, method.anchor(depths), len(networks))
     if alignment is None:
         clock.start("align layers")
-        alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
+        choices = method.aligner, method.layer_cost
+        alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
     match = correspond(balanced, target)
@@ -139,6 +144,7 @@ def align(
     data: Any,
     *,
     method: Method | None = None,
+    pairs: Sequence[Pairs | None] = (),
     progress: Progress | None = None,
 ) -> Alignment:
     """Find which layers of networks of different depth correspond.
@@ -147,6 +153,9 @@ def align(
         models: Two or more networks; not modified.
         data: Calibration inputs, as for `fuse`.
         method: The choices along the way.
+        pairs: Pairs by hand, of two models: per segment, as in `Alignment.pairs`, every layer of
+            the shallower one with its layer of the deeper one, by name. None, or no entry, leaves
+            a segment to the method.
         progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
@@ -154,11 +163,25 @@ def align(
 
     Raises:
         PairingError: If the segments of the networks do not pair.
+        ArgumentError: If pairs by hand are not strictly increasing, incomplete or of layers of
+            different kinds.
+
+    Example:
+        >>> import torch
+        >>> def net(depth):
+        ...     hidden = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.ReLU())]
+        ...     return nn.Sequential(*hidden, nn.Linear(4, 3))
+        >>> models, data = [net(3), net(2)], torch.randn(64, 4)
+        >>> align(models, data).pairs
+        [[('0', '0'), ('4', '2')], [('6', '4')]]
+        >>> align(models, data, pairs=[[("2", "0"), ("4", "2")]]).pairs
+        [[('2', '0'), ('4', '2')], [('6', '4')]]
     """
-    clock = Clock(progress)
+    method, clock = method or Method(), Clock(progress)
     networks, calibration = take_in(models, data, clock)
     clock.start("align layers")
-    return align_networks(networks, calibration, (method or Method()).aligner, tick=clock.tick)
+    choices = method.aligner, method.layer_cost
+    return align_networks(networks, calibration, *choices, pairs=pairs, tick=clock.tick)
 
 
 @plain_modes()
@@ -188,8 +211,9 @@ def balance(
     """
     networks, calibration = take_in(models, data, Clock(None))
     if alignment is None:
-        aligner = (method or Method()).aligner
-        alignment = align_networks(networks, calibration, aligner, measure_forced=False)
+        method = method or Method()
+        choices = method.aligner, method.layer_cost
+        alignment = align_networks(networks, calibration, *choices, measure_forced=False)
     balanced = balance_networks(networks, alignment)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]

@@ -21,11 +21,11 @@ Bypass = Mapping[str, tuple[str, bool]]
 
 
 def record(
-    network: Network, batch: Batch, nodes: Sequence[str], reduce: Callable[[Tensor], Any]
+    network: Network, batch: Batch, reducers: Mapping[str, Callable[[Tensor], Any]]
 ) -> dict[str, Any]:
-    """Run one batch and return `reduce(value)` of the named nodes."""
+    """Run one batch and return what the reducer of each named node makes of its value."""
     found: dict[str, Any] = {}
-    waiting = set(nodes)
+    waiting = set(reducers)
     size = batch_size([network], 1 << 24, 128)  # convolutions run faster on what caches hold
     runs = [Run(network, part) for part in zip(*(t.split(size) for t in batch))] if waiting else []
     with torch.no_grad():
@@ -33,7 +33,7 @@ def record(
             values = [run.step(node) for run in runs]
             if node.name in waiting:
                 waiting.discard(node.name)
-                found[node.name] = reduce(torch.cat(values))
+                found[node.name] = reducers[node.name](torch.cat(values))
             if not waiting:
                 break
     return found

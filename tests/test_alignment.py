@@ -1,143 +1,29 @@
-from itertools import combinations
-
 import numpy as np
 import pytest
 import torch
+from conftest import STATISTIC
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import Pooled, Residual, Tokens, conv, mlp, randomise, residual, stages
+from nets import Tokens, mlp, randomise, stages, values
+from test_layer_costs import direct_cka
 from torch import nn
 
-from fxfuse.alignment import align_networks, choices, monotone, pair_segments
-from fxfuse.costs import LinearCKA, gram
+import fxfuse
+from fxfuse.aligners import (
+    Random,
+    head_tail,
+    layer_wise,
+    monotone,
+    same_index,
+    segment_wise,
+    uniform,
+)
+from fxfuse.alignment import align_networks
 from fxfuse.data import Calibration
-from fxfuse.errors import ArgumentError, DataError, PairingError
+from fxfuse.errors import ArgumentError, DataError
+from fxfuse.layer_costs import neuron_counts
 from fxfuse.network import Network
-from fxfuse.segments import partition
-from fxfuse.statistics import record
 from fxfuse.tracing import trace
-
-FLAGS = [(True, True), (True, False), (False, True), (False, False)]
-INF = float("inf")
-
-
-def maps(m, n, first, last):
-    """Every strictly increasing map of n columns into m rows that the constraints allow."""
-    for rows in combinations(range(m), n):
-        if first and rows[0] != 0 or last and n > 1 and rows[-1] != m - 1:
-            continue
-        yield list(rows)
-
-
-def total(costs, rows):
-    return sum(costs[row, column] for column, row in enumerate(rows))
-
-
-@st.composite
-def matrices(draw, infinite=False):
-    """Cost matrices of small whole numbers, which add without rounding and tie often."""
-    n = draw(st.integers(1, 6))
-    m = draw(st.integers(n, 6))
-    entry = st.sampled_from([0.0, 1.0, 2.0, 3.0, *([INF] * infinite)])
-    return np.array(draw(st.lists(st.lists(entry, min_size=n, max_size=n), min_size=m, max_size=m)))
-
-
-@pytest.mark.parametrize(("first", "last"), FLAGS)
-@given(matrices())
-def test_the_map_is_the_cheapest_and_of_those_the_smallest(first, last, costs):
-    best = min(maps(*costs.shape, first, last), key=lambda rows: (total(costs, rows), rows))
-    assert monotone(costs, first, last) == best
-
-
-@pytest.mark.parametrize(("first", "last"), FLAGS)
-@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(0, 5))
-def test_the_map_is_the_cheapest_of_random_costs(first, last, seed, n, more):
-    costs = np.random.default_rng(seed).random((n + more, n))
-    rows = monotone(costs, first, last)
-    assert rows in list(maps(n + more, n, first, last))
-    cheapest = min(total(costs, r) for r in maps(n + more, n, first, last))
-    assert total(costs, rows) <= cheapest + 1e-12
-
-
-@pytest.mark.parametrize(("first", "last"), FLAGS)
-@given(matrices(infinite=True))
-def test_impossible_pairs_are_avoided_or_the_segment_is_refused(first, last, costs):
-    best = min(total(costs, rows) for rows in maps(*costs.shape, first, last))
-    if best == INF:
-        with pytest.raises(PairingError, match="out of order"):
-            monotone(costs, first, last)
-    else:
-        assert total(costs, monotone(costs, first, last)) == best
-
-
-@pytest.mark.parametrize(("first", "last"), FLAGS)
-@given(matrices(infinite=True))
-def test_choices_count_the_maps_that_are_left(first, last, costs):
-    possible = np.isfinite(costs)
-    left = [r for r in maps(*costs.shape, first, last) if total(costs, r) < INF]
-    assert choices(possible, first, last) == len(left)
-
-
-def test_choices_of_deep_networks_do_not_overflow():
-    assert (
-        choices(np.ones((100, 50), bool), first=False, last=False) == 100891344545564193334812497256
-    )
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "rows"),
-    [
-        (True, True, [0, 1, 4]),
-        (True, False, [0, 1, 2]),
-        (False, True, [0, 1, 4]),
-        (False, False, [0, 1, 2]),
-    ],
-)
-def test_ties_go_to_the_smallest_index(first, last, rows):
-    assert monotone(np.ones((5, 3)), first, last) == rows
-
-
-PAPER = np.array(
-    [
-        [0.32, 0.03, 0.70],
-        [0.11, 0.05, 0.66],
-        [0.97, 0.06, 0.76],
-        [0.23, 0.86, 0.01],
-        [0.19, 0.98, 0.58],
-    ]
-)
-
-
-def test_the_first_constraint_holds_while_the_table_is_filled():
-    """The algorithm printed in the paper gives [0, 2, 4] here, which costs 0.01 more."""
-    assert monotone(PAPER) == [0, 1, 4]
-    assert total(PAPER, [0, 1, 4]) < total(PAPER, [0, 2, 4])
-
-
-@pytest.mark.parametrize(("flags", "rows"), zip(FLAGS, ([0, 3], [0, 2], [1, 3], [1, 2])))
-def test_each_constraint_changes_the_map(flags, rows):
-    costs = np.array([[9.0, 9.0], [0.0, 9.0], [9.0, 0.0], [9.0, 9.0]])
-    assert monotone(costs, *flags) == rows
-
-
-@pytest.mark.parametrize(("first", "last"), FLAGS)
-def test_a_single_layer_takes_the_first_where_the_first_is_asked_for(first, last):
-    costs = np.array([[3.0], [0.0], [1.0]])
-    assert monotone(costs, first, last) == ([0] if first else [1])
-
-
-def test_more_columns_than_rows_are_refused():
-    with pytest.raises(ArgumentError, match=r"\(2, 3\)"):
-        monotone(np.ones((2, 3)))
-
-
-def test_the_costs_are_left_as_they_were():
-    costs = PAPER.copy()
-    monotone(costs)
-    assert np.array_equal(costs, PAPER)
-
-
-# --- networks -------------------------------------------------------------------------------------
 
 VECTORS, IMAGES = torch.randn(40, 6), torch.randn(24, 3, 8, 8)
 
@@ -184,13 +70,12 @@ def test_a_planted_alignment_is_found(behind, seed):
 def test_costs_are_one_minus_cka_of_pre_activations():
     a, b = networks(mlp(6, 8, 8, 7, 3), mlp(6, 5, 9, 3))
     alignment = align_networks([a, b], Calibration(VECTORS))
-    meter = LinearCKA(3, 2)
-    grams = [
-        record(n, (VECTORS,), points, gram)
-        for n, points in ((a, ["_0", "_2", "_4"]), (b, ["_0", "_2"]))
+    z = [
+        [values(n.module, VECTORS)[f"_{p}"] for p in points]
+        for n, points in ((a, "024"), (b, "02"))
     ]
-    meter.add([grams[0][p] for p in ("_0", "_2", "_4")], [grams[1][p] for p in ("_0", "_2")])
-    assert np.allclose(alignment.segments[0].costs[1], meter.costs(), rtol=1e-4)
+    expected = [[direct_cka(x, y) for y in z[1]] for x in z[0]]
+    assert np.allclose(alignment.segments[0].costs[1], expected, rtol=STATISTIC)
     assert alignment.segments[0].costs[0] is None, "the reference is not measured against itself"
 
 
@@ -262,6 +147,52 @@ def test_the_aligner_decides():
     assert align_networks(nets, Calibration(VECTORS)).pairs[0] == [("0", "0"), ("6", "2")]
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 4], [2, 1], [1, 1], [-1, 2], [0, 1, 2]])
+def test_an_aligner_that_gives_no_map_is_refused(rows):
+    with pytest.raises(ArgumentError, match="for 4 and 2 layers") as caught:
+        aligned(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 3), aligner=lambda costs: rows)
+    assert caught.value.where.startswith("the aligner")
+
+
+def test_an_aligner_that_pairs_different_kinds_is_refused():
+    with pytest.raises(ArgumentError, match="layers"):
+        aligned(Tokens(depth=3), Tokens(depth=2), data=IMAGES, aligner=lambda c: [0, 1, 2, 4])
+
+
+EVERY = [monotone, segment_wise, layer_wise, same_index, uniform, head_tail, Random(1)]
+
+
+@pytest.mark.parametrize("aligner", EVERY)
+def test_every_aligner_pairs_attention_with_attention(aligner):
+    alignment = aligned(Tokens(depth=4), Tokens(depth=2), data=IMAGES, aligner=aligner)
+    for a, b in alignment.pairs[1]:
+        assert a.rpartition(".")[2] == b.rpartition(".")[2]
+
+
+def test_costs_are_measured_for_every_aligner_that_looks_at_them():
+    """Two layers of three: bound at both ends there is no choice, bound at the first there is."""
+    nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
+    for aligner, measured in [(monotone, False), (segment_wise, True), (layer_wise, True)]:
+        found = align_networks(nets, Calibration(VECTORS), aligner, measure_forced=False)
+        full = align_networks(nets, Calibration(VECTORS), aligner)
+        assert found.pairs == full.pairs
+        assert (found.segments[0].costs[1] is not None) == measured
+    for baseline in (same_index, Random()):
+        found = align_networks(nets, Calibration(VECTORS), baseline, measure_forced=False)
+        assert found.segments[0].costs == (None, None)
+
+
+def test_the_layer_cost_decides():
+    nets = networks(mlp(6, 9, 4, 5, 9, 3), mlp(6, 9, 5, 9, 3))
+    found = align_networks(nets, Calibration(VECTORS), layer_cost=neuron_counts)
+    assert found.pairs[0] == [("0", "0"), ("4", "2"), ("6", "4")]
+    assert found.segments[0].costs[1][1] == (25.0, 1.0, 25.0)
+    against = align_networks(
+        nets, Calibration(VECTORS), layer_cost=lambda *sides: -neuron_counts(*sides)
+    )
+    assert against.pairs[0] == [("0", "0"), ("2", "2"), ("6", "4")]
+
+
 def test_data_decide():
     nets = networks(mlp(6, *[8] * 8, 3), mlp(6, *[5] * 4, 3))
     found = {str(align_networks(nets, Calibration(VECTORS[i : i + 10]))) for i in range(0, 40, 10)}
@@ -277,78 +208,78 @@ def test_activations_that_are_not_finite_name_layer_and_network():
     assert caught.value.where == "layer '2' of net 1"
 
 
-# --- pairing --------------------------------------------------------------------------------------
+# --- pairs by hand --------------------------------------------------------------------------------
 
 
-def paired(*nets, data=IMAGES):
-    found = networks(*nets, data=data)
-    return pair_segments(found, [partition(n) for n in found])
+def by_hand(*pairs, deep=(8, 8, 8, 8), shallow=(5, 5)):
+    return aligned(mlp(6, *deep, 3), mlp(6, *shallow, 3), pairs=pairs)
 
 
-def test_a_stem_and_a_stage_pair_as_segments_of_their_own():
-    names = [
-        [[x.name for x in s.layers] for s in one]
-        for one in paired(residual((6, 3)), residual((6, 1)))
-    ]
-    assert names == [
-        [["0.0"], ["0.0"]],
-        [["1.0", "1.1", "1.2"], ["1.0"]],
-        [["2.fc"], ["2.fc"]],
-    ]
+def test_pairs_by_hand_are_taken_and_the_rest_is_aligned():
+    given = [("2", "0"), ("4", "2")]
+    alignment = by_hand(given)
+    assert alignment.pairs == [given, [("8", "4")]]
+    assert alignment.segments[0].slots[1] == (None, "0", "2", None)
+    assert alignment.segments[0].cost_of(1, 1) > 0, "costs are measured all the same"
+    assert by_hand(None, [("8", "4")]).pairs == by_hand().pairs != alignment.pairs
 
 
-def test_runs_that_differ_stay_one_segment():
-    a = nn.Sequential(conv(3, 6), Residual(6, 6), conv(6, 6), Pooled(6, 3))
-    b = nn.Sequential(conv(3, 6), Residual(6, 6), Pooled(6, 3))
-    assert [len(one[0].layers) for one in paired(a, b)] == [3, 1]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pairs_of_an_alignment_give_it_back(seed):
+    nets = networks(stages([4] * 3, [5]), stages([3], [4] * 3), data=IMAGES)
+    found = align_networks(nets, Calibration(IMAGES), Random(seed, first=False))
+    assert align_networks(nets, Calibration(IMAGES), pairs=found.pairs) == found
+
+
+def test_networks_align_and_fuse_as_they_are_paired_by_hand():
+    nets = [mlp(6, 8, 7, 6, 5, 3), mlp(6, 5, 4, 3)]
+    pairs = [[("0", "0"), ("4", "2")], [("8", "4")]]
+    alignment = fxfuse.align(nets, VECTORS, pairs=pairs)
+    assert alignment.pairs == pairs
+    fused = fxfuse.fuse(nets, VECTORS, alignment=alignment)
+    assert fused.meta["fxfuse"].alignment == alignment
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "segment"),
+    ("pairs", "fault"),
     [
-        (lambda: stages([4], [4]), lambda: stages([4], [4], [4]), 3),
-        (lambda: residual((4, 2)), lambda: stages([4, 4], [4]), 2),
-        (lambda: residual((4, 1), (4, 1)), lambda: residual((4, 1)), 2),
-        (lambda: stages([4], hidden=(7,)), lambda: stages([4]), 2),
-        (lambda: stages([4], norm=True), lambda: stages([4], norm=False), 1),
+        ([("0", "0")], "each layer of the shallower network once"),
+        ([("0", "0"), ("2", "2"), ("4", "2")], "each layer of the shallower network once"),
+        ([("0", "2"), ("2", "0")], "each layer of the shallower network once, in order"),
+        ([("0", "0"), ("1", "2")], "'1' is no layer of the deeper"),
+        ([("0", "0"), ("8", "2")], "'8' is no layer of the deeper network here"),
+        ([("4", "0"), ("2", "2")], "out of order"),
+        ([("4", "0"), ("4", "2")], "out of order"),
     ],
 )
-def test_networks_that_do_not_pair_are_shown_side_by_side_from_the_first_difference(a, b, segment):
-    with pytest.raises(PairingError) as caught:
-        paired(a(), b())
-    error = caught.value
-    assert error.where == f"segment {segment}, the first that differs"
-    lines = error.met.splitlines()
-    heads = [i for i, line in enumerate(lines) if line.startswith("  segments of net")]
-    assert len(heads) == 2
-    first = [line for line in lines[heads[0] + 1 : heads[1]] if "made of" not in line]
-    assert first[0].lstrip("> ").startswith("8x8 positions: ")
-    assert [i + 1 for i, line in enumerate(first) if ">>" in line] == [segment] * (
-        len(first) >= segment
-    )
+def test_pairs_by_hand_that_are_no_map_are_refused(pairs, fault):
+    with pytest.raises(ArgumentError, match=fault) as caught:
+        by_hand(pairs)
+    assert caught.value.where == "the argument `pairs`, segment 1 (features)"
+    assert "deeper: 0, 2, 4, 6; shallower: 0, 2" in caught.value.expected
 
 
-def test_a_perceptron_does_not_pair_with_a_convolutional_network():
-    class Reshaped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp(192, 8, 3)
-
-        def forward(self, x):
-            return self.net(x.flatten(1))
-
-    with pytest.raises(PairingError, match="made of linear, relu"):
-        paired(Reshaped(), stages([4]))
+def test_pairs_by_hand_of_different_kinds_are_refused():
+    nets = networks(Tokens(depth=3), Tokens(depth=2), data=IMAGES)
+    found = align_networks(nets, Calibration(IMAGES))
+    deep, pairs = found.segments[1].slots[0], found.pairs
+    pairs[1] = list(zip(deep[1:], (b for _, b in pairs[1])))  # attention with MLPs
+    with pytest.raises(ArgumentError, match="layers of different kinds") as caught:
+        align_networks(nets, Calibration(IMAGES), pairs=pairs)
+    assert "'{}' and '{}'".format(*pairs[1][0]) in caught.value.met
 
 
-def test_layers_that_can_only_pair_out_of_order_are_refused():
-    a = nn.Sequential(conv(3, 4), conv(4, 4, 5), conv(4, 4), Pooled(4, 3))
-    b = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4, 5), Pooled(4, 3))
-    with pytest.raises(PairingError, match="segments do not pair") as caught:
-        aligned(a, b, data=IMAGES)
-    assert caught.value.met.count(">>") == 2, "both lists, each with the segment that differs"
+def test_layers_of_equal_depth_can_be_paired_in_one_way_only():
+    same = [("0", "0"), ("2", "2")]
+    assert by_hand(same, deep=(8, 8)).pairs[0] == same
+    with pytest.raises(ArgumentError, match="out of order"):
+        by_hand([("2", "0"), ("0", "2")], deep=(8, 8))
 
 
-def test_plain_layers_do_not_pair_with_blocks():
-    with pytest.raises(PairingError):
-        aligned(residual((4, 2), stem=4), stages([4, 4, 4]), data=IMAGES)
+def test_pairs_by_hand_are_lists_per_segment_of_two_models():
+    with pytest.raises(ArgumentError, match="2 segments of 3 models"):
+        aligned(*[mlp(6, 5, 3) for _ in range(3)], pairs=[[("0", "0")], None])
+    with pytest.raises(ArgumentError, match="for 2 segments of 2 models"):
+        by_hand(None, None, None)
+    with pytest.raises(ArgumentError, match="expected: per segment of two models, a list"):
+        by_hand(("0", "0"), ("2", "2"))

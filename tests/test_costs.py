@@ -5,7 +5,7 @@ from conftest import STATISTIC
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.costs import LinearCKA, correlation, euclidean, gram, squared_euclidean
+from fxfuse.costs import correlation, euclidean, squared_euclidean
 from fxfuse.moments import PairMoments
 
 seeds = st.integers(0, 999)
@@ -13,75 +13,6 @@ seeds = st.integers(0, 999)
 
 def activations(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.7
-
-
-def cka(left, right):
-    """One minus linear CKA of two lists of activations, from grams of one batch."""
-    meter = LinearCKA(len(left), len(right))
-    meter.add([gram(x) for x in left], [gram(y) for y in right])
-    return meter.costs()
-
-
-def direct_cka(x, y):
-    """The textbook formula: |Y'X|^2 / (|X'X| |Y'Y|) of columns without their means."""
-    x, y = (t.flatten(1).double().numpy() for t in (x, y))
-    x, y = x - x.mean(0), y - y.mean(0)
-    norm = np.linalg.norm
-    return 1 - norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
-
-
-def test_a_gram_matrix_is_that_of_centred_samples():
-    x = activations(0, 5, 3, 2, 2)
-    flat = x.flatten(1).double()
-    flat = flat - flat.mean(0)
-    assert torch.allclose(gram(x), flat @ flat.T, rtol=STATISTIC, atol=STATISTIC)
-    assert gram(x).dtype == torch.float64
-    assert float(gram(x).sum(0).abs().max()) < STATISTIC
-
-
-@given(seeds)
-def test_costs_of_layers_are_one_minus_linear_cka(seed):
-    left = [activations(seed + i, 7, 3 + i, 2) for i in range(3)]
-    right = [activations(seed + 10 + i, 7, 4, 1 + i) for i in range(2)]
-    expected = np.array([[direct_cka(x, y) for y in right] for x in left])
-    assert np.abs(cka(left, right) - expected).max() <= STATISTIC
-
-
-@given(seeds)
-def test_cka_of_several_batches_adds_their_inner_products(seed):
-    batches = [(activations(seed + i, 6, 4), activations(seed + 50 + i, 6, 3)) for i in range(3)]
-    meter = LinearCKA(1, 1)
-    for x, y in batches:
-        meter.add([gram(x)], [gram(y)])
-    grams = [(gram(x).numpy(), gram(y).numpy()) for x, y in batches]
-    cross = sum((k * m).sum() for k, m in grams)
-    own = sum((k * k).sum() for k, _ in grams) * sum((m * m).sum() for _, m in grams)
-    assert meter.costs()[0, 0] == pytest.approx(1 - cross / own**0.5, rel=STATISTIC)
-
-
-@given(seeds)
-def test_cka_does_not_see_the_order_scale_or_rotation_of_units(seed):
-    x, y = activations(seed, 9, 5), activations(seed + 1, 9, 6)
-    rng = np.random.default_rng(seed)
-    rotation = torch.as_tensor(np.linalg.qr(rng.standard_normal((5, 5)))[0], dtype=torch.float32)
-    changed = [x, x[:, rng.permutation(5)], 3 * x, x @ rotation, x + 5]
-    costs = cka(changed, [y])
-    assert np.abs(costs - costs[0]).max() <= STATISTIC
-    assert np.abs(cka([x], changed)).max() <= STATISTIC
-
-
-def test_cka_tells_layers_apart():
-    x, y = activations(0, 30, 5), activations(1, 30, 5)
-    assert cka([x], [x + 0.1 * y])[0, 0] < 0.1 < 0.5 < cka([x], [y])[0, 0]
-    assert cka([x], [x * torch.tensor([1.0, 5, 1, 1, 1])])[0, 0] > 0.01
-
-
-def test_a_constant_layer_is_unlike_everything_itself_included():
-    x, constant = activations(0, 5, 3), torch.ones(5, 3)
-    assert np.array_equal(cka([constant], [x, constant]), [[1.0, 1.0]])
-
-
-# --- units ----------------------------------------------------------------------------------------
 
 
 def places(seed, count=1, n=4, m=3, positions=40):

@@ -64,28 +64,31 @@ def test_recording_stops_behind_the_last_node_wanted():
     x = torch.randn(2, 6)
     one = network(mlp(6, 8, 7, 3), x)
     setattr(one.module, "4", Stop())
-    assert list(record(one, (x,), ["_2", "_1"], torch.clone)) == ["_1", "_2"]
+    assert list(record(one, (x,), dict.fromkeys(["_2", "_1"], torch.clone))) == ["_1", "_2"]
 
 
 def test_recording_in_parts_gives_the_values_of_the_whole_batch():
     x = torch.randn(300, 6)  # more than is run at a time
     one = network(randomise(mlp(6, 8, 7, 3)), x)
-    found, whole = record(one, (x,), ["_1", "_2"], torch.clone), values_of(one.module, x)
+    found, whole = (
+        record(one, (x,), dict.fromkeys(["_1", "_2"], torch.clone)),
+        values_of(one.module, x),
+    )
     assert all(torch.allclose(found[n], whole[n], atol=1e-6) for n in ("_1", "_2"))
 
 
 def test_recording_reduces_the_named_values_only():
     net, x = build("plain")
     one = network(net, x)
-    found = record(one, (x,), ["_2", "_1"], lambda value: tuple(value.shape))
+    found = record(one, (x,), dict.fromkeys(["_2", "_1"], lambda value: tuple(value.shape)))
     assert found == {"_1": (2, 8), "_2": (2, 7)}
-    assert record(one, (x,), [], pytest.fail) == {}
+    assert record(one, (x,), dict.fromkeys([], pytest.fail)) == {}
 
 
 def test_a_network_may_get_a_batch_of_another_size_than_its_example():
     net, x = build("residual")
     larger = torch.randn(7, *x.shape[1:])
-    found = record(network(net, x), (larger,), ["_3_fc"], lambda value: value)
+    found = record(network(net, x), (larger,), dict.fromkeys(["_3_fc"], lambda value: value))
     assert torch.allclose(found["_3_fc"], outputs(net, larger))
 
 
@@ -181,5 +184,9 @@ def test_batches_fit_the_budget_for_the_largest_value():
 def test_a_batch_that_is_refused_names_node_and_network():
     net, x = build("plain")
     with pytest.raises(DataError, match="refuses") as caught:
-        record(network(net, x, "net 3"), (torch.zeros(2, 5),), ["_4"], lambda value: value)
+        record(
+            network(net, x, "net 3"),
+            (torch.zeros(2, 5),),
+            dict.fromkeys(["_4"], lambda value: value),
+        )
     assert caught.value.where == "node '_0' of net 3"
