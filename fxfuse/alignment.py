@@ -104,6 +104,7 @@ def align_networks(
     aligner: Aligner = monotone,
     measure_forced: bool = True,
     tick: Callable[[float], None] | None = None,
+    segments: Sequence[tuple[Segment, ...]] | None = None,
 ) -> Alignment:
     """Align the layers of analysed networks.
 
@@ -113,11 +114,12 @@ def align_networks(
         aligner: From a cost matrix to the row of each column.
         measure_forced: Measure costs also where the constraints leave a single map.
         tick: Called with the share of the samples that is done.
+        segments: The segments of each network to align; all of them if not given.
 
     Raises:
         PairingError: If the segments do not pair.
     """
-    paired = pair_segments(networks, [partition(n) for n in networks])
+    paired = pair_segments(networks, segments or [partition(n) for n in networks])
     jobs = []
     for segments in paired:
         reference = max(range(len(segments)), key=lambda k: len(segments[k].layers))
