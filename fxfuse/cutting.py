@@ -49,20 +49,18 @@ def trunk_segments(
     Args:
         networks: The whole networks.
         anchor: The network whose layer `after` is.
-        after: The layer behind which to cut; the last but one of each network if not given.
+        after: The layer behind which to cut, or a module whose last layer is meant; the last but
+            one of each network if not given.
 
     Raises:
         ArgumentError: If the anchor has no such layer, or a network has a single layer.
     """
-    layers = _layers(networks, anchor, after)
     found = [partition(n) for n in networks]
-    if after is None:
+    layers = [[x for s in segments for x in s.layers] for segments in found]
+    last = _last_layer(networks, layers, anchor, after)
+    if last is None:
         return [segments[:-1] for segments in found]
-    at = [layer.name for layer in layers[anchor]].index(after)
-    end, seen = 0, 0
-    while seen <= at:
-        seen += len(found[anchor][end].layers)
-        end += 1
+    end = next(i for i, s in enumerate(found[anchor]) if last in [x.name for x in s.layers]) + 1
     return [segments[:end] for segments in found]
 
 
@@ -75,8 +73,8 @@ def cut_networks(
         networks: The whole networks; not modified.
         alignment: Of their layers, at least of those in front of the cut.
         anchor: The network whose layer `after` is.
-        after: The layer behind which to cut; if not given, each network is cut just before its last
-            layer.
+        after: The layer behind which to cut, or a module whose last layer is meant; if not given,
+            each network is cut just before its last layer.
 
     Returns:
         The trunks, the alignment of their layers, and the heads.
@@ -86,12 +84,13 @@ def cut_networks(
             single layer; or if the alignment is of other networks.
         PairingError: If more than one value crosses the cut in a network.
     """
-    layers = _layers(networks, anchor, after)
-    if after is None:
+    layers = [[x for s in partition(n) for x in s.layers] for n in networks]
+    last = _last_layer(networks, layers, anchor, after)
+    if last is None:
         kept = [found[:-1] for found in layers]
         cuts = [found[-1].entry for found in layers]
     else:
-        names = _counterparts(networks, layers, alignment, anchor, after)
+        names = _counterparts(networks, layers, alignment, anchor, last)
         ends = [[x.name for x in found].index(n) + 1 for found, n in zip(layers, names)]
         kept = [found[:end] for found, end in zip(layers, ends)]
         cuts = [found[-1].nodes[-1] for found in kept]
@@ -100,27 +99,30 @@ def cut_networks(
     return trunks, _in_front(alignment, kept), heads
 
 
-def _layers(networks: Sequence[Network], anchor: int, after: str | None) -> list[list[Layer]]:
-    """Return the layers of each network; refuse what cannot be cut in front of its last one."""
-    layers = [[x for s in partition(n) for x in s.layers] for n in networks]
+def _last_layer(
+    networks: Sequence[Network], layers: Sequence[Sequence[Layer]], anchor: int, after: str | None
+) -> str | None:
+    """Return the last layer of the anchor in front of the cut; None if it is the last but one."""
     for network, found in zip(networks, layers):
         if len(found) < 2:
             raise ArgumentError(
-                f"a network of {len(found)} layers",
+                "a network of fewer than two layers",
                 where=f"the argument `heads`, {network.name}",
                 expected="a layer to fuse in front of the last one",
                 do="leave `heads` out, or cut networks of more layers",
             )
-    names = [x.name for x in layers[anchor][:-1]]
-    if after is not None and after not in names:
-        last = after == layers[anchor][-1].name
+    if after is None:
+        return None
+    names = [x.name for x in layers[anchor]]
+    inside = [n for n in names if n == after or n.startswith(f"{after}.")]
+    if not inside or inside[-1] == names[-1]:
         raise ArgumentError(
-            f"a cut behind {after!r}, " + ("the last layer" if last else "which is no layer"),
+            f"a cut behind {after!r}, which is {'the last' if inside else 'no'} layer",
             where=f"the argument `heads`, {networks[anchor].name}, whose widths the result takes",
-            expected="a layer that another one follows: " + ", ".join(names),
+            expected="a layer that another one follows: " + ", ".join(names[:-1]),
             do="name one of these, or leave `after` out to cut just before the last layer",
         )
-    return layers
+    return inside[-1]
 
 
 def _counterparts(
@@ -128,11 +130,11 @@ def _counterparts(
     layers: Sequence[Sequence[Layer]],
     alignment: Alignment,
     anchor: int,
-    after: str,
+    last: str,
 ) -> list[str]:
     """Return the layer of each network that is aligned with one of the anchor's."""
     rows = [names for s in alignment.segments if len(s.slots) > anchor for names in zip(*s.slots)]
-    found = next((r for r in rows if r[anchor] == after), ())
+    found = next((r for r in rows if r[anchor] == last), ())
     known = [n is None or n in {x.name for x in own} for n, own in zip(found, layers)]
     if len(found) != len(networks) or not all(known):
         check_alignment(alignment, [{x.name: x for x in own} for own in layers])
@@ -140,7 +142,7 @@ def _counterparts(
         common = [r[anchor] for r in rows if None not in r and r[anchor] != layers[anchor][-1].name]
         lacks = networks[found.index(None)].name
         raise ArgumentError(
-            f"a cut behind '{after}', a layer that {lacks} does not have",
+            f"a cut behind '{last}', a layer that {lacks} does not have",
             where=f"the argument `heads`; the alignment gives {lacks} no counterpart of it",
             expected=f"a layer that all networks have: {', '.join(common) or 'there is none'}",
             do="cut behind one of these, or give an alignment that pairs this layer",

@@ -80,12 +80,12 @@ def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModu
         return head.module, "as it is"
     example = mixer.balanced.networks[mixer.anchor].example
     crossing = Crossing(head, value, tuple(example[i] for i in head.inputs), dim, read)
-    spaces = _head_spaces(crossing)
-    for how, made in (("folded into its weights", _folded), ("its own units moved", _permuted)):
+    spaces = head_spaces(crossing)
+    for how, made in (("folded into its weights", folded), ("its own units moved", permuted)):
         module = made(crossing, spaces)
-        if module is not None and _equal(crossing, module):
+        if module is not None and reads_alike(crossing, module):
             return module, how
-    return _in_front(crossing), "through a linear map"
+    return in_front(crossing), "through a linear map"
 
 
 def _axis(mixer: Mixer, k: int) -> tuple[str, int | None]:
@@ -111,7 +111,7 @@ def _same_places(read: csr_array) -> bool:
     return bool(same and (read.diagonal() == 1).all())
 
 
-def _head_spaces(crossing: Crossing) -> Spaces:
+def head_spaces(crossing: Crossing) -> Spaces:
     """Find the spaces of a head, the units it reads among them."""
     crossing.source.meta[OPEN] = crossing.dim
     example = crossing.taken(crossing.value), *crossing.inputs
@@ -120,7 +120,7 @@ def _head_spaces(crossing: Crossing) -> Spaces:
     return spaces
 
 
-def _equal(crossing: Crossing, module: fx.GraphModule) -> bool:
+def reads_alike(crossing: Crossing, module: fx.GraphModule) -> bool:
     """Tell whether a module reads the fused value as the head reads its own."""
     noise = torch.randn(crossing.value.shape, generator=torch.Generator().manual_seed(0))
     noise = (noise * crossing.value.double().std().item()).to(crossing.value)
@@ -139,7 +139,7 @@ def _equal(crossing: Crossing, module: fx.GraphModule) -> bool:
 # --- three ways to read ---------------------------------------------------------------------------
 
 
-def _folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
+def folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
     """Fold the map into all weights that read the value, if only contractions do."""
     own, found = crossing.read.shape[0], {}
     for space in spaces:
@@ -150,14 +150,15 @@ def _folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
                     return None
                 order = found.setdefault((axis.tensor, axis.dim), np.full(own, -1))
                 order[feature.index[:, 0]] = axis.index[:, 0]
-    if not found or any((order < 0).any() for order in found.values()):
+    weights = dict(crossing.head.module.named_parameters())
+    if not found or any(name not in weights for name, _ in found):
         return None
-    module = copy.deepcopy(crossing.head.module)
+    if any((order < 0).any() for order in found.values()):
+        return None
+    module, matrix = copy.deepcopy(crossing.head.module), csr_array(crossing.read.T)
     for (name, dim), order in found.items():
-        weight = module.get_parameter(name).detach().cpu().numpy()
-        _replace(
-            module, name, apply_along(csr_array(crossing.read.T), weight.take(order, dim), dim)
-        )
+        own = module.get_parameter(name).detach().cpu().numpy().take(order, dim)
+        _replace(module, name, apply_along(matrix, own, dim))
     return module
 
 
@@ -170,13 +171,13 @@ def _replace(module: fx.GraphModule, name: str, values: np.ndarray) -> None:
         setattr(part, size, count)
 
 
-def _permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
-    """Move the head's own units as a permutation says, if it moves whole spaces within."""
+def permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
+    """Move the head's own units as a permutation says, if it moves them within their spaces."""
     read = crossing.read
     if read.shape[0] != read.shape[1] or read.nnz != read.shape[0] or (read.data != 1).any():
         return None
     taken = read.indices  # the head's position i reads the fused position taken[i]
-    order = {s.name: np.arange(s.size) for s in spaces}
+    order, outer = {s.name: np.arange(s.size) for s in spaces}, {s.parent for s in spaces}
     moved = taken != np.arange(len(taken))
     for space in spaces:
         for feature in (a for a in space.features if a.tensor == crossing.source.name):
@@ -185,12 +186,15 @@ def _permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
             goes = unit[taken[feature.index]]
             if (goes != goes[:, :1]).any() or (goes < 0).any():
                 return None
-            order[space.name][goes[:, 0]] = np.arange(space.size)
+            there = order[space.name] = np.argsort(goes[:, 0])
+            inside = space.blocks is None or (space.blocks[there] == space.blocks).all()
+            if space.name in outer or not inside:
+                return None
             moved[feature.index] = False
     return None if moved.any() else rearrange(crossing.head.module, spaces, order)
 
 
-def _in_front(crossing: Crossing) -> fx.GraphModule:
+def in_front(crossing: Crossing) -> fx.GraphModule:
     """Put the map in front of a head as a linear layer, in place."""
     module, rank, dim = crossing.head.module, crossing.value.dim(), crossing.dim
     own, fused = crossing.read.shape

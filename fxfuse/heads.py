@@ -32,9 +32,9 @@ class Separate:
     not comparable without it.
 
     Attributes:
-        after: Qualified name of the layer of the anchor behind which the networks are cut; the
-            others are cut behind the layer aligned with it. If not given, each network is cut just
-            before its last layer.
+        after: Qualified name of the layer of the anchor, or of the module whose last layer it is,
+            behind which the networks are cut; the others are cut behind the layer aligned with it.
+            If not given, each network is cut just before its last layer.
 
     Example:
         >>> import fxfuse
@@ -81,8 +81,7 @@ class Union:
 
     Attributes:
         labels: For each network, the label of each of its outputs, in order.
-        after: Qualified name of the layer of the anchor behind which the networks are cut; if not
-            given, each is cut just before its last layer.
+        after: Where the networks are cut, as in `Separate`.
         order: The labels in the order of the fused network's outputs; in the order of their first
             appearance over the networks if not given.
 
