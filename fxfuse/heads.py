@@ -29,7 +29,10 @@ class Separate:
     The entries are what the networks return, logits as a rule. To predict over the labels of all
     networks, take the softmax of each entry over its own labels and then the largest of all:
     `torch.cat([y.softmax(-1) for y in fused(x)], -1).argmax(-1)`. Logits of different networks are
-    not comparable without it.
+    not comparable without it. What a network computes in training mode only is left out.
+
+    The heads are modules `heads.0`, `heads.1` ... (`heads_.0` ... where the trunk has a part of that
+    name), each with the names of its own network inside.
 
     Attributes:
         after: Qualified name of the layer of the anchor, or of the module whose last layer it is,
