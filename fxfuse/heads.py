@@ -31,8 +31,8 @@ class Separate:
     `torch.cat([y.softmax(-1) for y in fused(x)], -1).argmax(-1)`. Logits of different networks are
     not comparable without it. What a network computes in training mode only is left out.
 
-    The heads are modules `heads.0`, `heads.1` ... (`heads_.0` ... where the trunk has a part of that
-    name), each with the names of its own network inside.
+    The heads are modules `heads.0`, `heads.1` ... with the names of their own networks inside
+    (`heads_.0` ... where the trunk has a part called `heads`).
 
     Attributes:
         after: Qualified name of the layer of the anchor, or of the module whose last layer it is,
