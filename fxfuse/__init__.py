@@ -1,6 +1,6 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
-from . import presets
+from . import heads, presets
 from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
@@ -24,6 +24,7 @@ __all__ = [
     "draw",
     "find_spaces",
     "fuse",
+    "heads",
     "permute",
     "presets",
 ]

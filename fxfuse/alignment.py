@@ -43,6 +43,7 @@ def align_networks(
     measure_forced: bool = True,
     pairs: Sequence[Pairs | None] = (),
     tick: Callable[[float], None] | None = None,
+    segments: Sequence[tuple[Segment, ...]] | None = None,
 ) -> Alignment:
     """Align the layers of analysed networks.
 
@@ -54,12 +55,13 @@ def align_networks(
         measure_forced: Measure costs also where the aligner does not need them.
         pairs: Per segment, the pairs by hand of two networks, or None to align it.
         tick: Called with the share of the samples that is done.
+        segments: The segments of each network to align; all of them if not given.
 
     Raises:
         PairingError: If the segments do not pair.
         ArgumentError: If the aligner, the layer cost or the pairs by hand are at fault.
     """
-    paired = pair_segments(networks, [partition(n) for n in networks])
+    paired = pair_segments(networks, segments or [partition(n) for n in networks])
     jobs = [(max(range(len(s)), key=lambda k, s=s: len(s[k].layers)), s) for s in paired]
     _require_pairs(pairs, networks, len(jobs))
     by_hand = [

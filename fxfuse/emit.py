@@ -99,7 +99,7 @@ def emit(
     for name, tensor in tensors_of(module):
         if name not in norm_tensors:
             mixed = mixer.mix(name, [s[name] for s in states])
-            tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)))
+            tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))
     norms = [_norm_plan(mixer, states, node, outputs[node]) for node in base.book.norms]
     able = producers(base)
     weights = [

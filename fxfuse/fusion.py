@@ -13,9 +13,11 @@ from .alignment import Pairs, align_networks
 from .balancing import balance_networks
 from .correspondence import correspond
 from .coupling import CouplingMethod
+from .cutting import Head, cut_networks, trunk_segments
 from .data import Calibration
 from .emit import emit, outputs_to_settle
 from .errors import ModelError
+from .heads import Heads, require_heads
 from .intake import Clock, Progress, anchor_of, shares_of, take_in
 from .ir import Alignment
 from .layer_costs import LayerCost, linear_cka
@@ -64,12 +66,14 @@ def fuse(
     weights: Sequence[float] | None = None,
     anchor: int | None = None,
     method: Method | None = None,
+    heads: Heads | None = None,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
     """Fuse trained networks of different depth and width into one.
 
     Args:
-        models: One or more networks with the same inputs and outputs; not modified.
+        models: One or more networks with the same inputs, and with the same outputs unless `heads`
+            are given; not modified.
         data: Unlabelled calibration inputs: a tensor `(N, ...)` or an iterable of batches, each a
             tensor or a tuple, list or dict whose first entry is the input.
         alignment: Which layers correspond; found by `align` if not given.
@@ -77,18 +81,21 @@ def fuse(
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given.
         method: The choices along the way; the default is the best one known.
+        heads: For networks of different tasks: fuse them up to a layer only, and keep a head for
+            each (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
         progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
-        An ordinary `GraphModule` with the module names of the network whose structure it has. Its
-        `meta["fxfuse"]` holds a `Report`.
+        An ordinary `GraphModule` with the module names of the network whose structure it has, and
+        `heads.0`, `heads.1` ... if each network keeps its own. Its `meta["fxfuse"]` holds a
+        `Report`.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong number.
         TraceError: If a model cannot be traced.
-        ModelError: If weights are not finite, or outputs differ in shape.
+        ModelError: If weights are not finite, or outputs differ in shape and no heads are chosen.
         DataError: If the data are empty, refused by a model, or not finite.
-        PairingError: If the networks do not belong to one family.
+        PairingError: If the networks do not belong to one family, or cannot be cut where asked.
         PassError: If a layer that one network lacks has no neutral form.
 
     Example:
@@ -103,20 +110,32 @@ def fuse(
     """
     method, clock = method or Method(), Clock(progress)
     shares = shares_of(weights, models)
-    networks, calibration = take_in(models, data, clock)
+    networks, calibration = take_in(models, data, clock, apart=heads is not None)
+    require_heads(heads, networks)
     depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
     target = anchor_of(anchor, method.anchor(depths), len(networks))
     if alignment is None:
         clock.start("align layers")
         choices = method.aligner, method.layer_cost
-        alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
+        front = None if heads is None else trunk_segments(networks, target, heads.after)
+        alignment = align_networks(
+            networks, calibration, *choices, False, tick=clock.tick, segments=front
+        )
+    behind: list[Head] = []
+    if heads is not None:
+        networks, alignment, behind = cut_networks(networks, alignment, target, heads.after)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
     match = correspond(balanced, target)
     mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-    fused = _mix(mixer, calibration, method, clock)
-    fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
-    return copy_modes(models[target], fused)
+    fused = copy_modes(models[target], _mix(mixer, calibration, method, clock))
+    notes: tuple[str, ...] = ()
+    if heads is not None:
+        clock.start("attach heads")
+        notes = heads(fused, mixer, behind, models)
+        _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
+    fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop(), notes)
+    return fused
 
 
 def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:
@@ -178,7 +197,7 @@ def align(
         [[('2', '0'), ('4', '2')], [('6', '4')]]
     """
     method, clock = method or Method(), Clock(progress)
-    networks, calibration = take_in(models, data, clock)
+    networks, calibration = take_in(models, data, clock, apart=True)
     clock.start("align layers")
     choices = method.aligner, method.layer_cost
     return align_networks(networks, calibration, *choices, pairs=pairs, tick=clock.tick)

@@ -46,9 +46,15 @@ class Clock:
 
 
 def take_in(
-    models: Sequence[nn.Module], data: Any, clock: Clock
+    models: Sequence[nn.Module], data: Any, clock: Clock, apart: bool = False
 ) -> tuple[list[Network], Calibration]:
     """Trace and analyse models that have the same inputs and outputs.
+
+    Args:
+        models: The networks; not modified.
+        data: What they are calibrated on.
+        clock: Told what is being done.
+        apart: Outputs may differ; what training alone computes is left out.
 
     Raises:
         ArgumentError: If there are no models.
@@ -71,18 +77,19 @@ def take_in(
     example = calibration.example()
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
-    _require_same_outputs(outputs, names)
-    _agree_on_heads(graphs)
+    if not apart:
+        _require_same_outputs(outputs, names)
+    _agree_on_heads(graphs, apart)
     networks = []
     for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
         networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
     return networks, calibration
 
 
-def _agree_on_heads(graphs: list[fx.GraphModule]) -> None:
-    """Leave out heads that exist in training mode only where not all networks have such."""
+def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:
+    """Leave out heads that exist in training mode only where not all networks share such."""
     parts = [evaluating_part(g) for g in graphs]
-    if not all(parts):
+    if apart or not all(parts):
         for graph, part in zip(graphs, parts):
             if part is not None:
                 cut_to(graph, part)
@@ -101,7 +108,8 @@ def _require_same_outputs(outputs: list[list[torch.Tensor]], names: list[str]) -
                 f"outputs of shape {shapes[0]} and {other}",
                 where=f"{names[0]} and {name}",
                 expected="networks with the same outputs",
-                do="replace the heads, or fuse the networks without them",
+                do="keep a head for each, heads=fxfuse.heads.Separate(), or give one the labels "
+                "of all, heads=fxfuse.heads.Union(labels=[...])",
             )
 
 

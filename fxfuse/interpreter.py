@@ -20,6 +20,8 @@ from .modes import is_choice
 from .operators import mirror
 from .tracing import Interpreter, plain_modes, tensors_in
 
+OPEN = "open"  # key of the meta of an output whose units are free; of an input, with their axis
+
 
 class _MirrorMode(TorchDispatchMode):
     def __init__(self, run: LabelRun) -> None:
@@ -51,6 +53,8 @@ class _NodeInterpreter(Interpreter):
         run, shapes = self.labelled, self.labelled.book.shapes
         run.node = n.name
         value = super().run_node(n)
+        if n.op == "placeholder" and OPEN in n.meta:
+            run.open(value, n.meta[OPEN])
         if n.op == "output" or is_choice(self.module, n):  # given the outputs of both modes
             given, _ = self.fetch_args_kwargs_from_env(n)
             self.outputs += [layer for t in tensors_in(given) for layer in run.of(t).layers]
@@ -79,7 +83,10 @@ def _plain_kernels() -> Iterator[None]:
 def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
     """Run a traced network once, in eval mode, on labels and return the ledger.
 
-    The fused attention kernels hide their structure, so the run takes their plain forms.
+    The fused attention kernels hide their structure, so the run takes their plain forms. What the
+    network reads and returns is fixed, unless its graph says otherwise: the units of an output node
+    with `OPEN` in its meta are free, if they lie along one axis, and those of a placeholder with it
+    along the axis it gives.
 
     Args:
         module: Traced network; not modified, its modes are restored.
@@ -96,9 +103,17 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     finally:
         for m, mode in modes.items():
             m.training = mode
-    run.freeze(interpreter.outputs, "an output of the network")
+    _freeze_outputs(run, module, interpreter.outputs)
     run.freeze_unused()
     for node, layers in interpreter.layers.items():
         axes = [TensorAxis(node, varying(x)[0], x.flatten().numpy()) for x in layers]
         run.book.features[node] = axes
     return run.book
+
+
+def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]) -> None:
+    """Freeze what a network returns; where it is cut, only units that are no single axis."""
+    if OPEN not in module.graph.output_node().meta:
+        run.freeze(outputs, "an output of the network")
+    elif len(outputs) > 1 or any(len(varying(layer)) > 1 for layer in outputs):
+        run.freeze(outputs, "laid out along several axes where the network is cut")

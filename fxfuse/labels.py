@@ -207,6 +207,13 @@ class LabelRun:
         self._names[tensor] = name
         self._labels[tensor] = Labels(tuple(layers), sources=(name,))
 
+    def open(self, tensor: Tensor, dim: int) -> None:
+        """Label the units along one axis of an input, which would otherwise have to stay."""
+        labels = self.book.new(tensor.shape[dim])
+        if len(labels) > 1:
+            layer = labels.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+            self.put(tensor, Labels((layer,)))
+
     def _place(self, layer: Tensor) -> None:
         if id(layer) not in self._placed:  # an elementwise operator hands its input's layer on
             self._placed[id(layer)] = layer

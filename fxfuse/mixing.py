@@ -7,7 +7,7 @@ to no space stay where they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy.sparse import csr_array, eye_array
 
 from .balancing import Balanced
 from .correspondence import Correspondence, absent_tensors
+from .errors import PairingError
 from .ir import OUTPUTS, Axis, Coupling, Spaces
 
 
@@ -106,7 +107,7 @@ class Mixer:
         if groups > 1:
             return _map_grouped(tensor, maps, groups, self._groups(name, k))
         for d, matrix in maps.items():
-            tensor = _apply(matrix, tensor, d)
+            tensor = apply_along(matrix, tensor, d)
         return tensor
 
     def _groups(self, name: str, k: int) -> int:
@@ -117,38 +118,79 @@ class Mixer:
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
-        ours = self._anchor_spaces().sizes[name, dim]
-        theirs = self.balanced.networks[k].spaces.sizes[name, dim]
+        spaces = [self.balanced.networks[i].spaces for i in (self.anchor, k)]
+        found = [{s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces]
+        return self._positions(name, dim, *found, *(x.sizes[name, dim] for x in spaces), k)
+
+    def reading_map(self, node: str, dim: int, k: int) -> csr_array:
+        """Return the map `(own positions, fused positions)` for what reads a node's output.
+
+        Raises:
+            PairingError: If what must stay in place there differs from the anchor's.
+        """
+        networks = [self.balanced.networks[i] for i in (self.anchor, k)]
+        found, sizes = [], []
+        for network in networks:
+            features = [(s.name, a) for s in network.spaces for a in s.features]
+            here = {
+                s: replace(a, reads=True) for s, a in features if (a.tensor, a.dim) == (node, dim)
+            }
+            found.append(here)
+            sizes.append(network.book.shapes[node][dim])
+        return csr_array(self._positions(node, dim, *found, *sizes, k).T)
+
+    def _positions(
+        self,
+        where: str,
+        dim: int,
+        base: dict[str, Axis],
+        here: dict[str, Axis],
+        ours: int,
+        theirs: int,
+        k: int,
+    ) -> csr_array:
+        """Return the map `(ours, theirs)`, given the spaces on an axis of the anchor and of `k`."""
         rows, columns, data = [], [], []
         fixed = np.ones(ours, dtype=bool), np.ones(theirs, dtype=bool)
-        found = self.balanced.networks[k].spaces.places.get((name, dim), ())
-        here = {own.name: axis for own, axis in found}
         for axis in here.values():
             fixed[1][axis.index] = False
-        for space_name, axis in self._on_axis(name, dim):
+        for space_name, axis in base.items():
             fixed[0][axis.index] = False
             own = self.match.spaces[space_name][k]
             if not own.size:
                 continue
             other = here[own.name]
-            own_maps = self.layered.get((space_name, name, dim, k))
+            own_maps = self.layered.get((space_name, where, dim, k))
             coupling = own_maps or self.couplings[space_name, k]
             matrix = (coupling.unproject.T if axis.reads else coupling.project).tocoo()
             for m in range(axis.index.shape[1]):
                 rows.append(axis.index[matrix.row, m])
                 columns.append(other.index[matrix.col, m])
                 data.append(matrix.data)
-        matrix = eye_array(int(fixed[0].sum())).tocoo()
-        if (OUTPUTS, name, dim, k) in self.layered:
-            matrix = self.layered[OUTPUTS, name, dim, k].project.tocoo()
-        rows.append(np.flatnonzero(fixed[0])[matrix.row])
-        columns.append(np.flatnonzero(fixed[1])[matrix.col])
+        rows.append(np.flatnonzero(fixed[0]))
+        columns.append(np.flatnonzero(fixed[1]))
+        if len(rows[-1]) != len(columns[-1]):
+            raise _fixed_apart(where, len(rows[-1]), len(columns[-1]))
+        matrix = eye_array(len(rows[-1])).tocoo()
+        if (OUTPUTS, where, dim, k) in self.layered:
+            matrix = self.layered[OUTPUTS, where, dim, k].project.tocoo()
+        rows[-1], columns[-1] = rows[-1][matrix.row], columns[-1][matrix.col]
         data.append(matrix.data)
-        where = (np.concatenate(rows), np.concatenate(columns))
-        return csr_array((np.concatenate(data), where), shape=(ours, theirs))
+        places = (np.concatenate(rows), np.concatenate(columns))
+        return csr_array((np.concatenate(data), places), shape=(ours, theirs))
 
 
-def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+def _fixed_apart(where: str, ours: int, theirs: int) -> PairingError:
+    return PairingError(
+        f"{ours} and {theirs} positions that must stay in place",
+        where=f"'{where}'",
+        expected="equally many in all networks",
+        do="fuse networks that agree in everything but depth and width, or cut them elsewhere",
+    )
+
+
+def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+    """Apply a map `(new, old)` along one axis of a tensor."""
     if _only_moves(matrix):
         if np.array_equal(matrix.indices, np.arange(matrix.shape[1])):
             return tensor

@@ -32,6 +32,7 @@ class Report:
         spaces: Sizes, coupling costs and confidences.
         frozen: What stayed in place, and why.
         seconds: Wall time of each stage.
+        heads: How each network's own head reads the fused network, if there are such.
     """
 
     alignment: Alignment
@@ -40,9 +41,12 @@ class Report:
     spaces: tuple[SpaceReport, ...]
     frozen: tuple[Frozen, ...]
     seconds: dict[str, float]
+    heads: tuple[str, ...] = ()
 
 
-def report_on(mixer: Mixer, alignment: Alignment, seconds: dict[str, float]) -> Report:
+def report_on(
+    mixer: Mixer, alignment: Alignment, seconds: dict[str, float], heads: tuple[str, ...] = ()
+) -> Report:
     """Sum up a fusion."""
     base = mixer.balanced.networks[mixer.anchor].spaces
     spaces = []
@@ -52,4 +56,4 @@ def report_on(mixer: Mixer, alignment: Alignment, seconds: dict[str, float]) -> 
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
         spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
     shares = tuple(mixer.weights)
-    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds)
+    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds, heads)

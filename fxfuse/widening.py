@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .interpreter import OPEN
 from .network import Network
 from .verify import sizes_of
 
@@ -46,6 +47,8 @@ class Room:
         if place is None or (self._units[place] < 0).any():
             return False
         stream = self._units[place]
+        if self._leaves(node, stream):
+            return False
         self._added.setdefault(place, []).append((len(stream), count))
         for name in self._behind(node):
             for other in (p for p in self._units if p[0] == name):
@@ -60,6 +63,13 @@ class Room:
                 reads = any(a.reads for _, a in self.network.spaces.places[other])
                 _widen(module, other, position, count, reads)
         return True
+
+    def _leaves(self, node: str, stream: np.ndarray) -> bool:
+        """Tell whether the network is cut at a value behind a node that holds the stream."""
+        output = self.network.module.graph.output_node()
+        sources = {n.name for n in output.all_input_nodes} & {node, *self._behind(node)}
+        held = [units for place, units in self._units.items() if place[0] in sources]
+        return OPEN in output.meta and any(_find(units, stream) is not None for units in held)
 
     def _stream(self, node: str) -> Place | None:
         return next((p for p in self._units if p[0] == node), None)

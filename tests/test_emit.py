@@ -170,5 +170,19 @@ def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
     assert gap(net, fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data), data) < FUNCTION
 
 
+def test_a_buffer_without_axes_is_mixed_too():
+    class Scaled(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.body = stages([5], [6])
+            self.register_buffer("scale", torch.tensor(scale))
+
+        def forward(self, x):
+            return self.body(x * self.scale)
+
+    nets = [Scaled(0.5), Scaled(1.5)]
+    assert float(fxfuse.fuse(nets, images()).scale) == 1.0
+
+
 def test_couplings_made_of_plans_are_used_by_default():
     assert fxfuse.Method().coupling.maps is two_maps

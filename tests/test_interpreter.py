@@ -6,7 +6,8 @@ import torch
 from nets import NETS, Residual, build, mlp, randomise
 from torch import nn
 
-from fxfuse.interpreter import label_network
+from fxfuse.interpreter import OPEN, label_network
+from fxfuse.ties import spaces_of
 from fxfuse.tracing import trace
 
 
@@ -141,3 +142,26 @@ def test_a_run_needs_no_gradients_and_keeps_none():
     x = torch.randn(2, 6, requires_grad=True)
     label_network(trace(net), (x,))
     assert x.grad is None
+
+
+def test_outputs_are_free_where_a_graph_says_so_if_they_lie_along_one_axis():
+    graph = trace(mlp(6, 5, 4))
+    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5]
+    graph.graph.output_node().meta[OPEN] = True
+    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5, 4]
+    graph = trace(nn.Sequential(mlp(6, 5, 4), nn.Unflatten(1, (2, 2))))
+    graph.graph.output_node().meta[OPEN] = True
+    book = label_network(graph, (torch.randn(2, 6),))
+    assert [s.size for s in spaces_of(book)] == [5]
+    assert any("several axes" in reason for _, _, reason in book.frozen)
+
+
+def test_inputs_have_units_where_a_graph_says_so():
+    graph = trace(mlp(6, 5, 4))
+    source = next(iter(graph.graph.nodes))
+    source.meta[OPEN] = 1
+    spaces = spaces_of(label_network(graph, (torch.randn(2, 6),)))
+    (own,) = [s for s in spaces if any(a.tensor == source.name for a in s.features)]
+    assert own.size == 6 and [(a.tensor, a.dim, a.reads) for a in own.axes] == [
+        ("0.weight", 1, True)
+    ]

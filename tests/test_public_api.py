@@ -20,6 +20,7 @@ NAMES = [
     "draw",
     "find_spaces",
     "fuse",
+    "heads",
     "permute",
     "presets",
 ]
