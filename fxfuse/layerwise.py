@@ -83,6 +83,11 @@ def _let_flow(mixer: Mixer, base: Network, space: Space, k: int, flow: Flow, rea
         found = [flow[w] for w in last if w in flow]
         if found:
             mixer.layered[space.name, axis.tensor, axis.dim, k] = _mean(found)
+    output = base.module.graph.output_node()
+    found = [flow[w] for w in _last(writers, output.name, reach) if w in flow]
+    for axis in space.features if found else ():
+        if axis.tensor in {n.name for n in output.all_input_nodes}:  # a head may read it there
+            mixer.layered[space.name, axis.tensor, axis.dim, k] = _mean(found)
 
 
 def _map_outputs(mixer: Mixer, base: Network, k: int, flow: Flow) -> None:

@@ -19,6 +19,7 @@ from .balancing import Balanced
 from .correspondence import Correspondence
 from .data import Calibration
 from .errors import DataError
+from .interpreter import OPEN
 from .ir import OUTPUTS, Axis
 from .moments import Moments, PairMoments
 from .network import Network
@@ -213,7 +214,7 @@ def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, 
                 single = axes[0].index.shape[1] == 1
                 key = (axes[0].tensor, None if single else name)
                 visits.setdefault(key, []).append(_Visit(name, i, k, axes))
-    if view.outputs:
+    if view.outputs and OPEN not in balanced.networks[0].module.graph.output_node().meta:
         node, dim, size = last_contraction(balanced.networks[0])
         axis = Axis(node, dim, np.arange(size)[:, None])
         pairs = permutations(range(len(gone)), 2)

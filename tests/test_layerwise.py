@@ -74,3 +74,13 @@ def test_a_plan_of_the_outputs_moves_the_classes():
     )
     fused = method(LayerByLayer)([turned, net], x, weights=[1, 0], anchor=1)
     assert np.allclose(fused(x).detach(), net(x).detach(), atol=1e-5)
+
+
+def test_a_head_reads_the_plan_of_what_wrote_last():
+    """Tolerance 1e-4 relative, with the second network's weights alone, behind a residual trunk."""
+    net, x = build("residual")
+    data = torch.randn(40, *data_shape("residual"))
+    pair = [net, fxfuse.permute(net, x, seed=4)]
+    fused = fxfuse.fuse(pair, data, method=method(LayerByLayer), heads=fxfuse.heads.Separate())
+    for head in fused(data):
+        assert torch.allclose(head, net(data), atol=1e-4 * float(net(data).abs().max()))
