@@ -70,8 +70,9 @@ def measuring_points(network: Network, activated: bool = False) -> set[str]:
             user = next(iter(node.users))
             adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
             passed = network.is_norm(user) or adds or network.is_idle(user)
-            if not (passed or activated and network.is_activation(user)):
-                break
+            passed = passed or activated and network.is_activation(user)
+            if not passed or not network.book.features.get(user.name):
+                break  # also where the units of the next value are not known
             node = user
         points.add(node.name)
     return points
