@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from .alignment import Aligner, align_networks, monotone
-from .balancing import balance_networks
+from .balancing import Balanced, balance_networks
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .data import Calibration
@@ -36,13 +36,14 @@ class Method:
         aligner: Cost matrix of a segment to the alignment of its layers.
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
-        anchor: Which network's widths the fused one takes, when the caller does not say.
+        anchor: Which network's widths the fused one takes, when the caller does not say: from all
+            depths to an index. None for the deepest, or the widest if the coupling asks for it.
     """
 
     aligner: Aligner = monotone
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
-    anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
+    anchor: Callable[[Sequence[int]], int] | None = None
 
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
@@ -69,7 +70,7 @@ def fuse(
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
-            not given.
+            not given (of a zip, the widest).
         method: The choices along the way; the default is the best one known.
         progress: Called with the name of a stage and the share of it that is done.
 
@@ -99,16 +100,27 @@ def fuse(
     shares = shares_of(weights, models)
     networks, calibration = take_in(models, data, clock)
     depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
-    target = anchor_of(anchor, method.anchor(depths), len(networks))
+    anchor_of(anchor, 0, len(networks))  # refuse a bad one before the work
     if alignment is None:
         clock.start("align layers")
         alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
     clock.start("balance depths")
     balanced = balance_networks(networks, alignment)
+    target = anchor_of(anchor, _usual_anchor(method, depths, balanced), len(networks))
     mixer = Mixer(balanced, target, correspond(balanced, target), shares)
     fused = _mix(mixer, calibration, method, clock)
     fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
     return copy_modes(models[target], fused)
+
+
+def _usual_anchor(method: Method, depths: Sequence[int], balanced: Balanced) -> int:
+    """Return the anchor of a method: by default the deepest, or first of all the widest."""
+    if method.anchor is not None:
+        return method.anchor(depths)
+    order = list(zip([0] * len(depths), depths))
+    if getattr(method.coupling, "widest", False):
+        order = [(n.spaces.free_units, d) for n, d in zip(balanced.networks, depths)]
+    return order.index(max(order))
 
 
 def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:

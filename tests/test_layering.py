@@ -31,7 +31,7 @@ LEVELS = {
             "measuring mixing",
             "coupling emit report weightwise",
             "refit transport",
-            "fusion",
+            "fusion zipping",
             "demo presets",
             "cli",
             "__init__ __main__",
