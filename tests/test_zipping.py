@@ -280,15 +280,18 @@ def test_groups_are_weighted_means_and_are_read_whole(weights):
 
 def test_a_tensor_of_one_network_alone_keeps_the_scale_of_its_units():
     """A unit made of two of network 0 and one of network 1 is the mean of the two there."""
-    nets = [randomise(stages([8, 9], [7]), 1), randomise(stages([5, 6], [7]), 2)]
+    nets = [randomise(stages([12, 16], [14]), 1), randomise(stages([10, 12], [14]), 2)]
     mixer = zipped_mixer(nets, images(), Zip(alpha=1, beta=1), (0.3, 0.7))
-    space = next(iter(mixer.balanced.networks[0].spaces))
-    axis = next(a for a in space.axes if not a.reads)
-    mixer.__dict__["_absent"] = [set(), {axis.tensor}]
-    values = [np.ones(s.size) for s in mixer.match.spaces[space.name]]
-    mixed = mixer.mix(axis.tensor, values, axis.dim)
-    has = mixer.couplings[space.name, 0].given > 0
-    assert np.allclose(mixed[has], 1.0) and not mixed[~has].any() and not has.all()
+    uneven = False
+    for space in mixer.balanced.networks[0].spaces:
+        axis = next(a for a in space.axes if not a.reads)
+        mixer.__dict__["_absent"] = [set(), {axis.tensor}]
+        values = [np.ones(s.size) for s in mixer.match.spaces[space.name]]
+        mixed = mixer.mix(axis.tensor, values, axis.dim)
+        given = [mixer.couplings[space.name, k].given for k in (0, 1)]
+        assert np.allclose(mixed[given[0] > 0], 1.0) and not mixed[given[0] == 0].any()
+        uneven |= bool(((given[1] > 0) & (given[0] > 0) & (given[0] != given[1])).any())
+    assert uneven, "no group has more of one network than of the other, so nothing is shown"
 
 
 def test_each_choice_of_a_zip_changes_the_result():
