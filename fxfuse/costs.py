@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .moments import PairMoments
+from .moments import Moments, PairMoments
 
 
 def squared_euclidean(places: Sequence[PairMoments]) -> np.ndarray:
@@ -23,6 +23,21 @@ def euclidean(places: Sequence[PairMoments]) -> np.ndarray:
     return np.sqrt(squared_euclidean(places))
 
 
+def cosine(places: Sequence[PairMoments]) -> np.ndarray:
+    """Mean over places of one minus the cosine of the units' values, means left in.
+
+    Unlike `correlation` it sees how far from zero a unit is, and like it not the unit's scale. A
+    unit that is zero throughout is unlike everything.
+    """
+    total = 0.0
+    for m in places:
+        ma, mb = m.a.mean, m.b.mean
+        scale = np.sqrt(np.outer(ma**2 + m.a.variance, mb**2 + m.b.variance))
+        product = m.covariance + np.outer(ma, mb)
+        total = total + 1.0 - np.divide(product, scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.maximum(total / len(places), 0.0)
+
+
 def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.ndarray:
     """Mean over places of one minus Pearson correlation.
 
@@ -31,17 +46,33 @@ def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.nd
     """
     total = 0.0
     for m in places:
-        ma, mb, va, vb = m.a.mean, m.b.mean, m.a.variance, m.b.variance
-        sa, sb = np.sqrt(va), np.sqrt(vb)
-        scale = np.outer(sa, sb)
-        varies = np.outer(_varies(ma, sa), _varies(mb, sb))
-        r = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=varies)
-        apart = (ma[:, None] - mb[None]) ** 2 + (sa[:, None] - sb[None]) ** 2
-        unit = (ma**2 + va).mean() + (mb**2 + vb).mean() + 1e-30
-        total = total + (1.0 - r) + tie_break * apart / unit
+        total = total + (1.0 - pearson(m)) + tie_break * distance(m)
     return np.maximum(total / len(places), 0.0)
 
 
-def _varies(mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def pearson(m: PairMoments, floor: float = 0.0) -> np.ndarray:
+    """Return the correlations `(units of a, units of b)`, 0 for units that never vary.
+
+    Args:
+        m: Moments of both.
+        floor: Least product of two spreads to divide by.
+    """
+    scale = np.maximum(np.outer(m.a.spread, m.b.spread), floor)
+    both = np.outer(varies(m.a), varies(m.b))
+    return np.divide(m.covariance, scale, out=np.zeros_like(scale), where=both)
+
+
+def distance(m: PairMoments) -> np.ndarray:
+    """Return how far means and spreads are apart, squared, relative to the average unit."""
+    squares = sum((x[:, None] - y[None]) ** 2 for x, y in zip(*map(_level, (m.a, m.b))))
+    return squares / (sum(float((u**2 + s**2).mean()) for u, s in map(_level, (m.a, m.b))) + 1e-30)
+
+
+def _level(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+    return moments.mean, moments.spread
+
+
+def varies(moments: Moments) -> np.ndarray:
     """Tell which units vary by more than the rounding of their own values."""
+    mean, spread = _level(moments)
     return spread > 1e-6 * np.abs(mean) + 1e-9 * spread.max(initial=1e-20)

@@ -5,6 +5,7 @@ only weights) and `__call__(mixer, measured)`, which fills in `mixer.couplings`.
 share is here: from ground costs to plans, and from plans to maps. A residual stream is one space
 and gets one coupling from all its places together. Spaces inside blocks (groups, heads) are coupled
 in two steps: blocks by the cost of their best inner match, then units inside matched blocks.
+Blocks, and units that no weight reads (queries, keys), are not mixed: soft solvers leave them out.
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -26,9 +27,9 @@ from .errors import PairingError
 from .ir import Coupling, Space
 from .measuring import Measurements, View
 from .mixing import Mixer
+from .solvers import Exact, Solver
 
 Costs = dict[tuple[str, int], np.ndarray]
-Solver = Callable[[np.ndarray, np.ndarray, np.ndarray], csr_array]
 Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
 
@@ -64,6 +65,7 @@ def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
 def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
     """Divide each row by its sum; a permutation gets ones exactly, which `mixing` relies on."""
     scaled = csr_array(matrix, copy=True)
+    scaled.eliminate_zeros()  # a row of zeros stays one: the unit takes part in nothing
     scaled.data = scaled.data / (scaled.sum(1) + floor)[coo_array(scaled).row]
     return scaled
 
@@ -76,6 +78,8 @@ class Plans:
         match: The spaces.
         solver: Ground cost and marginals to a plan.
         maps: Plan to project and unproject.
+        couplings: The maps found so far.
+        plans: The plans found so far.
     """
 
     match: Correspondence
@@ -89,6 +93,8 @@ class Plans:
         left = []
         for name, spaces in self.match.spaces.items():
             for k in range(len(spaces)):
+                if (name, k) in self.couplings:
+                    continue
                 if k == self.match.base[name]:
                     self.keep(name, k)
                 elif not self.match.present[name][k]:
@@ -101,18 +107,30 @@ class Plans:
         """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
         space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
+        solver = self._solver_of(name)
         if inner:
-            cost = _block_cost(base.size, space.size, inner, self.solver)
+            cost = _block_cost(base.size, space.size, inner, solver)
         if cost is None:
             if base.size != space.size:
                 raise _unmeasured(name, base.size, space.size)
             self.keep(name, k)
             return
         outer = self.plans.get((self._parent(name), k))
-        plan = _solve(cost, base, space, outer, self.solver)
+        plan = _solve(cost, base, space, outer, solver)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
         self.couplings[name, k] = Coupling(*self.maps(plan), total)
+
+    def _solver_of(self, name: str) -> Solver:
+        """Return an exact solver where mixing units would mix heads or groups, or products.
+
+        No map on the reading side undoes there what a soft plan does: queries and keys meet each
+        other, not a weight.
+        """
+        soft = getattr(self.solver, "soft", False)
+        read = any(a.reads for s in self.match.spaces[name] for a in s.axes)
+        blocks = any(self._encloses(name, spaces) for spaces in self.match.spaces.values())
+        return Exact() if soft and (blocks or not read) else self.solver
 
     def keep(self, name: str, k: int) -> None:
         """Leave the units of a space where they are."""

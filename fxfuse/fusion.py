@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -42,7 +42,8 @@ class Method:
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
-        anchor: Which network's widths the fused one takes, when the caller does not say.
+        anchor: Which network's widths the fused one takes, when the caller does not say: from all
+            depths to an index. None for the deepest, or the widest if the coupling asks for it.
     """
 
     aligner: Aligner = monotone
@@ -50,7 +51,7 @@ class Method:
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
     absent_as_zero: bool = False
-    anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
+    anchor: Callable[[Sequence[int]], int] | None = None
 
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
@@ -79,7 +80,7 @@ def fuse(
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
-            not given.
+            not given (of a zip, the widest).
         method: The choices along the way; the default is the best one known.
         heads: For networks of different tasks: fuse them up to a layer only, and keep a head for
             each (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
@@ -112,8 +113,7 @@ def fuse(
     shares = shares_of(weights, models)
     networks, calibration = take_in(models, data, clock, apart=heads is not None)
     require_heads(heads, networks)
-    depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
-    target = anchor_of(anchor, method.anchor(depths), len(networks))
+    target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
     if alignment is None:
         clock.start("align layers")
         choices = method.aligner, method.layer_cost
@@ -136,6 +136,19 @@ def fuse(
         _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
     fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop(), notes)
     return fused
+
+
+def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:
+    """Return the anchor of a method: by default the deepest, or first of all the widest."""
+    parts = [partition(n) for n in networks]
+    depths = [sum(len(s.layers) for s in segments) for segments in parts]
+    if method.anchor is not None:
+        return method.anchor(depths)
+    widths = [0] * len(parts)
+    if getattr(method.coupling, "widest", False):
+        widths = [sum(max(x.width for x in s.layers) for s in segments) for segments in parts]
+    order = list(zip(widths, depths))
+    return order.index(max(order))
 
 
 def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:

@@ -283,8 +283,9 @@ class Coupling:
     """The two maps between a space of one network and the same space of the fused network.
 
     Attributes:
-        project: `(fused units, units)`, acts on what is written; rows sum to 1.
-        unproject: `(units, fused units)`, acts on what is read; rows sum to 1.
+        project: `(fused units, units)`, acts on what is written. Rows sum to 1, or 0 where the
+            network gives nothing to a unit; of a zip, the shares times these sums add up to 1.
+        unproject: `(units, fused units)`, acts on what is read; rows sum to 1, or 0 as above.
         cost: Mean ground cost per unit of mass, None where nothing was measured.
     """
 
@@ -292,9 +293,15 @@ class Coupling:
     unproject: csr_array
     cost: float | None = None
 
+    @cached_property
+    def given(self) -> np.ndarray:
+        """`(fused units,)` sums of the rows of `project`: what the network gives to each unit."""
+        return np.asarray(self.project.sum(1)).ravel()
+
     @property
     def confidence(self) -> float:
-        """Mean largest share of a fused unit that comes from one unit: 1 for a permutation."""
+        """Mean largest share of what a fused unit is given that one unit gives: 1 if hard."""
         if not self.project.shape[0]:
             return 1.0
-        return float(np.mean(self.project.max(axis=1).toarray()))
+        largest = self.project.max(axis=1).toarray()
+        return float(np.mean(largest / np.where(self.given > 0, self.given, 1.0)))

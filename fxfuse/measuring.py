@@ -63,9 +63,9 @@ class Measurements:
     outputs: dict[str, list[Moments | None]]
 
 
-def measuring_points(network: Network) -> set[str]:
-    """Return the nodes that hold pre-activations: behind each contraction, its norm and add."""
-    return set(points_of(network, View()).values())
+def measuring_points(network: Network, view: View = View()) -> set[str]:
+    """Return the nodes where units are compared: behind each contraction, its norm and add."""
+    return set(points_of(network, view).values())
 
 
 def points_of(network: Network, view: View) -> dict[str, str]:
@@ -81,8 +81,9 @@ def points_of(network: Network, view: View) -> dict[str, str]:
             if adds and view.singly and _joins_second(network, point, user):
                 break
             passed = network.is_norm(user) or adds or network.is_idle(user)
-            if not (passed or view.activated and network.is_activation(user)):
-                break
+            passed = passed or view.activated and network.is_activation(user)
+            if not passed or not network.book.features.get(user.name):
+                break  # also where the units of the next value are not known
             point = user
         points[node.name] = point.name
     return points
@@ -201,7 +202,7 @@ class _Visit:
 
 
 def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, list[_Visit]]:
-    points = set(points_of(balanced.networks[0], view).values())
+    points = measuring_points(balanced.networks[0], view)
     fed = balanced.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
     visits: dict[Key, list[_Visit]] = {}

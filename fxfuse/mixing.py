@@ -68,24 +68,33 @@ class Mixer:
         return total
 
     def _mass(self, name: str, dim: int, shares: Sequence[float]) -> np.ndarray | None:
-        """Return the share of the networks that have the unit at each written position."""
+        """Return what the maps give to each written position, where a network gives nothing.
+
+        Where all give, with their usual shares, the scale is the coupling method's own.
+        """
         written = [(s, a) for s, a in self._on_axis(name, dim) if not a.reads]
-        whole = all(all(self.match.present[s]) for s, _ in written)
-        if whole or self.absent_as_zero:
+        if self.absent_as_zero:
             return None
         mass = np.ones(self._anchor_spaces().sizes[name, dim])
+        usual = np.allclose(shares, self.weights)
         for space, axis in written:
-            here = sum(w for w, p in zip(shares, self.match.present[space]) if p)
-            mass[axis.index] = here or 1.0
-        return mass
+            given = np.array([self.couplings[space, k].given for k in range(len(shares))])
+            short = (given == 0).any(0) if usual else True
+            here = shares @ given
+            mass[axis.index] = np.where(short & (here > 0), here, 1.0)[:, None]
+        return mass if (mass != 1.0).any() else None
 
     def shares(self, name: str) -> list[float]:
         """Return each network's share of a tensor; it belongs to the networks that have it."""
-        shares = [0.0 if name in gone else w for gone, w in zip(self._absent, self.weights)]
         if self.absent_as_zero:
-            return shares
+            return [0.0 if name in gone else w for gone, w in zip(self._absent, self.weights)]
+        return self.among([name not in gone for gone in self._absent])
+
+    def among(self, here: Sequence[bool]) -> list[float]:
+        """Return each network's share of what only some of them have; equal if none has weight."""
+        shares = [w if has else 0.0 for has, w in zip(here, self.weights)]
         if not any(shares):
-            shares = [float(name not in gone) for gone in self._absent]
+            shares = [float(has) for has in here]
         return [s / sum(shares) for s in shares]
 
     @cached_property

@@ -1,20 +1,29 @@
 """Transport and assignment problems: a ground cost and marginals in, a plan out.
 
 A solver is an immutable object with `__call__(cost, a, b) -> plan`. Plans are sparse: an exact plan
-between `n` and `m` units has at most `n + m - 1` entries.
+between `n` and `m` units has at most `n + m - 1` entries. Solvers with `soft` set spread each unit
+over many others; what must not be mixed (heads, groups) is matched exactly even so.
+
+References:
+    Cuturi 2013, Sinkhorn; Chizat et al. 2018, unbalanced scaling. Difference: the regularisation is
+    relative to the mean cost, so that a plan does not depend on the unit of the cost.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import ot
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from .errors import SolverError
+from .errors import ArgumentError, SolverError
+
+Solver = Callable[[np.ndarray, np.ndarray, np.ndarray], csr_array]
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,10 @@ class Exact:
         """Return the plan `(n, m)` of least cost with marginals `a` `(n,)` and `b` `(m,)`.
 
         Raises:
-            SolverError: If the cost is not finite or the simplex does not finish.
+            SolverError: If the cost is not finite, the masses do not fit, or the simplex does not
+                finish.
         """
-        _require_finite(cost)
+        _require_sound(cost, a, b)
         if len(a) == len(b) and np.ptp(a) == 0 and np.ptp(b) == 0:
             rows, columns = linear_sum_assignment(cost)
             return csr_array((a[rows], (rows, columns)), shape=cost.shape)
@@ -43,12 +53,11 @@ class Exact:
         if log["warning"] is not None:
             raise SolverError(
                 f"the network simplex stopped: {log['warning']}",
-                where=f"a transport problem of {len(a)} x {len(b)} units",
+                where=_problem(cost),
                 expected=f"an optimum within {self.iterations} iterations",
                 do="raise Exact(iterations=...)",
             )
-        plan[plan < 1e-12 / max(plan.shape)] = 0.0
-        return csr_array(plan)
+        return _sparse(plan)
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,13 @@ class Assignment:
         """Return the permutation of least cost, weighted by the marginals.
 
         Raises:
-            SolverError: If the sizes differ or the marginals are not uniform.
+            SolverError: If the sizes differ, the marginals are not uniform, or the cost is not
+                finite.
         """
         if len(a) != len(b) or np.ptp(a) or np.ptp(b):
+            masses = " and ".join(f"{x.min():.3g} to {x.max():.3g}" for x in (a, b))
             raise SolverError(
-                f"{len(a)} and {len(b)} units, or marginals that are not uniform",
+                f"{len(a)} and {len(b)} units, of masses {masses}",
                 where="the solver Assignment",
                 expected="as many units on both sides, all of the same mass",
                 do="use solvers.Exact(), which takes any marginals",
@@ -71,11 +82,178 @@ class Assignment:
         return Exact()(cost, a, b)
 
 
-def _require_finite(cost: np.ndarray) -> None:
+@dataclass(frozen=True)
+class Sinkhorn:
+    """Entropic optimal transport: a plan softer than the exact one, by scaling in the log domain.
+
+    Attributes:
+        regularisation: Weight of the entropy, relative to the mean absolute cost.
+        absolute: Take `regularisation` in the unit of the cost instead.
+        iterations: Limit of scalings.
+        tolerance: Largest error of a marginal, relative to the mass of its unit.
+
+    Example:
+        >>> plan = Sinkhorn(0.5)(np.array([[0.0, 1.0], [1.0, 0.0]]), np.ones(2) / 2, np.ones(2) / 2)
+        >>> plan.toarray().round(2).tolist()
+        [[0.49, 0.01], [0.01, 0.49]]
+    """
+
+    regularisation: float = 0.05
+    absolute: bool = False
+    iterations: int = 10_000
+    tolerance: float = 1e-3
+    soft: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that no problem can be solved with."""
+        _require_positive(self, "regularisation", "iterations", "tolerance")
+
+    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
+        """Return the plan `(n, m)` whose marginals are `a` `(n,)` and `b` `(m,)` up to `tolerance`.
+
+        Raises:
+            SolverError: If the cost is not finite, the masses do not fit, or the marginals are not
+                met within `iterations`.
+        """
+        _require_sound(cost, a, b)
+        weight = _in_units_of(cost, self.regularisation, self.absolute)
+        accuracy = self.tolerance * min(a.min(), b.min())
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # what they say is checked below
+            plan = ot.sinkhorn(
+                *(a, b, cost, weight),
+                method="sinkhorn_stabilized",
+                numItermax=self.iterations,
+                stopThr=accuracy,
+            )
+        _require_converged(self, cost, _marginal_error(plan, a, b))
+        return _sparse(plan)
+
+
+@dataclass(frozen=True)
+class UnbalancedSinkhorn:
+    """Entropic transport that may leave mass behind where no partner is near.
+
+    Marginals that differ from the units' masses cost `marginals` times their Kullback-Leibler
+    divergence. A unit left with nothing takes no part: the fused unit is that of the others.
+
+    Attributes:
+        regularisation: Weight of the entropy, relative to the mean absolute cost.
+        marginals: Weight of the marginals, relative to it, too.
+        absolute: Take both in the unit of the cost instead.
+        iterations: Limit of scalings.
+        tolerance: Largest difference of a unit's mass from what its potential says, relative to
+            the mass it came with.
+    """
+
+    regularisation: float = 0.05
+    marginals: float = 1.0
+    absolute: bool = False
+    iterations: int = 10_000
+    tolerance: float = 1e-3
+    soft: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that no problem can be solved with."""
+        _require_positive(self, "regularisation", "marginals", "iterations", "tolerance")
+
+    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
+        """Return the plan `(n, m)` between units of masses `a` `(n,)` and `b` `(m,)`.
+
+        Raises:
+            SolverError: If the cost is not finite, the scaling does not settle within
+                `iterations`, or the whole mass is left behind.
+        """
+        _require_sound(cost, a, b, balanced=False)
+        weights = [self.regularisation, self.marginals]
+        weight, penalty = (_in_units_of(cost, w, self.absolute) for w in weights)
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")  # what they say is checked below
+            plan, log = ot.unbalanced.sinkhorn_unbalanced(
+                *(a, b, cost, weight, penalty),
+                method="sinkhorn_translation_invariant",  # POT's stabilised one can overflow
+                numItermax=self.iterations,
+                stopThr=1e-9,
+                log=True,
+            )
+            # Of the optimum each unit's mass follows from its potential; of no other plan.
+            kept = [np.exp(-log[u] * weight / penalty) for u in ("logu", "logv")]
+            residual = _marginal_error(plan, a, b, *kept)
+        _require_converged(self, cost, residual)
+        plan = _sparse(plan)
+        if not plan.nnz:
+            raise SolverError(
+                "a plan that leaves all mass behind",
+                where=_problem(cost),
+                expected="some units near enough to be coupled",
+                do="raise UnbalancedSinkhorn(marginals=...), or use solvers.Sinkhorn()",
+            )
+        return plan
+
+
+def _in_units_of(cost: np.ndarray, weight: float, absolute: bool) -> float:
+    return weight if absolute else weight * (float(np.abs(cost).mean()) or 1.0)
+
+
+def _sparse(plan: np.ndarray) -> csr_array:
+    plan[plan < 1e-12 / max(plan.shape)] = 0.0
+    return csr_array(plan)
+
+
+def _marginal_error(
+    plan: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    rows: np.ndarray | float = 1.0,
+    columns: np.ndarray | float = 1.0,
+) -> float:
+    """Return the largest error of a unit's mass, relative to the mass it came with."""
+    found = np.concatenate([plan.sum(1) / a - rows, plan.sum(0) / b - columns])
+    return float(np.abs(found).max())
+
+
+def _problem(cost: np.ndarray) -> str:
+    return f"a transport problem of {cost.shape[0]} x {cost.shape[1]} units"
+
+
+def _require_converged(
+    solver: Sinkhorn | UnbalancedSinkhorn, cost: np.ndarray, residual: float
+) -> None:
+    if not residual <= solver.tolerance:  # not of NaN either
+        raise SolverError(
+            f"a scaling that did not converge in {solver.iterations} iterations: residual "
+            f"{residual:.1e}, the largest marginal error relative to a unit's mass",
+            where=f"{_problem(cost)}, {solver}",
+            expected=f"marginals within {solver.tolerance:.1e}",
+            do="raise regularisation or iterations, or use solvers.Exact()",
+        )
+
+
+def _require_positive(solver: Sinkhorn | UnbalancedSinkhorn, *names: str) -> None:
+    for name in names:
+        value = getattr(solver, name)
+        if not (value > 0 and np.isfinite(value)):
+            raise ArgumentError(
+                f"{name} {value}",
+                where=f"solvers.{type(solver).__name__}",
+                expected=f"a positive, finite {name}",
+                do=f"give {type(solver).__name__}({name}=...) another value",
+            )
+
+
+def _require_sound(cost: np.ndarray, a: np.ndarray, b: np.ndarray, balanced: bool = True) -> None:
     if not np.isfinite(cost).all():
         raise SolverError(
             "a ground cost that is NaN or infinite",
-            where=f"a transport problem of {cost.shape[0]} x {cost.shape[1]} units",
+            where=_problem(cost),
             expected="finite costs",
             do="check the activations of both networks on the calibration data",
+        )
+    positive = (a > 0).all() and (b > 0).all()
+    if not positive or balanced and not np.isclose(a.sum(), b.sum(), rtol=1e-9, atol=0.0):
+        raise SolverError(
+            f"masses that are not positive, or add up to {a.sum():.6g} and {b.sum():.6g}",
+            where=_problem(cost),
+            expected="positive masses, the same on both sides",
+            do="divide both marginals by their sums, or use solvers.UnbalancedSinkhorn()",
         )

@@ -9,11 +9,11 @@ import numpy as np
 
 from .correspondence import Correspondence
 from .costs import correlation
-from .coupling import Costs, Maps, Plans, Solver, two_maps
+from .coupling import Costs, Maps, Plans, two_maps
 from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
-from .solvers import Exact
+from .solvers import Exact, Solver
 from .weightwise import weight_cost
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
@@ -39,21 +39,34 @@ class Transport:
 
     def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network."""
-        match = mixer.match
-        plans = Plans(match, self.solver, self.maps, mixer.couplings)
-        costs: Costs = {}
-        for name, i, k in list(measured.pairs):  # of wide networks each takes gigabytes
-            places = measured.pairs.pop((name, i, k))
-            costs[name, k] = self.ground_cost(list(places.values()))
-        keys = plans.settle_given()
-        late = _unseen(match, keys, costs)
-        for key in keys:
-            if key not in late:
-                plans.solve(*key, costs)
-        costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
-        for key in keys:
-            if key in late:
-                plans.solve(*key, costs)
+        plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
+        solve_all(mixer, plans, ground_costs(mixer.match, measured, self.ground_cost))
+
+
+def ground_costs(match: Correspondence, measured: Measurements, ground_cost: GroundCost) -> Costs:
+    """Return the cost between the base network's units and each other's; uses up the pairs."""
+    costs: Costs = {}
+    for name, i, k in list(measured.pairs):  # of wide networks each takes gigabytes
+        places = list(measured.pairs.pop((name, i, k)).values())
+        if match.base[name] in (i, k) and i != k:
+            forward = match.base[name] == i
+            cost = ground_cost(places)
+            costs[name, k if forward else i] = cost if forward else cost.T
+    return costs
+
+
+def solve_all(mixer: Mixer, plans: Plans, costs: Costs) -> None:
+    """Couple what is not coupled yet, given its costs; what has none is compared by weights."""
+    keys = plans.settle_given()
+    late = _unseen(mixer.match, keys, costs)
+    for key in keys:
+        if key not in late:
+            plans.solve(*key, costs)
+    with_weights = [key for key in late if mixer.match.spaces[key[0]][0].axes]
+    costs |= {key: weight_cost(mixer, *key) for key in with_weights}
+    for key in keys:
+        if key in late:
+            plans.solve(*key, costs)
 
 
 def _unseen(

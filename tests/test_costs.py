@@ -5,7 +5,7 @@ from conftest import STATISTIC
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.costs import correlation, euclidean, squared_euclidean
+from fxfuse.costs import correlation, cosine, euclidean, pearson, squared_euclidean
 from fxfuse.moments import PairMoments
 
 seeds = st.integers(0, 999)
@@ -50,6 +50,35 @@ def test_correlation_is_one_minus_pearsons_averaged_over_places(seed, count):
     assert np.allclose(correlation(moments, tie_break=0.0), expected, atol=STATISTIC)
 
 
+@given(seeds, st.integers(1, 3))
+def test_cosine_is_one_minus_the_cosine_with_means_left_in(seed, count):
+    moments, pairs = places(seed, count)
+    norm = np.linalg.norm
+    expected = entries(pairs, lambda a, b: (1 - a @ b / (norm(a) * norm(b))) / count)
+    assert np.allclose(cosine(moments), expected, atol=STATISTIC)
+
+
+def test_cosine_sees_means_which_correlation_does_not_and_is_defined_for_zeros():
+    x = activations(3, 4, 50)
+    a, b = PairMoments(), PairMoments()
+    a.add(x, x)
+    b.add(x, x + 5)
+    plain = [correlation([m], tie_break=0.0) for m in (a, b)]
+    assert np.allclose(*plain, atol=STATISTIC) and not np.allclose(cosine([a]), cosine([b]))
+    x[1] = 0.0
+    zero = PairMoments()
+    zero.add(x, x)
+    assert np.allclose(cosine([zero])[1], 1.0) and np.isfinite(cosine([zero])).all()
+
+
+def test_the_floor_of_correlations_quiets_units_that_hardly_vary():
+    x = 1e-5 * activations(3, 4, 50)
+    moments = PairMoments()
+    moments.add(x, x)
+    assert np.allclose(np.diag(pearson(moments)), 1.0, atol=STATISTIC)
+    assert np.abs(pearson(moments, floor=1e-7)).max() < 0.01
+
+
 @given(seeds)
 def test_the_tie_break_adds_the_distance_of_means_and_spreads(seed):
     moments, ((x, y),) = places(seed)
@@ -67,7 +96,7 @@ def test_units_that_never_vary_are_matched_by_their_means():
     assert np.allclose(correlation([moments], tie_break=0.0), 1.0)
 
 
-@pytest.mark.parametrize("cost", [squared_euclidean, euclidean, correlation])
+@pytest.mark.parametrize("cost", [squared_euclidean, euclidean, correlation, cosine])
 def test_ground_costs_are_smallest_for_a_unit_itself_and_never_negative(cost):
     x = activations(3, 5, 50)
     order = [2, 0, 4, 1, 3]
@@ -79,7 +108,7 @@ def test_ground_costs_are_smallest_for_a_unit_itself_and_never_negative(cost):
     assert found.min(0).max() <= 0.01
 
 
-@pytest.mark.parametrize("cost", [squared_euclidean, euclidean, correlation])
+@pytest.mark.parametrize("cost", [squared_euclidean, euclidean, correlation, cosine])
 def test_ground_costs_follow_the_order_of_units(cost):
     x, y = activations(3, 5, 50), activations(4, 4, 50)
     a, b = PairMoments(), PairMoments()

@@ -5,13 +5,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import build, data_shape, mlp, randomise
+from nets import build, data_shape, gap, mlp, randomise
+from scipy.sparse import csr_array
+from test_emit import prepared
 from widening import widened
 
 import fxfuse
 from fxfuse.costs import correlation
 from fxfuse.coupling import one_map, two_maps
-from fxfuse.solvers import Exact
+from fxfuse.ir import Coupling
+from fxfuse.measuring import measure
+from fxfuse.mixing import Mixer
+from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from fxfuse.transport import Transport
 
 
@@ -64,3 +69,83 @@ def test_correlation_tells_units_that_never_vary_apart_by_their_level():
     moments = PairMoments()
     moments.add(levels[:, None].expand(4, 20), levels.flip(0)[:, None].expand(4, 20))
     assert correlation([moments]).argmin(1).tolist() == [3, 2, 1, 0]
+
+
+# --- soft plans -----------------------------------------------------------------------------------
+
+
+def couplings_of(nets, x, solver):
+    balanced, match, data = prepared(nets, x)
+    mixer = Mixer(balanced, 0, match, (0.5, 0.5))
+    transport = Transport(solver=solver)
+    transport(mixer, measure(balanced, match, data, transport.view, {}, len(x)))
+    return mixer
+
+
+@pytest.mark.parametrize("solver", [Sinkhorn(0.3), UnbalancedSinkhorn(0.3)])
+@pytest.mark.parametrize("name", ["tokens", "grouped"])
+def test_soft_solvers_mix_units_but_neither_blocks_nor_products(name, solver):
+    nets = [build(name, seed)[0] for seed in (0, 5)]
+    x = torch.randn(40, *data_shape(name))
+    mixer = couplings_of(nets, x, solver)
+    spaces = mixer.balanced.networks[0].spaces
+    parents, soft = {s.parent for s in spaces}, 0
+    for space in spaces:
+        coupling = mixer.couplings[space.name, 1]
+        project = coupling.project.toarray()
+        hard = (project > 0).sum(1).max() == 1
+        read = any(a.reads for a in space.axes)
+        if space.name in parents or not read:
+            assert hard, space.name
+        soft += not hard
+        if space.blocks is not None:
+            outer = mixer.couplings[space.parent, 1].project.toarray()
+            crossed = project[outer[space.blocks][:, space.blocks] == 0]
+            assert not crossed.any(), "units of blocks that are not matched"
+    assert soft >= 2
+    fused = fxfuse.fuse(nets, x, method=fxfuse.Method(coupling=Transport(solver=solver)))
+    plain = fxfuse.fuse(nets, x)
+    assert gap(plain, fused, x) > 1e-3
+
+
+@pytest.mark.parametrize("maps", [one_map, two_maps])
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
+def test_units_left_with_nothing_get_rows_of_zeros(maps, rows, columns, seed):
+    plan = np.random.default_rng(seed).random((rows, columns))
+    plan[0], plan[:, 1] = 0.0, 0.0
+    stored = csr_array(np.ones_like(plan))
+    stored.data[:] = plan.ravel()  # zeros that are stored count as none
+    for given_plan in (csr_array(plan), stored):
+        project, unproject = maps(given_plan)
+        for matrix in (project, unproject):
+            assert np.isfinite(matrix.toarray()).all()
+        assert not project.toarray()[0].any() and not unproject.toarray()[1].any()
+        assert np.allclose(project.sum(1)[1:], 1.0, atol=1e-5)
+        if maps is two_maps:
+            assert np.allclose(np.delete(unproject.sum(1), 1), 1.0, atol=1e-9)
+
+
+def test_a_fused_unit_that_a_network_gives_nothing_to_is_that_of_the_others():
+    nets, x = [randomise(mlp(4, 3, 2), s) for s in (1, 2)], torch.randn(30, 4)
+    mixer = couplings_of(nets, x, Exact())
+    space = next(iter(mixer.balanced.networks[0].spaces))
+    plan = np.eye(3) / 3
+    plan[1] = 0.0
+    mixer.couplings[space.name, 1] = Coupling(*two_maps(csr_array(plan)))
+    weights = [n.state_dict()["0.weight"].numpy() for n in nets]
+    mixed = mixer.mix("0.weight", weights)
+    assert np.allclose(mixed[[0, 2]], (weights[0] + weights[1])[[0, 2]] / 2, atol=1e-6)
+    assert np.allclose(mixed[1], weights[0][1], atol=1e-6)
+    heads = [n.state_dict()["2.weight"].numpy() for n in nets]
+    read = mixer.mix("2.weight", heads)
+    assert np.allclose(read[:, 1], heads[0][:, 1] / 2, atol=1e-6)
+
+
+def test_a_solver_changes_the_result():
+    nets = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2)]
+    x = torch.randn(40, 6)
+    fused = [
+        fxfuse.fuse(nets, x, method=fxfuse.Method(coupling=Transport(solver=s)))
+        for s in (Exact(), Sinkhorn(0.2), Sinkhorn(0.5), UnbalancedSinkhorn(0.2))
+    ]
+    assert all(gap(a, b, x) > 1e-3 for i, a in enumerate(fused) for b in fused[:i])

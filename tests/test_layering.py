@@ -32,7 +32,7 @@ LEVELS = {
             "coupling emit grafting report weightwise",
             "attaching refit transport",
             "heads layerwise",
-            "fusion",
+            "fusion zipping",
             "demo presets",
             "cli",
             "__init__ __main__",
