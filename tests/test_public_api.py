@@ -20,8 +20,12 @@ NAMES = [
     "draw",
     "find_spaces",
     "fuse",
+    "narrow",
+    "net2deeper",
+    "net2wider",
     "permute",
     "presets",
+    "transfer",
 ]
 FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 
