@@ -168,7 +168,7 @@ def narrow(
     def attempt(small: Network) -> Attempt:
         own = _like(network, small)
         plan = resize(own, small, strongest, weigh=True)
-        module, error = nearest(plan, own.module)
+        module, error = nearest(plan, own.module, own.example, 0.0)
         return module, plan, error
 
     if like is not None:
