@@ -99,7 +99,7 @@ def transfer(
         >>> len(aligned.meta["fxfuse"].pairs)
         2
     """
-    example = Calibration(data).example() if not isinstance(data, Calibration) else data.example()
+    example = (data if isinstance(data, Calibration) else Calibration(data)).example()
     a, b = (analysed(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)
@@ -182,8 +182,9 @@ def _biases(network: Network, node: fx.Node) -> list[str]:
 
 
 def _norm(network: Network, node: fx.Node) -> list[str]:
-    """Return the tensors of the norm behind a contraction."""
-    norm = next((n for n in node.users if network.is_norm(n)), None)
+    """Return the tensors of the norm behind a contraction, or of the one in front of it."""
+    beside = [*node.users, *network.inputs_of(node)]
+    norm = next((n for n in beside if network.is_norm(n)), None)
     return network.book.tensors.get(norm.name, []) if norm is not None else []
 
 
