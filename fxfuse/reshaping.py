@@ -8,7 +8,8 @@ its units have, by trial on the example, so nothing is known to be right before 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations, product
 from typing import Any
@@ -146,9 +147,11 @@ class _Fitter(Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as it is written, or with the fewest of its sizes changed that do."""
-        given, failure = (n.args, n.kwargs), None
-        for args in _variants(given, self._choices):
-            n.args, n.kwargs = args
+        part = self.module.get_submodule(n.target) if n.op == "call_module" else None
+        given, failure = (n.args, n.kwargs, _settings(part)), None
+        for n.args, n.kwargs, settings in _variants(given, self._choices):
+            for name, setting in settings.items():
+                setattr(part, name, setting)
             try:
                 value = super().run_node(n)
             except Exception as error:
@@ -171,6 +174,9 @@ class _Fitter(Interpreter):
 
     def _fits(self, n: fx.Node, value: Any) -> bool:
         """Tell whether a value has the shape that its units ask for, where that is known."""
+        if isinstance(value, (tuple, list)):
+            parts = [u for u in n.users if u.target is operator.getitem]
+            return all(self._fits(u, p) for u in parts if (p := _at(value, u.args[1])) is not None)
         old = self.network.book.shapes.get(n.name)
         if not isinstance(value, Tensor) or n.op == "get_attr" or not old:
             return True
@@ -186,6 +192,18 @@ class _Fitter(Interpreter):
         alike = [u for u in users if shapes.get(u.name) == shapes[n.name]]
         found = [self.growth.get((x.name, dim), 0) for x in (n, *alike)]
         return max(found, key=abs)
+
+
+def _settings(part: nn.Module | None) -> dict[str, Any]:
+    """Return the sizes that a module without tensors keeps as attributes."""
+    if part is None or any(True for _ in (*part.parameters(), *part.buffers())):
+        return {}
+    shown = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+    return {k: v for k, v in shown.items() if type(v) is int or isinstance(v, tuple)}
+
+
+def _at(parts: Sequence, place: Any) -> Any:
+    return parts[place] if type(place) is int and place < len(parts) else None
 
 
 def _changes(network: Network, sizes: dict[str, int]) -> dict[int, list[int]]:

@@ -23,7 +23,7 @@ from .errors import DataError, NotEquivalent, PairingError
 from .ir import Coupling, Space
 from .network import Network
 from .stands import Resize, copies, normed
-from .tracing import run_once
+from .tracing import device_of, run_once
 from .verify import TOLERANCE, relative_error
 
 EXACT = 1e-6  # relative error of the outputs in float64; a little may be computed in less
@@ -92,7 +92,7 @@ def _product_scale(own: Space, there: Space, stands: np.ndarray, products: str) 
 
 def carried(plan: Resize, source: fx.GraphModule) -> fx.GraphModule:
     """Return the network of the other widths with the weights of a network like the first."""
-    module = copy.deepcopy(plan.networks[1].module)
+    module = copy.deepcopy(plan.networks[1].module).to(device_of(source))
     given = dict([*source.named_parameters(), *source.named_buffers()])
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         old = given[name].detach()

@@ -64,7 +64,7 @@ def test_all_of_a_chain_moves_between_networks_of_one_structure(name):
     moved_over = fxfuse.transfer(source, target, x, output=True)
     state = moved_over.state_dict()
     left = {n for n, t in state.items() if t.is_floating_point() and torch.equal(t, before[n])}
-    if name == "tokens":  # tables are no layers, and between the last norm and the head is a choice
+    if name == "tokens":  # tables are no layers, and the head reads a slice
         assert left == {"token", "position", "norm.weight", "norm.bias"}
     else:
         assert not left and gap(source, moved_over, x) <= 1e-6
