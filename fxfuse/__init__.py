@@ -5,9 +5,11 @@ from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
 from .ir import Alignment, Space, Spaces
+from .net2net import narrow, net2deeper, net2wider
 from .passes import debug
 from .report import Report
 from .spaces import find_spaces, permute
+from .transfer import transfer
 from .version import __version__
 
 __all__ = [
@@ -25,6 +27,10 @@ __all__ = [
     "find_spaces",
     "fuse",
     "heads",
+    "narrow",
+    "net2deeper",
+    "net2wider",
     "permute",
     "presets",
+    "transfer",
 ]

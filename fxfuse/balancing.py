@@ -83,7 +83,7 @@ def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balan
     shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
     balanced, absent = [], []
     for network, module in zip(networks, deepened):
-        adopted = shape if module is shape.module else _adopt(network, module, shape)
+        adopted = shape if module is shape.module else adopt(network, module, shape)
         require_equal(network.module, adopted.module, network.example, f"balancing {network.name}")
         balanced.append(adopted)
         absent.append(_absent(module, adopted))
@@ -193,8 +193,12 @@ def _settings(network: Network, layer: Layer) -> list:
     return found
 
 
-def _adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
-    """Give a network the graph and names of another of the same structure."""
+def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
+    """Give a network the graph and names of another of the same structure.
+
+    Raises:
+        PairingError: If the structures differ.
+    """
     nodes, wanted = list(module.graph.nodes), list(shape.module.graph.nodes)
     root: dict[str, object] = {}
     origin: dict[str, str] = {}

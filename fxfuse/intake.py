@@ -14,7 +14,7 @@ from .data import Calibration
 from .errors import ArgumentError, ModelError
 from .modes import cut_to, evaluating_part
 from .network import Network
-from .tracing import as_example, device_of, run_once, trace
+from .tracing import Example, as_example, device_of, run_once, trace
 
 Progress = Callable[[str, float], None]
 
@@ -84,6 +84,19 @@ def take_in(
     for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
         networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
     return networks, calibration
+
+
+def analysed(model: nn.Module, example: Example, name: str) -> Network:
+    """Trace and analyse one model.
+
+    Raises:
+        TraceError: If the model cannot be traced.
+        DataError: If it refuses the example.
+    """
+    graph = trace(model, name)
+    inputs = as_example(example, device_of(graph))
+    run_once(graph, inputs, name)
+    return Network.of(name, canonical(graph, inputs), inputs)
 
 
 def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:

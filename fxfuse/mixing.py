@@ -200,19 +200,18 @@ def _fixed_apart(where: str, ours: int, theirs: int) -> PairingError:
 
 def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
     """Apply a map `(new, old)` along one axis of a tensor."""
-    if _only_moves(matrix):
-        if np.array_equal(matrix.indices, np.arange(matrix.shape[1])):
-            return tensor
-        return np.take(tensor, matrix.indices, axis=dim)
+    if (np.diff(matrix.indptr) == 1).all():  # one unit for each: no sums
+        still = np.array_equal(matrix.indices, np.arange(matrix.shape[1]))
+        taken = tensor if still else np.take(tensor, matrix.indices, axis=dim)
+        if (matrix.data == 1).all():
+            return taken
+        along = [-1 if d == dim else 1 for d in range(tensor.ndim)]
+        factors = matrix.data.astype(tensor.dtype).reshape(along)
+        return np.multiply(taken, factors, out=None if still else taken)
     moved = np.moveaxis(tensor, dim, 0)
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
     mapped = matrix.astype(flat.dtype) @ flat
     return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
-
-
-def _only_moves(matrix: csr_array) -> bool:
-    single = matrix.nnz == matrix.shape[0] and (np.diff(matrix.indptr) == 1).all()
-    return bool(single and (matrix.data == 1).all())
 
 
 def _map_grouped(

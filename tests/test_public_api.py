@@ -21,8 +21,12 @@ NAMES = [
     "find_spaces",
     "fuse",
     "heads",
+    "narrow",
+    "net2deeper",
+    "net2wider",
     "permute",
     "presets",
+    "transfer",
 ]
 FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 

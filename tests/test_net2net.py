@@ -1,0 +1,363 @@
+"""Deeper, wider and narrower copies: exact where that is claimed, of the right shape elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import (
+    NETS,
+    Concat,
+    Inverted,
+    Pooled,
+    Tokens,
+    build,
+    conv,
+    data_shape,
+    gap,
+    mlp,
+    outputs,
+    random_nets,
+    randomise,
+    residual,
+)
+from torch import nn
+
+import fxfuse
+from fxfuse.errors import ArgumentError, PairingError
+from fxfuse.verify import lint
+
+IMAGES = torch.randn(2, 3, 8, 8)
+OTHER = torch.randn(3, 3, 8, 8)
+
+
+# --- deeper -----------------------------------------------------------------------------------
+
+
+def test_a_deeper_copy_keeps_the_function_and_loads_into_the_deeper_class():
+    shallow, deep = randomise(residual((6, 1), (8, 1))), randomise(residual((6, 3), (8, 2)), 1)
+    deeper = fxfuse.net2deeper(shallow, deep, IMAGES.repeat(4, 1, 1, 1))
+    assert gap(shallow, deeper, OTHER) <= 1e-4
+    deep.load_state_dict(deeper.state_dict())
+    assert gap(shallow, deep, OTHER) <= 1e-4
+
+
+def test_a_deeper_copy_keeps_its_own_widths():
+    shallow, deep = randomise(mlp(6, 5, 5, 3)), randomise(mlp(6, 9, 9, 9, 3), 1)
+    deeper = fxfuse.net2deeper(shallow, deep, torch.randn(20, 6))
+    assert [p.shape[0] for p in deeper.parameters() if p.dim() == 2] == [5, 5, 5, 3]
+
+
+def test_an_alignment_says_where_the_new_layers_go():
+    shallow, deep, x = (
+        randomise(mlp(6, 5, 5, 3)),
+        randomise(mlp(6, 5, 5, 5, 3), 1),
+        torch.randn(9, 6),
+    )
+    alignment = fxfuse.align([shallow, deep], x)
+    deeper = fxfuse.net2deeper(shallow, deep, x, alignment)
+    assert gap(shallow, deeper, x) <= 1e-4
+    slots = [s.slots for s in alignment.segments]
+    pairs = [p for rows in slots for p in zip(*rows) if None not in p]
+    assert len(pairs) == 3
+    for own, there in pairs:
+        a, b = shallow.get_submodule(own), deeper.get_submodule(there)
+        assert torch.equal(a.weight, b.weight)
+
+
+# --- wider ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_a_wider_copy_computes_the_same(name, factor):
+    net, x = build(name)
+    before = copy.deepcopy(net.state_dict())
+    wide = fxfuse.net2wider(net, x, factor=factor)
+    assert gap(net, wide, torch.randn(3, *data_shape(name))) <= 1e-5
+    lint(wide)
+    report, outer = wide.meta["fxfuse"], {s.parent for s in fxfuse.find_spaces(net, x)}
+    for space, (old, new) in report.sizes.items():
+        assert new == (old if space in outer else factor * old), space
+        assert (space in report.kept) == (space in outer)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+@given(random_nets(), st.sampled_from([1.25, 1.5, 2]), st.sampled_from([None, 3]))
+def test_random_networks_wider_by_any_factor_compute_the_same(net, factor, seed):
+    wide = fxfuse.net2wider(net, IMAGES, factor=factor, seed=seed)
+    assert gap(net, wide, OTHER) <= 1e-4
+    grown = [new >= old for old, new in wide.meta["fxfuse"].sizes.values()]
+    assert all(grown) and wide.meta["fxfuse"].error <= 1e-4
+
+
+class GroupNormed(nn.Module):
+    def __init__(self, width=8, groups=2):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3, padding=1)
+        self.norm, self.again = (nn.GroupNorm(groups, width) for _ in "ab")
+        self.head = Pooled(width, 3)
+
+    def forward(self, x):
+        x = torch.nn.functional.silu(self.norm(self.a(x)))
+        return self.head(x + self.again(self.b(x)))
+
+
+LIKE = {
+    "group norm inside": (lambda: GroupNormed(8), lambda: GroupNormed(24)),
+    "group norm, more groups": (lambda: GroupNormed(8), lambda: GroupNormed(16, 4)),
+    "more heads": (lambda: Tokens(8, 2, 12), lambda: Tokens(16, 4, 15)),
+    "larger heads": (lambda: Tokens(8, 2, 12), lambda: Tokens(24, 2, 13)),
+    "more and larger heads": (lambda: Tokens(8, 2, 12), lambda: Tokens(32, 4, 24)),
+    "residual": (lambda: residual((6, 2), (8, 1)), lambda: residual((7, 2), (13, 1), stem=7)),
+    "gate": (
+        lambda: nn.Sequential(conv(3, 6), Inverted(6, 9, 4), Pooled(6, 3)),
+        lambda: nn.Sequential(conv(3, 8), Inverted(8, 9, 7), Pooled(8, 3)),
+    ),
+    "concat": (
+        lambda: nn.Sequential(conv(3, 4), Concat(4, 3), Concat(7, 5), Pooled(12, 3)),
+        lambda: nn.Sequential(conv(3, 5), Concat(5, 7), Concat(12, 6), Pooled(18, 3)),
+    ),
+    "groups": (
+        lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=2), Pooled(8, 3)),
+        lambda: nn.Sequential(conv(3, 16), conv(16, 24, groups=4), Pooled(24, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_a_copy_like_a_wider_network_loads_into_its_class(name):
+    net, wide = (randomise(build(), seed) for seed, build in enumerate(LIKE[name]))
+    result = fxfuse.net2wider(net, IMAGES, like=wide, seed=1)
+    wide.load_state_dict(result.state_dict())
+    assert gap(net, wide, OTHER) <= 1e-5
+    assert result.meta["fxfuse"].kept == {}
+
+
+def test_what_cannot_be_wider_keeps_its_width_and_says_why():
+    net, x = build("layer norm")
+    with pytest.raises(ArgumentError, match="no space"):
+        fxfuse.net2wider(net, x, factor=1.5)
+    wide = fxfuse.net2wider(*build("tokens"), factor=1.5)
+    report = wide.meta["fxfuse"]
+    assert report.sizes["token"] == (8, 8) and "whole multiples" in report.kept["token"]
+    assert report.sizes["blocks.0.mlp.0"] == (12, 18) and "blocks.0.mlp.0" not in report.kept
+
+
+def test_part_of_a_network_that_knows_its_width_stays():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            return self.c(torch.relu(self.b(x / x.shape[1])))
+
+    net, x = randomise(Half()), torch.randn(4, 6)
+    wide = fxfuse.net2wider(net, x)
+    assert gap(net, wide, x) <= 1e-5
+    report = wide.meta["fxfuse"]
+    assert report.sizes == {"a": (8, 8), "b": (5, 10)} and "differ" in report.kept["a"]
+
+
+@pytest.mark.parametrize(
+    ("like", "kind", "words"),
+    [
+        (lambda: mlp(6, 8, 5, 3), PairingError, "too few"),
+        (lambda: mlp(6, 9, 9, 9, 3), PairingError, "structures that differ"),
+        (lambda: mlp(6, 9, 9, 4), PairingError, "must stay in place"),
+    ],
+)
+def test_networks_that_are_no_wider_version_are_refused(like, kind, words):
+    with pytest.raises(kind, match=words):
+        fxfuse.net2wider(randomise(mlp(6, 8, 7, 3)), torch.randn(2, 6), like=randomise(like()))
+
+
+@pytest.mark.parametrize("options", [{"factor": 0.5}, {"noise": -1.0}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ArgumentError, match="out of range"):
+        fxfuse.net2wider(*build("plain"), **options)
+
+
+def test_a_seed_changes_which_units_are_duplicated():
+    net, x = build("plain")
+    states = [fxfuse.net2wider(net, x, factor=1.5, seed=s).state_dict() for s in (None, 1, 1, 2)]
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(states, states[1:])]
+    assert same == [False, True, False]
+
+
+def test_copies_stay_alike_in_training_unless_noise_tells_them_apart():
+    net, x = build("plain")
+    for noise, alike in ((0.0, True), (0.05, False)):
+        wide = fxfuse.net2wider(net, x, noise=noise).train()
+        assert (gap(net, wide, x) < 1e-5) == alike
+        step = torch.optim.Adam(wide.parameters(), 0.01)
+        wide(torch.randn(20, 6)).square().sum().backward()
+        step.step()
+        weight = wide.get_submodule("0").weight
+        assert torch.allclose(weight[:8], weight[8:], atol=1e-6) == alike
+
+
+def test_modes_are_the_models():
+    net, x = build("residual")
+    assert fxfuse.net2wider(net.train(), x).training
+    assert not fxfuse.net2wider(net.eval(), x).training
+
+
+def test_a_wider_copy_fuses_with_what_it_was_made_of():
+    net, x = build("batch norm")
+    wide, data = fxfuse.net2wider(net, x, seed=0), torch.randn(40, 3, 8, 8)
+    assert gap(net, fxfuse.fuse([net, wide], data, anchor=1), data) <= 1e-3
+
+
+# --- narrower ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "tokens", "concat"])
+def test_a_network_is_fused_into_its_narrower_self(name):
+    net, x = build(name)
+    data = torch.randn(40, *data_shape(name))
+    small = fxfuse.narrow(net, x)
+    report = small.meta["fxfuse"]
+    assert all(new <= old for old, new in report.sizes.values())
+    assert any(new < old for old, new in report.sizes.values())
+    fused = fxfuse.fuse([net, small], data, weights=[1, 0], anchor=1)
+    state = fused.state_dict()
+    assert {n: t.shape for n, t in small.state_dict().items()} == {n: state[n].shape for n in state}
+    assert outputs(fused, data).isfinite().all()
+
+
+def test_the_strongest_units_are_kept_with_what_they_read():
+    net = randomise(mlp(6, 5, 3))
+    with torch.no_grad():
+        net[0].weight[1] *= 5
+        net[0].weight[3] *= 5
+    small = fxfuse.narrow(net, torch.randn(2, 6), share=0.4)
+    assert torch.equal(small.get_submodule("0").weight, net[0].weight[[1, 3]])
+    assert torch.equal(small.get_submodule("2").weight, net[2].weight[:, [1, 3]])
+
+
+@given(random_nets(), st.sampled_from([0.4, 0.5, 1.0]))
+def test_random_networks_get_narrower(net, share):
+    spaces = fxfuse.find_spaces(net, IMAGES)
+    if share == 1.0 or all(s.size == 1 for s in spaces):
+        return
+    small = fxfuse.narrow(net, IMAGES, share=share)
+    assert outputs(small, OTHER).shape == (3, 3)
+    lint(small)
+
+
+def test_dead_units_are_the_first_to_go_and_nothing_is_lost():
+    net = randomise(mlp(6, 8, 3))
+    with torch.no_grad():
+        net[0].weight[::2], net[0].bias[::2] = 0.0, 0.0
+    x = torch.randn(4, 6)
+    assert gap(net, fxfuse.narrow(net, x), x) <= 1e-6
+    assert fxfuse.narrow(net, x).meta["fxfuse"].error <= 1e-6
+
+
+def test_a_copy_like_a_narrower_network_loads_into_its_class():
+    net, small = randomise(Tokens(16, 4, 12)), randomise(Tokens(8, 2, 7), 1)
+    result = fxfuse.narrow(net, IMAGES, like=small)
+    small.load_state_dict(result.state_dict())
+    assert outputs(small, IMAGES).shape == (2, 3)
+
+
+def test_shares_out_of_range_and_nothing_to_narrow_are_refused():
+    for share in (0, 1.2):
+        with pytest.raises(ArgumentError, match="out of range"):
+            fxfuse.narrow(*build("plain"), share=share)
+    with pytest.raises(ArgumentError, match="no space"):
+        fxfuse.narrow(*build("plain"), share=1.0)
+
+
+# --- torchvision ------------------------------------------------------------------------------
+
+
+def tv(name, **options):
+    from torchvision import models
+
+    return lambda: models.get_model(name, weights=None, **options)
+
+
+def vit(width, heads, inner):
+    from torchvision.models import VisionTransformer
+
+    return lambda: VisionTransformer(32, 8, 2, heads, width, inner, num_classes=7)
+
+
+def swin(width, heads, second=False):
+    from torchvision.models import swin_transformer as s
+
+    v2 = {"block": s.SwinTransformerBlockV2, "downsample_layer": s.PatchMergingV2}
+    return lambda: s.SwinTransformer(
+        [4, 4], width, [2, 2], heads, [4, 4], num_classes=7, **(v2 if second else {})
+    )
+
+
+def maxvit(width):
+    from torchvision.models import MaxVit
+
+    return lambda: MaxVit((32, 32), width, 2, [width, 2 * width], [1, 1], 8, 0.0, num_classes=7)
+
+
+PAIRS = {
+    "vit": (vit(24, 3, 48), vit(48, 6, 90)),
+    "swin": (swin(12, [3, 6]), swin(24, [6, 12])),
+    "swin_v2": (swin(12, [3, 6], second=True), swin(24, [3, 6], second=True)),
+    "maxvit": (maxvit(16), maxvit(32)),
+}
+LARGE = {
+    "mobilenet_v2": (tv("mobilenet_v2", width_mult=1.0), tv("mobilenet_v2", width_mult=1.4)),
+    "resnet50": (tv("resnet50"), tv("wide_resnet50_2")),
+    "mnasnet": (tv("mnasnet0_5"), tv("mnasnet1_0")),
+    "densenet": (tv("densenet121", growth_rate=16), tv("densenet121", growth_rate=24)),
+}
+
+
+def widened_like(small, large, side=32):
+    from test_torchvision import coverage
+
+    x = torch.randn(4, 3, side, side)
+    net, wide = coverage.randomise(small(), x), large().eval()
+    wide.load_state_dict(fxfuse.net2wider(net, x[:2], like=wide).state_dict())
+    return gap(net, wide, torch.randn(2, 3, side, side))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_vision_networks_are_widened_into_larger_ones(name):
+    assert widened_like(*PAIRS[name]) <= 1e-4
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LARGE)
+def test_large_vision_networks_are_widened_into_larger_ones(name):
+    assert widened_like(*LARGE[name], side=64) <= 1e-4
+
+
+@pytest.mark.sweep
+def test_widths_that_a_norm_does_not_allow_are_refused_with_the_reason():
+    net, wide = tv("convnext_small")(), tv("convnext_base")()
+    with pytest.raises(PairingError, match="96 units, to be 128") as caught:
+        fxfuse.net2wider(net, torch.randn(1, 3, 64, 64), like=wide)
+    assert "multiple" in caught.value.expected
+
+
+SWEEP = """
+vgg11_bn resnet18 resnext50_32x4d wide_resnet50_2 regnet_y_400mf efficientnet_b0
+efficientnet_v2_s mobilenet_v2 mobilenet_v3_small mnasnet0_5 squeezenet1_0 densenet121 googlenet
+convnext_tiny swin_t swin_v2_t
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SWEEP)
+def test_vision_networks_are_widened_by_a_factor(name):
+    from test_torchvision import coverage
+
+    net = coverage.build(name)
+    wide = fxfuse.net2wider(net, torch.randn(2, 3, 64, 64))
+    assert gap(net, wide, torch.randn(2, 3, 64, 64)) <= 1e-4
+    assert all("blocks" in why for why in wide.meta["fxfuse"].kept.values())
