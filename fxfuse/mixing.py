@@ -95,7 +95,7 @@ class Mixer:
         if groups > 1:
             return _map_grouped(tensor, maps, groups, self._groups(name, k))
         for d, matrix in maps.items():
-            tensor = _apply(matrix, tensor, d)
+            tensor = apply_map(matrix, tensor, d)
         return tensor
 
     def _groups(self, name: str, k: int) -> int:
@@ -133,14 +133,17 @@ class Mixer:
         return csr_array((np.concatenate(data), where), shape=(ours, theirs))
 
 
-def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+def apply_map(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+    """Map one axis of a tensor; a permutation only moves what lies along it."""
     if _only_moves(matrix):
         if np.array_equal(matrix.indices, np.arange(matrix.shape[1])):
             return tensor
         return np.take(tensor, matrix.indices, axis=dim)
     moved = np.moveaxis(tensor, dim, 0)
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
-    mapped = matrix.astype(flat.dtype) @ flat
+    matrix = matrix.astype(flat.dtype)
+    dense = matrix.nnz * 32 > matrix.shape[0] * matrix.shape[1]
+    mapped = (matrix.toarray() if dense else matrix) @ flat
     return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
 
 

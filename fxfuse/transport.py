@@ -14,7 +14,7 @@ from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
 from .solvers import Exact
-from .weightwise import weight_cost
+from .weightwise import Weights, weight_cost
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
 
@@ -50,7 +50,8 @@ class Transport:
         for key in keys:
             if key not in late:
                 plans.solve(*key, costs)
-        costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
+        weights, shown = Weights.of(mixer), [key for key in late if match.spaces[key[0]][0].axes]
+        costs |= {key: weight_cost(weights, *key) for key in shown}
         for key in keys:
             if key in late:
                 plans.solve(*key, costs)
