@@ -106,6 +106,9 @@ class Mixer:
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
+        whole = self._whole(name, dim, k)
+        if whole is not None:
+            return whole
         ours = self._anchor_spaces().sizes[name, dim]
         theirs = self.balanced.networks[k].spaces.sizes[name, dim]
         rows, columns, data = [], [], []
@@ -131,6 +134,19 @@ class Mixer:
         data.append(np.ones(len(rows[-1])))
         where = (np.concatenate(rows), np.concatenate(columns))
         return csr_array((np.concatenate(data), where), shape=(ours, theirs))
+
+    def _whole(self, name: str, dim: int, k: int) -> csr_array | None:
+        """Return the map of an axis that is one space and nothing else, unit by unit."""
+        found = self._anchor_spaces().places.get((name, dim), ())
+        other = self.balanced.networks[k].spaces.places.get((name, dim), ())
+        if len(found) != 1 or len(other) != 1:
+            return None
+        for network, (_, axis) in ((self.anchor, found[0]), (k, other[0])):
+            size = self.balanced.networks[network].spaces.sizes[name, dim]
+            if not np.array_equal(axis.index, np.arange(size)[:, None]):
+                return None
+        coupling = self.couplings[found[0][0].name, k]
+        return csr_array(coupling.unproject.T) if found[0][1].reads else coupling.project
 
 
 def apply_map(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:

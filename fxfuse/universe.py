@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.polynomial import Polynomial
+from numpy.polynomial.polynomial import polyadd
 from scipy.sparse import csr_array
 
 from .ascent import Start, families, follow, forward, inner, members, require_equal_widths
 from .coupling import Plans, two_maps
 from .ir import Coupling
 from .measuring import Measurements, View
-from .mixing import Mixer
+from .mixing import Mixer, apply_map
 from .solvers import Assignment
 from .together import Free, join, merge_in_turn, spaces_to_join
 from .weightwise import Weights, cross, unit_rows
@@ -74,65 +75,89 @@ class CycleConsistent:
 
 def _step(weights: Weights, free: Free, tolerance: float) -> bool:
     """Take one Frank-Wolfe step; return whether it gained anything."""
-    value, gains = slope(weights)
+    gains = slope(weights)
     here = {key: weights.mixer.couplings[key].project for key in _keys(free)}
     corner = _corner(weights, free, gains)
+    curve = Polynomial(along(weights, corner))
     room = sum(float((corner[key] - here[key]).multiply(g).sum()) for key, g in gains.items())
-    if room <= tolerance * abs(value):
+    least = tolerance * abs(curve(0.0))
+    if room <= least:
         return False
-    degree = 2 * max(len(weights.dims(t)) for t in _tensors(weights))
-    points, values = np.linspace(0.0, 1.0, degree + 1), [value]
-    for point in points[1:]:
-        _move(weights, _between(here, corner, point))
-        values.append(objective(weights))
-    best, gained = _highest(points, np.array(values))
-    _move(weights, _between(here, corner, best))
-    return gained > tolerance * abs(value)
+    best = _highest(curve)
+    _move(weights, {key: (1 - best) * here[key] + best * corner[key] for key in here})
+    return curve(best) - curve(0.0) > least
 
 
-def _highest(points: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Return where in [0, 1] the polynomial through some values is highest, and its rise."""
-    curve = Polynomial.fit(points, values, len(points) - 1)
+def _highest(curve: Polynomial) -> float:
+    """Return where in [0, 1] a polynomial is highest."""
     roots = curve.deriv().roots()
     flat = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
-    best = max([0.0, 1.0, *flat], key=curve)
-    return best, float(curve(best) - curve(0.0))
+    return max([0.0, 1.0, *flat], key=curve)
+
+
+def along(weights: Weights, corner: Maps) -> np.ndarray:
+    """Return the coefficients, constant first, of the objective on the way to other maps.
+
+    A mapped tensor is a polynomial in the step, of the degree of its number of mapped axes.
+    """
+    other = weights.at({key: _coupling(project) for key, project in corner.items()})
+    total = np.zeros(1)
+    for tensor in _tensors(weights):
+        curves = [_curve(weights, other, tensor, k) for k in weights.having(tensor)]
+        both = [sum(parts) for parts in zip(*curves)]
+        for sign, curve in [(0.5, both), *((-0.5, c) for c in curves)]:
+            total = polyadd(total, sign * _square(curve))
+    return total
+
+
+def _curve(weights: Weights, other: Weights, tensor: str, k: int) -> list[np.ndarray]:
+    """Return the coefficients of a mapped tensor on the way from some maps to others."""
+    found = [weights.dense(tensor, k)]
+    for dim in weights.dims(tensor):
+        here, there = (w.axis_map(tensor, dim, k) for w in (weights, other))
+        low = [apply_map(here, t, dim) for t in found]
+        high = [apply_map(there, t, dim) for t in found]
+        steps = [b - a for a, b in zip(low, high)]
+        found = [low[0], *(a + b for a, b in zip(low[1:], steps)), steps[-1]]
+    return found
+
+
+def _square(curve: list[np.ndarray]) -> np.ndarray:
+    """Return the coefficients of the squared norm of a polynomial of tensors."""
+    total = np.zeros(2 * len(curve) - 1)
+    for i, a in enumerate(curve):
+        for j, b in enumerate(curve[i:], i):
+            total[i + j] += inner(a, b) * (1 if i == j else 2)
+    return total
 
 
 def objective(weights: Weights) -> float:
     """Return the sum over tensors and pairs of networks of their inner product, mapped."""
-    return sum(_of_tensor(weights, t)[0] for t in _tensors(weights))
-
-
-def slope(weights: Weights) -> tuple[float, Gains]:
-    """Return the objective, and its derivative `(universe, units)` by each map."""
-    value, gains = 0.0, {}
+    value = 0.0
     for tensor in _tensors(weights):
-        part, mapped, total = _of_tensor(weights, tensor)
-        value += part
+        mapped = [weights.carried(tensor, k) for k in weights.having(tensor)]
+        total = sum(mapped)
+        value += (inner(total, total) - sum(inner(t, t) for t in mapped)) / 2
+    return value
+
+
+def slope(weights: Weights) -> Gains:
+    """Return the derivative `(universe, units)` of the objective by each map."""
+    gains: Gains = {}
+    for tensor in _tensors(weights):
+        mapped = {k: weights.carried(tensor, k) for k in weights.having(tensor)}
+        total = sum(mapped.values())
         for k, own in mapped.items():
-            others = total - own
             for name, axis in weights.places(tensor):
-                found = cross(unit_rows(others, axis), weights.rows(name, axis, k))
+                found = cross(unit_rows(total - own, axis), weights.rows(name, axis, k))
                 gains[name, k] = gains[name, k] + found if (name, k) in gains else found
-    return value, gains
-
-
-def _of_tensor(
-    weights: Weights, tensor: str
-) -> tuple[float, dict[int, np.ndarray], np.ndarray]:
-    """Return a tensor's part of the objective, the tensor of each network, and their sum."""
-    here = [k for k, state in enumerate(weights.states) if tensor in state]
-    mapped = {k: weights.carried(tensor, k) for k in here}
-    total = sum(mapped.values())
-    return (inner(total, total) - sum(inner(t, t) for t in mapped.values())) / 2, mapped, total
+    return gains
 
 
 def _tensors(weights: Weights) -> list[str]:
     """Return the tensors with units on them that at least two networks have."""
     names = dict.fromkeys(t for state in weights.states for t in state)
-    shared = [t for t in names if sum(t in state for state in weights.states) > 1]
-    return [t for t in shared if weights.dims(t)]
+    return [t for t in names if len(weights.having(t)) > 1 and weights.dims(t)]
 
 
 def _corner(weights: Weights, free: Free, gains: Gains) -> Maps:
@@ -151,15 +176,15 @@ def _corner(weights: Weights, free: Free, gains: Gains) -> Maps:
     return {key: coupling.project for key, coupling in plans.couplings.items()}
 
 
-def _between(here: Maps, there: Maps, share: float) -> Maps:
-    return {key: (1 - share) * here[key] + share * there[key] for key in here}
-
-
 def _move(weights: Weights, maps: Maps) -> None:
     for (name, k), project in maps.items():
-        project = csr_array(project)
-        project.eliminate_zeros()
-        weights.put(name, k, Coupling(project, csr_array(project.T)))
+        weights.put(name, k, _coupling(project))
+
+
+def _coupling(project: csr_array) -> Coupling:
+    project = csr_array(project)
+    project.eliminate_zeros()
+    return Coupling(project, csr_array(project.T))
 
 
 def _keys(free: Free) -> list[tuple[str, int]]:

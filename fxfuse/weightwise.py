@@ -8,7 +8,7 @@ per group only its output axis counts, since each row then belongs to one unit w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -68,6 +68,15 @@ class Weights:
             states.append({n: t for n, t in found.items() if n not in foreign})
         return cls(mixer, tuple(states))
 
+    def at(self, couplings: dict[tuple[str, int], Coupling]) -> Weights:
+        """Return the same tensors with other couplings."""
+        known = self.mixer.couplings | couplings
+        return Weights(replace(self.mixer, couplings=known), self.states)
+
+    def having(self, tensor: str) -> list[int]:
+        """Return the networks in which a tensor has a say."""
+        return [k for k, state in enumerate(self.states) if tensor in state]
+
     def forget(self, name: str, k: int) -> None:
         """Take a coupling away, and the maps made of it."""
         self.mixer.couplings.pop((name, k), None)
@@ -109,13 +118,14 @@ class Weights:
 
     def carried(self, tensor: str, k: int, but: int | None = None) -> np.ndarray:
         """Return one network's tensor with every axis mapped, `but` one; dense, if grouped."""
-        value = self._dense(tensor, k)
+        value = self.dense(tensor, k)
         for dim in self.dims(tensor):
             if dim != but:
-                value = apply_map(self._map(tensor, dim, k), value, dim)
+                value = apply_map(self.axis_map(tensor, dim, k), value, dim)
         return value
 
-    def _dense(self, tensor: str, k: int) -> np.ndarray:
+    def dense(self, tensor: str, k: int) -> np.ndarray:
+        """Return one network's tensor as it is; dense, if grouped."""
         value, places = self.states[k][tensor], self.mixer.balanced.networks[k].spaces.places
         for dim in self.dims(tensor):
             groups = max((a.groups for _, a in places.get((tensor, dim), ())), default=1)
@@ -123,7 +133,8 @@ class Weights:
                 value = _without_groups(value, groups)
         return value
 
-    def _map(self, tensor: str, dim: int, k: int) -> csr_array:
+    def axis_map(self, tensor: str, dim: int, k: int) -> csr_array:
+        """Return the map along one axis of a tensor, kept until a coupling on it changes."""
         key = (tensor, dim, k)
         if key not in self.maps:
             self.maps[key] = self.mixer.axis_map(*key)
