@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from .correspondence import Correspondence
 from .coupling import Costs, Plans, two_maps
 from .errors import PairingError
+from .ir import Axis
 from .network import Network
 from .solvers import Assignment
 from .weightwise import Weights, cross, unit_rows
@@ -39,24 +40,19 @@ class Ascent:
         k: The network.
         targets: What each of its tensors is to resemble, in fused coordinates.
         names: The spaces that may move.
-        plans: Solves spaces with blocks; writes couplings of its own.
     """
 
     weights: Weights
     k: int
     targets: Targets
     names: Sequence[str]
-    plans: Plans = field(init=False)
-
-    def __post_init__(self) -> None:
-        match = self.weights.mixer.match
-        object.__setattr__(self, "plans", Plans(match, Assignment(), two_maps))
 
     def keep(self) -> None:
         """Leave all units of the network where they are."""
+        plans = Plans(self._match, Assignment(), two_maps)
         for name in self.names:
-            self.plans.keep(name, self.k)
-            self._publish(name)
+            plans.keep(name, self.k)
+            self.weights.put(name, self.k, plans.couplings[name, self.k])
 
     def sweep(self) -> None:
         """Match family by family in network order, by the tensors whose other axes are matched."""
@@ -112,13 +108,8 @@ class Ascent:
 
     def _try(self, moving: list[str]) -> bool:
         """Move some spaces to where the sum seems greatest; undo it unless it is greater."""
-        tensors, before = self._tensors(moving), {}
-        if not tensors:
-            return False
-        for name in moving:
-            before[name] = self.weights.mixer.couplings[name, self.k], self.plans.plans.get(
-                (name, self.k)
-            )
+        tensors = self._tensors(moving)
+        before = {name: self.weights.mixer.couplings[name, self.k] for name in moving}
         value, scale = self._value(tensors)
         self._solve(moving, self._gains(moving))
         linked = [n for n in moving[1:] if self._linked(n, moving)]
@@ -127,10 +118,8 @@ class Ascent:
                 self._solve([name], self._gains([name]))
         if self._value(tensors)[0] > value + LEAST_GAIN * scale:
             return True
-        for name, (coupling, plan) in before.items():
+        for name, coupling in before.items():
             self.weights.put(name, self.k, coupling)
-            if plan is not None:
-                self.plans.plans[name, self.k] = plan
         return False
 
     def _linked(self, name: str, family: Sequence[str]) -> bool:
@@ -147,39 +136,45 @@ class Ascent:
         return value, scale
 
     def _gains(self, moving: Sequence[str], settled: bool = False) -> Costs:
-        """Return minus the inner products of targets and units, for each space that has any."""
+        """Return minus the inner products of targets and units, for each space that has any.
+
+        Args:
+            moving: The spaces; a tensor that two of them lie on does not count.
+            settled: Only count tensors whose other axes are matched.
+        """
         found: Costs = {}
         for name in moving:
-            total = None
-            for axis in self.weights.axes(name):
-                across = self.weights.spaces_on(axis.tensor, axis.dim)
-                if set(across) & set(moving) and len(moving) > 1:
-                    continue
-                if axis.tensor not in self.targets or axis.tensor not in self.weights.states[self.k]:
-                    continue
-                if settled and not self.weights.settled(axis, self.k):
-                    continue
-                part = cross(
-                    unit_rows(self.targets[axis.tensor], axis), self.weights.rows(name, axis, self.k)
-                )
-                total = part if total is None else total + part
-            if total is not None:
-                found[name, self.k] = -total * members(self.weights.mixer.match, name)
+            parts = [
+                cross(unit_rows(self.targets[a.tensor], a), self.weights.rows(name, a, self.k))
+                for a in self._counted(name, moving)
+                if not settled or self.weights.settled(a, self.k)
+            ]
+            if parts:
+                found[name, self.k] = -sum(parts) * members(self._match, name)
         return found
+
+    def _counted(self, name: str, moving: Sequence[str]) -> list[Axis]:
+        """Return where a space lies in tensors that have a target, and that only it moves."""
+        mine = set(self._tensors([name]))
+        axes = [a for a in self.weights.axes(name) if a.tensor in mine]
+        if len(moving) == 1:
+            return axes
+        return [a for a in axes if not {*self.weights.spaces_on(a.tensor, a.dim)} & {*moving}]
 
     def _solve(self, moving: Sequence[str], costs: Costs) -> None:
         """Solve some spaces; one of which nothing is known stays, or moves with its blocks."""
-        follow(self.weights.mixer.match, moving, self.k, costs)
+        known = self.weights.mixer.couplings
+        plans = Plans(self._match, Assignment(), two_maps)
+        plans.plans.update({key: c.project for key, c in known.items() if key[1] == self.k})
+        follow(self._match, moving, self.k, costs)
         for name in moving:
-            if len(moving) > 1 or (name, self.k) in costs or name not in self._placed():
-                self.plans.solve(name, self.k, costs)
-                self._publish(name)
+            if (name, self.k) in costs or len(moving) > 1 or (name, self.k) not in known:
+                plans.solve(name, self.k, costs)
+                self.weights.put(name, self.k, plans.couplings[name, self.k])
 
-    def _placed(self) -> set[str]:
-        return {name for name, k in self.weights.mixer.couplings if k == self.k}
-
-    def _publish(self, name: str) -> None:
-        self.weights.put(name, self.k, self.plans.couplings[name, self.k])
+    @property
+    def _match(self) -> Correspondence:
+        return self.weights.mixer.match
 
 
 Start = Callable[[Ascent], None]

@@ -50,10 +50,12 @@ class Transport:
         for key in keys:
             if key not in late:
                 plans.solve(*key, costs)
-        weights, shown = Weights.of(mixer), [key for key in late if match.spaces[key[0]][0].axes]
-        costs |= {key: weight_cost(weights, *key) for key in shown}
-        for key in keys:
-            if key in late:
+        weights = Weights.of(mixer)
+        for k in sorted({k for _, k in late}):
+            own = [key for key in keys if key in late and key[1] == k]
+            shown = [key for key in own if match.spaces[key[0]][0].axes]
+            costs |= {key: weight_cost(weights, *key) for key in shown}
+            for key in own:
                 plans.solve(*key, costs)
 
 

@@ -13,7 +13,7 @@ from .measuring import Measurements, View
 from .mixing import Mixer
 from .solvers import Exact
 from .together import join, merge_in_turn, spaces_to_join
-from .weightwise import Products, Weights, distance, unit_norm
+from .weightwise import Products, Weights, distance, unit_norm, weight_cost
 
 RowCost = Callable[[Products], np.ndarray]
 
@@ -76,6 +76,8 @@ class WeightTransport:
             if products is not None:
                 scaled = unit_norm(products) if self.scale_to_one else products
                 found[name, k] = self.ground_cost(scaled)
+            elif k == weights.reference(name):  # the base has no such units: share these out
+                found[name, k] = weight_cost(weights, name, k)
         return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -89,32 +90,39 @@ class Weights:
         self.mixer.couplings[name, k] = coupling
 
     def axes(self, name: str) -> list[Axis]:
-        """Return where a space lies in tensors of some network, in the anchor's coordinates."""
-        base = self.mixer.match.spaces[name][self.mixer.anchor]
-        present = [a for a in base.axes if any(a.tensor in s for s in self.states)]
-        return [a for a in present if not self._follows(a.tensor, a.dim)]
-
-    def dims(self, tensor: str) -> list[int]:
-        """Return the axes of a tensor along which units lie."""
-        spaces = self.mixer.balanced.networks[self.mixer.anchor].spaces
-        found = dict.fromkeys(a.dim for _, a in spaces.on(tensor))
-        return [d for d in found if not self._follows(tensor, d)]
+        """Return where a space lies in tensors with a say, in the anchor's coordinates."""
+        axes = self._anchor.spaces[name].axes
+        return [a for a in axes if (name, a) in self.places(a.tensor)]
 
     def places(self, tensor: str) -> list[tuple[str, Axis]]:
         """Return the spaces on the axes of a tensor and where, in the anchor's coordinates."""
-        spaces, dims = self.mixer.balanced.networks[self.mixer.anchor].spaces, self.dims(tensor)
-        return [(s.name, a) for s, a in spaces.on(tensor) if a.dim in dims]
+        return self._places.get(tensor, [])
+
+    def dims(self, tensor: str) -> list[int]:
+        """Return the axes of a tensor along which units lie."""
+        return list(dict.fromkeys(axis.dim for _, axis in self.places(tensor)))
 
     def spaces_on(self, tensor: str, but: int | None = None) -> list[str]:
         """Return the spaces that lie on the axes of a tensor, one axis left out."""
         return [name for name, axis in self.places(tensor) if axis.dim != but]
 
-    def _follows(self, tensor: str, dim: int) -> bool:
-        """Tell whether an axis is the input axis of a convolution with one input per group."""
-        places = self.mixer.balanced.networks[self.mixer.anchor].spaces.places
-        groups = max((a.groups for _, a in places.get((tensor, dim), ())), default=1)
-        shapes = {s[tensor].shape[dim] for s in self.states if tensor in s}
-        return groups > 1 and shapes == {1}
+    @property
+    def _anchor(self) -> Network:
+        return self.mixer.balanced.networks[self.mixer.anchor]
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[str, Axis]]]:
+        """The spaces on each tensor; the input axis of one input per group follows the other."""
+        found = {}
+        for tensor in dict.fromkeys(name for state in self.states for name in state):
+            places = [(space.name, axis) for space, axis in self._anchor.spaces.on(tensor)]
+            shapes = [state[tensor].shape for state in self.states if tensor in state]
+            found[tensor] = [
+                (name, axis)
+                for name, axis in places
+                if axis.groups == 1 or any(shape[axis.dim] > 1 for shape in shapes)
+            ]
+        return found
 
     def carried(self, tensor: str, k: int, but: int | None = None) -> np.ndarray:
         """Return one network's tensor with every axis mapped, `but` one; dense, if grouped."""
@@ -159,8 +167,14 @@ class Weights:
         mapped = all(pair in self.mixer.couplings for pair in pairs)
         return mapped and all(axis.tensor in self.states[k] for k in networks)
 
+    def reference(self, name: str) -> int:
+        """Return whose units the others' are compared with: the first's, if the base has none."""
+        match = self.mixer.match
+        base, here = match.base[name], match.present[name]
+        return base if here[base] or not any(here) else here.index(True)
+
     def products(self, name: str, k: int, axes: list[Axis]) -> Products | None:
-        """Compare a network's units with the base network's by the tensors that are settled.
+        """Compare a network's units with the fused units, as the reference network fills them.
 
         Args:
             name: The space.
@@ -170,18 +184,21 @@ class Weights:
         Returns:
             Their inner products, or None if there was nothing to compare.
         """
-        base, total = self.mixer.match.base[name], None
+        other, total = self.reference(name), None
+        if other == k or (name, other) not in self.mixer.couplings:
+            return None
         for axis in axes:
-            if not self.settled(axis, base, k):
+            if not self.settled(axis, other, k):
                 continue
-            a, b = (self.rows(name, axis, i) for i in (base, k))
+            a = unit_rows(self.carried(axis.tensor, other), axis)
+            b = self.rows(name, axis, k)
             part = Products(squares(a), squares(b), cross(a, b))
             total = part if total is None else _sum(total, part)
         return total
 
 
 def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
-    """Return the squared distance `(base units, units)` between units' weights, as far as settled.
+    """Return the squared distance `(fused units, units)` between units' weights, as far as settled.
 
     References:
         Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
