@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_array, eye_array
 
 from .correspondence import Correspondence
@@ -27,7 +28,7 @@ from .errors import PairingError
 from .ir import Coupling, Space
 from .measuring import Measurements, View
 from .mixing import Mixer
-from .solvers import Exact, Solver
+from .solvers import Assignment, Exact, Solver
 
 Costs = dict[tuple[str, int], np.ndarray]
 Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
@@ -109,7 +110,8 @@ class Plans:
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
         solver = self._solver_of(name)
         if inner:
-            cost = _block_cost(base.size, space.size, inner, solver)
+            blocks = _block_cost(base.size, space.size, inner, solver)
+            cost = blocks if cost is None else cost + blocks
         if cost is None:
             if base.size != space.size:
                 raise _unmeasured(name, base.size, space.size)
@@ -183,10 +185,15 @@ def _block_cost(
         ours, theirs = _members(base), _members(space)
         for i, here in enumerate(ours):
             for j, there in enumerate(theirs):
-                part = cost[np.ix_(here, there)]
-                plan = solver(part, *uniform(part))
-                total[i, j] += plan.multiply(part).sum()
+                total[i, j] += _least(cost[np.ix_(here, there)], solver)
     return total
+
+
+def _least(cost: np.ndarray, solver: Solver) -> float:
+    """Return the cost of the best plan; many small assignments are worth a shortcut."""
+    if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
+        return float(cost[linear_sum_assignment(cost)].mean())
+    return float(solver(cost, *uniform(cost)).multiply(cost).sum())
 
 
 def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

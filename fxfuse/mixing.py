@@ -127,6 +127,9 @@ class Mixer:
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
+        whole = self._whole(name, dim, k)
+        if whole is not None:
+            return whole
         spaces = [self.balanced.networks[i].spaces for i in (self.anchor, k)]
         found = [{s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces]
         return self._positions(name, dim, *found, *(x.sizes[name, dim] for x in spaces), k)
@@ -188,6 +191,20 @@ class Mixer:
         places = (np.concatenate(rows), np.concatenate(columns))
         return csr_array((np.concatenate(data), places), shape=(ours, theirs))
 
+    def _whole(self, name: str, dim: int, k: int) -> csr_array | None:
+        """Return the map of an axis that is one space and nothing else, unit by unit."""
+        found = self._anchor_spaces().places.get((name, dim), ())
+        other = self.balanced.networks[k].spaces.places.get((name, dim), ())
+        if len(found) != 1 or len(other) != 1:
+            return None
+        for network, (_, axis) in ((self.anchor, found[0]), (k, other[0])):
+            size = self.balanced.networks[network].spaces.sizes[name, dim]
+            if not np.array_equal(axis.index, np.arange(size)[:, None]):
+                return None
+        space = found[0][0].name
+        coupling = self.layered.get((space, name, dim, k)) or self.couplings[space, k]
+        return csr_array(coupling.unproject.T) if found[0][1].reads else coupling.project
+
 
 def _fixed_apart(where: str, ours: int, theirs: int) -> PairingError:
     return PairingError(
@@ -210,7 +227,9 @@ def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
         return np.multiply(taken, factors, out=None if still else taken)
     moved = np.moveaxis(tensor, dim, 0)
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
-    mapped = matrix.astype(flat.dtype) @ flat
+    matrix = matrix.astype(flat.dtype)
+    dense = matrix.nnz * 32 > matrix.shape[0] * matrix.shape[1]
+    mapped = (matrix.toarray() if dense else matrix) @ flat
     return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
 
 

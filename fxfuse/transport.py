@@ -14,7 +14,7 @@ from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
 from .solvers import Exact, Solver
-from .weightwise import weight_cost
+from .weightwise import Weights, weight_cost
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
 
@@ -62,10 +62,12 @@ def solve_all(mixer: Mixer, plans: Plans, costs: Costs) -> None:
     for key in keys:
         if key not in late:
             plans.solve(*key, costs)
-    with_weights = [key for key in late if mixer.match.spaces[key[0]][0].axes]
-    costs |= {key: weight_cost(mixer, *key) for key in with_weights}
-    for key in keys:
-        if key in late:
+    weights = Weights.of(mixer)
+    for k in sorted({k for _, k in late}):
+        own = [key for key in keys if key in late and key[1] == k]
+        shown = [key for key in own if mixer.match.spaces[key[0]][0].axes]
+        costs |= {key: weight_cost(weights, *key) for key in shown}
+        for key in own:
             plans.solve(*key, costs)
 
 
