@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from .alignment import Aligner, align_networks, monotone
-from .balancing import balance_networks
+from .balancing import Balancing, deepen
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .data import Calibration
@@ -34,12 +34,15 @@ class Method:
 
     Attributes:
         aligner: Cost matrix of a segment to the alignment of its layers.
+        balancing: How networks of different depth get one structure: `deepen`, which is exact, or
+            `Shorten(...)`.
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
         anchor: Which network's widths the fused one takes, when the caller does not say.
     """
 
     aligner: Aligner = monotone
+    balancing: Balancing = deepen
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
     anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
@@ -83,7 +86,8 @@ def fuse(
         ModelError: If weights are not finite, or outputs differ in shape.
         DataError: If the data are empty, refused by a model, or not finite.
         PairingError: If the networks do not belong to one family.
-        PassError: If a layer that one network lacks has no neutral form.
+        PassError: If a layer that one network lacks has no neutral form, or nothing can take the
+            place of one that is to be removed.
 
     Example:
         >>> import torch
@@ -104,7 +108,7 @@ def fuse(
         clock.start("align layers")
         alignment = align_networks(networks, calibration, method.aligner, False, clock.tick)
     clock.start("balance depths")
-    balanced = balance_networks(networks, alignment)
+    balanced = method.balancing(networks, alignment, calibration)
     mixer = Mixer(balanced, target, correspond(balanced, target), shares)
     fused = _mix(mixer, calibration, method, clock)
     fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
@@ -166,7 +170,10 @@ def balance(
     alignment: Alignment | None = None,
     method: Method | None = None,
 ) -> list[fx.GraphModule]:
-    """Give networks of different depth one structure without changing their functions.
+    """Give networks of different depth one structure.
+
+    By default, layers that do nothing are inserted and no function changes; other ways are a choice
+    of the method, such as `Method(balancing=Shorten())`.
 
     Args:
         models: The networks; not modified.
@@ -176,18 +183,19 @@ def balance(
 
     Returns:
         One `GraphModule` per network, equal node for node and name for name, each computing what
-        its model computes.
+        its model computes (nearly, where the method removes layers).
 
     Raises:
         PairingError: If the networks do not belong to one family.
-        PassError: If a layer that one network lacks has no neutral form.
-        NotEquivalent: If a network's function would change.
+        PassError: If a layer that one network lacks has no neutral form, or nothing can take the
+            place of one that is to be removed.
+        NotEquivalent: If the function of a network that keeps its layers would change.
     """
+    method = method or Method()
     networks, calibration = take_in(models, data, Clock(None))
     if alignment is None:
-        aligner = (method or Method()).aligner
-        alignment = align_networks(networks, calibration, aligner, measure_forced=False)
-    balanced = balance_networks(networks, alignment)
+        alignment = align_networks(networks, calibration, method.aligner, measure_forced=False)
+    balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]
 

@@ -31,6 +31,7 @@ class Report:
         weights: Share of each network.
         spaces: Sizes, coupling costs and confidences.
         frozen: What stayed in place, and why.
+        errors: Relative error of each network once depths were equal, zero if its layers stayed.
         seconds: Wall time of each stage.
     """
 
@@ -39,6 +40,7 @@ class Report:
     weights: tuple[float, ...]
     spaces: tuple[SpaceReport, ...]
     frozen: tuple[Frozen, ...]
+    errors: tuple[float, ...]
     seconds: dict[str, float]
 
 
@@ -51,5 +53,5 @@ def report_on(mixer: Mixer, alignment: Alignment, seconds: dict[str, float]) -> 
         here = mixer.match.present[space.name]
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
         spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
-    shares = tuple(mixer.weights)
-    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds)
+    shares, errors = tuple(mixer.weights), mixer.balanced.errors
+    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds)
