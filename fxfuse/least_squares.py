@@ -20,23 +20,30 @@ from .errors import ArgumentError, DataError
 class NormalEquations:
     """The sums that ridge regressions need, in float64, added up batch by batch.
 
+    While there are fewer rows than inputs, the rows themselves are held, which are less.
+
     Attributes:
         count: Number of rows so far.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, ...] | None = None
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add rows `(groups, rows, inputs)` and what each should give `(groups, rows, targets)`."""
         x, y = inputs.double(), targets.double()
         if not self.count:  # sums of what is shifted lose less to cancellation
             self.origin, self.aim = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-        x, y = x - self.origin, y - self.aim
-        sums = x.mT @ x, x.mT @ y, x.sum(1, keepdim=True), y.sum(1, keepdim=True)
-        known = (self.xx, self.xy, self.x, self.y) if self.count else (0.0,) * 4
-        self.xx, self.xy, self.x, self.y = (a + b for a, b in zip(known, sums))
         self.count += x.shape[1]
+        self._rows.append((x - self.origin, y - self.aim))
+        if self.count >= x.shape[2]:
+            for rows in self._rows:
+                sums = _sums(*rows)
+                known = self._sums or [torch.zeros_like(s) for s in sums]
+                self._sums = tuple(a + b for a, b in zip(known, sums))
+            self._rows = []
 
     def solve(
         self, ridge: float = 1e-3, prior: Tensor | None = None, bias: bool = True
@@ -62,29 +69,57 @@ class NormalEquations:
                 expected="a number above 0, relative to the mean variance of the inputs",
                 do="leave it out, or give 1e-9 for a plain regression",
             )
-        if not self.count or not bool(self.xx.isfinite().all() & self.xy.isfinite().all()):
+        held = self._sums or [t for rows in self._rows for t in rows]
+        if not held or not all(bool(t.isfinite().all()) for t in held):
             raise DataError(
-                f"{self.count} rows of which some are not finite" if self.count else "no rows",
+                f"{self.count} rows of which some are not finite" if held else "no rows",
                 where="least squares",
                 expected="finite values",
                 do="check the data's normalisation and the network's weights",
             )
-        xx, xy, mean, aim = self._moments(bias)
-        power = xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        system = xx + torch.diag_embed((ridge * power)[:, None].expand(xx.shape[:2]))
-        start = torch.zeros_like(xy) if prior is None else prior.to(xx).mT
-        weight = start + torch.cholesky_solve(xy - xx @ start, torch.linalg.cholesky(system))
+        start = None if prior is None else prior.to(held[0]).mT
+        solve = self._from_rows if self._sums is None else self._from_sums
+        weight, mean, aim = solve(ridge, start, bias)
         offset = (aim - mean @ weight) if bias else torch.zeros_like(aim)
         return weight.mT, offset[:, 0]
 
-    def _moments(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return mean products of inputs, and with targets, and the means; about the means or 0."""
-        xx, xy, x, y = (s / self.count for s in (self.xx, self.xy, self.x, self.y))
+    def _from_sums(
+        self, ridge: float, start: Tensor | None, centred: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve with one equation for each input; return weights and both means."""
+        xx, xy, x, y = (s / self.count for s in self._sums)
         xx, xy = xx - x.mT @ x, xy - x.mT @ y
         mean, aim = x + self.origin, y + self.aim
-        return (
-            (xx, xy, mean, aim) if centred else (xx + mean.mT @ mean, xy + mean.mT @ aim, mean, aim)
-        )
+        if not centred:
+            xx, xy = xx + mean.mT @ mean, xy + mean.mT @ aim
+        power = xx.diagonal(dim1=1, dim2=2).mean(1)
+        rest = xy if start is None else xy - xx @ start
+        weight = _regularised(xx, ridge * power, rest)
+        return weight if start is None else start + weight, mean, aim
+
+    def _from_rows(
+        self, ridge: float, start: Tensor | None, centred: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve with one equation for each row: the same weights."""
+        x, y = (torch.cat(parts, 1) for parts in zip(*self._rows))
+        x, y = x + self.origin, y + self.aim
+        mean, aim = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        if centred:
+            x, y = x - mean, y - aim
+        power = x.square().mean((1, 2))
+        rest = y if start is None else y - x @ start
+        weight = x.mT @ _regularised(x @ x.mT, self.count * ridge * power, rest)
+        return weight if start is None else start + weight, mean, aim
+
+
+def _sums(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x.mT @ x, x.mT @ y, x.sum(1, keepdim=True), y.sum(1, keepdim=True)
+
+
+def _regularised(system: Tensor, weight: Tensor, right: Tensor) -> Tensor:
+    """Solve a symmetric system with a weight `(groups,)` added to its diagonal."""
+    extra = weight.clamp(min=1e-30)[:, None].expand(system.shape[:2])
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system + torch.diag_embed(extra)))
 
 
 class Refit:

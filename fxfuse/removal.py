@@ -6,8 +6,10 @@ approximate. Removals are done in order, each on what the network without the ea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from torch import fx
 
@@ -25,12 +27,17 @@ class Removal:
     Attributes:
         pieces: Runs of them that follow directly on each other; pooling may lie between two.
         before: The layer that stays in front of them, if there is one.
-        behind: The layer that stays behind them, if there is one.
+        following: The layers that stay behind them, up to the next removal, in order.
     """
 
     pieces: tuple[tuple[Layer, ...], ...]
     before: Layer | None
-    behind: Layer | None
+    following: tuple[Layer, ...]
+
+    @property
+    def behind(self) -> Layer | None:
+        """The layer that stays behind them, if there is one."""
+        return self.following[0] if self.following else None
 
     @property
     def last(self) -> Layer:
@@ -51,16 +58,23 @@ def plan_removals(layers: Sequence[Layer], names: set[str]) -> list[Removal]:
         layers: All layers of a network, in order.
         names: Names of those to be removed.
     """
-    found, before, pieces = [], None, []
-    for layer in [*layers, None]:
-        if layer is not None and layer.name in names:
-            follows = pieces and pieces[-1][-1].nodes[-1] == layer.entry
-            pieces = [*pieces[:-1], (*pieces[-1], layer)] if follows else [*pieces, (layer,)]
-            continue
-        if pieces:
-            found.append(Removal(tuple(pieces), before, layer))
-        before, pieces = layer, []
+    found, i = [], 0
+    while i < len(layers):
+        gone = list(takewhile(lambda x: x.name in names, layers[i:]))
+        kept = list(takewhile(lambda x: x.name not in names, layers[i + len(gone) :]))
+        if gone:
+            before = layers[i - 1] if i else None
+            found.append(Removal(_pieces(gone), before, tuple(kept)))
+        i += len(gone) + len(kept)
     return found
+
+
+def _pieces(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], ...]:
+    pieces: list[tuple[Layer, ...]] = []
+    for layer in layers:
+        follows = pieces and pieces[-1][-1].nodes[-1] == layer.entry
+        pieces = [*pieces[:-1], (*pieces[-1], layer)] if follows else [*pieces, (layer,)]
+    return tuple(pieces)
 
 
 @graph_pass(keeps_function=False)
@@ -79,12 +93,7 @@ def remove(
         PassError: If nothing can take the place of a layer.
     """
     for removal in removals:
-        edit = Edit(network, replace(network, module=module))
-        unread = {n for n in module.graph.nodes if not n.users}
-        strategy(edit, removal)
-        for node in reversed(module.graph.nodes):
-            if not node.users and node not in unread and node.op != "placeholder":
-                module.graph.erase_node(node)
+        strategy(Edit(network, replace(network, module=module)), removal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,18 +114,23 @@ class Edit:
 
     def bypass(self, removal: Removal) -> Callable[[], None]:
         """Let what reads removed layers read what they read; return what undoes it."""
-        swaps = []
+        known = copy.deepcopy(self.now.module.graph)
         for piece in removal.pieces:
-            exit_node, entry = self.node(piece[-1].nodes[-1]), self.node(piece[0].entry)
-            swaps += [(user, exit_node, entry) for user in list(exit_node.users)]
-        for user, exit_node, entry in swaps:
-            user.replace_input_with(exit_node, entry)
+            self.replace(piece[-1].nodes[-1], piece[0].entry)
 
         def undo() -> None:
-            for user, exit_node, entry in swaps:
-                user.replace_input_with(entry, exit_node)
+            self.now.module.graph = known
 
         return undo
+
+    def replace(self, name: str, other: str) -> None:
+        """Let what reads a node read another one, and drop what is then read no more."""
+        module = self.now.module
+        self.node(name).replace_all_uses_with(self.node(other))
+        unread = {n.name for n in self.before.module.graph.nodes if not n.users}
+        for node in reversed(module.graph.nodes):
+            if not node.users and node.name not in unread and node.op != "placeholder":
+                module.graph.erase_node(node)
 
     def producer(self, layer: Layer) -> Producer | None:
         """Return the contraction of a plain layer."""

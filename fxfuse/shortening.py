@@ -34,12 +34,16 @@ class Shorten:
         gate: How to merge plain layers into the next one in closed form (see `gates`). If not
             given, a layer next to the removed ones is refitted by least squares on the data.
         ridge: Of least squares, relative to the mean variance of what a layer reads.
+        rounds: How often to fit again to what activations cannot tell from the values wanted.
+        reach: How many layers behind the refitted one are refitted too.
         to: Index of the network whose layers all get: deeper ones are shortened to it and shallower
             ones deepened, segment by segment. If not given, the layers stay that all have.
     """
 
     gate: Gate | None = None
     ridge: float = 1e-3
+    rounds: int = 1
+    reach: int = 4
     to: int | None = None
 
     def __call__(
@@ -87,7 +91,8 @@ class Shorten:
     ) -> Network:
         if not names:
             return network
-        strategy = Merging(self.gate, data) if self.gate else Refitting(data, self.ridge)
+        fitted = Refitting(data, self.ridge, self.rounds, self.reach)
+        strategy = Merging(self.gate, data) if self.gate else fitted
         removals = plan_removals(layers, names)
         module = remove(network.module, network.example, network, removals, strategy)
         shorter = Network.of(network.name, module, network.example)

@@ -25,7 +25,7 @@ LEVELS = {
             "canonical network spaces",
             "folding intake segments sizing statistics widening",
             "alignment neutral producer",
-            "removal rewrites",
+            "removal rewrites sockets",
             "balancing merging",
             "correspondence refitting",
             "measuring mixing shortening",
