@@ -84,7 +84,11 @@ class Refitting:
         act = _activation(edit.before, last, target)
         reason = reason or self._fit(edit, socket, target, act, prior)
         if not reason:
-            edit.replace(target, socket.joint)
+            own = any(
+                n.name in edit.before.book.tensors for n in tail_of(edit.before, last, target)
+            )
+            ends = (target, socket.joint) if own else (last.nodes[-1], layer.nodes[-1])
+            edit.replace(*ends)  # of a norm behind the sum, the last layer's own stays
         return reason
 
     def _no_stand_in(self, edit: Edit, removal: Removal, socket: Socket, target: str) -> str:

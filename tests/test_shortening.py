@@ -135,6 +135,38 @@ def test_networks_deeper_in_different_stages_meet_at_the_depth_of_one():
     residual((6, 1), (8, 1)).load_state_dict(fused.state_dict())
 
 
+def test_blocks_that_use_one_activation_twice_stay_so():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.relu(self.b(self.relu(self.a(x))) + x)
+
+    nets = [nn.Sequential(*[Block() for _ in range(n)], nn.Linear(6, 3)) for n in (4, 2)]
+    before, after = shortened(nets, VECTORS)
+    assert set(after.networks[0].module.state_dict()) == set(before[1].module.state_dict())
+    assert 0 < after.errors[0] < 0.8
+
+
+def test_norms_behind_a_sum_go_with_what_they_act_on():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return self.norm(self.b(torch.relu(self.a(x))) + x)
+
+    nets = [nn.Sequential(*[Block() for _ in range(n)], nn.Linear(6, 3)) for n in (4, 2)]
+    before, after = shortened(nets, VECTORS)
+    scales = before[0].module.get_submodule("2.norm").weight  # of the last block that is removed
+    assert torch.equal(after.networks[0].module.get_submodule("0.norm").weight, scales)
+    assert 0 < after.errors[0] < 0.8
+
+
 def test_equal_networks_stay_as_they_are():
     before, after = shortened([residual((6, 2)), residual((6, 2))], IMAGES)
     assert after.errors == (0.0, 0.0)
@@ -251,27 +283,17 @@ def test_merging_reaches_the_accuracies_of_the_papers_code(seed, gate, accuracy,
         ("vgg13_bn", "vgg11_bn", 32),
         ("resnet34", "resnet18", 64),
         ("regnet_y_800mf", "regnet_y_400mf", 64),
-        ("vit_b_16", "vit_b_16", 224),
     ],
 )
 def test_networks_of_torchvision(deep, shallow, size):
     from torchvision import models
 
-    options = [{}, {}]
-    if deep == shallow:
-        from torchvision.models.vision_transformer import VisionTransformer
-
-        nets = [VisionTransformer(32, 8, n, 2, 16, 32, num_classes=10) for n in (4, 2)]
-        data = torch.randn(32, 3, 32, 32)
-    else:
-        nets = [models.get_model(n, num_classes=10, **o) for n, o in zip((deep, shallow), options)]
-        data = torch.randn(32, 3, size, size)
+    nets = [models.get_model(name, num_classes=10) for name in (deep, shallow)]
     nets = [randomise(net, seed) for seed, net in enumerate(nets)]
-    method = Method(balancing=Shorten(to=1, reach=1))
+    data, method = torch.randn(32, 3, size, size), Method(balancing=Shorten(to=1, reach=1))
     with fxfuse.debug(0):
         for found in fxfuse.balance(nets, data, method=method):
             assert set(found.state_dict()) == set(nets[1].state_dict())
         fused = fxfuse.fuse(nets, data, method=method, anchor=1)
     nets[1].load_state_dict(fused.state_dict())
-    print(fused.meta["fxfuse"].errors)
-    assert fused.meta["fxfuse"].errors[0] < 1.2
+    assert fused.meta["fxfuse"].errors[1] == 0 < fused.meta["fxfuse"].errors[0] < 1
