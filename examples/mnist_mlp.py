@@ -124,7 +124,9 @@ def table9(pairs: list[Pair]) -> None:
     print("| representation | constraints | " + " | ".join(map(name, pairs)) + " |")
     print("| --- | --- |" + " --- |" * len(pairs))
     for label, cost in COSTS.items():
-        shown = [fxfuse.align(p.nets, p.samples, method=replace(best, layer_cost=cost)) for p in pairs]
+        shown = [
+            fxfuse.align(p.nets, p.samples, method=replace(best, layer_cost=cost)) for p in pairs
+        ]
         for which, aligner in CONSTRAINTS.items():
             cells = []
             for pair, alignment in zip(pairs, shown):
@@ -178,7 +180,9 @@ def parents(pairs: list[Pair], x: Tensor, y: Tensor) -> None:
 
 
 def table13(pairs: list[Pair], x: Tensor, y: Tensor) -> None:
-    print("\nTable 13: skill transfer; accuracy by the weight of the generalist, mean over networks")
+    print(
+        "\nTable 13: skill transfer; accuracy by the weight of the generalist, mean over networks"
+    )
     print("(the networks know raw pixels and are tested on normalised ones, as in the code)\n")
     print("| balancing | whose | " + " | ".join(f"{w:.1f}" for w in WEIGHTS) + " |")
     print("| --- | --- |" + " --- |" * len(WEIGHTS))

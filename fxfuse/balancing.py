@@ -1,19 +1,25 @@
-"""Bring networks to one structure: deepen each where it lacks layers, then name all nodes alike."""
+"""Bring networks to one structure: deepen each where it lacks layers, then name all nodes alike.
+
+A balancing is a function of networks, their alignment and the data. `deepen` is exact and looks at
+no data; the other one, which removes layers, is `shortening.Shorten`.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .data import Calibration
 from .errors import ArgumentError, PairingError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
-from .rewrites import Insertion, deepen
+from .rewrites import Insertion
+from .rewrites import deepen as insert_layers
 from .segments import describe, partition
 from .tracing import Mode, run_once
 from .verify import require_equal
@@ -58,14 +64,45 @@ class Balanced:
     Attributes:
         networks: The balanced networks.
         absent: Per network, the layers it has only as neutral ones.
+        errors: Per network, the root mean square error of its outputs on the data, relative to
+            its model's; zero where nothing was approximated.
     """
 
     networks: tuple[Network, ...]
     absent: tuple[tuple[Absent, ...], ...]
+    errors: tuple[float, ...]
 
 
-def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balanced:
+Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
+
+
+def deepen(
+    networks: Sequence[Network], alignment: Alignment, data: Calibration | None = None
+) -> Balanced:
+    """Insert the layers that networks lack as neutral ones: no function changes.
+
+    Args:
+        networks: The networks.
+        alignment: Which of their layers correspond.
+        data: Not needed.
+
+    Raises:
+        ArgumentError: If the alignment is of other networks.
+        PassError: If a layer has no neutral form.
+        PairingError: If the structures differ beside their layers.
+        NotEquivalent: If a network's function changed.
+    """
+    counts = [sum(len(s.layers) for s in partition(n)) for n in networks]
+    return unify(networks, alignment, counts.index(max(counts)))
+
+
+def unify(networks: Sequence[Network], alignment: Alignment, skeleton: int) -> Balanced:
     """Insert neutral layers as an alignment says and give all networks one structure.
+
+    Args:
+        networks: The networks.
+        alignment: Which of their layers correspond.
+        skeleton: Index of the network whose names and graph all take.
 
     Raises:
         ArgumentError: If the alignment is of other networks.
@@ -75,10 +112,12 @@ def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balan
     """
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
     check_alignment(alignment, layers)
-    deepened, skeleton = [], max(range(len(networks)), key=lambda k: len(layers[k]))
+    deepened = []
     for k, network in enumerate(networks):
         wanted = _insertions(k, networks, layers, alignment)
-        module = deepen(network.module, network.example, wanted) if wanted else network.module
+        module = network.module
+        if wanted:
+            module = insert_layers(module, network.example, wanted)
         deepened.append(module)
     shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
     balanced, absent = [], []
@@ -87,7 +126,7 @@ def balance_networks(networks: Sequence[Network], alignment: Alignment) -> Balan
         require_equal(network.module, adopted.module, network.example, f"balancing {network.name}")
         balanced.append(adopted)
         absent.append(_absent(module, adopted))
-    return Balanced(tuple(balanced), tuple(absent))
+    return Balanced(tuple(balanced), tuple(absent), (0.0,) * len(networks))
 
 
 def check_alignment(alignment: Alignment, layers: Sequence[dict[str, Layer]]) -> None:

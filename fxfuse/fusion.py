@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from .aligners import Aligner, monotone
 from .alignment import Pairs, align_networks
-from .balancing import balance_networks
+from .balancing import Balancing, deepen
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
@@ -39,6 +39,8 @@ class Method:
     Attributes:
         aligner: Cost matrix of a segment to the alignment of its layers (see `aligners`).
         layer_cost: How unlike two layers are (see `layer_costs`).
+        balancing: How networks of different depth get one structure: `deepen`, which is exact, or
+            `Shorten(...)`.
         coupling: How the units of the networks find each other.
         match_moments: Give the fused norms the parents' means and spreads.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
@@ -48,6 +50,7 @@ class Method:
 
     aligner: Aligner = monotone
     layer_cost: LayerCost = linear_cka
+    balancing: Balancing = deepen
     coupling: CouplingMethod = Transport()
     match_moments: bool = True
     absent_as_zero: bool = False
@@ -97,7 +100,8 @@ def fuse(
         ModelError: If weights are not finite, or outputs differ in shape and no heads are chosen.
         DataError: If the data are empty, refused by a model, or not finite.
         PairingError: If the networks do not belong to one family, or cannot be cut where asked.
-        PassError: If a layer that one network lacks has no neutral form.
+        PassError: If a layer that one network lacks has no neutral form, or nothing can take the
+            place of one that is to be removed.
 
     Example:
         >>> import torch
@@ -125,7 +129,7 @@ def fuse(
     if heads is not None:
         networks, alignment, behind = cut_networks(networks, alignment, target, heads.after)
     clock.start("balance depths")
-    balanced = balance_networks(networks, alignment)
+    balanced = method.balancing(networks, alignment, calibration)
     match = correspond(balanced, target)
     mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
     fused = copy_modes(models[target], _mix(mixer, calibration, method, clock))
@@ -224,7 +228,10 @@ def balance(
     alignment: Alignment | None = None,
     method: Method | None = None,
 ) -> list[fx.GraphModule]:
-    """Give networks of different depth one structure without changing their functions.
+    """Give networks of different depth one structure.
+
+    By default, layers that do nothing are inserted and no function changes; other ways are a choice
+    of the method, such as `Method(balancing=Shorten())`.
 
     Args:
         models: The networks; not modified.
@@ -234,19 +241,20 @@ def balance(
 
     Returns:
         One `GraphModule` per network, equal node for node and name for name, each computing what
-        its model computes.
+        its model computes (nearly, where the method removes layers).
 
     Raises:
         PairingError: If the networks do not belong to one family.
-        PassError: If a layer that one network lacks has no neutral form.
-        NotEquivalent: If a network's function would change.
+        PassError: If a layer that one network lacks has no neutral form, or nothing can take the
+            place of one that is to be removed.
+        NotEquivalent: If the function of a network that keeps its layers would change.
     """
+    method = method or Method()
     networks, calibration = take_in(models, data, Clock(None))
     if alignment is None:
-        method = method or Method()
         choices = method.aligner, method.layer_cost
         alignment = align_networks(networks, calibration, *choices, measure_forced=False)
-    balanced = balance_networks(networks, alignment)
+    balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]
 

@@ -181,7 +181,7 @@ def _carry_through(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Te
     reaches is measured on the network's example.
     """
     into = insertion.into
-    reach = record(into, into.example, [insertion.after], lambda v: float(v.abs().max()))
+    reach = record(into, into.example, {insertion.after: lambda v: float(v.abs().max())})
     reach = max(4 * reach[insertion.after], 1e-6)
     scale, shift = 1.0, 0.0  # of what the layer before hands on: scale * input + shift
     for layer in insertion.parts:
@@ -203,7 +203,7 @@ def _carry_through(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Te
             _scale_and_shift(insertion, layer, tensors, wanted / scale, centre, shift)
         scale, shift = wanted, centre
         if acts:
-            value = _apply(
+            value = respond(
                 template, acts[0], torch.tensor([centre - far, centre, centre + far]).double()
             )
             slope = float(value[2] - value[0]) / (2 * far)
@@ -225,7 +225,7 @@ def _line(insertion: Insertion, node: fx.Node) -> tuple[float, float]:
     """Return a centre and a distance from it within which an activation is a straight line."""
     for centre, far in LINES:
         x = torch.linspace(centre - far, centre + far, 101, dtype=torch.float64)
-        y = _apply(insertion.template, node, x)
+        y = respond(insertion.template, node, x)
         line = torch.linspace(float(y[0]), float(y[-1]), 101, dtype=torch.float64)
         if float((y - line).abs().max()) < 1e-6 * far and float(y[-1] - y[0]) > 0.1 * far:
             return centre, far
@@ -277,11 +277,12 @@ def absorbed(insertion: Insertion, node: fx.Node) -> bool:
     values = torch.linspace(-12, 12, 6001, device=device).sinh()  # dense near zero, far out too
     if source is None:
         return False
-    once = _apply(into, source, values)
-    return torch.equal(_apply(insertion.template, node, once), once)
+    once = respond(into, source, values)
+    return torch.equal(respond(insertion.template, node, once), once)
 
 
-def _apply(network: Network, node: fx.Node, values: Tensor) -> Tensor:
+def respond(network: Network, node: fx.Node, values: Tensor) -> Tensor:
+    """Return what an activation makes of some values."""
     args = tuple(values if isinstance(a, fx.Node) else a for a in node.args)
     if node.op == "call_module":
         return network.module.get_submodule(str(node.target))(values.clone())

@@ -31,6 +31,7 @@ class Report:
         weights: Share of each network.
         spaces: Sizes, coupling costs and confidences.
         frozen: What stayed in place, and why.
+        errors: Relative error of each network once depths were equal, zero if its layers stayed.
         seconds: Wall time of each stage.
         heads: How each network's own head reads the fused network, if there are such.
     """
@@ -40,6 +41,7 @@ class Report:
     weights: tuple[float, ...]
     spaces: tuple[SpaceReport, ...]
     frozen: tuple[Frozen, ...]
+    errors: tuple[float, ...]
     seconds: dict[str, float]
     heads: tuple[str, ...] = ()
 
@@ -55,5 +57,7 @@ def report_on(
         here = mixer.match.present[space.name]
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
         spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
-    shares = tuple(mixer.weights)
-    return Report(alignment, mixer.anchor, shares, tuple(spaces), base.frozen, seconds, heads)
+    shares, errors = tuple(mixer.weights), mixer.balanced.errors
+    return Report(
+        alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds, heads
+    )

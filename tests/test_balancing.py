@@ -28,7 +28,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.alignment import align_networks
-from fxfuse.balancing import Absent, balance_networks, check_alignment
+from fxfuse.balancing import Absent, check_alignment, deepen
 from fxfuse.canonical import canonical
 from fxfuse.data import Calibration
 from fxfuse.errors import ArgumentError, FuseError, PairingError, PassError
@@ -55,7 +55,7 @@ def dense(layers, stem=4, growth=2):
 def balanced(*nets, data=VECTORS):
     found = networks(*nets, data=data)
     alignment = align_networks(found, Calibration(data), measure_forced=False)
-    return found, balance_networks(found, alignment)
+    return found, deepen(found, alignment)
 
 
 def places(network):
@@ -211,7 +211,7 @@ def test_the_networks_are_left_as_they_were():
     found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
     states = [copy.deepcopy(n.module.state_dict()) for n in found]
     codes = [n.module.code for n in found]
-    after = balance_networks(found, align_networks(found, Calibration(VECTORS)))
+    after = deepen(found, align_networks(found, Calibration(VECTORS)))
     with torch.no_grad():
         for network in after.networks[1:]:
             for parameter in network.module.parameters():
@@ -229,9 +229,9 @@ def test_alignments_by_hand_are_followed():
         alignment = Alignment((hand, last), ("net 0", "net 1"))
         if row[0] is None:
             with pytest.raises(PassError, match="no neutral form"):
-                balance_networks(found, alignment)
+                deepen(found, alignment)
             continue
-        after = balance_networks(found, alignment)
+        after = deepen(found, alignment)
         assert_same_structure_and_functions(found, after, VECTORS)
         absent.append(after.absent[1][0].nodes[0])
     assert absent == ["_4", "_2"]
@@ -263,7 +263,7 @@ def test_an_alignment_of_another_number_of_networks_is_refused():
     found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3), mlp(6, 5, 3))
     alignment = align_networks(found[:2], Calibration(VECTORS))
     with pytest.raises(ArgumentError):
-        balance_networks(found, alignment)
+        deepen(found, alignment)
 
 
 # --- refusals -------------------------------------------------------------------------------------

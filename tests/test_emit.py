@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 
 import fxfuse
 from fxfuse.alignment import align_networks
-from fxfuse.balancing import balance_networks
+from fxfuse.balancing import deepen
 from fxfuse.correspondence import absent_tensors, correspond
 from fxfuse.coupling import two_maps
 from fxfuse.data import Calibration
@@ -66,7 +66,7 @@ def test_a_norm_behind_a_shared_convolution_is_not_folded():
 def prepared(nets, x, anchor=0):
     found = [Network.of(str(i), trace(n), (x[:2],)) for i, n in enumerate(nets)]
     data = Calibration(x)
-    balanced = balance_networks(found, align_networks(found, data))
+    balanced = deepen(found, align_networks(found, data))
     return balanced, correspond(balanced, anchor), data
 
 

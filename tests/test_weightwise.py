@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from fxfuse.alignment import align_networks
-from fxfuse.balancing import balance_networks
+from fxfuse.balancing import deepen
 from fxfuse.correspondence import correspond
 from fxfuse.data import Calibration
 from fxfuse.ir import Axis, Coupling
@@ -37,7 +37,7 @@ MATRICES = arrays(float, (4, 5), elements=st.floats(-3, 3).map(lambda v: round(v
 
 def mixer_of(nets, x, anchor=0):
     found = [Network.of(str(i), trace(n), (x[:2],)) for i, n in enumerate(nets)]
-    balanced = balance_networks(found, align_networks(found, Calibration(x)))
+    balanced = deepen(found, align_networks(found, Calibration(x)))
     return Mixer(balanced, anchor, correspond(balanced, anchor), [1 / len(nets)] * len(nets))
 
 
