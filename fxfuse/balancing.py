@@ -6,22 +6,23 @@ no data; the other one, which removes layers, is `shortening.Shorten`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from .adoption import adopt
 from .data import Calibration
-from .errors import ArgumentError, PairingError
+from .errors import ArgumentError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
 from .rewrites import Insertion
 from .rewrites import deepen as insert_layers
-from .segments import describe, partition
-from .tracing import Mode, run_once
+from .rewrites import deepen_roughly as insert_roughly
+from .segments import partition
+from .statistics import relative_error_on
 from .verify import require_equal
 
 
@@ -76,33 +77,55 @@ class Balanced:
 Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
 
 
-def deepen(
-    networks: Sequence[Network], alignment: Alignment, data: Calibration | None = None
-) -> Balanced:
-    """Insert the layers that networks lack as neutral ones: no function changes.
+@dataclass(frozen=True)
+class Deepen:
+    """Inserts the layers that networks lack as neutral ones: no function changes.
 
-    Args:
-        networks: The networks.
-        alignment: Which of their layers correspond.
-        data: Not needed.
-
-    Raises:
-        ArgumentError: If the alignment is of other networks.
-        PassError: If a layer has no neutral form.
-        PairingError: If the structures differ beside their layers.
-        NotEquivalent: If a network's function changed.
+    Attributes:
+        approximate: Insert a layer also where its activation changes what it hands on, as the
+            published codes do (an identity and a ReLU in front of the first layer clip the inputs);
+            `Balanced.errors` says by how much.
     """
-    counts = [sum(len(s.layers) for s in partition(n)) for n in networks]
-    return unify(networks, alignment, counts.index(max(counts)))
+
+    approximate: bool = False
+
+    def __call__(
+        self, networks: Sequence[Network], alignment: Alignment, data: Calibration | None = None
+    ) -> Balanced:
+        """Balance networks.
+
+        Args:
+            networks: The networks.
+            alignment: Which of their layers correspond.
+            data: What the error of an approximation is measured on.
+
+        Raises:
+            ArgumentError: If the alignment is of other networks.
+            PassError: If a layer has no neutral form.
+            PairingError: If the structures differ beside their layers.
+            NotEquivalent: If a network's function changed.
+        """
+        counts = [sum(len(s.layers) for s in partition(n)) for n in networks]
+        balanced = unify(networks, alignment, counts.index(max(counts)), self.approximate)
+        if not self.approximate or data is None:
+            return balanced
+        pairs = zip(networks, balanced.networks)
+        return replace(balanced, errors=tuple(relative_error_on(data, a, b) for a, b in pairs))
 
 
-def unify(networks: Sequence[Network], alignment: Alignment, skeleton: int) -> Balanced:
+deepen = Deepen()
+
+
+def unify(
+    networks: Sequence[Network], alignment: Alignment, skeleton: int, approximate: bool = False
+) -> Balanced:
     """Insert neutral layers as an alignment says and give all networks one structure.
 
     Args:
         networks: The networks.
         alignment: Which of their layers correspond.
         skeleton: Index of the network whose names and graph all take.
+        approximate: Whether inserted layers may change what they hand on.
 
     Raises:
         ArgumentError: If the alignment is of other networks.
@@ -117,15 +140,20 @@ def unify(networks: Sequence[Network], alignment: Alignment, skeleton: int) -> B
         wanted = _insertions(k, networks, layers, alignment)
         module = network.module
         if wanted:
-            module = insert_layers(module, network.example, wanted)
+            insert = insert_roughly if approximate else insert_layers
+            wanted = [replace(w, approximate=approximate) for w in wanted]
+            module = insert(module, network.example, wanted)
         deepened.append(module)
     shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
     balanced, absent = [], []
     for network, module in zip(networks, deepened):
         adopted = shape if module is shape.module else adopt(network, module, shape)
-        require_equal(network.module, adopted.module, network.example, f"balancing {network.name}")
+        if not approximate:
+            label = f"balancing {network.name}"
+            require_equal(network.module, adopted.module, network.example, label)
         balanced.append(adopted)
-        absent.append(_absent(module, adopted))
+        gone = _absent(module, adopted)
+        absent.append(tuple(a for a in gone if a.inner) if approximate else gone)
     return Balanced(tuple(balanced), tuple(absent), (0.0,) * len(networks))
 
 
@@ -230,81 +258,6 @@ def _settings(network: Network, layer: Layer) -> list:
     for node in nodes:
         found += [x for x in tree_leaves((node.args, node.kwargs)) if not isinstance(x, fx.Node)]
     return found
-
-
-def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
-    """Give a network the graph and names of another of the same structure.
-
-    Raises:
-        PairingError: If the structures differ.
-    """
-    nodes, wanted = list(module.graph.nodes), list(shape.module.graph.nodes)
-    root: dict[str, object] = {}
-    origin: dict[str, str] = {}
-    serves: dict[str, str] = {}
-    for i, (own, other) in enumerate(zip(nodes, wanted)):
-        if other.op not in ("call_module", "get_attr"):
-            continue
-        target = str(other.target)
-        if own.op == other.op:
-            root[target] = _fetch(module, str(own.target))
-            alike = origin.setdefault(target, str(own.target)) == str(own.target)
-            alike &= serves.setdefault(str(own.target), target) == target
-            if not alike and not isinstance(root[target], Mode):
-                raise _differs(network, shape, i, own, other)
-        else:  # the same step spelled as a function: a module without weights serves as well
-            root[target] = copy.deepcopy(_fetch(shape.module, target))
-    if len(nodes) != len(wanted):
-        i = next((i for i, (a, b) in enumerate(zip(nodes, wanted)) if a.op != b.op), 0)
-        raise _differs(network, shape, i, nodes[i], wanted[i])
-    graph = copy.deepcopy(shape.module.graph)
-    for own, node in zip(nodes, graph.nodes):
-        _take_settings(own, node)
-    module = fx.GraphModule(root, graph, type(module).__name__).eval()
-    for target in root:
-        _keep_out_of_state(shape.module, module, target)
-    run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
-    adopted = Network.of(network.name, module, network.example)
-    for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
-        if describe(adopted, own) != describe(shape, other):
-            raise _differs(network, shape, i, nodes[i], other)
-    return adopted
-
-
-def _keep_out_of_state(known: nn.Module, module: nn.Module, path: str) -> None:
-    """Leave a buffer out of state dictionaries where the known network leaves it out."""
-    owner, _, leaf = path.rpartition(".")
-    if leaf in known.get_submodule(owner)._non_persistent_buffers_set:
-        module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
-
-
-def _take_settings(own: fx.Node, node: fx.Node) -> None:
-    """Give a node the literal arguments (sizes, rates) of the node it stands for."""
-    if (own.op, len(own.args), [*own.kwargs]) == (node.op, len(node.args), [*node.kwargs]):
-        alike = own.op == "call_module" or own.target == node.target
-        pair = [
-            tree_flatten((n.args, n.kwargs), lambda x: isinstance(x, fx.Node)) for n in (own, node)
-        ]
-        (mine, layout), (theirs, other) = pair
-        if alike and layout == other:
-            leaves = [b if isinstance(b, fx.Node) else a for a, b in zip(mine, theirs)]
-            node.args, node.kwargs = tree_unflatten(leaves, other)
-
-
-def _fetch(module: nn.Module, path: str) -> object:
-    owner, _, leaf = path.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
-def _differs(
-    network: Network, shape: Network, at: int, own: fx.Node, other: fx.Node
-) -> PairingError:
-    return PairingError(
-        "structures that differ beside their aligned layers",
-        where=f"node {at}: '{own.name}' of {network.name} against '{other.name}' of {shape.name}",
-        expected="the same steps (pooling, flattening, dropout, shared modules) around the layers",
-        do="fuse networks of one family, written in the same way",
-    )
 
 
 def _absent(module: fx.GraphModule, adopted: Network) -> tuple[Absent, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .balancing import adopt
+from .adoption import adopt
 from .errors import ArgumentError, FuseError
 from .fusion import balance
 from .intake import analysed

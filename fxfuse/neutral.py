@@ -255,7 +255,7 @@ def _open_gate(
 
 
 def _require_absorbed(insertion: Insertion, node: fx.Node) -> None:
-    if not absorbed(insertion, node):
+    if not (insertion.approximate or absorbed(insertion, node)):
         raise no_neutral_form(
             insertion.layer,
             f"activation '{node.name}' changes the values behind '{insertion.after}'",

@@ -48,6 +48,20 @@ def deepen(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     Raises:
         PassError: If a layer has no neutral form.
     """
+    _insert_all(module, insertions)
+
+
+@graph_pass(keeps_function=False)
+def deepen_roughly(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
+    """Insert layers as `deepen` does, some of which change what they hand on.
+
+    Raises:
+        PassError: If a layer has no neutral form for any other reason.
+    """
+    _insert_all(module, insertions)
+
+
+def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     tail: dict[str, fx.Node] = {}
     room = Room(insertions[0].into) if insertions else None
     for number, insertion in enumerate(insertions):

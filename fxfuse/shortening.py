@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from .balancing import Balanced, check_alignment, unify
 from .data import Calibration
 from .errors import ArgumentError, PassError
@@ -22,8 +20,7 @@ from .network import Network
 from .refitting import Refitting
 from .removal import plan_removals, remove
 from .segments import partition
-from .statistics import batch_size
-from .tracing import device_of, tensors_in
+from .statistics import relative_error_on
 
 
 @dataclass(frozen=True)
@@ -128,20 +125,3 @@ def _outside(alignment: Alignment, kept: Sequence[list[int]], k: int) -> set[str
     pairs = [(s.slots[k], slots) for s, slots in zip(alignment.segments, kept)]
     gone = [[x for i, x in enumerate(row) if i not in slots] for row, slots in pairs]
     return {x for row in gone for x in row if x is not None}
-
-
-def relative_error_on(data: Calibration, model: Network, other: Network) -> float:
-    """Return the root mean square error of a network's outputs, relative to a model's outputs."""
-    wrong = power = 0.0
-    device = device_of(model.module)
-    for network in (model, other):
-        network.module.eval()
-    with torch.no_grad():
-        for batch in data.chunks(batch_size([model, other], 1 << 24, 128)):
-            inputs = [t.to(device) for t in batch]
-            pair = [tensors_in(n.module(*inputs)) for n in (model, other)]
-            for a, b in zip(*pair):
-                if a.is_floating_point():
-                    wrong += float((a.double() - b.double()).square().sum())
-                    power += float(a.double().square().sum())
-    return (wrong / max(power, 1e-300)) ** 0.5

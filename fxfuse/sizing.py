@@ -25,6 +25,7 @@ class Insertion:
         after: Node of that network behind which it goes.
         parts: The layers it joins, if it is a run of them that is neutral only as a whole.
         width: Size of the feature axis there, if layers inserted before have changed it.
+        approximate: Whether its activation may change what it hands on.
     """
 
     template: Network
@@ -33,6 +34,7 @@ class Insertion:
     after: str
     parts: tuple[Layer, ...] = ()
     width: int | None = None
+    approximate: bool = False
 
 
 def resized_copy(insertion: Insertion, path: str) -> nn.Module | Tensor:

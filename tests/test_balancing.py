@@ -28,7 +28,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.alignment import align_networks
-from fxfuse.balancing import Absent, check_alignment, deepen
+from fxfuse.balancing import Absent, Deepen, check_alignment, deepen
 from fxfuse.canonical import canonical
 from fxfuse.data import Calibration
 from fxfuse.errors import ArgumentError, FuseError, PairingError, PassError
@@ -388,3 +388,19 @@ def test_buffers_that_are_no_state_stay_so():
     before, after = balanced(net(2), net(3))
     assert_same_structure_and_functions(before, after, VECTORS)
     assert set(after.networks[0].module.state_dict()) == set(net(3).state_dict())
+
+
+def test_layers_that_change_what_they_hand_on_are_inserted_on_request_only():
+    """The identity and ReLU in front of the first layer clip the inputs; the error says so."""
+    nets, x = [randomise(mlp(6, 6, 6, 3)), randomise(mlp(6, 6, 3), 1)], torch.randn(40, 6)
+    alignment = fxfuse.align(nets, x, pairs=[[("2", "0")]])
+    with pytest.raises(PassError, match="no neutral form"):
+        fxfuse.balance(nets, x, alignment=alignment)
+    found = [Network.of(str(i), trace(n), (x,)) for i, n in enumerate(nets)]
+    balanced = Deepen(approximate=True)(found, alignment, Calibration(x))
+    clipped = outputs(nets[1], x.relu())
+    assert torch.allclose(outputs(balanced.networks[1].module, x), clipped, atol=1e-5)
+    wanted = float((clipped - outputs(nets[1], x)).norm() / outputs(nets[1], x).norm())
+    assert balanced.errors == (0.0, pytest.approx(wanted, rel=1e-4))
+    same = Deepen(approximate=True)(found, fxfuse.align(nets, x), Calibration(x))
+    assert max(same.errors) < 1e-5

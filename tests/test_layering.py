@@ -24,7 +24,7 @@ LEVELS = {
             "interpreter",
             "canonical network spaces",
             "folding intake pairing segments sizing statistics widening",
-            "alignment neutral producer reshaping",
+            "adoption alignment neutral producer reshaping",
             "removal rewrites sockets",
             "balancing merging",
             "correspondence cutting refitting transfer",

@@ -20,7 +20,8 @@ from fxfuse.data import Calibration
 from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion import Method
 from fxfuse.segments import partition
-from fxfuse.shortening import Shorten, relative_error_on
+from fxfuse.shortening import Shorten
+from fxfuse.statistics import relative_error_on
 
 torch.manual_seed(0)  # of what is drawn while the tests are collected
 VECTORS, IMAGES = torch.randn(80, 6), torch.randn(24, 3, 8, 8)
