@@ -40,15 +40,15 @@ def value(ascent):
 
 def by_hand(a, b, orders):
     """Sum of inner products of two MLPs' tensors, the second's hidden units in some order."""
-    first, last, total = [l for l in b if hasattr(l, "weight")], None, 0.0
-    for i, (one, two) in enumerate(zip([l for l in a if hasattr(l, "weight")], first)):
+    first, last, total = [part for part in b if hasattr(part, "weight")], None, 0.0
+    for i, (one, two) in enumerate(zip([part for part in a if hasattr(part, "weight")], first)):
         w, bias = two.weight.detach().double(), two.bias.detach().double()
         if i:
             w = w[:, last]
         if i < len(orders):
             last = list(orders[i])
             w, bias = w[last], bias[last]
-        total += float((one.weight * w).sum() + (one.bias * bias).sum())
+        total += float((one.weight.detach() * w).sum() + (one.bias.detach() * bias).sum())
     return total
 
 
@@ -70,7 +70,7 @@ def test_what_is_reached_no_single_space_can_raise(seed, start):
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_run_never_lowers_the_sum_and_ends(name):
-    (a, x), (b, _) = build(name, 1), build(name, 2)
+    (a, _), (b, _) = build(name, 1), build(name, 2)
     ascent = ascent_of(a, b, torch.randn(8, *data_shape(name)))
     ascent.keep()
     reached = [value(ascent)]
@@ -83,7 +83,7 @@ def test_a_run_never_lowers_the_sum_and_ends(name):
 
 
 def test_every_map_stays_a_permutation_inside_its_blocks():
-    (a, x), (b, _) = build("grouped", 1), build("grouped", 2)
+    (a, _), (b, _) = build("grouped", 1), build("grouped", 2)
     ascent = ascent_of(a, b, images())
     forward(ascent)
     ascent.run(100, np.random.default_rng(0))
