@@ -81,7 +81,7 @@ class Ascent:
     @cached_property
     def families(self) -> list[list[str]]:
         """Spaces with the spaces inside their blocks, those that are free to move."""
-        found = families(self.weights.mixer.balanced.networks[self.weights.mixer.anchor])
+        found = families(self.weights.anchor)
         free = set(self.names)
         kept = [[n for n in family if n in free] for family in found]
         return [family for family in kept if family]

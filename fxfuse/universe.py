@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.polynomial.polynomial import polyadd
 from scipy.sparse import csr_array
 
 from .ascent import Start, families, follow, forward, inner, members, require_equal_widths
+from .correspondence import Correspondence
 from .coupling import Plans, two_maps
 from .ir import Coupling
 from .measuring import Measurements, View
@@ -38,7 +40,9 @@ class CycleConsistent:
     universe, and the order of the networks does not matter. Networks of equal width only.
 
     Attributes:
-        start: Where to start from.
+        start: Permutations to start from, each network against those before it.
+        inward: How far to move from these to the maps that share every unit out evenly. At the
+            permutations themselves, what other networks now show counts for all.
         iterations: Limit of the steps.
         tolerance: Relative to the objective, what still counts as a gain.
         polish: Rounds of matching each rounded network to the sum of the others.
@@ -48,8 +52,9 @@ class CycleConsistent:
     """
 
     start: Start = forward
+    inward: float = 0.5
     iterations: int = 100
-    tolerance: float = 1e-6
+    tolerance: float = 1e-4
     polish: int = 100
     seed: int = 0
     folded: bool = False
@@ -65,12 +70,35 @@ class CycleConsistent:
         weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
         free = spaces_to_join(mixer)
         join(weights, free, self.start)
+        _soften(weights, free, self.inward)
         for _ in range(self.iterations):
             if not _step(weights, free, self.tolerance):
                 break
         here = {key: mixer.couplings[key].project.toarray() for key in _keys(free)}
         _move(weights, _corner(weights, free, here))
         merge_in_turn(weights, free, self.polish, 100, rng)
+
+
+def _soften(weights: Weights, free: Free, share: float) -> None:
+    """Move all maps towards the even ones; no further than a space's blocks let its units go."""
+    if share:
+        known = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+        match = weights.mixer.match
+        parents = {s.name: s.parent for s in weights.anchor.spaces}
+        even = {key: csr_array(even_map(match, parents, *key)) for key in known}
+        _move(weights, {key: (1 - share) * known[key] + share * even[key] for key in known})
+
+
+def even_map(
+    match: Correspondence, parents: Mapping[str, str | None], name: str, k: int
+) -> np.ndarray:
+    """Return the mean of all permutations that a space allows, `(universe, units)`."""
+    base, own = match.spaces[name][match.base[name]], match.spaces[name][k]
+    if base.blocks is None:
+        return np.full((base.size, own.size), 1.0 / own.size)
+    parent, count = parents[name], int(own.blocks.max()) + 1
+    outer = even_map(match, parents, parent, k) if parent else np.eye(count)
+    return outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
 
 
 def _step(weights: Weights, free: Free, tolerance: float) -> bool:
@@ -164,7 +192,7 @@ def _corner(weights: Weights, free: Free, gains: Gains) -> Maps:
     """Return the permutations, in blocks where there are some, of the greatest linear gain."""
     match = weights.mixer.match
     plans = Plans(match, Assignment(), two_maps)
-    order = families(weights.mixer.balanced.networks[weights.mixer.anchor])
+    order = families(weights.anchor)
     for k, names in free.items():
         costs = {(n, i): -g * members(match, n) for (n, i), g in gains.items() if i == k}
         for family in order:

@@ -44,7 +44,7 @@ class WeightTransport:
     scale_to_one: bool = False
     solver: Solver = Exact()
     maps: Maps = two_maps
-    folded: bool = True
+    folded: bool = False
     passes: int = 2
     view: View | None = None
 

@@ -91,7 +91,7 @@ class Weights:
 
     def axes(self, name: str) -> list[Axis]:
         """Return where a space lies in tensors with a say, in the anchor's coordinates."""
-        axes = self._anchor.spaces[name].axes
+        axes = self.anchor.spaces[name].axes
         return [a for a in axes if (name, a) in self.places(a.tensor)]
 
     def places(self, tensor: str) -> list[tuple[str, Axis]]:
@@ -107,7 +107,8 @@ class Weights:
         return [name for name, axis in self.places(tensor) if axis.dim != but]
 
     @property
-    def _anchor(self) -> Network:
+    def anchor(self) -> Network:
+        """The network whose structure the fused one has."""
         return self.mixer.balanced.networks[self.mixer.anchor]
 
     @cached_property
@@ -115,7 +116,7 @@ class Weights:
         """The spaces on each tensor; the input axis of one input per group follows the other."""
         found = {}
         for tensor in dict.fromkeys(name for state in self.states for name in state):
-            places = [(space.name, axis) for space, axis in self._anchor.spaces.on(tensor)]
+            places = [(space.name, axis) for space, axis in self.anchor.spaces.on(tensor)]
             shapes = [state[tensor].shape for state in self.states if tensor in state]
             found[tensor] = [
                 (name, axis)

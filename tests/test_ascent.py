@@ -40,15 +40,15 @@ def value(ascent):
 
 def by_hand(a, b, orders):
     """Sum of inner products of two MLPs' tensors, the second's hidden units in some order."""
-    first, last, total = [m for m in b if hasattr(m, "weight")], None, 0.0
-    for i, (one, two) in enumerate(zip([m for m in a if hasattr(m, "weight")], first)):
+    first, last, total = [part for part in b if hasattr(part, "weight")], None, 0.0
+    for i, (one, two) in enumerate(zip([part for part in a if hasattr(part, "weight")], first)):
         w, bias = two.weight.detach().double(), two.bias.detach().double()
         if i:
             w = w[:, last]
         if i < len(orders):
             last = list(orders[i])
             w, bias = w[last], bias[last]
-        total += float((one.weight * w).sum() + (one.bias * bias).sum())
+        total += float((one.weight.detach() * w).sum() + (one.bias.detach() * bias).sum())
     return total
 
 

@@ -88,7 +88,7 @@ def test_rows_of_units_that_occur_several_times_hold_all_places():
 def test_rows_are_carried_along_every_other_axis():
     nets = [randomise(stages([5, 6], [7]), s) for s in (1, 2)]
     weights = Weights.of(mixer_of(nets, images()))
-    maps, (first, second) = put_random(weights), [s.name for s in weights._anchor.spaces][:2]
+    maps, (first, second) = put_random(weights), [s.name for s in weights.anchor.spaces][:2]
     raw = nets[1].state_dict()["0.1.0.weight"].numpy()
     written, read = weights.axes(second), weights.axes(first)
     written = next(a for a in written if a.tensor == "0.1.0.weight")
