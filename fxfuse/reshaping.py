@@ -187,10 +187,14 @@ class _Fitter(Interpreter):
 
     def _more(self, n: fx.Node, dim: int) -> int:
         """Return how much an axis grows, at least as much as what its values are added to."""
-        shapes = self.network.book.shapes
-        users = [u for u in n.users if self.network.rules(u) == {"pointwise"}]
-        alike = [u for u in users if shapes.get(u.name) == shapes[n.name]]
-        found = [self.growth.get((x.name, dim), 0) for x in (n, *alike)]
+        found = [self.growth.get((n.name, dim), 0)]
+        for user in n.users:
+            if self.network.book.shapes.get(user.name) != self.network.book.shapes[n.name]:
+                continue
+            if self.network.rules(user) == {"pointwise"}:
+                found.append(self.growth.get((user.name, dim), 0))
+            elif self.network.is_idle(user):
+                found.append(self._more(user, dim))
         return max(found, key=abs)
 
 

@@ -167,13 +167,12 @@ def _precise(network: Network) -> tuple[fx.GraphModule, tuple[Tensor, ...], floa
 
     There a small error is a wrong map and no rounding.
     """
-    varied = _varied(network.module)
-    exact = copy.deepcopy(varied).double()
+    exact = _varied(network.module).double()
     example = tuple(t.double() if t.is_floating_point() else t for t in network.example)
     try:
         run_once(exact, example, network.name)
     except DataError:  # its code asks for another precision
-        return varied, network.example, TOLERANCE
+        return _varied(network.module), network.example, TOLERANCE
     return exact, example, EXACT
 
 

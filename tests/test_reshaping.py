@@ -98,8 +98,22 @@ def test_sizes_in_the_code_change_where_they_must():
     assert module.get_submodule("plain").normalized_shape == (16,)
 
 
-def test_a_padded_shortcut_grows_with_what_it_is_added_to():
-    module = grown(*build("padded"))[2]
+@pytest.mark.parametrize("between", [False, True])
+def test_a_padded_shortcut_grows_with_what_it_is_added_to(between):
+    net, x = build("padded")
+    if between:  # whatever does nothing may lie between the two
+
+        class Block(type(net[1])):
+            def __init__(self, block):
+                super().__init__(4, 10)
+                self.a, self.b, self.nothing = block.a, block.b, nn.Identity()
+
+            def forward(self, x):
+                skip = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3))
+                return torch.relu(self.b(self.a(x)) + self.nothing(skip))
+
+        net[1] = Block(net[1])
+    module = grown(net.eval(), x)[2]
     pad = next(n for n in module.graph.nodes if n.name == "pad")
     assert pad.args[1] == (0, 0, 0, 0, 6, 6)
 
