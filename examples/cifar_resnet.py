@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision import datasets, transforms
 
 import fxfuse
+from fxfuse.refit import MatchMoments
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAIRS = ((32, 20), (56, 20))
@@ -66,7 +67,7 @@ def compare(depths: tuple[int, int], args: argparse.Namespace, folder: Path) -> 
     rows["naive: same index averaged"] = [accuracy(predict(naive(nets), x), y)]
     methods = {
         "fused (clafusion preset)": {"method": fxfuse.presets.clafusion},
-        "fused, moments not matched": {"method": fxfuse.Method(match_moments=False)},
+        "fused, moments matched only": {"method": fxfuse.Method(refit=MatchMoments())},
         "fused": {},
         "fused, weights 0.7 / 0.3": {"weights": [0.7, 0.3]},
     }

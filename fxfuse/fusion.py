@@ -20,9 +20,10 @@ from .ir import Alignment
 from .measuring import measure
 from .mixing import Mixer
 from .network import Network
-from .refit import finite, frontier_samples, settle
+from .refit import Outcome, Refit, finite
 from .report import report_on
 from .segments import partition
+from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes, run_once
 from .transport import Transport
 from .verify import lint
@@ -37,14 +38,15 @@ class Method:
         balancing: How networks of different depth get one structure: `deepen`, which is exact, or
             `Shorten(...)`.
         coupling: How the units of the networks find each other.
-        match_moments: Give the fused norms the parents' means and spreads.
+        refit: How the fused network is corrected on the data: `LeastSquares(...)`, or by its
+            moments alone.
         anchor: Which network's widths the fused one takes, when the caller does not say.
     """
 
     aligner: Aligner = monotone
     balancing: Balancing = deepen
     coupling: CouplingMethod = Transport()
-    match_moments: bool = True
+    refit: Refit = LeastSquares()
     anchor: Callable[[Sequence[int]], int] = field(default=lambda depths: depths.index(max(depths)))
 
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
@@ -110,16 +112,18 @@ def fuse(
     clock.start("balance depths")
     balanced = method.balancing(networks, alignment, calibration)
     mixer = Mixer(balanced, target, correspond(balanced, target), shares)
-    fused = _mix(mixer, calibration, method, clock)
-    fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop())
+    fused, outcome = _mix(mixer, calibration, method, clock)
+    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop())
     return copy_modes(models[target], fused)
 
 
-def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:
-    """Measure, couple, emit and settle: from balanced networks to the fused one."""
+def _mix(
+    mixer: Mixer, data: Calibration, method: Method, clock: Clock
+) -> tuple[fx.GraphModule, Outcome]:
+    """Measure, couple, emit and refit: from balanced networks to the fused one."""
     networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
     clock.start("measure units")
-    samples = min(data.samples, frontier_samples(networks))
+    samples = min(data.samples, method.refit.samples(networks))
     outputs = outputs_to_settle(base)
     view = method.coupling.view
     measured = measure(mixer.balanced, mixer.match, data, view, outputs, samples, clock.tick)
@@ -127,11 +131,11 @@ def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.Gr
     method.coupling(mixer, measured)
     clock.start("emit")
     module, plans = emit(mixer, measured.outputs)
-    clock.start("settle norms and moments")
+    clock.start("refit")
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
-    settle(fused, plans, data, samples, method.match_moments, clock.tick)
+    outcome = method.refit(fused, mixer, plans, data, samples, clock.tick)
     _require_sound(fused)
-    return _cleaned(module)
+    return _cleaned(module), outcome
 
 
 @plain_modes()

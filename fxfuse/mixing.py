@@ -15,7 +15,7 @@ from scipy.sparse import csr_array, eye_array
 
 from .balancing import Balanced
 from .correspondence import Correspondence, absent_tensors
-from .ir import Axis, Coupling, Spaces
+from .ir import Axis, Coupling, Space, Spaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +106,31 @@ class Mixer:
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
-        ours = self._anchor_spaces().sizes[name, dim]
-        theirs = self.balanced.networks[k].spaces.sizes[name, dim]
+        ours, theirs = self._anchor_spaces(), self.balanced.networks[k].spaces
+        sizes = ours.sizes[name, dim], theirs.sizes[name, dim]
+        found = theirs.places.get((name, dim), ())
+        return self._map(k, sizes, self._on_axis(name, dim), found)
+
+    def feature_map(self, node: str, dim: int, k: int) -> csr_array:
+        """Return the map `(fused positions, own positions)` along one axis of a node's output."""
+        networks = self.balanced.networks[self.anchor], self.balanced.networks[k]
+        ours, theirs = (n.spaces.shown.get((node, dim), ()) for n in networks)
+        sizes = tuple(n.book.shapes[node][dim] for n in networks)
+        return self._map(k, sizes, [(s.name, a) for s, a in ours], theirs)
+
+    def _map(
+        self,
+        k: int,
+        sizes: tuple[int, int],
+        on_axis: Sequence[tuple[str, Axis]],
+        found: Sequence[tuple[Space, Axis]],
+    ) -> csr_array:
         rows, columns, data = [], [], []
-        fixed = np.ones(ours, dtype=bool), np.ones(theirs, dtype=bool)
-        found = self.balanced.networks[k].spaces.places.get((name, dim), ())
+        fixed = tuple(np.ones(size, dtype=bool) for size in sizes)
         here = {own.name: axis for own, axis in found}
         for axis in here.values():
             fixed[1][axis.index] = False
-        for space_name, axis in self._on_axis(name, dim):
+        for space_name, axis in on_axis:
             fixed[0][axis.index] = False
             own = self.match.spaces[space_name][k]
             if not own.size:
@@ -130,7 +146,7 @@ class Mixer:
         columns.append(np.flatnonzero(fixed[1]))
         data.append(np.ones(len(rows[-1])))
         where = (np.concatenate(rows), np.concatenate(columns))
-        return csr_array((np.concatenate(data), where), shape=(ours, theirs))
+        return csr_array((np.concatenate(data), where), shape=sizes)
 
 
 def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:

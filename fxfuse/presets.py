@@ -5,6 +5,7 @@ from __future__ import annotations
 from .costs import euclidean
 from .coupling import one_map
 from .fusion import Method
+from .refit import MatchMoments
 from .transport import Transport
 
 best = Method()
@@ -13,6 +14,6 @@ best = Method()
 #: pre-activations, exact transport, one map for both sides, widths of the shallowest network.
 clafusion = Method(
     coupling=Transport(ground_cost=euclidean, maps=one_map),
-    match_moments=False,
+    refit=MatchMoments(keep=True),
     anchor=lambda depths: depths.index(min(depths)),
 )
