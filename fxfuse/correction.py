@@ -51,7 +51,8 @@ class Sums:
         if self.centred:
             x, r = self.x / self.count, self.r / self.count
             xx, xr = xx - x.mT @ x, xr - x.mT @ r
-        power = xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        power = xx.diagonal(dim1=1, dim2=2).mean(1)
+        power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # groups that hardly vary
         found = []
         for ridge in ridges:
             added = (ridge * power)[:, None].expand(xx.shape[:2])

@@ -130,6 +130,17 @@ class Run(Interpreter):
         """Return what a node would give now, without stepping over it."""
         return self._run(node)
 
+    def apply(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
+        """Return what a node would give if one that it reads had another value."""
+        known = self.env.get(source)
+        self.env[source] = value.clone()  # it may be written in place
+        try:
+            return self._run(node)
+        finally:
+            self.env.pop(source)
+            if known is not None:
+                self.env[source] = known
+
     def _run(self, node: fx.Node) -> Any:
         try:
             return self.run_node(node)

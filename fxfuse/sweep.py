@@ -41,7 +41,7 @@ from .refit import (
     tensor_of,
 )
 from .statistics import Run
-from .targets import Aim, Targets, aims_of
+from .targets import Aim, Targets, aims_of, inverted
 
 ROUNDING = 1e-5  # a target met but for this share of its spread is met
 
@@ -145,14 +145,28 @@ class Parents:
         node = self.orders[0][self.done]
         aim = self.at.get(node.name)
         if aim is not None:
-            dim = _axis(self.targets.mixer.balanced.networks[0], aim)
-            weight = aim.producer.weight
             self.caught[node.name] = [
-                self.targets.mix(node.name, weight, dim, batch) for batch in zip(*values)
+                self._mixed(aim, runs, batch) for runs, batch in zip(zip(*self.runs), zip(*values))
             ]
         if node.op == "output":
             self.outputs = values
         self.done += 1
+
+    def _mixed(self, aim: Aim, runs: Sequence[Run], values: Sequence[Tensor | None]) -> Tensor:
+        """Return the target of one batch from each network's value there."""
+        dim = _axis(self.targets.mixer.balanced.networks[0], aim)
+        where = aim.at, aim.producer.weight, dim
+        mean = self.targets.mix(*where, values)
+        if aim.through is None:
+            return mean
+        place = next(i for i, n in enumerate(self.orders[0]) if n.name == aim.through)
+
+        def act(k: int, value: Tensor) -> Tensor:
+            node = self.orders[k][place]
+            return runs[k].apply(node, runs[k].network.inputs_of(node)[0], value)
+
+        acts = [None if v is None else act(k, v) for k, v in enumerate(values)]
+        return inverted(lambda t: act(0, t), self.targets.mix(*where, acts), mean)
 
     def finish(self) -> list[list]:
         """Go on to the end; return what each network gives for each batch."""

@@ -2,12 +2,13 @@
 
 The target is taken where the effect of a contraction is complete: behind its norm, or, if it ends a
 branch, behind the sum with what is already there. Then the contraction has to give what is missing,
-and errors do not add up along a stream.
+and errors do not add up along a stream. Where an activation reads it, it is the value for which the
+activation gives the mean of the networks' activations: these are what the next layers mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,8 @@ from .producer import Producer, identify
 from .statistics import Run
 from .verify import TOLERANCE
 
+INVERSE_STEPS = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Aim:
@@ -33,6 +36,7 @@ class Aim:
         producer: The contraction; its map has a shape but no values.
         at: The node whose value is to be the networks' mean.
         rest: If that is a sum, the node that is added to what the contraction gives.
+        through: The activation that is all that reads the target, if there is one.
         swing: Whether its units need the target's spread, because no sum, concatenation or further
             linear map reads them.
     """
@@ -40,6 +44,7 @@ class Aim:
     producer: Producer
     at: str
     rest: str | None
+    through: str | None
     swing: bool
 
 
@@ -71,10 +76,12 @@ def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
         closing = sums.get(name)
         if closing is not None and place[closing.rest] > place[name]:
             closing = None
+        at = closing.node if closing else producer.joint
         aims[name] = Aim(
             producer,
-            closing.node if closing else producer.joint,
+            at,
             closing.rest if closing else None,
+            _activation(network, at),
             closing is None and _swings(network, producer.joint),
         )
     return order, aims
@@ -180,6 +187,38 @@ def _hollow(producer: Producer) -> Producer:
     """Forget the values of a producer's map: of wide networks they take gigabytes."""
     empty = torch.zeros(()).expand(producer.affine.weight.shape)
     return replace(producer, affine=replace(producer.affine, weight=empty, bias=None))
+
+
+def _activation(network: Network, name: str) -> str | None:
+    """Return the activation that is all that reads a node."""
+    node = next(n for n in network.module.graph.nodes if n.name == name)
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if network.is_activation(node):
+            return node.name
+        if not network.is_idle(node):
+            return None
+    return None
+
+
+def inverted(activation: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
+    """Return values near `start` for which an activation gives what is wanted, or nearly.
+
+    Where a function is flat, many values give the same: those that do at the start stay.
+
+    Args:
+        activation: A function of each value.
+        wanted: What it should give.
+        start: A first guess.
+    """
+    best, error = start, (activation(start) - wanted).abs()
+    noise = 1e-6 * wanted.abs()
+    for step in range(INVERSE_STEPS):
+        tried = wanted if step == 0 else best + (wanted - activation(best))
+        found = (activation(tried) - wanted).abs()
+        better = found + noise < error
+        best, error = torch.where(better, tried, best), torch.where(better, found, error)
+    return best
 
 
 def _swings(network: Network, joint: str) -> bool:
