@@ -92,7 +92,7 @@ class LeastSquares:
                 sweep.visit(node, aims.get(node.name), waiting)
                 if tick is not None:
                     tick((done + 1) / len(order))
-        return Outcome(tuple(sweep.layers), sweep.divergence())
+            return Outcome(tuple(sweep.layers), sweep.divergence())
 
     def _can(self, fused: Network, aim: Aim, targets: Targets) -> bool:
         affine = aim.producer.affine
