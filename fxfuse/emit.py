@@ -27,6 +27,11 @@ class Target:
     mean: np.ndarray
     spread: np.ndarray
 
+    @property
+    def power(self) -> np.ndarray:
+        """`(units,)` root mean squares."""
+        return np.sqrt(self.mean**2 + self.spread**2)
+
 
 @dataclass(frozen=True, eq=False)
 class NormPlan:

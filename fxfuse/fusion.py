@@ -24,9 +24,10 @@ from .layer_costs import LayerCost, linear_cka
 from .measuring import measure
 from .mixing import Mixer
 from .network import Network
-from .refit import finite, frontier_samples, settle
+from .refit import Outcome, Refit, finite
 from .report import report_on
 from .segments import partition
+from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes, run_once
 from .transport import Transport
 from .verify import lint
@@ -42,7 +43,8 @@ class Method:
         balancing: How networks of different depth get one structure: `deepen`, which is exact, or
             `Shorten(...)`.
         coupling: How the units of the networks find each other.
-        match_moments: Give the fused norms the parents' means and spreads.
+        refit: How the fused network is corrected on the data: `LeastSquares(...)`, or by its
+            moments alone.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
         anchor: Which network's widths the fused one takes, when the caller does not say: from all
             depths to an index. None for the deepest, or the widest if the coupling asks for it.
@@ -52,7 +54,7 @@ class Method:
     layer_cost: LayerCost = linear_cka
     balancing: Balancing = deepen
     coupling: CouplingMethod = Transport()
-    match_moments: bool = True
+    refit: Refit = LeastSquares()
     absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] | None = None
 
@@ -132,13 +134,14 @@ def fuse(
     balanced = method.balancing(networks, alignment, calibration)
     match = correspond(balanced, target)
     mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-    fused = copy_modes(models[target], _mix(mixer, calibration, method, clock))
+    module, outcome = _mix(mixer, calibration, method, clock)
+    fused = copy_modes(models[target], module)
     notes: tuple[str, ...] = ()
     if heads is not None:
         clock.start("attach heads")
         notes = heads(fused, mixer, behind, models)
         _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(mixer, alignment, clock.stop(), notes)
+    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop(), notes)
     return fused
 
 
@@ -155,23 +158,25 @@ def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:
     return order.index(max(order))
 
 
-def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.GraphModule:
-    """Measure, couple, emit and settle: from balanced networks to the fused one."""
+def _mix(
+    mixer: Mixer, data: Calibration, method: Method, clock: Clock
+) -> tuple[fx.GraphModule, Outcome]:
+    """Measure, couple, emit and refit: from balanced networks to the fused one."""
     networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
     clock.start("measure units")
-    samples = min(data.samples, frontier_samples(networks))
-    outputs = outputs_to_settle(base) if method.match_moments else {}
+    samples = min(data.samples, method.refit.samples(networks))
+    outputs = outputs_to_settle(base) if method.refit.wants_moments else {}
     view = method.coupling.view
     measured = measure(mixer.balanced, mixer.match, data, view, outputs, samples, clock.tick)
     clock.start("couple units")
     method.coupling(mixer, measured)
     clock.start("emit")
     module, plans = emit(mixer, measured.outputs)
-    clock.start("settle norms and moments")
+    clock.start("refit")
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
-    settle(fused, plans, data, samples, method.match_moments, clock.tick)
+    outcome = method.refit(fused, mixer, plans, data, samples, clock.tick)
     _require_sound(fused)
-    return _cleaned(module)
+    return _cleaned(module), outcome
 
 
 @plain_modes()

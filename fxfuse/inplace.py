@@ -16,7 +16,7 @@ from .mixing import Mixer
 class InPlace:
     """Leave every unit where it is: the baseline that knows nothing of permutations.
 
-    With `match_moments=False` the result is the average of the weights, name by name. Networks of
+    With `MatchMoments(keep=True)` the result is the average of the weights, name by name. Nets of
     unequal depth are balanced first, as for any other method. Norms with running statistics are
     folded into the weights that are averaged, and measured anew on the result.
 
@@ -28,8 +28,9 @@ class InPlace:
 
     Example:
         >>> import torch, fxfuse
+        >>> from fxfuse.refit import MatchMoments
         >>> a, b = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()) for _ in "ab")
-        >>> naive = fxfuse.Method(coupling=InPlace(), match_moments=False)
+        >>> naive = fxfuse.Method(coupling=InPlace(), refit=MatchMoments(keep=True))
         >>> fused = fxfuse.fuse([a, b], torch.randn(9, 4), method=naive)
         >>> torch.allclose(fused.get_submodule("0").weight, (a[0].weight + b[0].weight) / 2)
         True

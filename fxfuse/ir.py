@@ -83,6 +83,25 @@ class Frozen:
         return f"{self.tensor}[{self.dim}]: {self.count} units fixed at {self.node}, {self.reason}"
 
 
+@dataclass(frozen=True)
+class LayerFit:
+    """How a contraction of the fused network was refitted.
+
+    Attributes:
+        node: Its node.
+        explained: Share of its target's variance that it explains (R squared), on samples that the
+            fit did not see.
+        ridge: How strongly it was drawn to the coupled weights; infinite if these stayed.
+    """
+
+    node: str
+    explained: float
+    ridge: float
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.explained:.2f} of the target's variance, ridge {self.ridge:g}"
+
+
 @dataclass(frozen=True, eq=False)
 class Spaces:
     """The unit spaces of one network.
@@ -112,6 +131,15 @@ class Spaces:
         found: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
         for space in self.spaces:
             for axis in space.axes:
+                found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
+        return found
+
+    @cached_property
+    def shown(self) -> dict[tuple[str, int], list[tuple[Space, Axis]]]:
+        """The spaces on each axis `(node, dim)` of a node's output."""
+        found: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
+        for space in self.spaces:
+            for axis in space.features:
                 found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
         return found
 

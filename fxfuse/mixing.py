@@ -134,6 +134,12 @@ class Mixer:
         found = [{s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces]
         return self._positions(name, dim, *found, *(x.sizes[name, dim] for x in spaces), k)
 
+    def feature_map(self, node: str, dim: int, k: int) -> csr_array:
+        """Return the map `(fused positions, own positions)` along one axis of a node's output."""
+        networks = [self.balanced.networks[i] for i in (self.anchor, k)]
+        found = [{s.name: a for s, a in n.spaces.shown.get((node, dim), ())} for n in networks]
+        return self._positions(node, dim, *found, *(n.book.shapes[node][dim] for n in networks), k)
+
     def reading_map(self, node: str, dim: int, k: int) -> csr_array:
         """Return the map `(own positions, fused positions)` for what reads a node's output.
 
@@ -141,14 +147,9 @@ class Mixer:
             PairingError: If what must stay in place there differs from the anchor's.
         """
         networks = [self.balanced.networks[i] for i in (self.anchor, k)]
-        found, sizes = [], []
-        for network in networks:
-            features = [(s.name, a) for s in network.spaces for a in s.features]
-            here = {
-                s: replace(a, reads=True) for s, a in features if (a.tensor, a.dim) == (node, dim)
-            }
-            found.append(here)
-            sizes.append(network.book.shapes[node][dim])
+        places = [n.spaces.shown.get((node, dim), ()) for n in networks]
+        found = [{s.name: replace(a, reads=True) for s, a in shown} for shown in places]
+        sizes = [n.book.shapes[node][dim] for n in networks]
         return csr_array(self._positions(node, dim, *found, *sizes, k).T)
 
     def _positions(

@@ -54,6 +54,11 @@ class Moments:
         """`(units,)` standard deviations."""
         return np.sqrt(self.variance)
 
+    @property
+    def power(self) -> np.ndarray:
+        """`(units,)` root mean squares."""
+        return np.sqrt(self.mean**2 + self.variance)
+
 
 class PairMoments:
     """Moments of the units of two spaces at one place in the networks, and their cross moments.

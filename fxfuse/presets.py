@@ -1,20 +1,106 @@
-"""Methods under the names of their papers, and the default of `fuse`."""
+"""Methods under the names of their papers, and the default of `fuse`.
+
+Each is called like `fuse`: `presets.zipit([a, b], data)`. Where a paper wants equal depths,
+networks are balanced first; what a paper cannot do (weights matched across widths) is refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .aligners import same_index
 from .costs import euclidean
 from .coupling import one_map
-from .fusion import Method
+from .errors import ArgumentError
+from .fusion import Method, align
+from .inplace import InPlace
 from .layerwise import LayerByLayer
+from .refit import MatchMoments
+from .transfer import transfer
+from .universe import CycleConsistent
+from .weight_matching import WeightMatching
+from .zipping import Zip
 
+
+@dataclass(frozen=True)
+class Transfer:
+    """Heterogeneous model transfer: the shallower network's weights in the deeper one's layers.
+
+    Attributes:
+        aligned: Transfer along the cross-layer alignment, not along the longest chain.
+        then: Fuse the result with the deeper network by this method.
+
+    References:
+        Wang et al., heterogeneous model transfer; Nguyen et al. (CLAFusion), table 3: alone, then
+        averaged in place, then fused by transport, and so along the alignment.
+    """
+
+    aligned: bool = False
+    then: Method | None = None
+
+    def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
+        """Transfer, and fuse if asked to.
+
+        Args:
+            models: The network that receives, then the one that gives.
+            data: Inputs as for `fuse`.
+            options: Of `fuse`, for the fusion afterwards.
+
+        Raises:
+            ArgumentError: If there are not two models.
+        """
+        if len(models) != 2:
+            raise ArgumentError(
+                f"{len(models)} models",
+                where="heterogeneous model transfer",
+                expected="two: the one that receives and the one that gives",
+                do="transfer one after the other with fxfuse.transfer",
+            )
+        target, source = models
+        alignment = align([source, target], data) if self.aligned else None
+        moved = transfer(source, target, data, alignment)
+        return moved if self.then is None else self.then([moved, target], data, **options)
+
+
+#: The best one known.
 best = Method()
+
+#: Weights of one name averaged, with the layers that a network lacks left to the others.
+average = Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+
+#: OTFusion (Singh and Jaggi) on activations, as its scripts run it; layers match in order.
+otfusion = Method(
+    aligner=same_index,
+    coupling=LayerByLayer(ground_cost=euclidean, maps=one_map),
+    refit=MatchMoments(keep=True),
+    absent_as_zero=True,
+)
 
 #: CLAFusion (Nguyen et al.) by adding layers, as its scripts run it: Euclidean ground metric on raw
 #: pre-activations, a plan for each layer's output and for the network's, one map for both sides,
 #: added layers counting as zeros, widths of the shallowest network.
 clafusion = Method(
     coupling=LayerByLayer(ground_cost=euclidean, maps=one_map),
-    match_moments=False,
+    refit=MatchMoments(keep=True),
     absent_as_zero=True,
     anchor=lambda depths: depths.index(min(depths)),
 )
+
+#: Heterogeneous model transfer (Wang et al.) alone; see `Transfer` for what may follow.
+hmt = Transfer()
+
+#: Git Re-Basin (Ainsworth et al.): weights matched without data, which only the norms still need.
+git_rebasin = Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
+
+#: ZipIt (Stoica et al.): the units most alike are merged, some within a network.
+zipit = Method(coupling=Zip(alpha=0.3, beta=0.125), refit=MatchMoments(keep=True))
+
+#: Elastic zip (Xu et al.): budgets in proportion to the widths.
+elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=MatchMoments(keep=True))
+
+#: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
+c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())

@@ -58,17 +58,23 @@ class Producer:
 
 def read_producer(network: Network, node: fx.Node) -> Producer | None:
     """Read a node as an affine map; None if it is no such map, on the network's own example."""
+    inputs = network.inputs_of(node)
+    if len(inputs) != 1:
+        return None
+    ends = {inputs[0].name: 0, node.name: 1}
+    values = record(network, network.example, list(ends), lambda value: value.double())
+    return identify(network, node, *(values[name] for name in ends))
+
+
+def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer | None:
+    """Read a node that gave `y` for `x`, both in float64, as an affine map, if it is one."""
     weights, names = (
         book.get(node.name, []) for book in (network.book.weights, network.book.tensors)
     )
     calls = [n for names in network.book.tensors.values() for n in names]
-    inputs = network.inputs_of(node)
-    if len(weights) != 1 or calls.count(weights[0]) != 1 or len(names) > 2 or len(inputs) != 1:
+    if len(weights) != 1 or calls.count(weights[0]) != 1 or len(names) > 2:
         return None
     bias = next((n for n in names if n != weights[0]), None)
-    ends = {inputs[0].name: 0, node.name: 1}
-    values = record(network, network.example, dict.fromkeys(ends, torch.Tensor.double))
-    x, y = (values[name] for name in ends)
     for turned in (False, True):
         affine = _map(network, node, x, weights[0], bias, turned)
         if affine is not None and _computes(affine, x, y):

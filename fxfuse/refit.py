@@ -13,6 +13,8 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,95 +22,172 @@ from torch import Tensor, fx
 
 from .data import Calibration
 from .emit import NormPlan, WeightPlan
+from .ir import LayerFit
 from .measuring import measuring_batch
+from .mixing import Mixer
 from .moments import Moments
 from .network import Network
-from .statistics import Run, batch_size
+from .statistics import Bypass, Run, batch_size
 
 BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 LARGEST_GAIN = 10.0  # a unit that the average silenced is not blown up beyond this
 FRONTIER_BYTES = 1 << 29  # memory for the live values of all samples together
 
 
-def frontier_samples(networks: Sequence[Network]) -> int:
+def frontier_samples(networks: Sequence[Network], budget: int | None = None) -> int:
     """Return how many samples fit the frontier of about three large values, in whole batches."""
-    whole = measuring_batch(networks)
-    samples = batch_size(networks, FRONTIER_BYTES // 3, 1 << 30, least=16)
+    whole, budget = measuring_batch(networks), budget or FRONTIER_BYTES
+    samples = batch_size(networks, budget // 3, 1 << 30, least=16)
     return max(samples // whole, 1) * whole
 
 
-def settle(
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How near a refit came to the parents.
+
+    Attributes:
+        layers: What was refitted, in order.
+        divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
+            probabilities from those of the parents' mean logits, on the calibration data, where
+            outputs are 2-D.
+    """
+
+    layers: tuple[LayerFit, ...] = ()
+    divergence: float | None = None
+
+
+class Refit(Protocol):
+    """How a freshly emitted network is corrected on the data.
+
+    Attributes:
+        wants_moments: Whether it asks for the moments of the parents' outputs, node by node.
+    """
+
+    wants_moments: bool
+
+    def samples(self, networks: Sequence[Network]) -> int:
+        """Return how many samples may be live at once, in whole measuring batches."""
+
+    def __call__(
+        self,
+        fused: Network,
+        mixer: Mixer,
+        plans: Sequence[NormPlan | WeightPlan],
+        data: Calibration,
+        samples: int,
+        tick: Callable[[float], None] | None = None,
+    ) -> Outcome:
+        """Correct the network in place.
+
+        Args:
+            fused: The fused network.
+            mixer: The networks it is made of, and their maps.
+            plans: What its nodes have to compute.
+            data: Calibration inputs.
+            samples: How many of the first samples to use, all live at once.
+            tick: Called with the share that is done.
+        """
+
+
+@dataclass(frozen=True)
+class MatchMoments:
+    """Give each unit of the fused network the mean and spread that the parents' units ask of it.
+
+    Attributes:
+        keep: Keep the function as mixed, and only give norms the statistics to compute it with.
+    """
+
+    keep: bool = False
+
+    @property
+    def wants_moments(self) -> bool:
+        """Whether the parents' moments are needed."""
+        return not self.keep
+
+    def samples(self, networks: Sequence[Network]) -> int:
+        """Return how many samples may be live at once."""
+        return frontier_samples(networks)
+
+    def __call__(
+        self,
+        fused: Network,
+        mixer: Mixer,
+        plans: Sequence[NormPlan | WeightPlan],
+        data: Calibration,
+        samples: int,
+        tick: Callable[[float], None] | None = None,
+    ) -> Outcome:
+        """Settle the norms, and the moments of other contractions; see `Refit`."""
+        by_node = {p.node: p for p in plans if not self.keep or isinstance(p, NormPlan)}
+        waiting, runs = set(by_node), start(fused, data, samples)
+        with torch.no_grad():
+            for node in fused.module.graph.nodes if waiting else ():
+                plan = by_node.get(node.name)
+                if isinstance(plan, NormPlan):
+                    settle_norm(fused, plan, [r.value_of(plan.reads) for r in runs], self.keep)
+                values = [run.step(node) for run in runs]
+                if isinstance(plan, WeightPlan):
+                    settle_weight(fused, plan, values)
+                waiting.discard(node.name)
+                if plan is not None and tick is not None:
+                    tick(1 - len(waiting) / len(by_node))
+                if not waiting:
+                    break
+        return Outcome()
+
+
+def start(
     network: Network,
-    plans: Sequence[NormPlan | WeightPlan],
     data: Calibration,
     samples: int,
-    match_moments: bool,
-    tick: Callable[[float], None] | None = None,
-) -> None:
-    """Settle the norms, and the moments of other contractions, of a freshly emitted network.
-
-    Args:
-        network: The fused network; edited in place.
-        plans: What its nodes have to compute.
-        data: Calibration inputs.
-        samples: How many of the first samples to use, all live at once.
-        match_moments: Give each unit the parents' moments; otherwise keep the mixed function.
-        tick: Called with the share of the plans that is settled.
-    """
-    by_node = {p.node: p for p in plans if match_moments or isinstance(p, NormPlan)}
-    waiting, runs = set(by_node), _start(network, data, samples)
-    with torch.no_grad():
-        for node in network.module.graph.nodes:
-            if not waiting:
-                return
-            plan = by_node.get(node.name)
-            if isinstance(plan, NormPlan):
-                _settle_norm(network, plan, [r.value_of(plan.reads) for r in runs], match_moments)
-            values = [run.step(node) for run in runs]
-            if isinstance(plan, WeightPlan):
-                _settle_weight(network, plan, values)
-            waiting.discard(node.name)
-            if plan is not None and tick is not None:
-                tick(1 - len(waiting) / len(by_node))
-
-
-def _start(network: Network, data: Calibration, samples: int) -> list[Run]:
+    order: Sequence[fx.Node] | None = None,
+    bypass: Bypass | None = None,
+) -> list[Run]:
+    """Start a run for each batch of the first samples."""
     runs, count = [], 0
     for batch in data.chunks(batch_size([network], BATCH_BYTES, BATCH_SAMPLES)):
         if count < samples:
-            runs.append(Run(network, tuple(t[: samples - count] for t in batch)))
+            runs.append(Run(network, tuple(t[: samples - count] for t in batch), bypass, order))
             count += len(batch[0])
     return runs
 
 
-def _settle_norm(
-    network: Network, plan: NormPlan, values: list[Tensor], match_moments: bool
-) -> None:
-    found = _moments(values, 1)
-    mean, variance, roles = found.mean, found.variance, network.book.norms[plan.node]
-    eps = float(roles["eps"])
-    gain, shift = plan.scale, plan.scale * mean + plan.shift
-    if match_moments:
-        wanted = _gain(plan.target.spread, found.spread, np.abs(plan.scale))
+def settle_norm(network: Network, plan: NormPlan, values: list[Tensor], keep: bool) -> None:
+    """Let a norm compute what its plan says of the values it reads; or only keep the function."""
+    found = moments_of(values, 1)
+    gain, shift = plan.scale, plan.scale * found.mean + plan.shift
+    if not keep:
+        wanted = gain_of(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
+    restate_norm(network, network.book.norms[plan.node], found, gain, shift)
+
+
+def restate_norm(
+    network: Network,
+    roles: dict[str, str | float],
+    found: Moments,
+    gain: np.ndarray,
+    mean: np.ndarray,
+) -> None:
+    """Let a norm that reads values of some moments multiply by a gain, and give a mean."""
+    centre, variance, eps = found.mean, found.variance, float(roles["eps"])
     if "weight" not in roles:  # no affine part: the statistics have to say it
         safe = np.where(np.abs(gain) > 1e-12, gain, 1.0)
-        mean, variance = mean - shift / safe, np.maximum(1.0 / safe**2 - eps, 0.0)
+        centre, variance = centre - mean / safe, np.maximum(1.0 / safe**2 - eps, 0.0)
     else:
-        _fill(network, roles["weight"], gain * np.sqrt(variance + eps))
-        _fill(network, roles["bias"], shift)
-    _fill(network, roles["running_mean"], mean)
-    _fill(network, roles["running_var"], variance)
+        _fill(network, str(roles["weight"]), gain * np.sqrt(variance + eps))
+        _fill(network, str(roles["bias"]), mean)
+    _fill(network, str(roles["running_mean"]), centre)
+    _fill(network, str(roles["running_var"]), variance)
 
 
-def _settle_weight(network: Network, plan: WeightPlan, values: list[Tensor]) -> None:
+def settle_weight(network: Network, plan: WeightPlan, values: list[Tensor]) -> None:
     """Scale a contraction's rows, and move its bias; without a bias, match second moments."""
-    found, target = _moments(values, plan.axis), plan.target
+    found, target = moments_of(values, plan.axis), plan.target
     if plan.bias is None:
-        power = [np.sqrt(m.mean**2 + m.spread**2) for m in (target, found)]
-        gain, shift = _gain(*power, np.ones_like(power[0])), 0.0
+        gain, shift = gain_of(target.power, found.power, np.ones_like(found.spread)), 0.0
     else:
-        gain = _gain(target.spread, found.spread, np.ones_like(found.spread))
+        gain = gain_of(target.spread, found.spread, np.ones_like(found.spread))
         shift = target.mean - gain * found.mean
         bias = tensor_of(network, plan.bias)
         _fill(network, plan.bias, gain * bias.detach().double().cpu().numpy() + shift)
@@ -122,7 +201,7 @@ def _settle_weight(network: Network, plan: WeightPlan, values: list[Tensor]) -> 
         value.add_(moved.to(value).view(across))
 
 
-def _gain(wanted: np.ndarray, found: np.ndarray, default: np.ndarray) -> np.ndarray:
+def gain_of(wanted: np.ndarray, found: np.ndarray, default: np.ndarray) -> np.ndarray:
     """Return the factor from a found to a wanted spread, bounded, for units that vary at all."""
     moved = found > 1e-6 * max(found.max(initial=0.0), 1e-30)
     gain = np.divide(wanted, found, out=default.astype(float), where=moved)
@@ -139,7 +218,8 @@ def _fill(network: Network, name: str, values: np.ndarray) -> None:
     tensor_of(network, name).data.copy_(torch.as_tensor(values))
 
 
-def _moments(values: list[Tensor], axis: int) -> Moments:
+def moments_of(values: Sequence[Tensor], axis: int) -> Moments:
+    """Return the moments of the units along an axis of batches of values."""
     moments = Moments()
     for value in values:
         moments.add(value.movedim(axis, 0))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ir import Alignment, Frozen
+from .ir import Alignment, Frozen, LayerFit
 from .mixing import Mixer
+from .refit import Outcome
+
+POOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Report:
         errors: Relative error of each network once depths were equal, zero if its layers stayed.
         seconds: Wall time of each stage.
         heads: How each network's own head reads the fused network, if there are such.
+        layers: How the contractions were refitted, in order.
+        divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
+            probabilities from those of the parents' mean logits, on the calibration data; None if
+            outputs are not 2-D.
     """
 
     alignment: Alignment
@@ -44,10 +51,35 @@ class Report:
     errors: tuple[float, ...]
     seconds: dict[str, float]
     heads: tuple[str, ...] = ()
+    layers: tuple[LayerFit, ...] = ()
+    divergence: float | None = None
+
+    @property
+    def poor(self) -> tuple[LayerFit, ...]:
+        """The layers that explain less than half of their target."""
+        return tuple(layer for layer in self.layers if layer.explained < POOR)
+
+    def __str__(self) -> str:
+        lines = [f"widths of network {self.anchor}, {len(self.spaces)} spaces"]
+        if self.layers:
+            mean = sum(layer.explained for layer in self.layers) / len(self.layers)
+            lines.append(
+                f"{len(self.layers)} layers refitted, mean R^2 {mean:.2f} on held-out data"
+            )
+        if self.divergence is not None:
+            lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
+        if self.poor:
+            lines.append(f"warning: {len(self.poor)} layers explain less than {POOR:g} of theirs:")
+            lines += [f"  {layer}" for layer in self.poor]
+        return "\n".join(lines)
 
 
 def report_on(
-    mixer: Mixer, alignment: Alignment, seconds: dict[str, float], heads: tuple[str, ...] = ()
+    mixer: Mixer,
+    alignment: Alignment,
+    outcome: Outcome,
+    seconds: dict[str, float],
+    heads: tuple[str, ...] = (),
 ) -> Report:
     """Sum up a fusion."""
     base = mixer.balanced.networks[mixer.anchor].spaces
@@ -58,6 +90,5 @@ def report_on(
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
         spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
     shares, errors = tuple(mixer.weights), mixer.balanced.errors
-    return Report(
-        alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds, heads
-    )
+    facts = alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds
+    return Report(*facts, heads, outcome.layers, outcome.divergence)

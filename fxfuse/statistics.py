@@ -6,6 +6,7 @@ Values are freed as soon as nothing reads them any more, so what is held is the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,13 +91,30 @@ def relative_error_on(data: Calibration, model: Network, other: Network) -> floa
 
 
 class Run(Interpreter):
-    """One network on its way through one batch, in eval mode."""
+    """One network on its way through one batch, in eval mode.
 
-    def __init__(self, network: Network, batch: Batch, bypass: Bypass | None = None) -> None:
-        super().__init__(network.module, garbage_collect_values=True)
+    Args:
+        network: The network.
+        batch: Input tensors.
+        bypass: See `walk`.
+        order: The order in which its nodes will be stepped over, if not that of the graph.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batch: Batch,
+        bypass: Bypass | None = None,
+        order: Sequence[fx.Node] | None = None,
+    ) -> None:
+        super().__init__(network.module, garbage_collect_values=order is None)
+        if order is not None:
+            self.user_to_last_uses = _last_uses(order)
         self.network, self.bypass = network, bypass or {}
         self.held: dict[str, Any] = {}
+        self.waiting = Counter(source for source, _ in self.bypass.values())
         device = device_of(network.module)
+        self.samples = len(batch[0])
         self.args_iter = iter([t.to(device) for t in batch])
         network.module.eval()
 
@@ -106,9 +124,12 @@ class Run(Interpreter):
             value = self._run(node)
         else:
             source, carries = self.bypass[node.name]
-            if source not in self.held:
-                self.held = {source: self.value_of(source)}
+            if source not in self.held and self.is_live(source):
+                self.held[source] = self.value_of(source)
             value = self.held[source] if carries else None
+            self.waiting[source] -= 1
+            if not self.waiting[source]:
+                self.held.pop(source, None)
         self.env[node] = value
         for dead in self.user_to_last_uses.get(node, []):
             self.env.pop(dead, None)
@@ -117,6 +138,25 @@ class Run(Interpreter):
     def value_of(self, name: str) -> Any:
         """Return the value of a node that is still live."""
         return next(value for node, value in self.env.items() if node.name == name)
+
+    def is_live(self, name: str) -> bool:
+        """Tell whether the value of a node is known and still to be read."""
+        return any(node.name == name for node in self.env)
+
+    def peek(self, node: fx.Node) -> Any:
+        """Return what a node would give now, without stepping over it."""
+        return self._run(node)
+
+    def apply(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
+        """Return what a node would give if one that it reads had another value."""
+        known = self.env.get(source)
+        self.env[source] = value.clone()  # it may be written in place
+        try:
+            return self._run(node)
+        finally:
+            self.env.pop(source)
+            if known is not None:
+                self.env[source] = known
 
     def _run(self, node: fx.Node) -> Any:
         try:
@@ -128,3 +168,14 @@ class Run(Interpreter):
                 expected="batches like the first one, all that every network takes",
                 do="check the shape and type of every batch of `data`",
             ) from error
+
+
+def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, those that nothing behind it in the order reads any more."""
+    seen: set[fx.Node] = set()
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(order):
+        dead = [n for n in dict.fromkeys(node.all_input_nodes) if n not in seen]
+        found[node] = dead
+        seen.update(dead)
+    return found

@@ -16,6 +16,7 @@ from fxfuse.coupling import one_map, two_maps
 from fxfuse.ir import Coupling
 from fxfuse.measuring import measure
 from fxfuse.mixing import Mixer
+from fxfuse.refit import MatchMoments
 from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from fxfuse.transport import Transport
 
@@ -45,7 +46,7 @@ def test_one_map_scales_a_duplicated_network_and_two_maps_do_not():
     pair = [widened(net, mlp(6, 10, 8, 3, bias=False), x[:2]), net]
     factor = {}
     for maps in (one_map, two_maps):
-        method = fxfuse.Method(coupling=Transport(maps=maps), match_moments=False)
+        method = fxfuse.Method(coupling=Transport(maps=maps), refit=MatchMoments(keep=True))
         fused = fxfuse.fuse(pair, x, weights=[1, 0], anchor=1, method=method)
         factor[maps] = float((fused(x) / net(x)).median().detach())
     assert factor[two_maps] == pytest.approx(1.0, abs=1e-4)

@@ -19,7 +19,7 @@ from fxfuse.ir import Coupling
 from fxfuse.measuring import View, measure, measuring_batch, measuring_points
 from fxfuse.mixing import Mixer
 from fxfuse.network import Network
-from fxfuse.refit import frontier_samples
+from fxfuse.refit import MatchMoments, frontier_samples
 from fxfuse.tracing import trace
 
 
@@ -127,8 +127,8 @@ def test_the_joint_pass_measures_what_numpy_measures():
 
 def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
     nets, x = [randomise(stages([6, 6], [8]), s) for s in (1, 2)], images(64)
-    fused = fxfuse.fuse(nets, x)
-    plain = fxfuse.fuse(nets, x, method=fxfuse.Method(match_moments=False))
+    fused = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=MatchMoments()))
+    plain = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=MatchMoments(keep=True)))
     spreads = []
     for net in (*nets, fused, plain):
         recorded = {}
@@ -144,7 +144,7 @@ def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
 
 def test_without_moments_the_norms_keep_the_mixed_function():
     net, x = build("residual")
-    method = fxfuse.Method(match_moments=False)
+    method = fxfuse.Method(refit=MatchMoments(keep=True))
     fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], images(), method=method)
     assert gap(net, fused, images()) < FUNCTION
 

@@ -235,6 +235,7 @@ def test_each_choice_of_a_method_changes_the_result():
     from fxfuse.costs import squared_euclidean
     from fxfuse.coupling import one_map
     from fxfuse.measuring import View
+    from fxfuse.refit import MatchMoments
     from fxfuse.transport import Transport
 
     nets, x = pair_of_depths(), images()
@@ -243,7 +244,8 @@ def test_each_choice_of_a_method_changes_the_result():
         {"coupling": Transport(ground_cost=squared_euclidean)},
         {"coupling": Transport(maps=one_map)},
         {"coupling": Transport(view=View(activated=True))},
-        {"match_moments": False},
+        {"refit": MatchMoments()},
+        {"refit": MatchMoments(keep=True)},
         {"anchor": lambda depths: 1},
     ):
         other = fxfuse.fuse(nets, x, method=fxfuse.Method(**choice))
@@ -276,7 +278,7 @@ def test_progress_names_the_stages_and_what_is_done_of_them():
     fxfuse.fuse(nets, images(), progress=lambda *step: seen.append(step))
     stages_seen = list(dict.fromkeys(stage for stage, _ in seen))
     assert stages_seen[0] == "read data" and len(stages_seen) == 8
-    for stage in ("align layers", "measure units", "settle norms and moments"):
+    for stage in ("align layers", "measure units", "refit"):
         shares = [share for name, share in seen if name == stage]
         assert shares[0] == 0.0 and shares[-1] == 1.0 and shares == sorted(shares)
 

@@ -7,8 +7,9 @@ from nets import build, gap, mlp, outputs, randomise, residual
 import fxfuse
 from fxfuse.errors import PairingError
 from fxfuse.inplace import InPlace
+from fxfuse.refit import MatchMoments
 
-NAIVE = fxfuse.Method(coupling=InPlace(), match_moments=False)
+NAIVE = fxfuse.Method(coupling=InPlace(), refit=MatchMoments(keep=True))
 
 
 @settings(max_examples=6)

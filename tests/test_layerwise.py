@@ -11,12 +11,13 @@ from fxfuse.costs import euclidean
 from fxfuse.layerwise import LayerByLayer
 from fxfuse.measuring import View, points_of
 from fxfuse.network import Network
+from fxfuse.refit import MatchMoments
 from fxfuse.tracing import trace
 from fxfuse.transport import Transport
 
 
 def method(kind):
-    return fxfuse.Method(coupling=kind(ground_cost=euclidean), match_moments=False)
+    return fxfuse.Method(coupling=kind(ground_cost=euclidean), refit=MatchMoments(keep=True))
 
 
 def test_without_a_skip_layers_and_spaces_are_the_same():

@@ -17,6 +17,7 @@ from fxfuse.ascent import in_place
 from fxfuse.coupling import one_map
 from fxfuse.errors import PairingError, SolverError
 from fxfuse.measuring import Measurements
+from fxfuse.refit import MatchMoments
 from fxfuse.solvers import Assignment
 from fxfuse.weight_matching import MergeMany, WeightMatching, WeightTransport
 from fxfuse.weightwise import squared_distance
@@ -193,7 +194,7 @@ def test_matching_networks_of_unequal_depth_gives_permutations(method, anchor):
 def test_without_moments_and_norms_nothing_is_measured(coupling, monkeypatch):
     nets = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2)]
     data = torch.randn(16, 6)
-    method = fxfuse.Method(coupling=coupling, match_moments=False)
+    method = fxfuse.Method(coupling=coupling, refit=MatchMoments(keep=True))
     expected = fxfuse.fuse(nets, data, method=method)
     monkeypatch.setattr("fxfuse.measuring.walk", None)
     again = fxfuse.fuse(nets, data + 1, method=method)
@@ -202,6 +203,6 @@ def test_without_moments_and_norms_nothing_is_measured(coupling, monkeypatch):
 
 def test_without_moments_norms_are_still_settled():
     net, x = build("residual")
-    method = fxfuse.Method(coupling=WeightMatching(), match_moments=False)
+    method = fxfuse.Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
     fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], images(), method=method)
     assert gap(net, fused, images()) < FUNCTION

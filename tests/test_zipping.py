@@ -17,6 +17,7 @@ from fxfuse.errors import ArgumentError, FuseError, SolverError
 from fxfuse.measuring import View, measure
 from fxfuse.mixing import Mixer
 from fxfuse.moments import PairMoments
+from fxfuse.refit import MatchMoments
 from fxfuse.solvers import Assignment, Exact, Sinkhorn, UnbalancedSinkhorn
 from fxfuse.zipping import Zip, greedy_zip, similarities
 
@@ -187,7 +188,7 @@ def test_zipping_permuted_copies_of_a_network_gives_the_network(name):
         ([net, *copies], None, Zip(beta=0), True),
         ([net, *copies], [0.2, 0.5, 0.3], Zip(alpha=0.5, beta=0.5), False),
     ):
-        chosen = method(zipped, match_moments=matched)
+        chosen = method(zipped, refit=MatchMoments(keep=not matched))
         fused = fxfuse.fuse(nets, data, weights=weights, method=chosen)
         assert gap(net, fused, data) < FUNCTION, (weights, zipped, matched)
 

@@ -1,0 +1,115 @@
+"""How much to correct weights by least squares, as a held-out part of the samples tells.
+
+What is fitted is the correction: what the weights at hand leave to explain. The ridge draws it to
+zero, so that with little data they stay what they are; where they are right, nothing is corrected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HELD = 4  # every fourth sample chooses the ridge
+
+
+class Sums:
+    """The sums a regression needs, group by group, in float64, of rows that come in batches.
+
+    Args:
+        centred: Whether there is a bias, so that only deviations from the means count.
+    """
+
+    def __init__(self, centred: bool) -> None:
+        self.centred, self.count = centred, 0
+        self.xx = self.xr = self.rr = self.x = self.r = torch.zeros(())
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        """Add inputs `(groups, rows, inputs)` and what is left to explain `(groups, rows, out)`."""
+        if not x.shape[1]:
+            return
+        x, r = x.double(), r.double()
+        self.count += x.shape[1]
+        self.xx, self.xr, self.rr = self.xx + x.mT @ x, self.xr + x.mT @ r, self.rr + (r * r).sum(1)
+        self.x, self.r = self.x + x.sum(1, keepdim=True), self.r + r.sum(1, keepdim=True)
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums of both sets of rows."""
+        both = Sums(self.centred)
+        for name in ("count", "xx", "xr", "rr", "x", "r"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def solve(self, ridges: Sequence[float]) -> list[Tensor | None]:
+        """Return the correction `(groups, inputs, out)` at each ridge, None where it has none.
+
+        A ridge is relative to the mean variance of the inputs (mean square, without a bias).
+        """
+        xx, xr = self.xx / self.count, self.xr / self.count
+        if self.centred:
+            x, r = self.x / self.count, self.r / self.count
+            xx, xr = xx - x.mT @ x, xr - x.mT @ r
+        power = xx.diagonal(dim1=1, dim2=2).mean(1)
+        power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # groups that hardly vary
+        found = []
+        for ridge in ridges:
+            added = (ridge * power)[:, None].expand(xx.shape[:2])
+            factor, failed = torch.linalg.cholesky_ex(xx + torch.diag_embed(added))
+            found.append(None if bool(failed.any()) else torch.cholesky_solve(xr, factor))
+        return found
+
+    def error(self, other: Sums, correction: Tensor | None) -> float:
+        """Return the mean squared error on these rows of a correction fitted to others.
+
+        Args:
+            other: What the correction was fitted to; the bias is fitted to it too.
+            correction: `(groups, inputs, out)`; none if None.
+        """
+        bias = other.r / other.count if self.centred else torch.zeros_like(self.r)
+        total, linear = self.rr.sum(), self.r
+        if correction is not None:
+            if self.centred:
+                bias = bias - other.x / other.count @ correction
+            total = total - 2 * (correction * self.xr).sum()
+            total = total + (correction * (self.xx @ correction)).sum()
+            linear = linear - self.x @ correction
+        total = total - 2 * (bias * linear).sum() + self.count * bias.square().sum()
+        return max(float(total) / self.count, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """A correction of weights.
+
+    Attributes:
+        weight: `(groups, inputs, out)`, None if the weights stay.
+        ridge: The ridge that was chosen; infinite if the weights stay.
+        error: Mean squared error, summed over the units, on samples held out of the fit.
+    """
+
+    weight: Tensor | None
+    ridge: float
+    error: float
+
+
+def corrected(fit: Sums, held: Sums, ridges: Sequence[float]) -> Correction:
+    """Choose the ridge by the held-out error and fit with it to everything.
+
+    Args:
+        fit: Sums over the samples to fit to.
+        held: Sums over the others; if there are none, the weights stay.
+        ridges: The ridges to choose from, beside the infinite one.
+    """
+    if not fit.count or not held.count:
+        everything = fit + held
+        return Correction(None, float("inf"), everything.error(everything, None))
+    tried = [(held.error(fit, None), float("inf"))]
+    for ridge, weight in zip(ridges, fit.solve(ridges)):
+        if weight is not None:
+            tried.append((held.error(fit, weight), ridge))
+    error, ridge = min(tried)
+    if ridge == float("inf"):
+        return Correction(None, ridge, error)
+    return Correction((fit + held).solve([ridge])[0], ridge, error)

@@ -1,0 +1,308 @@
+"""What each contraction of the fused network should give: the mean of the networks' own values.
+
+The target is taken where the effect of a contraction is complete: behind its norm, or, if it ends a
+branch, behind the sum with what is already there. Then the contraction has to give what is missing,
+and errors do not add up along a stream. Where an activation reads it, it is the value for which the
+activation gives the mean of the networks' activations: these are what the next layers mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor, fx
+
+from .correspondence import absent_tensors
+from .folding import folds
+from .measuring import bypasses
+from .mixing import Mixer
+from .network import Network
+from .producer import Producer, identify
+from .statistics import Run
+from .verify import TOLERANCE
+
+INVERSE_STEPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A contraction of the fused network and where it meets its target.
+
+    Attributes:
+        producer: The contraction; its map has a shape but no values.
+        at: The node whose value is to be the networks' mean.
+        rest: If that is a sum, the node that is added to what the contraction gives.
+        through: The activation that is all that reads the target, if there is one.
+        swing: Whether its units need the target's spread, because no sum, concatenation or further
+            linear map reads them.
+    """
+
+    producer: Producer
+    at: str
+    rest: str | None
+    through: str | None
+    swing: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A node that adds another node's value to that of a contraction."""
+
+    node: str
+    rest: str
+
+
+def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
+    """Return the order in which to refit a network, and what to refit.
+
+    Values are computed as early as possible, contractions level by level, so that of two that end
+    in one sum the one behind more others comes last.
+
+    Args:
+        network: The fused network, its weights of no matter.
+    """
+    nodes = list(network.module.graph.nodes)
+    producers, sums = _survey(network)
+    order = sweep_order(network, set(producers))
+    if not _same_function(network, order):
+        order = nodes
+    place = {node.name: i for i, node in enumerate(order)}
+    aims = {}
+    for name, producer in producers.items():
+        closing = sums.get(name)
+        if closing is not None and place[closing.rest] > place[name]:
+            closing = None
+        at = closing.node if closing else producer.joint
+        aims[name] = Aim(
+            producer,
+            at,
+            closing.rest if closing else None,
+            _activation(network, at),
+            closing is None and _swings(network, producer.joint),
+        )
+    return order, aims
+
+
+def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
+    """Order nodes so that contractions come level by level, all else as soon as it can."""
+    fed, graph = network.fed(), list(network.module.graph.nodes)
+    level: dict[fx.Node, int] = {}
+    for node in graph:
+        level[node] = max((level[n] for n in node.all_input_nodes), default=0)
+        level[node] += node.name in producers
+    order: dict[fx.Node, None] = {}
+    waiting = [n for n in graph if n.name in fed]
+
+    def settle(node: fx.Node) -> None:
+        for before in node.all_input_nodes:
+            if before not in order and before.name not in fed:
+                settle(before)
+        order[node] = None
+
+    while waiting:
+        ready = (
+            n for n in waiting if all(i in order or i.name not in fed for i in n.all_input_nodes)
+        )
+        best = min(ready, key=lambda n: (n.name in producers and level[n], n.op == "output"))
+        waiting.remove(best)
+        settle(best)
+    return [*(n for n in graph if n not in order and n.op != "output"), *order]
+
+
+def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:
+    """Tell whether another order changes no value, which writing in place can do."""
+    values = []
+    for nodes in (list(network.module.graph.nodes), order):
+        run, found = Run(network, network.example, order=nodes), {}
+        with torch.no_grad():
+            for node in nodes:
+                value = run.step(node)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    found[node.name] = float(value.double().abs().sum())
+        values.append(found)
+    return all(abs(v - values[1][n]) <= TOLERANCE * abs(v) for n, v in values[0].items())
+
+
+def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, str]]:
+    """Find what can be refitted, and which sums it ends in, in one run of the network's example."""
+    folded = {producer: norm for norm, producer in folds(network).items()}
+    run = Run(network, network.example)
+    producers: dict[str, Producer] = {}
+    ends: dict[str, str] = {}  # node -> the contraction whose value it holds and nothing else does
+    sums: dict[str, Sum] = {}
+    with torch.no_grad():
+        for node in network.module.graph.nodes:
+            inputs = network.inputs_of(node)
+            before = [run.value_of(n.name) for n in inputs]
+            if _is_sum(network, node):
+                before = [value.clone() for value in before]  # it may be written in place
+            value = run.step(node)
+            alone = [n.name for n in inputs if len(n.users) == 1]
+            if _able(network, node, before, value):
+                found = identify(network, node, before[0].double(), value.double())
+                if found is not None and found.norm == folded.get(node.name):
+                    producers[node.name] = _hollow(found)
+                    ends[node.name] = node.name
+            elif len(alone) == len(inputs) == 1 and alone[0] in ends:
+                if network.is_idle(node) or producers[ends[alone[0]]].norm == node.name:
+                    ends[node.name] = ends[alone[0]]
+            elif _is_sum(network, node) and _adds(before, value):
+                for part, other in (inputs, inputs[::-1]):
+                    if part.name in alone and part.name in ends:
+                        sums[ends[part.name]] = Sum(node.name, other.name)
+    joints = {p.joint for p in producers.values()}
+    reached = {ends[n] for n in ends if n in joints}
+    return producers, {name: found for name, found in sums.items() if name in reached}
+
+
+def _is_sum(network: Network, node: fx.Node) -> bool:
+    adds = {s[1] for s in network.steps(node) if s[0] == "pointwise"} == {"add"}
+    return adds and len(network.inputs_of(node)) == 2 and network.rules(node) == {"pointwise"}
+
+
+def _adds(parts: Sequence[Tensor], value: Tensor) -> bool:
+    if not all(part.shape == value.shape for part in parts):
+        return False
+    scale = max(float(t.abs().max()) for t in (*parts, value)) if value.numel() else 0.0
+    return bool((value - parts[0] - parts[1]).abs().max() <= TOLERANCE * scale)
+
+
+def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: object) -> bool:
+    """Tell whether a node may be refitted: it contracts, along one axis that holds its units.
+
+    A weight that is computed from a parameter is left alone.
+    """
+    tensors = [t for t in (*inputs, value) if isinstance(t, Tensor) and t.is_floating_point()]
+    if node.name not in network.book.weights or len(inputs) != 1 or len(tensors) != 2:
+        return False
+    if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
+        return False
+    dims = {a.dim % value.dim() for a in network.book.features.get(node.name, ())}
+    return len(dims) <= 1
+
+
+def _hollow(producer: Producer) -> Producer:
+    """Forget the values of a producer's map: of wide networks they take gigabytes."""
+    empty = torch.zeros(()).expand(producer.affine.weight.shape)
+    return replace(producer, affine=replace(producer.affine, weight=empty, bias=None))
+
+
+def _activation(network: Network, name: str) -> str | None:
+    """Return the activation that is all that reads a node."""
+    node = next(n for n in network.module.graph.nodes if n.name == name)
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if network.is_activation(node):
+            return node.name
+        if not network.is_idle(node):
+            return None
+    return None
+
+
+def inverted(activation: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
+    """Return values near `start` for which an activation gives what is wanted, or nearly.
+
+    Where a function is flat, many values give the same: those that do at the start stay.
+
+    Args:
+        activation: A function of each value.
+        wanted: What it should give.
+        start: A first guess.
+    """
+    best, error = start, (activation(start) - wanted).abs()
+    noise = 1e-6 * wanted.abs()
+    for step in range(INVERSE_STEPS):
+        tried = wanted if step == 0 else best + (wanted - activation(best))
+        found = (activation(tried) - wanted).abs()
+        better = found + noise < error
+        best, error = torch.where(better, tried, best), torch.where(better, found, error)
+    return best
+
+
+def _swings(network: Network, joint: str) -> bool:
+    """Tell whether no sum, concatenation, norm or further contraction reads a node directly."""
+    waiting = [n for n in network.module.graph.nodes if n.name == joint]
+    while waiting:
+        for user in waiting.pop().users:
+            if network.is_idle(user):
+                waiting.append(user)
+            linear = {"cat", "stack"} & network.rules(user) or network.is_norm(user)
+            if linear or user.op == "output" or user.name in network.book.weights:
+                return False
+            adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
+            if adds and len(network.inputs_of(user)) > 1:
+                return False
+    return True
+
+
+class Targets:
+    """Mixes the networks' values at a node, each carried into the fused network's units.
+
+    Args:
+        mixer: The networks, their shares and maps.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        balanced = mixer.balanced
+        pairs = list(zip(balanced.networks, balanced.absent))
+        self.gone = [absent_tensors(network, absent) for network, absent in pairs]
+        self.inner = [{n for a in absent for n in a.inner} for absent in balanced.absent]
+        self.bypasses = bypasses(balanced)
+
+    def fits(self, node: str, dim: int) -> bool:
+        """Tell whether every network has the fused network's spaces along an axis of a node."""
+        networks, match = self.mixer.balanced.networks, self.mixer.match
+        found = [n.spaces.shown.get((node, dim), ()) for n in networks]
+        for k, theirs in enumerate(found):
+            wanted = [match.spaces[s.name][k] for s, _ in found[self.mixer.anchor]]
+            if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
+                return False
+        return all(len(n.book.shapes.get(node, ())) > dim for n in networks)
+
+    def mix(self, node: str, weight: str, dim: int, values: Sequence[Tensor | None]) -> Tensor:
+        """Return the target at a node.
+
+        A layer that a network lacks has no say inside a branch, unless it stands for writing
+        nothing; where a value passes by such a layer, it counts.
+
+        Args:
+            node: The node.
+            weight: The weight of the contraction whose target it is.
+            dim: The feature axis.
+            values: Each network's value there, None where it has none.
+        """
+        shares, total = self._shares(node, weight, values), None
+        for k, (share, value) in enumerate(zip(shares, values)):
+            if share and value is not None:
+                part = share * _apply(self.mixer.feature_map(node, dim, k), value, dim)
+                total = part if total is None else total.add_(part)
+        mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
+        return total.div_(mass.view([-1 if d == dim else 1 for d in range(total.dim())]))
+
+    def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
+        silent = [node in inner and weight in gone for inner, gone in zip(self.inner, self.gone)]
+        shares = [0.0 if s else w for s, w in zip(silent, self.mixer.weights)]
+        here = [v is not None and s > 0 for v, s in zip(values, shares)]
+        return shares if any(here) else [float(v is not None) for v in values]
+
+    def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
+        """Return the share of the networks that have the unit at each position."""
+        base = self.mixer.balanced.networks[self.mixer.anchor]
+        mass = np.full(base.book.shapes[node][dim], sum(shares))
+        for space, axis in base.spaces.shown.get((node, dim), ()):
+            present = self.mixer.match.present[space.name]
+            mass[axis.index] = sum(w for w, p in zip(shares, present) if p) or 1.0
+        return mass
+
+
+def _apply(matrix: csr_array, value: Tensor, dim: int) -> Tensor:
+    dense = torch.as_tensor(matrix.toarray())
+    single = (matrix.data == 1).all() and (np.diff(matrix.indptr) == 1).all()
+    if single and matrix.nnz == matrix.shape[0]:
+        return value.index_select(dim, dense.argmax(1).to(value.device))
+    return (value.movedim(dim, -1) @ dense.T.to(value)).movedim(-1, dim)

@@ -1,0 +1,201 @@
+"""The sweep: nearer to the parents than moments alone, never much worse, exact where it must be."""
+
+import math
+
+import pytest
+import torch
+from conftest import FUNCTION
+from nets import (
+    Concat,
+    GroupedBottleneck,
+    Inverted,
+    Pooled,
+    Residual,
+    Tokens,
+    conv,
+    gap,
+    mlp,
+    moved,
+    outputs,
+    randomise,
+    residual,
+    stages,
+)
+from torch import nn
+
+import fxfuse
+from fxfuse.refit import MatchMoments
+from fxfuse.sweep import LeastSquares
+
+MOMENTS = fxfuse.Method(refit=MatchMoments())
+
+
+def body(*parts, width):
+    return nn.Sequential(conv(3, 6), *parts, Pooled(width, 3))
+
+
+PAIRS = {
+    "plain": (lambda: mlp(6, 16, 12, 3), lambda: mlp(6, 12, 3)),
+    "no biases": (lambda: mlp(6, 16, 12, 3, bias=False), lambda: mlp(6, 12, 3, bias=False)),
+    "stages": (
+        lambda: stages([6, 6], [8], norm=False, hidden=(7,)),
+        lambda: stages([5], [8], norm=False, hidden=(9,)),
+    ),
+    "residual": (
+        lambda: residual((6, 3), (8, 2)),
+        lambda: residual((4, 1), (6, 2), stem=4),
+    ),
+    "grouped": (
+        lambda: body(GroupedBottleneck(6, 8, 2), GroupedBottleneck(6, 8, 2), width=6),
+        lambda: body(GroupedBottleneck(6, 8, 2), width=6),
+    ),
+    "concat": (lambda: body(Concat(6, 3), Concat(9, 5), width=14),) * 2,
+    "gate": (
+        lambda: body(Inverted(6, 9, gate=4), Inverted(6, 9, gate=4), width=6),
+        lambda: body(Inverted(6, 9, gate=4), width=6),
+    ),
+    "tokens": (lambda: Tokens(depth=3), lambda: Tokens(12, 3, 16, depth=1)),
+}
+
+
+def pair_of(name, seed=0):
+    return [randomise(make(), seed + i) for i, make in enumerate(PAIRS[name], 1)]
+
+
+def draw(name, count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("plain", "no biases"):
+        return torch.randn(count, 6, generator=generator)
+    small = torch.randn(count, 3, 4, 4, generator=generator)
+    return nn.functional.interpolate(small, size=8, mode="bilinear") * 1.5
+
+
+def error(nets, fused, x, weights=None):
+    """Mean squared error against the weighted mean of the parents' outputs, of its variance."""
+    weights = weights or [1 / len(nets)] * len(nets)
+    target = sum(w * outputs(n, x) for w, n in zip(weights, nets))
+    return float(((outputs(fused, x) - target) ** 2).mean() / target.var(0).mean())
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_new_data_see_less_error_than_with_moments_alone_even_from_30_samples(name):
+    nets, new = pair_of(name), draw(name, 500, 99)
+    found = {}
+    for count in (30, 200):
+        x = draw(name, count)
+        found[count] = error(nets, fxfuse.fuse(nets, x), new)
+        assert found[count] < 0.9 * error(nets, fxfuse.fuse(nets, x, method=MOMENTS), new), count
+    assert found[200] < 1.1 * found[30]
+
+
+def test_three_networks_of_three_depths_and_widths():
+    kinds = ((6, 3), (8, 2)), ((4, 1), (6, 2)), ((5, 2), (7, 1))
+    nets = [randomise(residual(*k, stem=k[0][0]), i) for i, k in enumerate(kinds, 1)]
+    x, new, weights = draw("residual", 200), draw("residual", 500, 99), [0.5, 0.3, 0.2]
+    swept, settled = (
+        error(nets, fxfuse.fuse(nets, x, weights=weights, method=method), new, weights)
+        for method in (None, MOMENTS)
+    )
+    assert swept < 0.8 * settled and swept < 0.7
+
+
+@pytest.mark.parametrize("name", ["plain", "stages", "residual", "grouped", "gate", "tokens"])
+def test_all_weight_on_the_anchor_gives_the_anchor(name):
+    nets, x = pair_of(name), draw(name, 60)
+    fused = fxfuse.fuse(nets, x, weights=[1, 0], anchor=0)
+    assert gap(nets[0], fused, x) < FUNCTION
+
+
+def test_layers_reported_cover_the_contractions_and_the_divergence_is_what_it_says():
+    nets, x = pair_of("residual"), draw("residual", 150)
+    fused = fxfuse.fuse(nets, x, weights=[0.7, 0.3])
+    report = fused.meta["fxfuse"]
+    assert len(report.layers) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in fused.modules())
+    assert all(-1 < layer.explained <= 1 and layer.ridge > 0 for layer in report.layers)
+    mean = (0.7 * outputs(nets[0], x) + 0.3 * outputs(nets[1], x)).log_softmax(1)
+    expected = (mean.exp() * (mean - outputs(fused.eval(), x).log_softmax(1))).sum(1).mean()
+    assert report.divergence == pytest.approx(float(expected), rel=1e-3)
+    assert f"{report.divergence:.3f} nats" in str(report)
+
+
+def test_the_report_warns_of_what_is_poorly_explained():
+    nets = [randomise(stages([6], [8, 8], [8]), s) for s in (1, 2)]
+    report = fxfuse.fuse(nets, torch.randn(60, 3, 8, 8)).meta["fxfuse"]
+    assert report.poor and str(report).count("\n  ") == len(report.poor)
+    same = fxfuse.fuse([nets[0]] * 2, torch.randn(60, 3, 8, 8)).meta["fxfuse"]
+    assert not same.poor and "warning" not in str(same)
+    assert all(layer.explained > 1 - 1e-6 and math.isinf(layer.ridge) for layer in same.layers)
+
+
+def test_norms_get_the_statistics_of_what_they_read():
+    nets, x = pair_of("residual"), draw("residual", 100)
+    fused, read = fxfuse.fuse(nets, x).eval(), {}
+    norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_hook(lambda m, inputs, out: read.update({m: inputs[0]}))
+    outputs(fused, x)
+    for norm in norms:
+        flat = read[norm].transpose(0, 1).flatten(1)
+        scale = float(flat.std(1).max())
+        assert torch.allclose(norm.running_mean, flat.mean(1), atol=1e-4 * scale)
+        assert torch.allclose(norm.running_var.sqrt(), flat.std(1, correction=0), atol=1e-4 * scale)
+
+
+def test_without_room_for_products_moments_are_matched():
+    nets, x = pair_of("residual"), draw("residual", 60)
+    none = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(gram=0)))
+    assert not none.meta["fxfuse"].layers
+    assert gap(fxfuse.fuse(nets, x, method=MOMENTS), none, x) < FUNCTION
+
+
+@pytest.mark.parametrize("choice", [{"ridges": (0.5,)}, {"rows": 2}, {"frontier": 1 << 14}])
+def test_each_option_changes_the_result(choice, monkeypatch):
+    monkeypatch.setattr("fxfuse.measuring.BATCH_BYTES", 1 << 14)
+    nets, x = pair_of("residual"), draw("residual", 60)
+    other = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(**choice)))
+    assert moved(fxfuse.fuse(nets, x), other)
+
+
+def test_one_sample_and_units_that_never_vary_do_no_harm():
+    nets = pair_of("stages")
+    for net in nets:
+        net[0][0][0].bias.data[:3] = -100.0
+    for count in (1, 2, 5):
+        fused = fxfuse.fuse(nets, draw("stages", count))
+        assert bool(outputs(fused, draw("stages", 50, 9)).isfinite().all())
+    x, new = draw("stages", 200), draw("stages", 500, 99)
+    assert error(nets, fxfuse.fuse(nets, x), new) < error(
+        nets, fxfuse.fuse(nets, x, method=MOMENTS), new
+    )
+
+
+class Sequence(nn.Module):
+    """Linear layers on sequences whose samples are the second axis."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(width, width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x.transpose(0, 1)))
+        x = x + torch.relu(self.b(self.norm(x)))
+        return self.head(x.mean(0))
+
+
+def test_sequences_in_front_of_samples_are_taken_as_they_are():
+    nets = [randomise(Sequence(w), w) for w in (8, 6)]
+    x, new = torch.randn(60, 5, 6), torch.randn(300, 5, 6)
+    method = fxfuse.Method(refit=MatchMoments())
+    assert error(nets, fxfuse.fuse(nets, x), new) < error(
+        nets, fxfuse.fuse(nets, x, method=method), new
+    )
+
+
+def test_projections_beside_a_block_are_refitted_without_its_branch():
+    nets = [randomise(body(Residual(6, w), width=w), w) for w in (8, 10)]
+    x, new = draw("residual", 200), draw("residual", 500, 99)
+    swept, settled = (
+        error(nets, fxfuse.fuse(nets, x, method=method), new) for method in (None, MOMENTS)
+    )
+    assert swept < 0.8 * settled
