@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from .correction import HELD, Correction, Sums, corrected
 from .data import Calibration
 from .emit import NormPlan, WeightPlan
+from .interpreter import OPEN
 from .ir import LayerFit
 from .least_squares import patches, rows
 from .mixing import Mixer
@@ -287,6 +288,8 @@ class _Sweep:
 
     def divergence(self) -> float | None:
         """Return the mean divergence from the ensemble, if outputs can be logits."""
+        if OPEN in self.fused.module.graph.output_node().meta:
+            return None
         parents, own = self.parents.finish(), self.outputs
         tensors = [t for outputs in (*parents, own) for t in outputs]
         if not own or not all(isinstance(t, Tensor) and t.dim() == 2 for t in tensors):
