@@ -113,16 +113,21 @@ def absent_tensors(network: Network, absent: Sequence) -> set[str]:
     What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
     norm is folded into: it is a fact that the network adds nothing there.
     """
-    nodes = {node for a in absent for node in a.foreign}
-    own = {t for node in nodes for t in network.book.tensors.get(node, ())}
-    kept = {t for n, ts in network.book.tensors.items() if n not in nodes for t in ts}
     silent = {t for a in absent for t in a.zeroed}
     folded = folds(network)
     for norm, roles in network.book.norms.items():
         touched = {t for t in roles.values() if isinstance(t, str)}
         if silent & touched:
             silent |= touched | set(network.book.tensors.get(folded.get(norm, ""), ()))
-    return own - kept - silent
+    return foreign_tensors(network, absent) - silent
+
+
+def foreign_tensors(network: Network, absent: Sequence) -> set[str]:
+    """Return all parameters and buffers of layers that a network has in name only."""
+    nodes = {node for a in absent for node in a.foreign}
+    own = {t for node in nodes for t in network.book.tensors.get(node, ())}
+    kept = {t for n, ts in network.book.tensors.items() if n not in nodes for t in ts}
+    return own - kept
 
 
 def _unmatched(space: Space, a: Network, b: Network) -> PairingError:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_array, eye_array
 
 from .correspondence import Correspondence
@@ -26,6 +27,7 @@ from .errors import PairingError
 from .ir import Coupling, Space
 from .measuring import Measurements, View
 from .mixing import Mixer
+from .solvers import Assignment, Exact
 
 Costs = dict[tuple[str, int], np.ndarray]
 Solver = Callable[[np.ndarray, np.ndarray, np.ndarray], csr_array]
@@ -102,7 +104,8 @@ class Plans:
         space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
         if inner:
-            cost = _block_cost(base.size, space.size, inner, self.solver)
+            blocks = _block_cost(base.size, space.size, inner, self.solver)
+            cost = blocks if cost is None else cost + blocks
         if cost is None:
             if base.size != space.size:
                 raise _unmeasured(name, base.size, space.size)
@@ -165,10 +168,15 @@ def _block_cost(
         ours, theirs = _members(base), _members(space)
         for i, here in enumerate(ours):
             for j, there in enumerate(theirs):
-                part = cost[np.ix_(here, there)]
-                plan = solver(part, *_uniform(part))
-                total[i, j] += plan.multiply(part).sum()
+                total[i, j] += _least(cost[np.ix_(here, there)], solver)
     return total
+
+
+def _least(cost: np.ndarray, solver: Solver) -> float:
+    """Return the cost of the best plan; many small assignments are worth a shortcut."""
+    if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
+        return float(cost[linear_sum_assignment(cost)].mean())
+    return float(solver(cost, *_uniform(cost)).multiply(cost).sum())
 
 
 def _uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

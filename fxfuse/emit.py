@@ -86,10 +86,12 @@ def emit(
 
     Args:
         mixer: The networks and their maps.
-        outputs: Per node to settle, the moments of each network's output.
+        outputs: Per node to settle, the moments of each network's output; empty if none are asked
+            for.
 
     Returns:
-        The network, its norms still the anchor's, and one plan for each node of `outputs`.
+        The network, its norms still the anchor's, and one plan for each norm and node of
+        `outputs`.
     """
     base = mixer.balanced.networks[mixer.anchor]
     folded = folds(base)
@@ -100,7 +102,7 @@ def emit(
         if name not in norm_tensors:
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)))
-    norms = [_norm_plan(mixer, states, node, outputs[node]) for node in base.book.norms]
+    norms = [_norm_plan(mixer, states, node, outputs.get(node)) for node in base.book.norms]
     able = producers(base)
     weights = [
         _weight_plan(mixer, node, able[node], moments)
@@ -111,7 +113,7 @@ def emit(
 
 
 def _norm_plan(
-    mixer: Mixer, states: Sequence[FoldedState], node: str, moments: list[Moments | None]
+    mixer: Mixer, states: Sequence[FoldedState], node: str, moments: list[Moments | None] | None
 ) -> NormPlan:
     base = mixer.balanced.networks[mixer.anchor]
     statistics = str(base.book.norms[node]["running_mean"])
@@ -121,7 +123,7 @@ def _norm_plan(
         base.inputs_of(nodes[node])[0].name,
         mixer.mix(statistics, [s.scales[node] for s in states]),
         mixer.mix(statistics, [s.shifts[node] for s in states]),
-        _target(mixer, statistics, 0, moments),
+        _target(mixer, statistics, 0, moments or [None] * len(states)),
     )
 
 

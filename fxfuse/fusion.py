@@ -116,7 +116,7 @@ def _mix(mixer: Mixer, data: Calibration, method: Method, clock: Clock) -> fx.Gr
     networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
     clock.start("measure units")
     samples = min(data.samples, frontier_samples(networks))
-    outputs = outputs_to_settle(base)
+    outputs = outputs_to_settle(base) if method.match_moments else {}
     view = method.coupling.view
     measured = measure(mixer.balanced, mixer.match, data, view, outputs, samples, clock.tick)
     clock.start("couple units")

@@ -113,6 +113,8 @@ def measure(
     networks = balanced.networks
     visits = {} if view is None else _visits(balanced, match, view)
     meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
+    if not meters:
+        return Measurements({}, {})
     by_node: dict[str, list[Key]] = {}
     for key in meters:
         by_node.setdefault(key[0], []).append(key)

@@ -95,7 +95,7 @@ class Mixer:
         if groups > 1:
             return _map_grouped(tensor, maps, groups, self._groups(name, k))
         for d, matrix in maps.items():
-            tensor = _apply(matrix, tensor, d)
+            tensor = apply_map(matrix, tensor, d)
         return tensor
 
     def _groups(self, name: str, k: int) -> int:
@@ -106,6 +106,9 @@ class Mixer:
 
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
+        whole = self._whole(name, dim, k)
+        if whole is not None:
+            return whole
         ours = self._anchor_spaces().sizes[name, dim]
         theirs = self.balanced.networks[k].spaces.sizes[name, dim]
         rows, columns, data = [], [], []
@@ -132,15 +135,34 @@ class Mixer:
         where = (np.concatenate(rows), np.concatenate(columns))
         return csr_array((np.concatenate(data), where), shape=(ours, theirs))
 
+    def _whole(self, name: str, dim: int, k: int) -> csr_array | None:
+        """Return the map of an axis that is one space and nothing else, unit by unit."""
+        found = self._anchor_spaces().places.get((name, dim), ())
+        other = self.balanced.networks[k].spaces.places.get((name, dim), ())
+        if len(found) != 1 or len(other) != 1:
+            return None
+        for network, (_, axis) in ((self.anchor, found[0]), (k, other[0])):
+            size = self.balanced.networks[network].spaces.sizes[name, dim]
+            if not np.array_equal(axis.index, np.arange(size)[:, None]):
+                return None
+        space = found[0][0].name
+        if self.match.spaces[space][k] is not other[0][0]:
+            return None
+        coupling = self.couplings[space, k]
+        return csr_array(coupling.unproject.T) if found[0][1].reads else coupling.project
 
-def _apply(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+
+def apply_map(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
+    """Map one axis of a tensor; a permutation only moves what lies along it."""
     if _only_moves(matrix):
         if np.array_equal(matrix.indices, np.arange(matrix.shape[1])):
             return tensor
         return np.take(tensor, matrix.indices, axis=dim)
     moved = np.moveaxis(tensor, dim, 0)
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
-    mapped = matrix.astype(flat.dtype) @ flat
+    matrix = matrix.astype(flat.dtype)
+    dense = matrix.nnz * 32 > matrix.shape[0] * matrix.shape[1]
+    mapped = (matrix.toarray() if dense else matrix) @ flat
     return np.moveaxis(mapped.reshape(matrix.shape[0], *moved.shape[1:]), 0, dim)
 
 

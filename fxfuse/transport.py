@@ -14,7 +14,7 @@ from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
 from .solvers import Exact
-from .weightwise import weight_cost
+from .weightwise import Weights, weight_cost
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
 
@@ -50,9 +50,12 @@ class Transport:
         for key in keys:
             if key not in late:
                 plans.solve(*key, costs)
-        costs |= {key: weight_cost(mixer, *key) for key in late if match.spaces[key[0]][0].axes}
-        for key in keys:
-            if key in late:
+        weights = Weights.of(mixer)
+        for k in sorted({k for _, k in late}):
+            own = [key for key in keys if key in late and key[1] == k]
+            shown = [key for key in own if match.spaces[key[0]][0].axes]
+            costs |= {key: weight_cost(weights, *key) for key in shown}
+            for key in own:
                 plans.solve(*key, costs)
 
 
