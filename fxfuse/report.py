@@ -61,7 +61,9 @@ class Report:
         lines = [f"widths of network {self.anchor}, {len(self.spaces)} spaces"]
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
-            lines.append(f"{len(self.layers)} layers refitted, mean R^2 {mean:.2f} on held-out data")
+            lines.append(
+                f"{len(self.layers)} layers refitted, mean R^2 {mean:.2f} on held-out data"
+            )
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
         if self.poor:

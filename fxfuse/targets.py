@@ -104,7 +104,9 @@ def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
         order[node] = None
 
     while waiting:
-        ready = (n for n in waiting if all(i in order or i.name not in fed for i in n.all_input_nodes))
+        ready = (
+            n for n in waiting if all(i in order or i.name not in fed for i in n.all_input_nodes)
+        )
         best = min(ready, key=lambda n: (n.name in producers and level[n], n.op == "output"))
         waiting.remove(best)
         settle(best)
