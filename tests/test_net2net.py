@@ -135,6 +135,15 @@ def test_a_copy_like_a_wider_network_loads_into_its_class(name):
     assert result.meta["fxfuse"].kept == {}
 
 
+@pytest.mark.parametrize("factor", [1.5, 2])
+def test_several_outputs_of_each_input_are_duplicated_together(factor):
+    twice = nn.Conv2d(4, 8, 3, padding=1, groups=4)
+    net = randomise(nn.Sequential(conv(3, 4), twice, nn.ReLU(), Pooled(8, 3)))
+    wide = fxfuse.net2wider(net, IMAGES, factor=factor)
+    assert gap(net, wide, OTHER) <= 1e-5
+    assert wide.get_submodule("1").out_channels == 8 * factor
+
+
 def test_what_cannot_be_wider_keeps_its_width_and_says_why():
     net, x = build("layer norm")
     with pytest.raises(ArgumentError, match="no space"):
