@@ -32,7 +32,8 @@ def rescaled_sizes(
 ) -> dict[str, int]:
     """Return the number of units of each space once some are wider or narrower by a factor.
 
-    Blocks (groups, heads) stay as many as they are and change inside.
+    Blocks (groups, heads) stay as many as they are and change inside; where units are blocks
+    themselves (the inputs of a depthwise convolution with several outputs each), their number does.
 
     Args:
         network: The network.
@@ -47,9 +48,10 @@ def rescaled_sizes(
         ratio = ratio if space.name in wanted else 1
         if space.blocks is not None:
             count = int(space.blocks.max()) + 1
-            before = space.size // count
-            inside = max(round(before * ratio), min(before, 2))  # one alone would be its block
-            sizes[space.name] = inside * (sizes[space.parent] if space.parent else count)
+            inside, blocks = space.size // count, sizes.get(space.parent, count)
+            if blocks == count:  # else it changes with its blocks
+                inside = max(round(inside * ratio), min(inside, 2))  # one alone would be its block
+            sizes[space.name] = inside * blocks
         elif space.name in outer and not _counted_by_groups(network, space.name):
             sizes[space.name] = space.size
         else:
@@ -228,7 +230,7 @@ def _changes(network: Network, sizes: dict[str, int]) -> dict[int, list[int]]:
             note(space.size * times, new * times)
         if space.blocks is not None:
             count = int(space.blocks.max()) + 1
-            note(space.size // count, new // (sizes[space.parent] if space.parent else count))
+            note(space.size // count, new // sizes.get(space.parent, count))
     return found
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import (
     NETS,
@@ -84,6 +84,7 @@ def test_a_wider_copy_computes_the_same(name, factor):
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+@settings(max_examples=12)
 @given(random_nets(), st.sampled_from([1.25, 1.5, 2]), st.sampled_from([None, 3]))
 def test_random_networks_wider_by_any_factor_compute_the_same(net, factor, seed):
     wide = fxfuse.net2wider(net, IMAGES, factor=factor, seed=seed)
@@ -133,6 +134,15 @@ def test_a_copy_like_a_wider_network_loads_into_its_class(name):
     wide.load_state_dict(result.state_dict())
     assert gap(net, wide, OTHER) <= 1e-5
     assert result.meta["fxfuse"].kept == {}
+
+
+@pytest.mark.parametrize("factor", [1.5, 2])
+def test_several_outputs_of_each_input_are_duplicated_together(factor):
+    twice = nn.Conv2d(4, 8, 3, padding=1, groups=4)
+    net = randomise(nn.Sequential(conv(3, 4), twice, nn.ReLU(), Pooled(8, 3)))
+    wide = fxfuse.net2wider(net, IMAGES, factor=factor)
+    assert gap(net, wide, OTHER) <= 1e-5
+    assert wide.get_submodule("1").out_channels == 8 * factor
 
 
 def test_what_cannot_be_wider_keeps_its_width_and_says_why():
@@ -239,11 +249,9 @@ def test_the_strongest_units_are_kept_with_what_they_read():
     assert torch.equal(small.get_submodule("2").weight, net[2].weight[:, [1, 3]])
 
 
-@given(random_nets(), st.sampled_from([0.4, 0.5, 1.0]))
+@settings(max_examples=8)
+@given(random_nets(), st.sampled_from([0.4, 0.5]))
 def test_random_networks_get_narrower(net, share):
-    spaces = fxfuse.find_spaces(net, IMAGES)
-    if share == 1.0 or all(s.size == 1 for s in spaces):
-        return
     small = fxfuse.narrow(net, IMAGES, share=share)
     assert outputs(small, OTHER).shape == (3, 3)
     lint(small)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import NETS, build, outputs, random_nets, randomise
+from nets import NETS, Pooled, build, conv, outputs, random_nets, randomise
 from torch import nn
 
 from fxfuse.errors import PassError
@@ -58,6 +58,15 @@ def test_blocks_stay_and_change_inside_but_one_unit_never_stays_alone():
         sizes = sizes_of(network, factor)
         assert sizes[blocks] == 4
         assert {sizes[s.name] for s in network.spaces if s.parent == blocks} == {4 * inside}
+
+
+def test_blocks_that_are_units_themselves_change_in_number():
+    twice = nn.Conv2d(4, 8, 3, padding=1, groups=4)
+    net = randomise(nn.Sequential(conv(3, 4), twice, nn.ReLU(), Pooled(8, 3)))
+    network, sizes, module = grown(net)
+    assert sorted(sizes.values()) == [8, 16]
+    wide = module.get_submodule("1")
+    assert (wide.groups, wide.in_channels, wide.out_channels) == (8, 8, 16)
 
 
 def test_spaces_under_a_norm_take_whole_multiples():

@@ -3,7 +3,7 @@ import copy
 import networkx as nx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import (
     Concat,
@@ -30,6 +30,7 @@ from fxfuse.transfer import _fitted, longest_chain
 IMAGES = torch.randn(6, 3, 8, 8)
 
 
+@settings(max_examples=12)
 @given(random_nets())
 def test_no_path_holds_more_contractions_than_the_chain(net):
     network = analysed(net, IMAGES[:2], "net")
