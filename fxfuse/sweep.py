@@ -61,13 +61,14 @@ class LeastSquares:
             to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time and change little.
         frontier: Bytes for the live values of all networks; what does not fit is left out.
-        gram: Bytes for the products of the inputs of one contraction.
+        gram: Bytes for the products of the inputs of one contraction: 2,896 of them by default, as
+            solving for more takes tens of seconds a layer.
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     rows: int = 64
     frontier: int = 1 << 31
-    gram: int = 1 << 28
+    gram: int = 1 << 26
     wants_moments: ClassVar[bool] = True
 
     def samples(self, networks: Sequence[Network]) -> int:

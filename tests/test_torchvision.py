@@ -13,6 +13,7 @@ from torchvision import models
 
 import fxfuse
 from fxfuse.errors import PairingError
+from fxfuse.refit import MatchMoments
 
 EXAMPLE = Path(__file__).parents[1] / "examples/coverage.py"
 _spec = importlib.util.spec_from_file_location("fxfuse_examples_coverage", EXAMPLE)
@@ -75,6 +76,11 @@ def names(found, quick):
     return [name if name in quick else pytest.param(name, marks=slow) for name in found]
 
 
+def method_for(name, quick):
+    """Return the default for the sweep; what is run every time takes the quicker correction."""
+    return fxfuse.Method(refit=MatchMoments()) if name in quick else fxfuse.presets.best
+
+
 def all_names():
     return [n for n in coverage.names_in("torchvision") if n not in coverage.GIANTS]
 
@@ -93,7 +99,8 @@ def test_all_units_of_a_network_can_be_permuted(name):
 def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
     net = coverage.build(name)
     x = coverage.example(name, net, 8, small=True)
-    fused = fxfuse.fuse([net, fxfuse.permute(net, x[:1], seed=1)], x)
+    method = method_for(name, QUICK_FUSED)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, x[:1], seed=1)], x, method=method)
     assert coverage.difference(net, fused, x) < FUNCTION
     net.load_state_dict(fused.state_dict(), strict=True)
 
@@ -105,7 +112,7 @@ def test_pairs_of_a_family_balance_exactly_and_fuse_into_the_deeper_class(pair):
     x = coverage.example(both[0], nets[0], 8, small=True)
     for net, balanced in zip(nets, fxfuse.balance(nets, x)):
         assert coverage.difference(net, balanced, x) < FUNCTION
-    fused = fxfuse.fuse(nets, x, anchor=1)
+    fused = fxfuse.fuse(nets, x, anchor=1, method=method_for(pair, QUICK_PAIRS))
     assert torch.isfinite(torch.as_tensor(coverage.difference(nets[1], fused, x)))
     if pair not in DEEPER_ELSEWHERE:
         nets[1].load_state_dict(fused.state_dict(), strict=True)
