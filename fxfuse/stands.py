@@ -58,7 +58,7 @@ def resize(network: Network, like: Network, pick: Pick, weigh: bool = False) -> 
     Raises:
         PairingError: If units do not lie in the same places.
     """
-    balanced = Balanced((network, like), ((), ()))
+    balanced = Balanced((network, like), ((), ()), (0.0, 0.0))
     match, stands = correspond(balanced, 1), {}
     scores = strengths(network) if weigh else {}
     for name, (own, there) in match.spaces.items():
