@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nets import mlp, outputs, residual
+from nets import gap, mlp, outputs, randomise, residual
 from safetensors.torch import load_file
 from torch import nn
 
 import fxfuse
+from fxfuse.errors import ArgumentError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDER = SHARED / "checkpoints" / "mnist_mlp"
@@ -132,3 +133,27 @@ def test_clafusion_gives_the_weights_of_the_papers_code_on_residual_networks():
             second = f"{block}.conv2.weight"
             ours[name], ours[second] = ours[name][rows], ours[second][:, rows]
         assert torch.allclose(ours[name], weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
+
+
+PRESETS = ["best", "average", "otfusion", "clafusion", "hmt", "git_rebasin", "zipit", "elastic_zip"]
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "c2m3"])
+def test_every_preset_fuses_networks_of_unequal_depth(name):
+    nets = [randomise(residual((6, 2), (8, 2)), 1), randomise(residual((6, 1), (8, 2)), 2)]
+    x = torch.randn(16, 3, 16, 16)
+    fused = getattr(fxfuse.presets, name)(nets, x)
+    assert outputs(fused, x).isfinite().all()
+    nets[0].load_state_dict(fused.state_dict(), strict=True)
+
+
+def test_transfer_is_for_two_networks_and_what_follows_changes_it():
+    nets, x = [randomise(mlp(6, 8, 8, 8, 3), 1), randomise(mlp(6, 8, 8, 3), 2)], torch.randn(40, 6)
+    with pytest.raises(ArgumentError, match="3 models"):
+        fxfuse.presets.hmt([*nets, nets[0]], x)
+    alone = fxfuse.presets.hmt(nets, x)
+    for other in (
+        fxfuse.presets.Transfer(aligned=True),
+        fxfuse.presets.Transfer(then=fxfuse.presets.average),
+    ):
+        assert gap(alone, other(nets, x), x) > 1e-3
