@@ -59,21 +59,18 @@ class Producer:
 def read_producer(network: Network, node: fx.Node) -> Producer | None:
     """Read a node as an affine map; None if it is no such map, on the network's own example."""
     inputs = network.inputs_of(node)
-    if len(inputs) != 1:
+    if len(inputs) != 1 or not _contracts_one(network, node):
         return None
     ends = {inputs[0].name: 0, node.name: 1}
-    values = record(network, network.example, list(ends), lambda value: value.double())
+    values = record(network, network.example, dict.fromkeys(ends, Tensor.double))
     return identify(network, node, *(values[name] for name in ends))
 
 
 def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer | None:
     """Read a node that gave `y` for `x`, both in float64, as an affine map, if it is one."""
-    weights, names = (
-        book.get(node.name, []) for book in (network.book.weights, network.book.tensors)
-    )
-    calls = [n for names in network.book.tensors.values() for n in names]
-    if len(weights) != 1 or calls.count(weights[0]) != 1 or len(names) > 2:
+    if not _contracts_one(network, node):
         return None
+    weights, names = network.book.weights[node.name], network.book.tensors[node.name]
     bias = next((n for n in names if n != weights[0]), None)
     for turned in (False, True):
         affine = _map(network, node, x, weights[0], bias, turned)
@@ -83,6 +80,15 @@ def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer 
             folded = affine if norm is None else _folded(network, affine, roles)
             return Producer(node.name, weights[0], bias, turned, norm, roles, folded)
     return None
+
+
+def _contracts_one(network: Network, node: fx.Node) -> bool:
+    """Tell whether a node contracts one parameter used nowhere else, beside a bias at most."""
+    weights, names = (
+        book.get(node.name, []) for book in (network.book.weights, network.book.tensors)
+    )
+    calls = [n for touched in network.book.tensors.values() for n in touched]
+    return len(weights) == 1 and calls.count(weights[0]) == 1 and len(names) <= 2
 
 
 def write_producer(network: Network, producer: Producer, affine: Affine) -> None:
