@@ -4,7 +4,7 @@ The constraints leave this pair a single alignment, so `fuse` measures no layer 
 which always does, is timed beside it. Each case runs in a process of its own.
 Times are in seconds and as ratios to a plain forward pass of all samples through both networks.
 
-    python examples/benchmark.py [--samples 200] [--threads 2] [--width 64]
+    python examples/benchmark.py [--samples 200] [--threads 2] [--width 64] [--refit moments]
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from networks import CifarResNet, predict
 CASES = {"without norms (the paper's networks)": False, "with BatchNorm": True}
 
 
-def run_case(norm: bool, samples: int, threads: int, width: int) -> dict:
+def run_case(norm: bool, samples: int, threads: int, width: int, refit: str) -> dict:
     """Fuse one pair and return seconds by stage, peak memory over the start, and a yardstick."""
     import fxfuse
+    from fxfuse.refit import MatchMoments
+
+    method = fxfuse.Method(refit=MatchMoments()) if refit == "moments" else fxfuse.presets.best
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -34,7 +37,7 @@ def run_case(norm: bool, samples: int, threads: int, width: int) -> dict:
     x = torch.randn(samples, 3, 32, 32)
     before = _peak()
     start = time.perf_counter()
-    fused = fxfuse.fuse(parents, x)
+    fused = fxfuse.fuse(parents, x, method=method)
     total = time.perf_counter() - start
     peak = _peak() - before
     start = time.perf_counter()
@@ -65,10 +68,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--refit", choices=["least-squares", "moments"], default="least-squares")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
-        print(json.dumps(run_case(CASES[args.case], args.samples, args.threads, args.width)))
+        options = args.samples, args.threads, args.width, args.refit
+        print(json.dumps(run_case(CASES[args.case], *options)))
         return
     for case in CASES:
         runs = [_in_process(case, args) for _ in range(args.repeats)]
@@ -76,7 +81,7 @@ def main() -> None:
 
 
 def _in_process(case: str, args: argparse.Namespace) -> dict:
-    options = [f"--{k}={getattr(args, k)}" for k in ("samples", "threads", "width")]
+    options = [f"--{k}={getattr(args, k)}" for k in ("samples", "threads", "width", "refit")]
     command = [sys.executable, __file__, *options, "--case", case]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -84,7 +89,7 @@ def _in_process(case: str, args: argparse.Namespace) -> dict:
 
 def _show(case: str, run: dict, args: argparse.Namespace) -> None:
     print(f"\nResNet-34 + ResNet-18 {case}, width {args.width}, {args.samples} samples, ", end="")
-    print(f"{args.threads} threads, median of {args.repeats}")
+    print(f"{args.threads} threads, {args.refit}, median of {args.repeats}")
     print(f"  {'stage':28s} seconds   forward passes")
     for stage, seconds in [*run["stages"].items(), ("all of fuse", run["total"])]:
         print(f"  {stage:28s} {seconds:7.2f}   {seconds / run['forward']:7.2f}")
