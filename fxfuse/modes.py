@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .matching import maker_of, match, packs, path_of, steps
 
-ONLY_IN_TRAINING = "only_in_training"  # key of the meta of nodes that eval mode has no use for
-
 
 class Mode(nn.Module):
     """A training flag that stays live in a graph."""
@@ -83,7 +81,6 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
         return whole
     _branch_off(shell, training, extra, _results(evaluating, training, partners))
     _follow_mode(shell, flags, records)
-    _mark(training, {*partners.values()})
     return training
 
 
@@ -181,16 +178,31 @@ def _follow_mode(
             node.update_kwarg(key, flag)
 
 
-def _mark(graph: fx.Graph, needed: set[fx.Node]) -> None:
-    """Mark what eval mode has no use for; records that its steps carry are of use to it."""
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-        elif node.op != "output":
-            node.meta[ONLY_IN_TRAINING] = True
-
-
 # --- doing without what only training computes ----------------------------------------------------
+
+
+def only_in_training(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that eval mode has no use for: read off the taps and the choice.
+
+    Nothing is remembered beside the graph, so that a network that was emitted, saved or traced
+    again still has its heads.
+    """
+    nodes = list(module.graph.nodes)
+    behind_taps: set[fx.Node] = set()
+    for node in nodes:
+        kind = _mode_of(module, node)
+        if kind is Tap or kind is None and behind_taps.intersection(node.all_input_nodes):
+            behind_taps.add(node)
+    needed: set[fx.Node] = set()
+    for node in reversed(nodes):
+        unread = not node.users and node not in behind_taps
+        if node.op == "output":
+            needed.update(
+                n for n in tree_leaves(_evaluated(module, node)) if isinstance(n, fx.Node)
+            )
+        elif node in needed or unread:
+            needed.update([node, *node.all_input_nodes])
+    return {node for node in nodes if node.op != "output"} - needed
 
 
 def evaluating_part(module: fx.GraphModule) -> fx.GraphModule | None:
@@ -199,18 +211,31 @@ def evaluating_part(module: fx.GraphModule) -> fx.GraphModule | None:
     Args:
         module: Network that was traced; the result shares its tensors.
     """
+    extra = {node.name for node in only_in_training(module)}
     graph = copy.deepcopy(module.graph)
-    extra = [node for node in graph.nodes if node.meta.get(ONLY_IN_TRAINING)]
-    for node in reversed(extra):
-        if is_choice(module, node):
-            graph.output_node().args = (node.args[0],)
-        graph.erase_node(node)
+    graph.output_node().args = (_evaluated(module, graph.output_node()),)
+    for node in reversed(graph.nodes):
+        if node.name in extra:
+            graph.erase_node(node)
     return fx.GraphModule(module, graph, type(module).__name__) if extra else None
+
+
+def _evaluated(module: fx.GraphModule, output: fx.Node) -> Any:
+    """Return what a graph returns in eval mode."""
+    result = output.args[0]
+    chosen = isinstance(result, fx.Node) and is_choice(module, result)
+    return result.args[0] if chosen else result
+
+
+def _mode_of(module: fx.GraphModule, node: fx.Node) -> type[Mode] | None:
+    """Return what a node keeps live, if anything."""
+    part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return type(part) if isinstance(part, Mode) else None
 
 
 def is_choice(module: fx.GraphModule, node: fx.Node) -> bool:
     """Tell whether a node chooses between the outputs of the two modes."""
-    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Choice)
+    return _mode_of(module, node) is Choice
 
 
 def cut_to(module: fx.GraphModule, part: fx.GraphModule) -> None:

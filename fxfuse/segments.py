@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .ir import Layer, Segment
-from .modes import ONLY_IN_TRAINING, is_choice
+from .modes import is_choice, only_in_training
 from .network import Network
 
 _COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
@@ -43,14 +43,14 @@ def data_graph(network: Network) -> nx.DiGraph:
 
     Heads that exist in training mode only are left out: they end no path of eval mode.
     """
-    graph = nx.DiGraph()
+    graph, extra = nx.DiGraph(), only_in_training(network.module)
     for node in network.module.graph.nodes:
-        if ONLY_IN_TRAINING in node.meta:
+        if node in extra:
             continue
         if node.op == "placeholder":
             graph.add_edge("source", node)
         elif node.op == "output" or network.carries_data(node):
-            graph.add_edges_from((n, node) for n in _evaluated(network, node))
+            graph.add_edges_from((n, node) for n in _evaluated(network, node) if n not in extra)
     output = next(n for n in network.module.graph.nodes if n.op == "output")
     on_paths = nx.descendants(graph, "source") & (nx.ancestors(graph, output) | {output})
     return graph.subgraph(on_paths | {"source"}).copy()
@@ -62,7 +62,7 @@ def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
     for source in network.inputs_of(node):
         if is_choice(network.module, source):
             found += [n for n in tree_leaves(source.args[0]) if isinstance(n, fx.Node)]
-        elif ONLY_IN_TRAINING not in source.meta:
+        else:
             found.append(source)
     return found
 

@@ -370,10 +370,11 @@ def test_parts_that_go_two_ways_are_kept_whole(kind):
 # --- doing without the heads ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("traced", [trace, lambda net: trace(trace(net))], ids=["once", "twice"])
 @pytest.mark.parametrize("name", HEADS)
-def test_the_part_for_eval_mode_computes_the_same(name):
+def test_the_part_for_eval_mode_computes_the_same(name, traced):
     net, x = randomise(HEADS[name]()), torch.randn(7, 6)
-    graph = trace(net)
+    graph = traced(net)
     part = evaluating_part(graph)
     assert same(seeded(net, x), seeded(part.eval(), x))
     whole = copy.deepcopy(graph)

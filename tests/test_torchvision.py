@@ -59,7 +59,13 @@ QUICK = {
     "convnext_tiny",  # layer norm, layer scale
     "swin_t",  # shifted windows, heads, tables of relative positions
 }
-QUICK_FUSED = {"resnet18", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x1_0"}
+QUICK_FUSED = {
+    "resnet18",
+    "squeezenet1_1",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x1_0",
+    "googlenet",
+}
 REFUSED = {"vit_b_16+vit_b_32", "resnet18+vgg11", "mobilenet_v3_small+mobilenet_v3_large"}
 DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 QUICK_PAIRS = {
