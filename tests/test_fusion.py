@@ -33,8 +33,19 @@ from fxfuse.errors import (
     FuseError,
     ModelError,
     PairingError,
+    PassError,
+    SolverError,
     TraceError,
 )
+from fxfuse.gates import sign_of_sum
+from fxfuse.layer_costs import OfActivations
+from fxfuse.measuring import View
+from fxfuse.shortening import Shorten
+from fxfuse.solvers import Assignment, Sinkhorn, UnbalancedSinkhorn
+from fxfuse.transport import Transport
+from fxfuse.universe import CycleConsistent
+from fxfuse.weight_matching import MergeMany, WeightMatching
+from fxfuse.zipping import Zip
 
 
 def images(count=48, seed=5):
@@ -394,3 +405,155 @@ def test_heads_of_training_mode_are_kept_where_all_networks_have_them():
     fused = fxfuse.fuse(mixed, images())
     mixed[1].load_state_dict(fused.state_dict(), strict=True)
     assert isinstance(fused.train()(images()), torch.Tensor)
+
+
+# --- choices that make no sense together ----------------------------------------------------------
+
+DEPTHS, WIDTHS, TANHS = (
+    lambda: [randomise(mlp(6, *[8] * n, 3), n) for n in (5, 3)],
+    lambda: [randomise(mlp(6, 8, 8, 3), 1), randomise(mlp(6, 5, 5, 3), 2)],
+    lambda: [randomise(mlp(6, *[8] * n, 3, act=nn.Tanh), n) for n in (3, 2)],
+)
+TASKS = lambda: [randomise(mlp(6, 8, 8, n), n) for n in (3, 4)]  # noqa: E731
+DENSE = lambda: [  # noqa: E731
+    randomise(nn.Sequential(conv(3, 4), Grown(4, 2, n), Pooled(4 + 2 * n, 3)), n) for n in (3, 2)
+]
+
+
+def by(**choices):
+    return {"method": fxfuse.Method(**choices)}
+
+
+def soft(**options):
+    return by(coupling=Transport(solver=Sinkhorn(**options)))
+
+
+def aligned_elsewhere():
+    others = [randomise(mlp(6, *[8] * n, 3), n) for n in (4, 2)]
+    return {"alignment": fxfuse.align(others, X)}
+
+
+def paired(*pairs):
+    nets = DEPTHS()
+    return {"alignment": fxfuse.align(nets, X, pairs=[[*pairs], None])}
+
+
+SENSELESS = {
+    "assignment of unequal widths": (
+        WIDTHS,
+        lambda: by(coupling=Transport(solver=Assignment())),
+        SolverError,
+        "8 and 5 units|5 and 8 units",
+    ),
+    "a scaling that does not converge": (
+        WIDTHS,
+        lambda: soft(regularisation=1e-3, iterations=2),
+        SolverError,
+        "did not converge in 2 iterations: residual",
+    ),
+    "a regularisation of zero": (WIDTHS, lambda: soft(regularisation=0), ArgumentError, "0"),
+    "transport that leaves all behind": (
+        WIDTHS,
+        lambda: by(coupling=Transport(solver=UnbalancedSinkhorn(0.01, 1e-4))),
+        SolverError,
+        "leaves all mass behind|did not converge",
+    ),
+    "weights matched across widths": (
+        WIDTHS,
+        lambda: by(coupling=WeightMatching()),
+        PairingError,
+        "one to one",
+    ),
+    "weights merged across widths": (
+        WIDTHS,
+        lambda: by(coupling=MergeMany()),
+        PairingError,
+        "one to one",
+    ),
+    "one universe for two widths": (
+        WIDTHS,
+        lambda: by(coupling=CycleConsistent()),
+        PairingError,
+        "one to one",
+    ),
+    "a zip that does not look within": (
+        WIDTHS,
+        lambda: by(coupling=Zip(view=View(activated=True))),
+        ArgumentError,
+        "everything=False",
+    ),
+    "a zip with a negative budget": (
+        WIDTHS,
+        lambda: by(coupling=Zip(alpha=-1.0)),
+        ArgumentError,
+        "alpha",
+    ),
+    "merging by signs what does not rectify": (
+        TANHS,
+        lambda: by(balancing=Shorten(gate=sign_of_sum)),
+        PassError,
+        "no rectifier",
+    ),
+    "deepening behind what is not idempotent": (TANHS, dict, PassError, "no neutral form"),
+    "removing what everything later reads": (
+        DENSE,
+        lambda: by(balancing=Shorten()),
+        PassError,
+        "nothing can stand in for",
+    ),
+    "shortened to a network that is not there": (
+        DEPTHS,
+        lambda: by(balancing=Shorten(to=2)),
+        ArgumentError,
+        "network 2",
+    ),
+    "an alignment of other networks": (DEPTHS, aligned_elsewhere, ArgumentError, "alignment"),
+    "a map by hand that is not increasing": (
+        DEPTHS,
+        lambda: paired(("0", "0"), ("4", "2"), ("2", "4")),
+        ArgumentError,
+        "out of order",
+    ),
+    "a map by hand of layers that are not there": (
+        DEPTHS,
+        lambda: paired(("0", "0"), ("7", "2"), ("8", "4")),
+        ArgumentError,
+        "'7' is no layer",
+    ),
+    "costs that are not numbers": (
+        DEPTHS,
+        lambda: by(layer_cost=OfActivations(lambda a, b: float("nan"))),
+        ArgumentError,
+        "NaN",
+    ),
+    "other outputs and no heads": (TASKS, dict, ModelError, "outputs of shape"),
+    "heads behind no layer": (
+        TASKS,
+        lambda: {"heads": fxfuse.heads.Separate(after="nowhere")},
+        ArgumentError,
+        "'nowhere'",
+    ),
+    "labels that are not the outputs'": (
+        TASKS,
+        lambda: {"heads": fxfuse.heads.Union(labels=[[0, 1], [2]])},
+        ArgumentError,
+        "label",
+    ),
+    "transfer among three": (
+        lambda: [*DEPTHS(), mlp(6, 8, 3)],
+        lambda: {"method": fxfuse.presets.hmt},
+        ArgumentError,
+        "3 models",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SENSELESS)
+def test_choices_that_make_no_sense_are_refused_with_the_reason(case):
+    make, options, kind, words = SENSELESS[case]
+    nets = make()
+    with pytest.raises(kind, match=words) as caught:
+        chosen = options()
+        method = chosen.pop("method", fxfuse.presets.best)
+        method(nets, images(12) if make is DENSE else X, **chosen)
+    assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
