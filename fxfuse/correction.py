@@ -16,7 +16,9 @@ HELD = 4  # every fourth sample chooses the ridge
 
 
 class Sums:
-    """The sums a regression needs, group by group, in float64, of rows that come in batches.
+    """The sums a regression needs, group by group, of rows that come in batches.
+
+    Products are formed in the precision of the rows, batch by batch, and added up in float64.
 
     Args:
         centred: Whether there is a bias, so that only deviations from the means count.
@@ -30,10 +32,10 @@ class Sums:
         """Add inputs `(groups, rows, inputs)` and what is left to explain `(groups, rows, out)`."""
         if not x.shape[1]:
             return
-        x, r = x.double(), r.double()
         self.count += x.shape[1]
-        self.xx, self.xr, self.rr = self.xx + x.mT @ x, self.xr + x.mT @ r, self.rr + (r * r).sum(1)
-        self.x, self.r = self.x + x.sum(1, keepdim=True), self.r + r.sum(1, keepdim=True)
+        added = x.mT @ x, x.mT @ r, (r * r).sum(1), x.sum(1, keepdim=True), r.sum(1, keepdim=True)
+        for name, part in zip(("xx", "xr", "rr", "x", "r"), added):
+            setattr(self, name, getattr(self, name) + part.double())
 
     def __add__(self, other: Sums) -> Sums:
         """Return the sums of both sets of rows."""

@@ -118,9 +118,16 @@ class Run(Interpreter):
         self.args_iter = iter([t.to(device) for t in batch])
         network.module.eval()
 
-    def step(self, node: fx.Node) -> Any:
-        """Run one node, or take over the value that it hands on, and free what is read no more."""
-        if node.name not in self.bypass:
+    def step(self, node: fx.Node, given: Any = None) -> Any:
+        """Run one node, or take over the value that it hands on, and free what is read no more.
+
+        Args:
+            node: The next node.
+            given: Its value, if that is known already.
+        """
+        if given is not None:
+            value = given
+        elif node.name not in self.bypass:
             value = self._run(node)
         else:
             source, carries = self.bypass[node.name]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import ClassVar
 
 import numpy as np
@@ -193,43 +194,46 @@ class _Sweep:
 
     def visit(self, node: fx.Node, aim: Aim | None, waiting: dict) -> None:
         """Refit or settle a node and step over it."""
-        plan = waiting.pop(node.name, None)
-        if aim is not None and self._refit(node, aim):
-            waiting.pop(aim.producer.joint, None)
-            plan = None
+        plan, given = waiting.pop(node.name, None), None
+        if aim is not None:
+            given = self._refit(node, aim)
+            if given is not None:
+                waiting.pop(aim.producer.joint, None)
+                plan = None
         if isinstance(plan, NormPlan):
             values = [r.value_of(plan.reads) for r in self.runs]
             settle_norm(self.fused, plan, values, False)
-        values = [run.step(node) for run in self.runs]
+        values = [run.step(node, value) for run, value in zip(self.runs, given or repeat(None))]
         if isinstance(plan, WeightPlan):
             settle_weight(self.fused, plan, values)
         if node.op == "output":
             self.outputs = values
 
-    def _refit(self, node: fx.Node, aim: Aim) -> bool:
-        """Refit one contraction; return whether it could be."""
+    def _refit(self, node: fx.Node, aim: Aim) -> list[Tensor] | None:
+        """Refit one contraction; return what it gives now, None if it cannot be refitted."""
         targets, axis = self.parents.target(aim.at), _axis(self.fused, aim)
         goal = moments_of(targets, axis)
         values = [run.peek(node) for run in self.runs]
         if [t.shape for t in targets] != [v.shape for v in values]:
-            return False
+            return None
         if aim.rest is not None:
             targets = [t - run.value_of(aim.rest) for t, run in zip(targets, self.runs)]
         wanted, found = moments_of(targets, axis), moments_of(values, axis)
         gain = _gain(aim, wanted, found)
-        self._scale(aim, gain)
-        left = [_left(t, v, gain, wanted, found, axis, aim) for t, v in zip(targets, values)]
+        self._scale(aim, gain, values)
+        shift = (wanted.mean - gain * found.mean) * aim.producer.biased
+        left = [t.sub_(v).sub_(_along(shift, v, axis)) for t, v in zip(targets, values)]
         correction = self._correct(node, aim, left, goal)
-        if correction.weight is not None:
-            self._add(aim, correction.weight)
         spread = goal.variance.sum() if aim.producer.biased else (goal.power**2).sum()
         if spread > 0:
             explained = 1 - correction.error / float(spread)
             self.layers.append(LayerFit(node.name, explained, correction.ridge))
         del targets, left
-        values = [run.peek(node) for run in self.runs]
-        self._complete(aim, wanted, moments_of(values, axis))
-        return True
+        if correction.weight is not None:
+            self._add(aim, correction.weight)
+            values = [run.peek(node) for run in self.runs]
+        self._complete(aim, wanted, values)
+        return values
 
     def _correct(
         self, node: fx.Node, aim: Aim, left: Sequence[Tensor], goal: Moments
@@ -241,17 +245,16 @@ class _Sweep:
         share = self.choice.rows * affine.weight.shape[1:].numel() / total
         generator, origin, seen = torch.Generator().manual_seed(0), None, 0
         for run, rest in zip(self.runs, left):
-            x = patches(run.value_of(self.fused.inputs_of(node)[0].name), affine)
             rest = rows(rest, affine)
+            chosen = torch.rand(rest.shape[1], generator=generator) < share
+            at = chosen.nonzero()[:, 0].to(rest.device)
+            x = patches(run.value_of(self.fused.inputs_of(node)[0].name), affine, at)
             if origin is None:
                 origin = x.mean(1, keepdim=True) * aim.producer.biased
-            each = x.shape[1] // run.samples
-            sample = torch.arange(x.shape[1]) // each + seen
-            kept = torch.rand(x.shape[1], generator=generator) < share
+            sample = seen + at // (rest.shape[1] // run.samples)
+            x, rest, seen = x - origin, rest[:, at], seen + run.samples
             for part, group in enumerate((sample % HELD != HELD - 1, sample % HELD == HELD - 1)):
-                index = (kept & group).nonzero()[:, 0].to(x.device)
-                sums[part].add(x[:, index] - origin, rest[:, index])
-            seen += run.samples
+                sums[part].add(x[:, group], rest[:, group])
         everything = sums[0] + sums[1]
         if float(everything.rr.sum()) <= ROUNDING**2 * everything.count * float(
             (goal.power**2).sum()
@@ -259,7 +262,8 @@ class _Sweep:
             return Correction(None, float("inf"), everything.error(everything, None))
         return corrected(*sums, self.choice.ridges)
 
-    def _scale(self, aim: Aim, gain: np.ndarray) -> None:
+    def _scale(self, aim: Aim, gain: np.ndarray, values: Sequence[Tensor]) -> None:
+        """Scale the units that a contraction writes, and the values it gave, in place."""
         producer = aim.producer
         weight = tensor_of(self.fused, producer.weight)
         factor = torch.as_tensor(gain).to(weight)
@@ -268,6 +272,8 @@ class _Sweep:
         weight.data.mul_(factor.view(along))
         if producer.bias is not None:
             tensor_of(self.fused, producer.bias).data.mul_(factor)
+        for value in values:
+            value.mul_(_along(gain, value, _axis(self.fused, aim)))
 
     def _add(self, aim: Aim, correction: Tensor) -> None:
         producer = aim.producer
@@ -275,17 +281,21 @@ class _Sweep:
         added = correction.mT.flatten(0, 1).reshape(producer.affine.weight.shape)
         weight.data.add_((added.T if producer.turned else added).to(weight))
 
-    def _complete(self, aim: Aim, wanted: Moments, found: Moments) -> None:
+    def _complete(self, aim: Aim, wanted: Moments, values: Sequence[Tensor]) -> None:
         """Give the units the target's mean, and its spread where that counts."""
-        producer = aim.producer
+        producer, axis = aim.producer, _axis(self.fused, aim)
+        found = moments_of(values, axis)
         gain = _gain(aim, wanted, found) if aim.swing else np.ones_like(found.mean)
         if producer.norm is not None:
             restate_norm(self.fused, producer.roles, found, gain, wanted.mean)
             return
-        self._scale(aim, gain)
+        self._scale(aim, gain, values)
         if producer.bias is not None:
+            shift = wanted.mean - gain * found.mean
             bias = tensor_of(self.fused, producer.bias)
-            bias.data.add_(torch.as_tensor(wanted.mean - gain * found.mean).to(bias))
+            bias.data.add_(torch.as_tensor(shift).to(bias))
+            for value in values:
+                value.add_(_along(shift, value, axis))
 
     def divergence(self) -> float | None:
         """Return the mean divergence from the ensemble, if outputs can be logits."""
@@ -313,20 +323,8 @@ def _gain(aim: Aim, wanted: Moments, found: Moments) -> np.ndarray:
     return gain_of(wanted.power, found.power, one)
 
 
-def _left(
-    target: Tensor,
-    value: Tensor,
-    gain: np.ndarray,
-    wanted: Moments,
-    found: Moments,
-    axis: int,
-    aim: Aim,
-) -> Tensor:
-    """Return what a contraction scaled by a gain leaves of its target."""
-    across = [-1 if d == axis else 1 for d in range(value.dim())]
-    factor = torch.as_tensor(gain).to(value).view(across)
-    left = target - factor * value
-    if aim.producer.biased:
-        shift = torch.as_tensor(wanted.mean - gain * found.mean).to(value)
-        left -= shift.view(across)
-    return left
+def _along(units: np.ndarray, value: Tensor, axis: int) -> Tensor:
+    """Lay out one number for each unit along an axis of a value."""
+    return (
+        torch.as_tensor(units).to(value).view([-1 if d == axis else 1 for d in range(value.dim())])
+    )

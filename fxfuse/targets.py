@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, fx
 
 from .correspondence import absent_tensors
@@ -220,6 +219,8 @@ def inverted(activation: Callable[[Tensor], Tensor], wanted: Tensor, start: Tens
         found = (activation(tried) - wanted).abs()
         better = found + noise < error
         best, error = torch.where(better, tried, best), torch.where(better, found, error)
+        if bool((error <= noise).all()):
+            break
     return best
 
 
@@ -253,6 +254,7 @@ class Targets:
         self.gone = [absent_tensors(network, absent) for network, absent in pairs]
         self.inner = [{n for a in absent for n in a.inner} for absent in balanced.absent]
         self.bypasses = bypasses(balanced)
+        self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 
     def fits(self, node: str, dim: int) -> bool:
         """Tell whether every network has the fused network's spaces along an axis of a node."""
@@ -279,10 +281,19 @@ class Targets:
         shares, total = self._shares(node, weight, values), None
         for k, (share, value) in enumerate(zip(shares, values)):
             if share and value is not None:
-                part = share * _apply(self.mixer.feature_map(node, dim, k), value, dim)
+                part = _apply(self._map(node, dim, k), value, dim).mul_(share)
                 total = part if total is None else total.add_(part)
         mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
         return total.div_(mass.view([-1 if d == dim else 1 for d in range(total.dim())]))
+
+    def _map(self, node: str, dim: int, k: int) -> Tensor:
+        """Return the map into the fused network's units; an index where it only picks units."""
+        if (node, dim, k) not in self.maps:
+            self.maps = {key: m for key, m in self.maps.items() if key[0] == node}
+            matrix = self.mixer.feature_map(node, dim, k)
+            picks = (matrix.data == 1).all() and (np.diff(matrix.indptr) == 1).all()
+            self.maps[node, dim, k] = torch.as_tensor(matrix.indices if picks else matrix.toarray())
+        return self.maps[node, dim, k]
 
     def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
         silent = [node in inner and weight in gone for inner, gone in zip(self.inner, self.gone)]
@@ -300,9 +311,8 @@ class Targets:
         return mass
 
 
-def _apply(matrix: csr_array, value: Tensor, dim: int) -> Tensor:
-    dense = torch.as_tensor(matrix.toarray())
-    single = (matrix.data == 1).all() and (np.diff(matrix.indptr) == 1).all()
-    if single and matrix.nnz == matrix.shape[0]:
-        return value.index_select(dim, dense.argmax(1).to(value.device))
-    return (value.movedim(dim, -1) @ dense.T.to(value)).movedim(-1, dim)
+def _apply(units: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Return a copy of values in other units: picked by an index, or mixed by a matrix."""
+    if units.dim() == 1:
+        return value.index_select(dim, units.to(value.device))
+    return (value.movedim(dim, -1) @ units.T.to(value)).movedim(-1, dim)
