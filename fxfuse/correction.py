@@ -115,3 +115,57 @@ def corrected(fit: Sums, held: Sums, ridges: Sequence[float]) -> Correction:
     if ridge == float("inf"):
         return Correction(None, ridge, error)
     return Correction((fit + held).solve([ridge])[0], ridge, error)
+
+
+def corrected_from_rows(
+    x: Tensor, r: Tensor, held: Tensor, centred: bool, ridges: Sequence[float]
+) -> Correction:
+    """As `corrected`, from the rows themselves: for more inputs than there are rows.
+
+    Args:
+        x: Inputs `(groups, rows, inputs)`.
+        r: What is left to explain `(groups, rows, out)`.
+        held: `(rows,)` which rows are held out of the first fits.
+        centred: Whether there is a bias.
+        ridges: The ridges to choose from, beside the infinite one.
+    """
+    products, r, inputs = (x @ x.mT).double(), r.double(), x.shape[2]
+    tried = [(float(r.square().sum()) / max(len(held), 1), float("inf"))]
+    if held.any() and not held.all():
+        fit = _Rows(products, r, ~held, centred, inputs)
+        tried = [(fit.error(held, ridge), ridge) for ridge in (*ridges, float("inf"))]
+    error, ridge = min(tried)
+    if ridge == float("inf"):
+        return Correction(None, ridge, error)
+    factors = _Rows(products, r, torch.ones_like(held), centred, inputs).factors(ridge)
+    x = x - x.mean(1, keepdim=True) if centred else x
+    return Correction(x.mT @ factors.to(x), ridge, error)
+
+
+class _Rows:
+    """A regression on some rows, in terms of the products of all rows with each other."""
+
+    def __init__(
+        self, products: Tensor, r: Tensor, fit: Tensor, centred: bool, inputs: int
+    ) -> None:
+        self.products, self.r, self.fit, self.inputs = products, r, fit, inputs
+        if centred:
+            mean = products[:, :, fit].mean(2, keepdim=True)
+            self.products = products - mean - mean.mT + mean[:, fit].mean(1, keepdim=True)
+            self.r = r - r[:, fit].mean(1, keepdim=True)
+
+    def factors(self, ridge: float) -> Tensor:
+        """Return how much of each row `(groups, rows of the fit, out)` is in the correction."""
+        own = self.products[:, self.fit][:, :, self.fit]
+        power = own.diagonal(dim1=1, dim2=2).sum(1) / self.inputs
+        power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))
+        added = (ridge * power)[:, None].expand(own.shape[:2])
+        factor = torch.linalg.cholesky(own + torch.diag_embed(added))
+        return torch.cholesky_solve(self.r[:, self.fit], factor)
+
+    def error(self, rows: Tensor, ridge: float) -> float:
+        """Return the mean squared error on other rows; of no correction at an infinite ridge."""
+        left = self.r[:, rows]
+        if ridge != float("inf"):
+            left = left - self.products[:, rows][:, :, self.fit] @ self.factors(ridge)
+        return float(left.square().sum()) / int(rows.sum())

@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import ClassVar
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .correction import HELD, Correction, Sums, corrected
+from .composition import Affine
+from .correction import HELD, Correction, Sums, corrected, corrected_from_rows
 from .data import Calibration
 from .emit import NormPlan, WeightPlan
 from .interpreter import OPEN
@@ -32,6 +33,7 @@ from .least_squares import patches, rows
 from .mixing import Mixer
 from .moments import Moments
 from .network import Network
+from .parents import Parents
 from .refit import (
     Outcome,
     frontier_samples,
@@ -44,7 +46,7 @@ from .refit import (
     tensor_of,
 )
 from .statistics import Run
-from .targets import Aim, Targets, aims_of, inverted
+from .targets import Aim, Targets, aims_of
 
 ROUNDING = 1e-5  # a target met but for this share of its spread is met
 
@@ -54,7 +56,7 @@ class LeastSquares:
     """Refit every contraction by ridge least squares while sweeping forward.
 
     What is no single contraction of one weight (attention in one module, weights used twice) gets
-    the parents' moments as in `refit.MatchMoments`; so does what is wider than the budget.
+    the parents' moments as in `refit.MatchMoments`.
 
     Attributes:
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
@@ -62,8 +64,9 @@ class LeastSquares:
             to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time and change little.
         frontier: Bytes for the live values of all networks; what does not fit is left out.
-        gram: Bytes for the products of the inputs of one contraction: 2,896 of them by default, as
-            solving for more takes tens of seconds a layer.
+        gram: Bytes for the products of the inputs of one contraction with each other: of 2,896 by
+            default. Where there are more, or more than positions, the products of that many
+            positions are taken instead.
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -100,84 +103,21 @@ class LeastSquares:
             return Outcome(tuple(sweep.layers), sweep.divergence())
 
     def _can(self, fused: Network, aim: Aim, targets: Targets) -> bool:
-        affine = aim.producer.affine
-        columns = affine.weight.shape[1:].numel()
-        return (
-            8 * affine.groups * columns**2 <= self.gram
-            and targets.fits(aim.at, _axis(fused, aim))
-            and targets.fits(aim.producer.joint, _axis(fused, aim))
-        )
+        joint = aim.producer.joint
+        return all(targets.fits(node, aim.axis_in(fused)) for node in (aim.at, joint))
 
+    def rows_for(self, affine: Affine, positions: int) -> tuple[int, bool]:
+        """Return how many positions to fit on, and whether by their products, not the inputs'.
 
-def _axis(network: Network, aim: Aim) -> int:
-    return aim.producer.axis % len(network.book.shapes[aim.producer.node])
-
-
-class Parents:
-    """The networks on their way, a step ahead of the fused one where its targets ask for it."""
-
-    def __init__(
-        self,
-        targets: Targets,
-        order: Sequence[fx.Node],
-        aims: dict[str, Aim],
-        data: Calibration,
-        samples: int,
-    ) -> None:
-        self.targets, self.at = targets, {a.at: a for a in aims.values()}
-        networks = targets.mixer.balanced.networks
-        self.orders, self.runs = [], []
-        place = {node.name: i for i, node in enumerate(order)}
-        for network, bypass in zip(networks, targets.bypasses):
-            nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
-            self.orders.append(nodes)
-            self.runs.append(start(network, data, samples, nodes, bypass))
-        self.done = 0
-        self.caught: dict[str, list[Tensor]] = {}
-        self.outputs: list[list] = []
-
-    def target(self, node: str) -> list[Tensor]:
-        """Return the target at a node, batch by batch; it is forgotten."""
-        while node not in self.caught:
-            self.advance()
-        return self.caught.pop(node)
-
-    def advance(self) -> None:
-        """Take one step with all networks."""
-        values = []
-        for runs, order in zip(self.runs, self.orders):
-            values.append([run.step(order[self.done]) for run in runs])
-        node = self.orders[0][self.done]
-        aim = self.at.get(node.name)
-        if aim is not None:
-            self.caught[node.name] = [
-                self._mixed(aim, runs, batch) for runs, batch in zip(zip(*self.runs), zip(*values))
-            ]
-        if node.op == "output":
-            self.outputs = values
-        self.done += 1
-
-    def _mixed(self, aim: Aim, runs: Sequence[Run], values: Sequence[Tensor | None]) -> Tensor:
-        """Return the target of one batch from each network's value there."""
-        dim = _axis(self.targets.mixer.balanced.networks[0], aim)
-        where = aim.at, aim.producer.weight, dim
-        mean = self.targets.mix(*where, values)
-        if aim.through is None:
-            return mean
-        place = next(i for i, n in enumerate(self.orders[0]) if n.name == aim.through)
-
-        def act(k: int, value: Tensor) -> Tensor:
-            node = self.orders[k][place]
-            return runs[k].apply(node, runs[k].network.inputs_of(node)[0], value)
-
-        acts = [None if v is None else act(k, v) for k, v in enumerate(values)]
-        return inverted(lambda t: act(0, t), self.targets.mix(*where, acts), mean)
-
-    def finish(self) -> list[list]:
-        """Go on to the end; return what each network gives for each batch."""
-        while self.done < len(self.orders[0]):
-            self.advance()
-        return self.outputs
+        Args:
+            affine: The contraction.
+            positions: How many there are.
+        """
+        inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
+        if 8 * inputs**2 <= budget and inputs <= positions:
+            return min(self.rows * inputs, positions), False
+        held = 8 * budget // (4 * inputs)  # the rows themselves
+        return max(min(math.isqrt(budget // 8), held, positions), 1), True
 
 
 @dataclass(eq=False)
@@ -211,7 +151,7 @@ class _Sweep:
 
     def _refit(self, node: fx.Node, aim: Aim) -> list[Tensor] | None:
         """Refit one contraction; return what it gives now, None if it cannot be refitted."""
-        targets, axis = self.parents.target(aim.at), _axis(self.fused, aim)
+        targets, axis = self.parents.target(aim.at), aim.axis_in(self.fused)
         goal = moments_of(targets, axis)
         values = [run.peek(node) for run in self.runs]
         if [t.shape for t in targets] != [v.shape for v in values]:
@@ -239,28 +179,41 @@ class _Sweep:
         self, node: fx.Node, aim: Aim, left: Sequence[Tensor], goal: Moments
     ) -> Correction:
         """Fit what is left to explain, on part of the positions, every fourth sample held out."""
-        affine = aim.producer.affine
-        sums = [Sums(aim.producer.biased) for _ in range(2)]
-        total = sum(math.prod(r.shape) // affine.outputs for r in left)
-        share = self.choice.rows * affine.weight.shape[1:].numel() / total
+        ridges, biased = self.choice.ridges, aim.producer.biased
+        wanted, by_rows = self.choice.rows_for(aim.producer.affine, _positions(aim, left))
+        parts = self._sampled(node, aim, left, wanted)
+        fits = [Sums(biased), Sums(biased)]
+        if by_rows:
+            x, rest, held = (torch.cat(p, -2 if p[0].dim() > 1 else 0) for p in zip(*parts))
+            count, power = len(held), float(rest.double().square().sum())
+        else:
+            for x, rest, held in parts:
+                for sums, group in zip(fits, (~held, held)):
+                    sums.add(x[:, group], rest[:, group])
+            count, power = (fits[0] + fits[1]).count, float((fits[0] + fits[1]).rr.sum())
+        if power <= ROUNDING**2 * count * float((goal.power**2).sum()):
+            return Correction(None, float("inf"), power / max(count, 1))
+        if by_rows:
+            return corrected_from_rows(x, rest, held, biased, ridges)
+        return corrected(*fits, ridges)
+
+    def _sampled(
+        self, node: fx.Node, aim: Aim, left: Sequence[Tensor], wanted: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return, of part of the positions of each batch, inputs, what is left, and who is held."""
+        affine, share = aim.producer.affine, wanted / _positions(aim, left)
         generator, origin, seen = torch.Generator().manual_seed(0), None, 0
+        source = self.fused.inputs_of(node)[0].name
         for run, rest in zip(self.runs, left):
             rest = rows(rest, affine)
             chosen = torch.rand(rest.shape[1], generator=generator) < share
             at = chosen.nonzero()[:, 0].to(rest.device)
-            x = patches(run.value_of(self.fused.inputs_of(node)[0].name), affine, at)
+            x = patches(run.value_of(source), affine, at)
             if origin is None:
                 origin = x.mean(1, keepdim=True) * aim.producer.biased
             sample = seen + at // (rest.shape[1] // run.samples)
-            x, rest, seen = x - origin, rest[:, at], seen + run.samples
-            for part, group in enumerate((sample % HELD != HELD - 1, sample % HELD == HELD - 1)):
-                sums[part].add(x[:, group], rest[:, group])
-        everything = sums[0] + sums[1]
-        if float(everything.rr.sum()) <= ROUNDING**2 * everything.count * float(
-            (goal.power**2).sum()
-        ):
-            return Correction(None, float("inf"), everything.error(everything, None))
-        return corrected(*sums, self.choice.ridges)
+            yield x - origin, rest[:, at], sample % HELD == HELD - 1
+            seen += run.samples
 
     def _scale(self, aim: Aim, gain: np.ndarray, values: Sequence[Tensor]) -> None:
         """Scale the units that a contraction writes, and the values it gave, in place."""
@@ -273,7 +226,7 @@ class _Sweep:
         if producer.bias is not None:
             tensor_of(self.fused, producer.bias).data.mul_(factor)
         for value in values:
-            value.mul_(_along(gain, value, _axis(self.fused, aim)))
+            value.mul_(_along(gain, value, aim.axis_in(self.fused)))
 
     def _add(self, aim: Aim, correction: Tensor) -> None:
         producer = aim.producer
@@ -283,7 +236,7 @@ class _Sweep:
 
     def _complete(self, aim: Aim, wanted: Moments, values: Sequence[Tensor]) -> None:
         """Give the units the target's mean, and its spread where that counts."""
-        producer, axis = aim.producer, _axis(self.fused, aim)
+        producer, axis = aim.producer, aim.axis_in(self.fused)
         found = moments_of(values, axis)
         gain = _gain(aim, wanted, found) if aim.swing else np.ones_like(found.mean)
         if producer.norm is not None:
@@ -314,6 +267,10 @@ class _Sweep:
             gap = mean - ours.double().log_softmax(1)
             total, count = total + float((mean.exp() * gap).sum()), count + len(ours)
         return total / count
+
+
+def _positions(aim: Aim, values: Sequence[Tensor]) -> int:
+    return sum(value.numel() for value in values) // aim.producer.affine.outputs
 
 
 def _gain(aim: Aim, wanted: Moments, found: Moments) -> np.ndarray:

@@ -46,6 +46,10 @@ class Aim:
     through: str | None
     swing: bool
 
+    def axis_in(self, network: Network) -> int:
+        """Return the axis that holds the units, counted from the front."""
+        return self.producer.axis % len(network.book.shapes[self.producer.node])
+
 
 @dataclass(frozen=True, eq=False)
 class Sum:

@@ -8,7 +8,7 @@ from conftest import EXACT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.correction import Sums, corrected
+from fxfuse.correction import Sums, corrected, corrected_from_rows
 
 RIDGES = (1e-4, 1e-2, 1.0)
 
@@ -84,3 +84,25 @@ def test_inputs_that_never_vary_get_no_weight():
     x[0] = 0.75
     found = sums_of(x, r).solve([1e-3])[0]
     assert bool(found.isfinite().all()) and float(found[0].abs().max()) < 1e-6
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.booleans(),
+    st.sampled_from([0.0, 0.3, 3.0]),
+    st.integers(0, 99),
+)
+def test_rows_give_what_sums_give(groups, count, inputs, centred, signal, seed):
+    x, r = rows_of(groups, count, inputs, 3, seed)
+    r = r + signal * x @ torch.randn(groups, inputs, 3, dtype=torch.float64)
+    held = torch.arange(count) % 4 == 3
+    fits = [sums_of(x[:, part], r[:, part], centred) for part in (~held, held)]
+    wanted, found = corrected(*fits, RIDGES), corrected_from_rows(x, r, held, centred, RIDGES)
+    assert found.ridge == wanted.ridge
+    assert (found.weight is None) == (wanted.weight is None)
+    if wanted.weight is not None:
+        assert close(found.weight, wanted.weight, 1e-6)
+    if held.any():
+        assert found.error == pytest.approx(wanted.error, rel=1e-6)

@@ -141,11 +141,16 @@ def test_norms_get_the_statistics_of_what_they_read():
         assert torch.allclose(norm.running_var.sqrt(), flat.std(1, correction=0), atol=1e-4 * scale)
 
 
-def test_without_room_for_products_moments_are_matched():
+def test_with_little_room_for_products_few_positions_are_fitted():
     nets, x = pair_of("residual"), draw("residual", 60)
-    none = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(gram=0)))
-    assert not none.meta["fxfuse"].layers
-    assert gap(fxfuse.fuse(nets, x, method=MOMENTS), none, x) < FUNCTION
+    fused = [
+        fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(gram=gram)))
+        for gram in (0, 8 * 150**2)
+    ]
+    plain, some = ([layer.ridge for layer in f.meta["fxfuse"].layers] for f in fused)
+    assert all(math.isinf(ridge) for ridge in plain) and not all(map(math.isinf, some))
+    new = draw("residual", 200, 9)
+    assert error(nets, fused[1], new) < error(nets, fused[0], new)
 
 
 @pytest.mark.parametrize("choice", [{"ridges": (0.5,)}, {"rows": 2}, {"frontier": 1 << 14}])
