@@ -30,12 +30,29 @@ class Sums:
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add inputs `(groups, rows, inputs)` and what is left to explain `(groups, rows, out)`."""
-        if not x.shape[1]:
-            return
-        self.count += x.shape[1]
-        added = x.mT @ x, x.mT @ r, (r * r).sum(1), x.sum(1, keepdim=True), r.sum(1, keepdim=True)
-        for name, part in zip(("xx", "xr", "rr", "x", "r"), added):
+        self.add_inputs(x)
+        self.add_rest(x, r)
+
+    def add_inputs(self, x: Tensor) -> None:
+        """Add inputs; what they leave to explain comes by `add_rest`."""
+        if x.shape[1]:
+            self.count += x.shape[1]
+            self._add(xx=x.mT @ x, x=x.sum(1, keepdim=True))
+
+    def add_rest(self, x: Tensor, r: Tensor) -> None:
+        """Add what inputs that were added leave to explain."""
+        if x.shape[1]:
+            self._add(xr=x.mT @ r, rr=(r * r).sum(1), r=r.sum(1, keepdim=True))
+
+    def _add(self, **parts: Tensor) -> None:
+        for name, part in parts.items():
             setattr(self, name, getattr(self, name) + part.double())
+
+    def of_inputs(self) -> Sums:
+        """Return the sums of the inputs alone."""
+        alone = Sums(self.centred)
+        alone.count, alone.xx, alone.x = self.count, self.xx, self.x
+        return alone
 
     def __add__(self, other: Sums) -> Sums:
         """Return the sums of both sets of rows."""
@@ -118,7 +135,12 @@ def corrected(fit: Sums, held: Sums, ridges: Sequence[float]) -> Correction:
 
 
 def corrected_from_rows(
-    x: Tensor, r: Tensor, held: Tensor, centred: bool, ridges: Sequence[float]
+    x: Tensor,
+    r: Tensor,
+    held: Tensor,
+    centred: bool,
+    ridges: Sequence[float],
+    products: Tensor | None = None,
 ) -> Correction:
     """As `corrected`, from the rows themselves: for more inputs than there are rows.
 
@@ -128,8 +150,10 @@ def corrected_from_rows(
         held: `(rows,)` which rows are held out of the first fits.
         centred: Whether there is a bias.
         ridges: The ridges to choose from, beside the infinite one.
+        products: `(groups, rows, rows)` of the inputs, if they are known.
     """
-    products, r, inputs = (x @ x.mT).double(), r.double(), x.shape[2]
+    products = (x @ x.mT).double() if products is None else products
+    r, inputs = r.double(), x.shape[2]
     tried = [(float(r.square().sum()) / max(len(held), 1), float("inf"))]
     if held.any() and not held.all():
         fit = _Rows(products, r, ~held, centred, inputs)
@@ -169,3 +193,50 @@ class _Rows:
         if ridge != float("inf"):
             left = left - self.products[:, rows][:, :, self.fit] @ self.factors(ridge)
         return float(left.square().sum()) / int(rows.sum())
+
+
+class Regression:
+    """Corrections of one contraction's weight, again and again, from the same inputs.
+
+    Args:
+        parts: Batches of inputs `(groups, rows, inputs)`, each with `(rows,)` which rows are held
+            out of the first fits.
+        centred: Whether there is a bias.
+        by_rows: Solve with one equation for each row, not for each input.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Tensor, Tensor]], centred: bool, by_rows: bool
+    ) -> None:
+        self.centred, self.groups = centred, [(~held, held) for _, held in parts]
+        self.split = [(x[:, ~held], x[:, held]) for x, held in parts]
+        self.sums = [Sums(centred), Sums(centred)]
+        self.products: Tensor | None = None
+        if by_rows:
+            self.held = torch.cat([held for _, held in parts])
+            self.x = torch.cat([x for x, _ in parts], 1)
+            self.products, self.split = (self.x @ self.x.mT).double(), []
+        for both in self.split:
+            for sums, x in zip(self.sums, both):
+                sums.add_inputs(x)
+
+    def correct(self, rests: Sequence[Tensor], ridges: Sequence[float], least: float) -> Correction:
+        """Return the correction that explains best what is left.
+
+        Args:
+            rests: What is left to explain, `(groups, rows, out)`, batch by batch.
+            ridges: The ridges to choose from, beside the infinite one.
+            least: Mean square, summed over the units, that is not worth correcting.
+        """
+        count = sum(rest.shape[1] for rest in rests)
+        power = sum(float(rest.double().square().sum()) for rest in rests) / max(count, 1)
+        if power <= least:
+            return Correction(None, float("inf"), power)
+        if self.products is not None:
+            rest = torch.cat(list(rests), 1)
+            return corrected_from_rows(self.x, rest, self.held, self.centred, ridges, self.products)
+        fits = [sums.of_inputs() for sums in self.sums]
+        for both, groups, rest in zip(self.split, self.groups, rests):
+            for fit, x, group in zip(fits, both, groups):
+                fit.add_rest(x, rest[:, group])
+        return corrected(*fits, ridges)

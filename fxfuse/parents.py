@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from .data import Calibration
 from .refit import start
 from .statistics import Run
-from .targets import Aim, Targets, inverted
+from .targets import Aim, Targets
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a contraction of the fused network has to give, of one batch.
+
+    Attributes:
+        value: The mean of the networks' values where the contraction's effect is complete.
+        acted: The mean of what the activation behind it makes of them, if it alone reads them.
+    """
+
+    value: Tensor
+    acted: Tensor | None
 
 
 class Parents:
@@ -32,11 +46,11 @@ class Parents:
             self.orders.append(nodes)
             self.runs.append(start(network, data, samples, nodes, bypass))
         self.done = 0
-        self.caught: dict[str, list[Tensor]] = {}
+        self.caught: dict[str, list[Goal]] = {}
         self.outputs: list[list] = []
 
-    def target(self, node: str) -> list[Tensor]:
-        """Return the target at a node, batch by batch; it is forgotten."""
+    def goals(self, node: str) -> list[Goal]:
+        """Return what is wanted at a node, batch by batch; it is forgotten."""
         while node not in self.caught:
             self.advance()
         return self.caught.pop(node)
@@ -56,21 +70,18 @@ class Parents:
             self.outputs = values
         self.done += 1
 
-    def _mixed(self, aim: Aim, runs: Sequence[Run], values: Sequence[Tensor | None]) -> Tensor:
-        """Return the target of one batch from each network's value there."""
-        dim = aim.axis_in(self.targets.mixer.balanced.networks[0])
-        where = aim.at, aim.producer.weight, dim
+    def _mixed(self, aim: Aim, runs: Sequence[Run], values: Sequence[Tensor | None]) -> Goal:
+        """Return what is wanted of one batch, from each network's value there."""
+        where = aim.at, aim.producer.weight, aim.axis_in(self.targets.mixer.balanced.networks[0])
         mean = self.targets.mix(*where, values)
         if aim.through is None:
-            return mean
+            return Goal(mean, None)
         place = next(i for i, n in enumerate(self.orders[0]) if n.name == aim.through)
-
-        def act(k: int, value: Tensor) -> Tensor:
-            node = self.orders[k][place]
-            return runs[k].apply(node, runs[k].network.inputs_of(node)[0], value)
-
-        acts = [None if v is None else act(k, v) for k, v in enumerate(values)]
-        return inverted(lambda t: act(0, t), self.targets.mix(*where, acts), mean)
+        acted: list[Tensor | None] = []
+        for run, order, value in zip(runs, self.orders, values):
+            source = run.network.inputs_of(order[place])[0]
+            acted.append(None if value is None else run.apply(order[place], source, value))
+        return Goal(mean, self.targets.mix(*where, acted))
 
     def finish(self) -> list[list]:
         """Go on to the end; return what each network gives for each batch."""

@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import ClassVar
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from .composition import Affine
-from .correction import HELD, Correction, Sums, corrected, corrected_from_rows
+from .correction import HELD, Correction, Regression
 from .data import Calibration
 from .emit import NormPlan, WeightPlan
 from .interpreter import OPEN
@@ -33,7 +33,7 @@ from .least_squares import patches, rows
 from .mixing import Mixer
 from .moments import Moments
 from .network import Network
-from .parents import Parents
+from .parents import Goal, Parents
 from .refit import (
     Outcome,
     frontier_samples,
@@ -49,6 +49,7 @@ from .statistics import Run
 from .targets import Aim, Targets, aims_of
 
 ROUNDING = 1e-5  # a target met but for this share of its spread is met
+FAR = 0.5  # share of the variance of a unit's activation that its start may miss
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ class LeastSquares:
             variance of what they read; a held-out quarter of the samples chooses, and may choose
             to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time and change little.
+        steps: Corrections by the results of an activation, where one reads the values.
         frontier: Bytes for the live values of all networks; what does not fit is left out.
         gram: Bytes for the products of the inputs of one contraction with each other: of 2,896 by
             default. Where there are more, or more than positions, the products of that many
-            positions are taken instead.
+            positions are taken instead. Eight times this for the inputs themselves.
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     rows: int = 64
+    steps: int = 1
     frontier: int = 1 << 31
     gram: int = 1 << 26
     wants_moments: ClassVar[bool] = True
@@ -114,9 +117,9 @@ class LeastSquares:
             positions: How many there are.
         """
         inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
+        held = 8 * budget // (4 * inputs)  # rows whose inputs can be held
         if 8 * inputs**2 <= budget and inputs <= positions:
-            return min(self.rows * inputs, positions), False
-        held = 8 * budget // (4 * inputs)  # the rows themselves
+            return min(self.rows * inputs, held, positions), False
         return max(min(math.isqrt(budget // 8), held, positions), 1), True
 
 
@@ -151,11 +154,13 @@ class _Sweep:
 
     def _refit(self, node: fx.Node, aim: Aim) -> list[Tensor] | None:
         """Refit one contraction; return what it gives now, None if it cannot be refitted."""
-        targets, axis = self.parents.target(aim.at), aim.axis_in(self.fused)
-        goal = moments_of(targets, axis)
-        values = [run.peek(node) for run in self.runs]
+        goals, axis = self.parents.goals(aim.at), aim.axis_in(self.fused)
+        values, targets = [run.peek(node) for run in self.runs], [g.value for g in goals]
         if [t.shape for t in targets] != [v.shape for v in values]:
             return None
+        if aim.through is not None:
+            self._revive(aim, goals)
+        whole = moments_of(targets, axis)
         if aim.rest is not None:
             targets = [t - run.value_of(aim.rest) for t, run in zip(targets, self.runs)]
         wanted, found = moments_of(targets, axis), moments_of(values, axis)
@@ -163,57 +168,109 @@ class _Sweep:
         self._scale(aim, gain, values)
         shift = (wanted.mean - gain * found.mean) * aim.producer.biased
         left = [t.sub_(v).sub_(_along(shift, v, axis)) for t, v in zip(targets, values)]
-        correction = self._correct(node, aim, left, goal)
-        spread = goal.variance.sum() if aim.producer.biased else (goal.power**2).sum()
+        inputs = self._inputs(node, aim, values)
+        correction = self._correct(aim, inputs, left, whole)
+        del targets, left
+        values, mean = self._add(node, aim, correction, values), wanted.mean
+        if aim.through is not None:
+            whole = moments_of([g.acted for g in goals], axis)
+            found = values, mean, correction
+            values, mean, correction = self._descend(node, aim, goals, inputs, *found)
+        spread = whole.variance.sum() if aim.producer.biased else (whole.power**2).sum()
         if spread > 0:
             explained = 1 - correction.error / float(spread)
             self.layers.append(LayerFit(node.name, explained, correction.ridge))
-        del targets, left
-        if correction.weight is not None:
-            self._add(aim, correction.weight)
-            values = [run.peek(node) for run in self.runs]
-        self._complete(aim, wanted, values)
+        self._complete(aim, wanted, mean, values)
         return values
 
-    def _correct(
-        self, node: fx.Node, aim: Aim, left: Sequence[Tensor], goal: Moments
-    ) -> Correction:
-        """Fit what is left to explain, on part of the positions, every fourth sample held out."""
-        ridges, biased = self.choice.ridges, aim.producer.biased
-        wanted, by_rows = self.choice.rows_for(aim.producer.affine, _positions(aim, left))
-        parts = self._sampled(node, aim, left, wanted)
-        fits = [Sums(biased), Sums(biased)]
-        if by_rows:
-            x, rest, held = (torch.cat(p, -2 if p[0].dim() > 1 else 0) for p in zip(*parts))
-            count, power = len(held), float(rest.double().square().sum())
-        else:
-            for x, rest, held in parts:
-                for sums, group in zip(fits, (~held, held)):
-                    sums.add(x[:, group], rest[:, group])
-            count, power = (fits[0] + fits[1]).count, float((fits[0] + fits[1]).rr.sum())
-        if power <= ROUNDING**2 * count * float((goal.power**2).sum()):
-            return Correction(None, float("inf"), power / max(count, 1))
-        if by_rows:
-            return corrected_from_rows(x, rest, held, biased, ridges)
-        return corrected(*fits, ridges)
+    def _revive(self, aim: Aim, goals: Sequence[Goal]) -> None:
+        """Start units within reach of what is wanted of them, in place.
 
-    def _sampled(
-        self, node: fx.Node, aim: Aim, left: Sequence[Tensor], wanted: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Return, of part of the positions of each batch, inputs, what is left, and who is held."""
-        affine, share = aim.producer.affine, wanted / _positions(aim, left)
+        The mean of a unit that never fires and one that does can be one that never fires.
+        """
+        axis, through = aim.axis_in(self.fused), self._activation(aim)
+        pairs = [(g.acted, run.apply(*through, g.value)) for g, run in zip(goals, self.runs)]
+        missed = moments_of([wanted - found for wanted, found in pairs], axis).power ** 2
+        lost = np.flatnonzero(missed > FAR * moments_of([g.acted for g in goals], axis).variance)
+        for goal in goals if len(lost) else ():
+            units = torch.as_tensor(lost, device=goal.value.device)
+            goal.value.index_copy_(axis, units, goal.acted.index_select(axis, units))
+
+    def _descend(
+        self,
+        node: fx.Node,
+        aim: Aim,
+        goals: Sequence[Goal],
+        inputs: tuple[Regression, list[Tensor]],
+        values: list[Tensor],
+        mean: np.ndarray,
+        correction: Correction,
+    ) -> tuple[list[Tensor], np.ndarray, Correction]:
+        """Correct further by what the activation's results lack, as the next layers read these.
+
+        An activation with slopes between 0 and 1 is the gradient of a convex function, so that to
+        meet its results is convex too (the loss matched to it), and each step by the plain
+        regression's curvature, which bounds that of the loss, descends.
+        """
+        axis, wanted = aim.axis_in(self.fused), [g.acted for g in goals]
+        whole = moments_of(wanted, axis)
+        for _ in range(self.choice.steps):
+            shift = (mean - moments_of(values, axis).mean) * aim.producer.biased
+            left = [
+                w.sub(self._acted(run, aim, v + _along(shift, v, axis)))
+                for w, v, run in zip(wanted, values, self.runs)
+            ]
+            mean = mean + moments_of(left, axis).mean * aim.producer.biased
+            correction = self._correct(aim, inputs, left, whole)
+            if correction.weight is None:
+                break
+            values = self._add(node, aim, correction, values)
+        return values, mean, correction
+
+    def _acted(self, run: Run, aim: Aim, value: Tensor) -> Tensor:
+        """Return what the activation makes of a contraction's value."""
+        if aim.rest is not None:
+            value = value + run.value_of(aim.rest)
+        return run.apply(*self._activation(aim), value)
+
+    def _activation(self, aim: Aim) -> tuple[fx.Node, fx.Node]:
+        """Return the activation behind a contraction, and the node it reads."""
+        node = next(n for n in self.order if n.name == aim.through)
+        return node, self.fused.inputs_of(node)[0]
+
+    def _inputs(
+        self, node: fx.Node, aim: Aim, values: Sequence[Tensor]
+    ) -> tuple[Regression, list[Tensor]]:
+        """Return what a contraction reads at part of the positions, and which these are.
+
+        Every fourth sample is held out of the fits that choose the ridge.
+        """
+        affine, biased = aim.producer.affine, aim.producer.biased
+        total = sum(value.numel() for value in values) // affine.outputs
+        wanted, by_rows = self.choice.rows_for(affine, total)
         generator, origin, seen = torch.Generator().manual_seed(0), None, 0
-        source = self.fused.inputs_of(node)[0].name
-        for run, rest in zip(self.runs, left):
-            rest = rows(rest, affine)
-            chosen = torch.rand(rest.shape[1], generator=generator) < share
-            at = chosen.nonzero()[:, 0].to(rest.device)
+        source, parts, places = self.fused.inputs_of(node)[0].name, [], []
+        for run, value in zip(self.runs, values):
+            count = value.numel() // affine.outputs
+            chosen = torch.rand(count, generator=generator) < wanted / total
+            at = chosen.nonzero()[:, 0].to(value.device)
             x = patches(run.value_of(source), affine, at)
             if origin is None:
-                origin = x.mean(1, keepdim=True) * aim.producer.biased
-            sample = seen + at // (rest.shape[1] // run.samples)
-            yield x - origin, rest[:, at], sample % HELD == HELD - 1
+                origin = x.mean(1, keepdim=True) * biased
+            sample = seen + at // (count // run.samples)
+            parts.append((x - origin, sample % HELD == HELD - 1))
+            places.append(at)
             seen += run.samples
+        return Regression(parts, biased, by_rows), places
+
+    def _correct(
+        self, aim: Aim, inputs: tuple[Regression, list[Tensor]], left: list[Tensor], whole: Moments
+    ) -> Correction:
+        """Fit what is left to explain, unless that is nothing but rounding."""
+        regression, places = inputs
+        rests = [rows(rest, aim.producer.affine)[:, at] for rest, at in zip(left, places)]
+        least = ROUNDING**2 * float((whole.power**2).sum())
+        return regression.correct(rests, self.choice.ridges, least)
 
     def _scale(self, aim: Aim, gain: np.ndarray, values: Sequence[Tensor]) -> None:
         """Scale the units that a contraction writes, and the values it gave, in place."""
@@ -228,23 +285,31 @@ class _Sweep:
         for value in values:
             value.mul_(_along(gain, value, aim.axis_in(self.fused)))
 
-    def _add(self, aim: Aim, correction: Tensor) -> None:
+    def _add(
+        self, node: fx.Node, aim: Aim, correction: Correction, values: list[Tensor]
+    ) -> list[Tensor]:
+        """Add a correction, if there is one, to the weight; return what the node gives then."""
+        if correction.weight is None:
+            return values
         producer = aim.producer
         weight = tensor_of(self.fused, producer.weight)
-        added = correction.mT.flatten(0, 1).reshape(producer.affine.weight.shape)
+        added = correction.weight.mT.flatten(0, 1).reshape(producer.affine.weight.shape)
         weight.data.add_((added.T if producer.turned else added).to(weight))
+        return [run.peek(node) for run in self.runs]
 
-    def _complete(self, aim: Aim, wanted: Moments, values: Sequence[Tensor]) -> None:
-        """Give the units the target's mean, and its spread where that counts."""
+    def _complete(
+        self, aim: Aim, wanted: Moments, mean: np.ndarray, values: Sequence[Tensor]
+    ) -> None:
+        """Give the units a mean, and the target's spread where that counts."""
         producer, axis = aim.producer, aim.axis_in(self.fused)
         found = moments_of(values, axis)
         gain = _gain(aim, wanted, found) if aim.swing else np.ones_like(found.mean)
         if producer.norm is not None:
-            restate_norm(self.fused, producer.roles, found, gain, wanted.mean)
+            restate_norm(self.fused, producer.roles, found, gain, mean)
             return
         self._scale(aim, gain, values)
         if producer.bias is not None:
-            shift = wanted.mean - gain * found.mean
+            shift = mean - gain * found.mean
             bias = tensor_of(self.fused, producer.bias)
             bias.data.add_(torch.as_tensor(shift).to(bias))
             for value in values:
@@ -267,10 +332,6 @@ class _Sweep:
             gap = mean - ours.double().log_softmax(1)
             total, count = total + float((mean.exp() * gap).sum()), count + len(ours)
         return total / count
-
-
-def _positions(aim: Aim, values: Sequence[Tensor]) -> int:
-    return sum(value.numel() for value in values) // aim.producer.affine.outputs
 
 
 def _gain(aim: Aim, wanted: Moments, found: Moments) -> np.ndarray:

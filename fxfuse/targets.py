@@ -2,13 +2,13 @@
 
 The target is taken where the effect of a contraction is complete: behind its norm, or, if it ends a
 branch, behind the sum with what is already there. Then the contraction has to give what is missing,
-and errors do not add up along a stream. Where an activation reads it, it is the value for which the
-activation gives the mean of the networks' activations: these are what the next layers mix.
+and errors do not add up along a stream. Where an activation reads it, the mean of the networks'
+activations is wanted too: these are what the next layers mix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +23,6 @@ from .network import Network
 from .producer import Producer, identify
 from .statistics import Run
 from .verify import TOLERANCE
-
-INVERSE_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,28 +202,6 @@ def _activation(network: Network, name: str) -> str | None:
         if not network.is_idle(node):
             return None
     return None
-
-
-def inverted(activation: Callable[[Tensor], Tensor], wanted: Tensor, start: Tensor) -> Tensor:
-    """Return values near `start` for which an activation gives what is wanted, or nearly.
-
-    Where a function is flat, many values give the same: those that do at the start stay.
-
-    Args:
-        activation: A function of each value.
-        wanted: What it should give.
-        start: A first guess.
-    """
-    best, error = start, (activation(start) - wanted).abs()
-    noise = 1e-6 * wanted.abs()
-    for step in range(INVERSE_STEPS):
-        tried = wanted if step == 0 else best + (wanted - activation(best))
-        found = (activation(tried) - wanted).abs()
-        better = found + noise < error
-        best, error = torch.where(better, tried, best), torch.where(better, found, error)
-        if bool((error <= noise).all()):
-            break
-    return best
 
 
 def _swings(network: Network, joint: str) -> bool:

@@ -8,7 +8,7 @@ from conftest import EXACT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.correction import Sums, corrected, corrected_from_rows
+from fxfuse.correction import Regression, Sums, corrected, corrected_from_rows
 
 RIDGES = (1e-4, 1e-2, 1.0)
 
@@ -106,3 +106,16 @@ def test_rows_give_what_sums_give(groups, count, inputs, centred, signal, seed):
         assert close(found.weight, wanted.weight, 1e-6)
     if held.any():
         assert found.error == pytest.approx(wanted.error, rel=1e-6)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_one_regression_corrects_one_rest_after_another(groups, batches, centred, by_rows, seed):
+    x, r = rows_of(groups, 20 * batches, 6, 3, seed)
+    held = torch.arange(len(x[0])) % 4 == 3
+    regression = Regression(list(zip(x.split(20, 1), held.split(20))), centred, by_rows)
+    for rest in (r, r.flip(1) + 2 * x[:, :, :3]):
+        fits = [sums_of(x[:, part], rest[:, part], centred) for part in (~held, held)]
+        wanted, found = corrected(*fits, RIDGES), regression.correct(rest.split(20, 1), RIDGES, 0.0)
+        assert found.ridge == wanted.ridge and found.error == pytest.approx(wanted.error, rel=1e-6)
+        assert wanted.weight is None or close(found.weight, wanted.weight, 1e-6)
+    assert regression.correct([torch.zeros_like(r)], RIDGES, 0.0).weight is None

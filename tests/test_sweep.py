@@ -153,7 +153,9 @@ def test_with_little_room_for_products_few_positions_are_fitted():
     assert error(nets, fused[1], new) < error(nets, fused[0], new)
 
 
-@pytest.mark.parametrize("choice", [{"ridges": (0.5,)}, {"rows": 2}, {"frontier": 1 << 14}])
+@pytest.mark.parametrize(
+    "choice", [{"ridges": (0.5,)}, {"rows": 2}, {"steps": 0}, {"frontier": 1 << 14}]
+)
 def test_each_option_changes_the_result(choice, monkeypatch):
     monkeypatch.setattr("fxfuse.measuring.BATCH_BYTES", 1 << 14)
     nets, x = pair_of("residual"), draw("residual", 60)
