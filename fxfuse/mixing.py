@@ -28,6 +28,8 @@ class Mixer:
         anchor: Index of the network whose structure the fused one has.
         match: Their spaces.
         weights: `(networks,)` shares, sum 1.
+        ensemble: `(networks,)` shares of the networks' outputs in what the fused network is to
+            give, sum 1; the weights, if not given.
         couplings: The maps of each space and network, filled in by a coupling method.
         layered: Maps of single axes `(space, tensor, dim, network)` that differ from their space's.
         absent_as_zero: Whether layers that a network has only as neutral ones count as zeros, not
@@ -41,6 +43,12 @@ class Mixer:
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     layered: dict[tuple[str, str, int, int], Coupling] = field(default_factory=dict)
     absent_as_zero: bool = False
+    ensemble: Sequence[float] | None = None
+
+    @property
+    def output_weights(self) -> Sequence[float]:
+        """`(networks,)` shares of the networks' outputs, sum 1."""
+        return self.weights if self.ensemble is None else self.ensemble
 
     def mix(self, name: str, values: Sequence[np.ndarray], along: int | None = None) -> np.ndarray:
         """Return the weighted sum over the networks, in fused coordinates.

@@ -327,7 +327,7 @@ class _Sweep:
             return None
         total, count = 0.0, 0
         for *theirs, ours in zip(*parents, own):
-            pairs = zip(self.parents.targets.mixer.weights, theirs)
+            pairs = zip(self.parents.targets.mixer.output_weights, theirs)
             mean = sum(w * t.double() for w, t in pairs).log_softmax(1)
             gap = mean - ours.double().log_softmax(1)
             total, count = total + float((mean.exp() * gap).sum()), count + len(ours)

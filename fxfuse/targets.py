@@ -234,6 +234,7 @@ class Targets:
         self.gone = [absent_tensors(network, absent) for network, absent in pairs]
         self.inner = [{n for a in absent for n in a.inner} for absent in balanced.absent]
         self.bypasses = bypasses(balanced)
+        self.outputs = _behind_contractions(balanced.networks[mixer.anchor])
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 
     def fits(self, node: str, dim: int) -> bool:
@@ -277,7 +278,9 @@ class Targets:
 
     def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
         silent = [node in inner and weight in gone for inner, gone in zip(self.inner, self.gone)]
-        shares = [0.0 if s else w for s, w in zip(silent, self.mixer.weights)]
+        last = node in self.outputs
+        weights = self.mixer.output_weights if last else self.mixer.weights
+        shares = [0.0 if s else w for s, w in zip(silent, weights)]
         here = [v is not None and s > 0 for v, s in zip(values, shares)]
         return shares if any(here) else [float(v is not None) for v in values]
 
@@ -289,6 +292,15 @@ class Targets:
             present = self.mixer.match.present[space.name]
             mass[axis.index] = sum(w for w, p in zip(shares, present) if p) or 1.0
         return mass
+
+
+def _behind_contractions(network: Network) -> set[str]:
+    """Return the nodes whose values reach the outputs through no further contraction."""
+    before: set[fx.Node] = set()
+    for node in reversed(network.module.graph.nodes):
+        if node in before or node.name in network.book.weights:
+            before.update(node.all_input_nodes)
+    return {node.name for node in network.module.graph.nodes if node not in before}
 
 
 def _apply(units: Tensor, value: Tensor, dim: int) -> Tensor:
