@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from .data import Calibration
+from .mixing import Mixer
 from .refit import start
 from .statistics import Run
 from .targets import Aim, Targets
@@ -39,12 +40,17 @@ class Parents:
     ) -> None:
         self.targets, self.at = targets, {a.at: a for a in aims.values()}
         networks = targets.mixer.balanced.networks
-        self.orders, self.runs = [], []
+        self.orders: list[list[fx.Node]] = []
+        self.runs: list[list[Run] | None] = []
         place = {node.name: i for i, node in enumerate(order)}
-        for network, bypass in zip(networks, targets.bypasses):
+        for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             self.orders.append(nodes)
-            self.runs.append(start(network, data, samples, nodes, bypass))
+            runs = (
+                None if _silent(targets.mixer, k) else start(network, data, samples, nodes, bypass)
+            )
+            self.runs.append(runs)
+        self.batches = max(len(runs) for runs in self.runs if runs is not None)
         self.done = 0
         self.caught: dict[str, list[Goal]] = {}
         self.outputs: list[list] = []
@@ -57,20 +63,19 @@ class Parents:
 
     def advance(self) -> None:
         """Take one step with all networks."""
-        values = []
+        values: list[list] = []
         for runs, order in zip(self.runs, self.orders):
-            values.append([run.step(order[self.done]) for run in runs])
+            node = order[self.done]
+            values.append([None] * self.batches if runs is None else [r.step(node) for r in runs])
         node = self.orders[0][self.done]
         aim = self.at.get(node.name)
         if aim is not None:
-            self.caught[node.name] = [
-                self._mixed(aim, runs, batch) for runs, batch in zip(zip(*self.runs), zip(*values))
-            ]
+            self.caught[node.name] = [self._mixed(aim, *each) for each in enumerate(zip(*values))]
         if node.op == "output":
             self.outputs = values
         self.done += 1
 
-    def _mixed(self, aim: Aim, runs: Sequence[Run], values: Sequence[Tensor | None]) -> Goal:
+    def _mixed(self, aim: Aim, batch: int, values: Sequence[Tensor | None]) -> Goal:
         """Return what is wanted of one batch, from each network's value there."""
         where = aim.at, aim.producer.weight, aim.axis_in(self.targets.mixer.balanced.networks[0])
         mean = self.targets.mix(*where, values)
@@ -78,9 +83,12 @@ class Parents:
             return Goal(mean, None)
         place = next(i for i, n in enumerate(self.orders[0]) if n.name == aim.through)
         acted: list[Tensor | None] = []
-        for run, order, value in zip(runs, self.orders, values):
-            source = run.network.inputs_of(order[place])[0]
-            acted.append(None if value is None else run.apply(order[place], source, value))
+        for runs, order, value in zip(self.runs, self.orders, values):
+            if runs is None or value is None:
+                acted.append(None)
+                continue
+            run, node = runs[batch], order[place]
+            acted.append(run.apply(node, run.network.inputs_of(node)[0], value))
         return Goal(mean, self.targets.mix(*where, acted))
 
     def finish(self) -> list[list]:
@@ -88,3 +96,9 @@ class Parents:
         while self.done < len(self.orders[0]):
             self.advance()
         return self.outputs
+
+
+def _silent(mixer: Mixer, k: int) -> bool:
+    """Tell whether a network gives nothing, but a structure at most."""
+    gives = any(c.given.any() for (_, j), c in mixer.couplings.items() if j == k)
+    return not (mixer.weights[k] or mixer.output_weights[k] or gives)

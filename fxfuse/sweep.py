@@ -319,16 +319,16 @@ class _Sweep:
         """Return the mean divergence from the ensemble, if outputs can be logits."""
         if OPEN in self.fused.module.graph.output_node().meta:
             return None
-        parents, own = self.parents.finish(), self.outputs
-        tensors = [t for outputs in (*parents, own) for t in outputs]
+        parents = list(zip(self.parents.targets.mixer.output_weights, self.parents.finish()))
+        parents, own = [(w, outputs) for w, outputs in parents if w], self.outputs
+        tensors = [t for outputs in (*(o for _, o in parents), own) for t in outputs]
         if not own or not all(isinstance(t, Tensor) and t.dim() == 2 for t in tensors):
             return None
         if own[0].shape[1] < 2:
             return None
         total, count = 0.0, 0
-        for *theirs, ours in zip(*parents, own):
-            pairs = zip(self.parents.targets.mixer.output_weights, theirs)
-            mean = sum(w * t.double() for w, t in pairs).log_softmax(1)
+        for i, ours in enumerate(own):
+            mean = sum(w * outputs[i].double() for w, outputs in parents).log_softmax(1)
             gap = mean - ours.double().log_softmax(1)
             total, count = total + float((mean.exp() * gap).sum()), count + len(ours)
         return total / count

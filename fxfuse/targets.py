@@ -285,12 +285,13 @@ class Targets:
         return shares if any(here) else [float(v is not None) for v in values]
 
     def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
-        """Return the share of the networks that have the unit at each position."""
+        """Return the share of the networks that give something to the unit at each position."""
         base = self.mixer.balanced.networks[self.mixer.anchor]
         mass = np.full(base.book.shapes[node][dim], sum(shares))
         for space, axis in base.spaces.shown.get((node, dim), ()):
-            present = self.mixer.match.present[space.name]
-            mass[axis.index] = sum(w for w, p in zip(shares, present) if p) or 1.0
+            couplings = [self.mixer.couplings[space.name, k] for k in range(len(shares))]
+            given = np.array(shares) @ np.array([c.given for c in couplings])
+            mass[axis.index] = np.where(given > 0, given, 1.0)[:, None]
         return mass
 
 

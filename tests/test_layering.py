@@ -31,7 +31,7 @@ LEVELS = {
             "measuring mixing shortening",
             "coupling emit grafting stands targets weightwise",
             "ascent attaching inplace refit resizing transport",
-            "parents",
+            "budget parents",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
             "demo net2net presets",

@@ -1,0 +1,197 @@
+"""Give the fused network more units than its anchor has, and keep the least alike ones apart.
+
+A unit that is split off its match gets a place of its own, which no other network writes or is read
+by: what a fusion loses by taking means, it does not lose there. With room for all of them the
+fused network is the networks side by side, and its outputs are the mean of theirs exactly. Spaces
+over whose units a norm takes moments, groups and heads keep their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array, vstack
+
+from .balancing import Balanced
+from .correspondence import Correspondence, correspond
+from .costs import correlation
+from .errors import FuseError
+from .ir import Coupling, Space
+from .measuring import Measurements
+from .mixing import Mixer
+from .network import Network
+from .reshaping import reshaped
+from .stands import normed
+from .transport import ground_costs
+
+Owner = tuple[int, int]  # a network and one of its units
+LEAST = 1e-6  # share of a network in units that it has in common with others, at least
+
+
+def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.ndarray]:
+    """Return how unlike units are, `(units of the base, units)` by space and network.
+
+    Args:
+        mixer: The networks.
+        measured: What was measured of them; not used up.
+    """
+    alone = Measurements(dict(measured.pairs), {})
+    return ground_costs(mixer.match, alone, correlation)
+
+
+def widened(
+    mixer: Mixer, width: float, costs: Mapping[tuple[str, int], np.ndarray]
+) -> tuple[Mixer, dict[str, str]]:
+    """Widen the fused network and split off the units that are least like what they are matched to.
+
+    Args:
+        mixer: The networks and their maps.
+        width: Of the fused network, relative to its anchor's, space by space.
+        costs: How unlike units are, where that is known.
+
+    Returns:
+        The networks with a last one of no weight, whose structure the fused one takes, and the
+        spaces that keep their width, with the reason.
+    """
+    apart = {name: _split_off(mixer, name, width, costs) for name in _able(mixer)}
+    host, kept = _host(mixer.balanced.networks[mixer.anchor], {n: len(o) for n, o in apart.items()})
+    old = mixer.balanced
+    balanced = Balanced((*old.networks, host), (*old.absent, ()), (*old.errors, 0.0))
+    last = len(old.networks)
+    match = correspond(balanced, last)
+    couplings = {}
+    for name, spaces in match.spaces.items():
+        own = spaces[mixer.anchor].name
+        chosen = apart.get(own, ())[: spaces[last].size - spaces[mixer.anchor].size]
+        for k in range(last):
+            couplings[name, k] = _with_room(mixer.couplings[own, k], k, chosen)
+        nothing = csr_array((spaces[last].size, spaces[last].size))
+        couplings[name, last] = Coupling(nothing, nothing)
+    outputs = mixer.output_weights  # who has a say there has one in its own units
+    weights = [max(w, LEAST) if out else w for w, out in zip(mixer.weights, outputs)]
+    found = replace(
+        mixer,
+        balanced=balanced,
+        anchor=last,
+        match=_without_last(match),
+        weights=(*weights, 0.0),
+        couplings=couplings,
+        ensemble=(*outputs, 0.0),
+    )
+    return found, kept
+
+
+def _able(mixer: Mixer) -> list[str]:
+    """Return the spaces that can have any number of units."""
+    base = mixer.balanced.networks[mixer.anchor]
+    outer, even = {s.parent for s in base.spaces}, normed(base)
+    return [
+        s.name
+        for s in base.spaces
+        if s.blocks is None
+        and s.name not in outer | even
+        and s.axes
+        and all(a.groups == 1 or a.groups == s.size for a in s.axes)
+        and any(a.reads for a in s.axes)
+    ]
+
+
+def _split_off(
+    mixer: Mixer, name: str, width: float, costs: Mapping[tuple[str, int], np.ndarray]
+) -> list[Owner]:
+    """Return the units to get places of their own, the least alike first."""
+    spaces, base = mixer.match.spaces[name], mixer.match.base[name]
+    found: list[tuple[float, Owner]] = []
+    for k, space in enumerate(spaces):
+        if k == base or not mixer.match.present[name][k] or not mixer.output_weights[k]:
+            continue
+        cost = costs.get((name, k), np.zeros((spaces[base].size, space.size)))
+        plan = mixer.couplings[name, k].project.toarray()
+        mean = (plan * cost).sum(0) / np.maximum(plan.sum(0), 1e-12)
+        found += [(-float(c), (k, unit)) for unit, c in enumerate(mean)]
+    room = spaces[mixer.anchor].size * (width - 1)
+    return [owner for _, owner in sorted(found)][: round(min(room, len(found)))]
+
+
+def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
+    """Return a network of the anchor's structure with more units, and what could not have more.
+
+    All at once, if that can be; otherwise by halves, each on top of what could be done before.
+    """
+    sizes, kept = {s.name: s.size for s in base.spaces}, {}
+    best = base
+
+    def widen(names: Sequence[str]) -> None:
+        nonlocal best
+        tried = sizes | {n: sizes[n] + more[n] for n in names}
+        try:
+            best = _sized(base, tried)
+            sizes.update(tried)
+        except FuseError as error:
+            if len(names) == 1:
+                kept[names[0]] = error.met
+                return
+            widen(names[: len(names) // 2])
+            widen(names[len(names) // 2 :])
+
+    wanted = [name for name, extra in more.items() if extra]
+    if wanted:
+        widen(wanted)
+    return best, kept
+
+
+def _sized(base: Network, sizes: dict[str, int]) -> Network:
+    """Return a network of other widths, if its spaces come out as they should."""
+    wide = Network.of(base.name, reshaped(base, sizes), base.example)
+    balanced = Balanced((base, wide), ((), ()), (0.0, 0.0))
+    for name, (own, there) in correspond(balanced, 0).spaces.items():
+        if there.size != sizes[name]:
+            raise _elsewhere(own, there.size, sizes[name])
+    return wide
+
+
+def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
+    """Return the maps of network `k` once some units have places of their own, behind the others.
+
+    What a unit that is split off wrote is left to the other networks' units there, and what read it
+    reads its own place.
+    """
+    own = [(place, unit) for place, (owner, unit) in enumerate(apart) if owner == k]
+    size, width = coupling.project.shape
+    gone = np.zeros(width, dtype=bool)
+    gone[[unit for _, unit in own]] = True
+    project, unproject = coo_array(coupling.project), coo_array(coupling.unproject)
+    stays = ~gone[project.col]
+    left = csr_array(
+        (project.data[stays], (project.row[stays], project.col[stays])), shape=(size, width)
+    )
+    before, after = coupling.given, np.asarray(left.sum(1)).ravel()
+    scale = np.divide(before, after, out=np.zeros(size), where=after > 1e-12)
+    places = [place for place, _ in own], [unit for _, unit in own]
+    new = csr_array((np.ones(len(own)), places), shape=(len(apart), width))
+    reads = ~gone[unproject.row]
+    rows = np.concatenate([unproject.row[reads], np.array(places[1], dtype=int)])
+    columns = np.concatenate([unproject.col[reads], size + np.array(places[0], dtype=int)])
+    data = np.concatenate([unproject.data[reads], np.ones(len(own))])
+    return Coupling(
+        csr_array(vstack([left.multiply(scale[:, None]), new])),
+        csr_array((data, (rows, columns)), shape=(width, size + len(apart))),
+        coupling.cost,
+    )
+
+
+def _without_last(match: Correspondence) -> Correspondence:
+    """Let the last network have no say, only a structure."""
+    present = {name: (*here[:-1], False) for name, here in match.present.items()}
+    return replace(match, present=present)
+
+
+def _elsewhere(space: Space, found: int, wanted: int) -> FuseError:
+    return FuseError(
+        f"a space that came out with {found} units",
+        where=f"space '{space.name}'",
+        expected=f"{wanted} units",
+        do="leave its width as it is",
+    )
