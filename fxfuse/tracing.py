@@ -302,11 +302,11 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
 
 def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     try:
-        return module(*example)
+        return module.forward(*example)  # as a call of a graph prints what it raises
     except Exception:
         part = evaluating_part(module) if isinstance(module, fx.GraphModule) else None
         if part is None:
             raise
-        out = part.eval()(*example)
+        out = part.eval().forward(*example)
         cut_to(module, part)
         return out

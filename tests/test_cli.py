@@ -56,6 +56,14 @@ def waits():
 def quits():
     raise SystemExit(0)
 
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
 class Odd(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -365,6 +373,7 @@ BAD = {
 @example({"output": "x" * 250})
 @example({"picture": "x" * 250 + ".svg"})
 @example({"data": "my_nets:broken"})
+@example({"models": ["my_nets:Matrix"], "data": "torch:zeros?size=(4,7)"})
 @example({"data": "my_nets:slowly"})
 @example({"weights": "1e308,1e308"})
 @given(st.lists(st.sampled_from([(k, x) for k, v in BAD.items() for x in v]), max_size=3).map(dict))
