@@ -87,6 +87,7 @@ class NormalEquations:
         self, ridge: float, start: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Solve with one equation for each input; return weights and both means."""
+        assert self._sums is not None, "rows were summed up"
         xx, xy, x, y = (s / self.count for s in self._sums)
         xx, xy = xx - x.mT @ x, xy - x.mT @ y
         mean, aim = x + self.origin, y + self.aim
