@@ -23,7 +23,8 @@ class Clock:
     """Times the stages and tells the caller how far they are."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds = progress, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
         self.stage, self.since = "", time.perf_counter()
 
     def start(self, stage: str) -> None:

@@ -90,7 +90,8 @@ def _chain(network: Network) -> list[_Step]:
     while above[chain[-1]] != "source" and above[chain[-1]] is not None:
         chain.append(above[chain[-1]])
     chain.reverse()
-    on_chain, regions = set(chain), {n: [] for n in chain}
+    on_chain = set(chain)
+    regions: dict[fx.Node, list[fx.Node]] = {n: [] for n in chain}
     for node in network.module.graph.nodes:
         if node in graph and node not in on_chain:
             head = above[node]
@@ -102,7 +103,8 @@ def _chain(network: Network) -> list[_Step]:
 
 
 def _layers(network: Network) -> list[Layer]:
-    steps, layers, i = _chain(network), [], 0
+    steps, i = _chain(network), 0
+    layers: list[Layer] = []
     while i < len(steps):
         step = steps[i]
         i += 1
