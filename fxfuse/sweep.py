@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ class Parents:
             self.runs.append(start(network, data, samples, nodes, bypass))
         self.done = 0
         self.caught: dict[str, list[Tensor]] = {}
-        self.outputs: list[list] = []
+        self.outputs: list[list[Any]] = []
 
     def target(self, node: str) -> list[Tensor]:
         """Return the target at a node, batch by batch; it is forgotten."""
@@ -172,7 +172,7 @@ class Parents:
         acts = [None if v is None else act(k, v) for k, v in enumerate(values)]
         return inverted(lambda t: act(0, t), self.targets.mix(*where, acts), mean)
 
-    def finish(self) -> list[list]:
+    def finish(self) -> list[list[Any]]:
         """Go on to the end; return what each network gives for each batch."""
         while self.done < len(self.orders[0]):
             self.advance()
@@ -189,9 +189,9 @@ class _Sweep:
     order: Sequence[fx.Node]
     runs: list[Run] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
-    outputs: list = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
 
-    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict) -> None:
+    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict[str, Any]) -> None:
         """Refit or settle a node and step over it."""
         plan = waiting.pop(node.name, None)
         if aim is not None and self._refit(node, aim):
@@ -257,7 +257,7 @@ class _Sweep:
             (goal.power**2).sum()
         ):
             return Correction(None, float("inf"), everything.error(everything, None))
-        return corrected(*sums, self.choice.ridges)
+        return corrected(sums[0], sums[1], self.choice.ridges)
 
     def _scale(self, aim: Aim, gain: np.ndarray) -> None:
         producer = aim.producer
