@@ -212,7 +212,7 @@ def fuse_command(
 
 
 def _load(models: Sequence[str], report: Callable[[str, float], None]) -> list[nn.Module]:
-    loaded = []
+    loaded: list[nn.Module] = []
     for reference in models:
         report("load models", len(loaded) / len(models))
         loaded.append(load_model(reference))

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +31,7 @@ def stages(console: Console) -> Iterator[Callable[[str, float], None]]:
     """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        current: dict[str, int] = {}
+        current: dict[str, TaskID] = {}
 
         def report(stage: str, share: float) -> None:
             if stage not in current:
@@ -37,7 +44,7 @@ def stages(console: Console) -> Iterator[Callable[[str, float], None]]:
         _finish(bar, current)
 
 
-def _finish(bar: Progress, current: dict[str, int]) -> None:
+def _finish(bar: Progress, current: dict[str, TaskID]) -> None:
     for task in current.values():
         bar.update(task, total=1.0, completed=1.0)
     current.clear()
