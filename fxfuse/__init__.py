@@ -4,6 +4,7 @@ from . import heads, presets
 from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
+from .inspection import Inspection, inspect
 from .ir import Alignment, Space, Spaces
 from .net2net import narrow, net2deeper, net2wider
 from .passes import debug
@@ -15,6 +16,7 @@ from .version import __version__
 __all__ = [
     "Alignment",
     "FuseError",
+    "Inspection",
     "Method",
     "Report",
     "Space",
@@ -27,6 +29,7 @@ __all__ = [
     "find_spaces",
     "fuse",
     "heads",
+    "inspect",
     "narrow",
     "net2deeper",
     "net2wider",

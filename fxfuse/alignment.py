@@ -62,7 +62,7 @@ def align_networks(
         ArgumentError: If the aligner, the layer cost or the pairs by hand are at fault.
     """
     paired = pair_segments(networks, segments or [partition(n) for n in networks])
-    jobs = [(max(range(len(s)), key=lambda k, s=s: len(s[k].layers)), s) for s in paired]
+    jobs = [(_deepest(s), s) for s in paired]
     _require_pairs(pairs, networks, len(jobs))
     by_hand = [
         None if given is None else _by_hand(given, i, *job)
@@ -73,6 +73,11 @@ def align_networks(
     return Alignment(tuple(found), tuple(n.name for n in networks))
 
 
+def _deepest(segments: tuple[Segment, ...]) -> int:
+    depths = [len(s.layers) for s in segments]
+    return depths.index(max(depths))
+
+
 def _align(
     job: Job, costs: list[np.ndarray | None], aligner: Aligner, by_hand: list[int] | None
 ) -> SegmentAlignment:
@@ -81,18 +86,20 @@ def _align(
     slots, shown = [], []
     for k, segment in enumerate(segments):
         possible = possible_pairs(deep, segment.layers)
-        matrix = np.where(possible, 0.0, np.inf) if costs[k] is None else costs[k]
+        measured = costs[k]
+        matrix = np.where(possible, 0.0, np.inf) if measured is None else measured
+        rows: Sequence[int]
         if k == reference or len(deep) == len(segment.layers) and possible.diagonal().all():
             rows = range(len(deep))  # also what is given by hand can be no other map
         elif by_hand is not None:
             rows = by_hand
         else:
             rows = _align_steps(deep, segment.layers, matrix, aligner)
-        row = [None] * len(deep)
+        row: list[str | None] = [None] * len(deep)
         for layer, at in zip(segment.layers, rows):
             row[at] = layer.name
         slots.append(tuple(row))
-        shown.append(None if costs[k] is None else tuple(map(tuple, costs[k].tolist())))
+        shown.append(None if measured is None else tuple(map(tuple, measured.tolist())))
     return SegmentAlignment(segments[reference].label, reference, tuple(slots), tuple(shown))
 
 

@@ -18,10 +18,10 @@ from .errors import ArgumentError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
-from .rewrites import Insertion
 from .rewrites import deepen as insert_layers
 from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
+from .sizing import Insertion
 from .statistics import relative_error_on
 from .verify import require_equal
 
@@ -182,16 +182,17 @@ def _insertions(
     found = []
     for segment in alignment.segments:
         own, deep = segment.slots[k], networks[segment.reference]
-        wanted = [layers[segment.reference][n] for n in segment.slots[segment.reference]]
+        slots = segment.slots[segment.reference]
+        wanted = [layers[segment.reference][str(n)] for n in slots]
         i = 0
         while i < len(own):
             if own[i] is not None:
                 i += 1
                 continue
-            before = next((n for n in reversed(own[:i]) if n is not None), None)
-            behind = next((n for n in own[i:] if n is not None), None)
-            after = layers[k][before].nodes[-1] if before else layers[k][behind].entry
-            known = [layers[k][n] for n in [*own[:i][::-1], *own[i:]] if n is not None]
+            before = [layers[k][n] for n in reversed(own[:i]) if n is not None]
+            behind = [layers[k][n] for n in own[i:] if n is not None]
+            after = before[0].nodes[-1] if before else behind[0].entry
+            known = [*before, *behind]
             template, layer = _template(networks[k], known, deep, wanted[i], after)
             insertion = Insertion(template, layer, networks[k], after)
             run = wanted[i : next((j for j in range(i, len(own)) if own[j]), len(own))]
@@ -251,7 +252,7 @@ def _template(
     return network, fits[differing.index(min(differing))]
 
 
-def _settings(network: Network, layer: Layer) -> list:
+def _settings(network: Network, layer: Layer) -> list[object]:
     """Return the literal arguments of a layer's steps."""
     nodes = [n for n in network.module.graph.nodes if n.name in layer.nodes]
     found = []

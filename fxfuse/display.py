@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError
 from .ir import Alignment, SegmentAlignment
@@ -91,7 +91,7 @@ def _draw_slot(axes: Axes, segment: SegmentAlignment, slot: int, y: float) -> No
 
     for k, row in enumerate(segment.slots):
         name, x = row[slot], k * _WIDTH
-        style = {"facecolor": _MATCHED, "edgecolor": "#4a6a8a", "linewidth": 1.0}
+        style: dict[str, Any] = {"facecolor": _MATCHED, "edgecolor": "#4a6a8a", "linewidth": 1.0}
         if name is None:
             style = {"facecolor": _INSERTED, "edgecolor": "#999999", "linestyle": "--"}
         shape = "round,pad=0.02,rounding_size=0.08"

@@ -20,7 +20,7 @@ class FuseError(Exception):
     def __str__(self) -> str:
         return f"{self.met}\n  where: {self.where}\n  expected: {self.expected}\n  to do: {self.do}"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.met, self.where, self.expected, self.do)
 
 

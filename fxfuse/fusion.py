@@ -232,6 +232,7 @@ def balance(
     *,
     alignment: Alignment | None = None,
     method: Method | None = None,
+    progress: Progress | None = None,
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
 
@@ -243,6 +244,7 @@ def balance(
         data: Calibration inputs, as for `fuse`.
         alignment: Which layers correspond; found by `align` if not given.
         method: The choices along the way.
+        progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
         One `GraphModule` per network, equal node for node and name for name, each computing what
@@ -254,11 +256,13 @@ def balance(
             place of one that is to be removed.
         NotEquivalent: If the function of a network that keeps its layers would change.
     """
-    method = method or Method()
-    networks, calibration = take_in(models, data, Clock(None))
+    method, clock = method or Method(), Clock(progress)
+    networks, calibration = take_in(models, data, clock)
     if alignment is None:
+        clock.start("align layers")
         choices = method.aligner, method.layer_cost
-        alignment = align_networks(networks, calibration, *choices, measure_forced=False)
+        alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
+    clock.start("balance depths")
     balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]

@@ -53,7 +53,8 @@ class Crossing:
     @property
     def source(self) -> fx.Node:
         """The node by which the head takes the value."""
-        return next(iter(self.head.module.graph.nodes))
+        found: fx.Node = next(iter(self.head.module.graph.nodes))
+        return found
 
 
 def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
@@ -141,7 +142,8 @@ def reads_alike(crossing: Crossing, module: fx.GraphModule) -> bool:
 
 def folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
     """Fold the map into all weights that read the value, if only contractions do."""
-    own, found = crossing.read.shape[0], {}
+    own = crossing.read.shape[0]
+    found: dict[tuple[str, int], np.ndarray] = {}
     for space in spaces:
         for feature in (a for a in space.features if a.tensor == crossing.source.name):
             for axis in space.axes:

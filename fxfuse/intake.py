@@ -23,7 +23,8 @@ class Clock:
     """Times the stages and tells the caller how far they are."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds = progress, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
         self.stage, self.since = "", time.perf_counter()
 
     def start(self, stage: str) -> None:
@@ -73,7 +74,10 @@ def take_in(
     calibration = data if isinstance(data, Calibration) else Calibration(data)
     clock.start("trace and find spaces")
     names = _names(models)
-    graphs = [trace(m, name) for m, name in zip(models, names)]
+    graphs = []
+    for model, name in zip(models, names):
+        graphs.append(trace(model, name))
+        clock.tick(0.5 * len(graphs) / len(models))
     example = calibration.example()
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
@@ -83,6 +87,7 @@ def take_in(
     networks = []
     for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
         networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
+        clock.tick(0.5 + 0.5 * len(networks) / len(models))
     return networks, calibration
 
 
@@ -131,7 +136,7 @@ def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> t
     count = len(models) if isinstance(models, Sequence) else 0
     given = [1.0] * count if weights is None else [float(w) for w in weights]
     total = sum(given)
-    good = all(w >= 0 and w < float("inf") for w in given) and (total > 0 or not count)
+    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
     if len(given) != count or not good:
         raise ArgumentError(
             f"weights {given}",

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from .errors import ArgumentError
 
+Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
 
 
@@ -60,7 +61,7 @@ class Space:
     blocks: np.ndarray | None = None
 
     @property
-    def signature(self) -> frozenset[tuple]:
+    def signature(self) -> Signature:
         """The places of the units: what identifies the same space in networks of one structure."""
         return frozenset((a.tensor, a.dim, a.reads, a.index.shape[1]) for a in self.axes)
 

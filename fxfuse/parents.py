@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -33,7 +34,7 @@ class Parents:
             self.runs.append(start(network, data, samples, nodes, bypass))
         self.done = 0
         self.caught: dict[str, list[Tensor]] = {}
-        self.outputs: list[list] = []
+        self.outputs: list[list[Any]] = []
 
     def target(self, node: str) -> list[Tensor]:
         """Return the target at a node, batch by batch; it is forgotten."""
@@ -72,7 +73,7 @@ class Parents:
         acts = [None if v is None else act(k, v) for k, v in enumerate(values)]
         return inverted(lambda t: act(0, t), self.targets.mix(*where, acts), mean)
 
-    def finish(self) -> list[list]:
+    def finish(self) -> list[list[Any]]:
         """Go on to the end; return what each network gives for each batch."""
         while self.done < len(self.orders[0]):
             self.advance()

@@ -145,7 +145,8 @@ def restate(network: Network, producer: Producer, data: Calibration) -> None:
 def tensor_at(module: nn.Module, name: str) -> Tensor:
     """Return a parameter or buffer by its qualified name."""
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+    found: Tensor = getattr(module.get_submodule(owner), leaf)
+    return found
 
 
 def _map(

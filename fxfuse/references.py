@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from .display import write_atomically
 from .errors import CheckpointError, DataError, FuseError, ReferenceFormatError
 
+_LARGEST = 1 << 28  # numbers in one sample
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -76,6 +78,35 @@ def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
     return DataLoader(dataset, batch, shuffle=True, generator=order, collate_fn=_collate)
 
 
+def load_example(reference: str, samples: int = 2) -> Tensor:
+    """Make an input from its shape without the batch axis, such as `3x224x224` or `77:int64`.
+
+    Floating-point inputs are drawn with a fixed seed, others are zero.
+
+    Raises:
+        ReferenceFormatError: If it is no shape, or too large to be one.
+    """
+    import torch
+
+    sizes, _, kind = reference.partition(":")
+    try:
+        shape = [int(size) for size in sizes.split("x")]
+        dtype = getattr(torch, kind or "float32")
+        if min(shape) < 1 or math.prod(shape) > _LARGEST or not isinstance(dtype, torch.dtype):
+            raise ValueError(reference)
+        if not dtype.is_floating_point:
+            return torch.zeros(samples, *shape, dtype=dtype)
+        numbers = torch.Generator().manual_seed(0)
+        return torch.randn(samples, *shape, generator=numbers).to(dtype)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise ReferenceFormatError(
+            f"an input that cannot be made: '{reference}'",
+            where="--input",
+            expected="sizes with an x between them, and a type if it is not float32",
+            do="leave the batch axis out: 3x224x224, or 77:int64 for token numbers",
+        ) from error
+
+
 def save_weights(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write tensors as safetensors, in one step: the old file stays until the new one is whole.
 
@@ -105,13 +136,15 @@ def _call(spec: str, reference: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in factory_name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise _unresolved(reference, str(error)) from error
-    if not isinstance(found, Callable):
+    except (Exception, SystemExit) as error:  # the module's own code runs here
+        raise _unresolved(reference, f"{type(error).__name__}: {error}") from error
+    if isinstance(found, nn.Module) or not callable(found):
+        if options:
+            raise _unresolved(reference, f"{factory_name} takes no options, it is no factory")
         return found
     try:
         return found(**options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _unresolved(reference, f"{factory_name} failed: {error}") from error
 
 
@@ -126,8 +159,10 @@ def _split_options(spec: str, reference: str) -> tuple[str, dict[str, Any]]:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes that escape nothing
+            return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

@@ -38,7 +38,7 @@ def find_socket(network: Network, layer: Layer) -> Socket | str:
         return Socket(producer, producer.joint)
     merge = nodes[layer.merge]
     parts = network.inputs_of(merge)
-    found = []
+    found: list[tuple[int, int, Socket]] = []
     for part in parts if len(parts) == 2 else ():
         producer = _branch_end(network, part, layer)
         if producer is not None:

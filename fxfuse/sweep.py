@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -130,9 +130,9 @@ class _Sweep:
     order: Sequence[fx.Node]
     runs: list[Run] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
-    outputs: list = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
 
-    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict) -> None:
+    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict[str, Any]) -> None:
         """Refit or settle a node and step over it."""
         plan, given = waiting.pop(node.name, None), None
         if aim is not None:
@@ -195,7 +195,7 @@ class _Sweep:
             return Correction(None, float("inf"), power / max(count, 1))
         if by_rows:
             return corrected_from_rows(x, rest, held, biased, ridges)
-        return corrected(*fits, ridges)
+        return corrected(fits[0], fits[1], ridges)
 
     def _sampled(
         self, node: fx.Node, aim: Aim, left: Sequence[Tensor], wanted: int

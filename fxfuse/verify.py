@@ -72,7 +72,7 @@ def _vectors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _outputs(module: nn.Module) -> int:
     sizes = sizes_of(module)
     keys = ("out_channels", "out_features", "num_features", "num_channels")
-    return next(sizes[key] for key in keys if key in sizes)
+    return int(next(sizes[key] for key in keys if key in sizes))
 
 
 def _wrong(path: str, what: str) -> PassError:

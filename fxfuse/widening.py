@@ -77,7 +77,8 @@ class Room:
     def _behind(self, node: str) -> list[str]:
         """Return the nodes behind a node, and the parameters and buffers they touch."""
         nodes = {n.name: n for n in self.network.module.graph.nodes}
-        found, waiting = {}, [nodes[node]]
+        found: dict[str, None] = {}
+        waiting = [nodes[node]]
         while waiting:
             for user in waiting.pop().users:
                 if user.name not in found:
