@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .adoption import adopt
+from .checks import require_equal
 from .data import Calibration
 from .errors import ArgumentError
 from .ir import Alignment, Layer
@@ -23,7 +24,6 @@ from .rewrites import deepen as insert_layers
 from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
 from .statistics import relative_error_on
-from .verify import require_equal
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,8 @@ from .data import Calibration
 from .display import draw
 from .errors import ArgumentError, FuseError
 from .fusion import Method, fuse
-from .references import load_data, load_model, save_weights
+from .references import file_hashes, load_data, load_model
+from .saving import save
 
 METHODS: dict[str, Method] = {"best": presets.best, "clafusion": presets.clafusion}
 app = typer.Typer(
@@ -81,7 +83,9 @@ def fuse_command(
     data: Annotated[
         str, typer.Option(help="imagefolder:PATH[?size=..], mnist:PATH or package.module:factory")
     ],
-    output: Annotated[Path, typer.Option(help="Fused weights, a safetensors file.")],
+    output: Annotated[
+        Path, typer.Option(help="The fused network, a safetensors file of its weights.")
+    ],
     weights: Annotated[
         str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
     ] = None,
@@ -113,7 +117,10 @@ def fuse_command(
         fused = fuse(
             loaded, calibration, weights=shares, anchor=anchor, method=chosen, progress=report
         )
-        save_weights(fused.state_dict(), output)
+        done = fused.meta["fxfuse"]
+        seeds = done.seeds | {"data": seed}
+        fused.meta["fxfuse"] = replace(done, files=file_hashes(models), seeds=seeds)
+        save(fused, output)
         report("save weights", 1.0)
     report = fused.meta["fxfuse"]
     _out.print(str(report.alignment), markup=False, highlight=False)

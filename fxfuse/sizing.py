@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checks import sizes_of
 from .errors import PassError
 from .ir import Layer
 from .network import Network
-from .verify import sizes_of
 
 
 @dataclass(frozen=True, eq=False)

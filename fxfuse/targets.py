@@ -16,6 +16,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
+from .checks import TOLERANCE
 from .correspondence import absent_tensors
 from .folding import folds
 from .measuring import bypasses
@@ -23,7 +24,6 @@ from .mixing import Mixer
 from .network import Network
 from .producer import Producer, identify
 from .statistics import Run
-from .verify import TOLERANCE
 
 INVERSE_STEPS = 4
 

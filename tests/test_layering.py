@@ -15,10 +15,13 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors matching moments version",
-            "composition gates ir modes",
-            "aligners correction costs data display labels least_squares solvers tracing",
-            "blocks calls contraction layer_costs references verify",
+            "errors version",
+            "files matching moments plain",
+            "alignment_json checkpoints composition gates modes",
+            "ir naming",
+            "aligners correction costs data display encoding labels least_squares references "
+            "solvers tracing",
+            "blocks calls checks contraction decoding layer_costs",
             "movement norms passes ties",
             "operators",
             "interpreter",
@@ -33,7 +36,7 @@ LEVELS = {
             "ascent attaching inplace refit resizing transport",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
-            "demo net2net presets",
+            "demo net2net presets saving",
             "cli",
             "__init__ __main__",
         ]

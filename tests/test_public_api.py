@@ -21,12 +21,15 @@ NAMES = [
     "find_spaces",
     "fuse",
     "heads",
+    "load",
     "narrow",
     "net2deeper",
     "net2wider",
     "permute",
     "presets",
+    "save",
     "transfer",
+    "verify",
 ]
 FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 

@@ -6,9 +6,7 @@ from conftest import FUNCTION
 from nets import NETS, build, mlp, outputs, randomise
 from torch import nn
 
-from fxfuse.errors import NotEquivalent, PassError
-from fxfuse.tracing import trace
-from fxfuse.verify import (
+from fxfuse.checks import (
     TOLERANCE,
     first_divergence,
     lint,
@@ -16,6 +14,8 @@ from fxfuse.verify import (
     require_equal,
     sizes_of,
 )
+from fxfuse.errors import NotEquivalent, PassError
+from fxfuse.tracing import trace
 
 LAYERS = [
     nn.Linear(6, 3),

@@ -1,0 +1,339 @@
+"""A network rebuilt from its description: the reading half of the saved form.
+
+Nothing is unpickled, and nothing of the original model is needed. Every name is looked up among
+what `naming` allows, and every text that ends up in the code that torch.fx generates is checked, so
+that a file from a stranger can compute on tensors and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import keyword
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .encoding import GRAPH_MODULE, INTERNAL
+from .errors import CheckpointError, FuseError
+from .naming import class_of, function_of, is_attribute, is_method
+from .plain import read
+
+
+@dataclass(frozen=True)
+class _TensorEntry:
+    parameter: bool
+    gradient: bool
+    key: str | None = None
+    data: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    complex: bool = False
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _NodeEntry:
+    name: str
+    op: str
+    target: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    origin: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _ModuleEntry:
+    kind: str
+    training: bool
+    parts: dict[str, int | None]
+    parameters: dict[str, int | None]
+    buffers: dict[str, int | None]
+    hidden: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    nodes: tuple[_NodeEntry, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Description:
+    tensors: tuple[_TensorEntry, ...]
+    modules: tuple[_ModuleEntry, ...]
+
+
+def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.GraphModule:
+    """Return the network of a description.
+
+    Args:
+        description: What `encode` returned.
+        state: The tensors that it names; they become those of the network.
+        where: The file, for errors.
+
+    Raises:
+        CheckpointError: If the description does not hold together, or names what is not allowed.
+    """
+    try:
+        found = read(_Description, description, "the description")
+        reader = _Reader(state)
+        reader.tensors = [reader.tensor(entry) for entry in found.tensors]
+        for entry in found.modules:
+            reader.modules.append(reader.module(entry))
+        network = reader.modules[-1]
+        if not isinstance(network, fx.GraphModule):
+            raise _Wrong(f"a {type(network).__name__} where the network should be")
+        if set(network.state_dict()) != set(state):
+            raise _Wrong("tensors that are not those of the network")
+        return network
+    except FuseError as error:
+        raise refused(f"a network that cannot be rebuilt: {error.met}", where, error) from error
+    except Exception as error:  # whatever torch says to sizes, settings and arguments
+        reason = f"{type(error).__name__}: {error}" if type(error) is not _Wrong else str(error)
+        raise refused(f"a network that cannot be rebuilt: {reason[:300]}", where) from error
+
+
+def refused(met: str, where: str, inner: FuseError | None = None) -> CheckpointError:
+    """Return the error for a saved network that is refused."""
+    return CheckpointError(
+        met,
+        where=where if inner is None else f"{where}, {inner.where}",
+        expected="a file that fxfuse.save wrote, unchanged",
+        do="save the network again; of a file from others, ask for its weights alone",
+    )
+
+
+class _Wrong(Exception):
+    """Something in a description that cannot be."""
+
+
+def _require(good: bool, what: str) -> None:
+    if not good:
+        raise _Wrong(what)
+
+
+class _Reader:
+    """Rebuilds the tables of a description."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+        self.tensors: list[Tensor] = []
+        self.modules: list[nn.Module] = []
+
+    def tensor(self, entry: _TensorEntry) -> Tensor:
+        """Return a tensor as it was: real or complex, laid out in memory as before."""
+        plain = _unpacked(entry) if entry.key is None else self.state[entry.key]
+        if entry.complex:
+            plain = torch.view_as_complex(plain.contiguous())
+        if entry.order is not None:
+            axes = list(entry.order)
+            _require(sorted(axes) == list(range(plain.dim())), "axes that are no permutation")
+            back = [axes.index(d) for d in range(len(axes))]
+            plain = plain.permute(axes).contiguous().permute(back)
+        if entry.parameter:
+            return nn.Parameter(plain, entry.gradient)
+        return plain.requires_grad_(entry.gradient)
+
+    # --- modules ----------------------------------------------------------------------------------
+
+    def module(self, entry: _ModuleEntry) -> nn.Module:
+        """Return a module with its tensors, parts and settings."""
+        if entry.kind == GRAPH_MODULE:
+            return self._graph_module(entry)
+        kind = class_of(entry.kind)
+        if kind is None:
+            raise _Wrong(f"a class that is not allowed: {entry.kind[:100]!r}")
+        module = kind.__new__(kind)
+        nn.Module.__init__(module)
+        settings = {}
+        for name, value in entry.settings.items():
+            free = name.isidentifier() and not name.startswith("__") and name not in INTERNAL
+            _require(free, f"a setting that is not allowed: {name[:100]!r}")
+            settings[name] = self.value(value, {})
+        module.__setstate__(vars(module) | self._held(entry) | settings)
+        return module
+
+    def _graph_module(self, entry: _ModuleEntry) -> fx.GraphModule:
+        _require(entry.name.isidentifier(), f"a name that is no name of a class: {entry.name!r}")
+        holder = nn.Module()
+        held = self._held(entry)
+        vars(holder).update(held)
+        module = fx.GraphModule(holder, self._graph(entry, holder), entry.name)
+        vars(module).update(held)
+        return module
+
+    def _held(self, entry: _ModuleEntry) -> dict[str, Any]:
+        """Return the tensors, parts and mode of a module as its instance dictionary has them."""
+        parts = {n: None if i is None else _at(self.modules, i) for n, i in entry.parts.items()}
+        tensors = {}
+        for table, held in (("_parameters", entry.parameters), ("_buffers", entry.buffers)):
+            found = {n: None if i is None else _at(self.tensors, i) for n, i in held.items()}
+            wrong = [
+                n
+                for n, t in found.items()
+                if t is not None and isinstance(t, nn.Parameter) != (table == "_parameters")
+            ]
+            _require(not wrong, f"a tensor of another kind: {wrong}")
+            tensors[table] = found
+        names = [*parts, *tensors["_parameters"], *tensors["_buffers"]]
+        for name in names:
+            _require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
+        _require(len(set(names)) == len(names), "two parts of one name")
+        hidden = set(entry.hidden)
+        _require(hidden <= set(tensors["_buffers"]), "hidden buffers that do not exist")
+        rest = {"_modules": parts, "training": entry.training}
+        return tensors | rest | {"_non_persistent_buffers_set": hidden}
+
+    # --- graphs -----------------------------------------------------------------------------------
+
+    def _graph(self, entry: _ModuleEntry, holder: nn.Module) -> fx.Graph:
+        graph, nodes = fx.Graph(), {}
+        for n in entry.nodes:
+            _require(n.name.isidentifier() and n.name not in nodes, f"a node {n.name[:100]!r}")
+            _require(all(map(_is_argument, n.kwargs)), f"arguments of the node {n.name[:100]!r}")
+            args = tuple(self.value(a, nodes) for a in n.args)
+            kwargs = {k: self.value(a, nodes) for k, a in n.kwargs.items()}
+            target = _target(n, args, kwargs, holder)
+            nodes[n.name] = graph.create_node(n.op, target, args, kwargs, n.name)
+            if n.origin is not None:
+                made_by, sources = read(tuple[str, tuple[str, ...]], list(n.origin), "an origin")
+                nodes[n.name].meta["origin"] = made_by, sources
+        ops = [n.op for n in entry.nodes]
+        _require(ops.count("output") == 1 and ops[-1] == "output", "a graph without one output")
+        graph.lint()
+        return graph
+
+    # --- values -----------------------------------------------------------------------------------
+
+    def value(self, value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+        """Return what `encode` wrote as JSON knows it."""
+        if isinstance(value, list):
+            return [self.value(part, nodes) for part in value]
+        if not isinstance(value, dict):
+            return value
+        _require(len(value) == 1, "a value of no known kind")
+        ((kind, plain),) = value.items()
+        if kind == "node":
+            return nodes[plain]
+        if kind == "tensor":
+            return _at(self.tensors, plain)
+        if kind in _PLAIN:
+            return _PLAIN[kind](plain)
+        _require(kind in _CONTAINERS, f"a value of no known kind: {kind[:100]!r}")
+        return _CONTAINERS[kind](self.value(plain, nodes))
+
+
+def _target(n: _NodeEntry, args: tuple, kwargs: dict[str, Any], holder: nn.Module) -> Any:
+    """Return the target of a node, once it is known to be allowed."""
+    if n.op == "call_function":
+        return _function_at(n, args, kwargs)
+    allowed: dict[str, Callable[[], bool]] = {
+        "call_method": lambda: is_method(n.target) and len(args) > 0,
+        "call_module": lambda: isinstance(_part(holder, n.target), nn.Module),
+        "get_attr": lambda: isinstance(_part(holder, n.target), Tensor),
+        "placeholder": lambda: _is_argument(n.target.removeprefix("*").removeprefix("*")),
+        "output": lambda: n.target == "output" and len(args) == 1,
+    }
+    good = n.op in allowed and allowed[n.op]()
+    _require(good, f"a {n.op[:20]} of {n.target[:100]!r}, which is not allowed")
+    return n.target
+
+
+def _function_at(n: _NodeEntry, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    function = _function(n.target)
+    if function is getattr:
+        good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])
+        _require(good, f"a look at an attribute that is not allowed: {str(args[1:2])[:100]}")
+    return function
+
+
+def _part(module: nn.Module, path: str) -> Any:
+    """Return the module or tensor of a qualified name, looked up in nothing but their tables."""
+    owner, _, leaf = path.rpartition(".")
+    for name in owner.split(".") if owner else []:
+        module = module._modules[name]
+    tables = (module._modules, module._parameters, module._buffers)
+    return next((table[leaf] for table in tables if leaf in table), None)
+
+
+def _at(table: list, place: Any) -> Any:
+    _require(type(place) is int and 0 <= place < len(table), f"no entry {place!r}")
+    return table[place]
+
+
+def _is_part_name(name: str) -> bool:
+    """Tell whether a name may stand in generated code as an attribute or in quotes."""
+    return (
+        bool(name) and name.isprintable() and not name.startswith("__") and not set(name) & _MARKS
+    )
+
+
+def _is_argument(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+_MARKS = set(".\"'\\")
+
+
+# --- plain values ---------------------------------------------------------------------------------
+
+
+def _unpacked(entry: _TensorEntry) -> Tensor:
+    """Return the tensor whose bytes are in the description."""
+    raw = bytearray(base64.b64decode(entry.data, validate=True))
+    dtype = _of_torch(torch.dtype)(entry.dtype)
+    if not raw:
+        _require(0 in entry.shape, "a tensor without data")
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(raw, dtype=torch.uint8).clone().view(dtype).view(entry.shape)
+
+
+def _of_torch(kind: type) -> Callable[[str], Any]:
+    def find(name: str) -> Any:
+        found = vars(torch).get(name)
+        _require(isinstance(found, kind), f"no {kind.__name__}: {str(name)[:100]!r}")
+        return found
+
+    return find
+
+
+def _function(name: str) -> Callable[..., Any]:
+    found = function_of(name)
+    if found is None:
+        raise _Wrong(f"a function that is not allowed: {name[:100]!r}")
+    return found
+
+
+def _namedtuple(parts: list[Any]) -> Any:
+    name, fields, values = parts
+    return _kind_of_tuple(name, tuple(fields))(*values)
+
+
+@lru_cache(maxsize=256)
+def _kind_of_tuple(name: str, fields: tuple[str, ...]) -> type:
+    """Return a class of named tuples like one of the model's code, which is not needed for it."""
+    _require(all(isinstance(n, str) for n in (name, *fields)), "names that are no text")
+    return namedtuple(name, fields)
+
+
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "float": float,
+    "complex": lambda parts: complex(float(parts[0]), float(parts[1])),
+    "dtype": _of_torch(torch.dtype),
+    "memory_format": _of_torch(torch.memory_format),
+    "layout": _of_torch(torch.layout),
+    "device": torch.device,
+    "range": lambda parts: range(*parts),
+    "ellipsis": lambda _: ...,
+    "function": _function,
+}
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "size": torch.Size,
+    "slice": lambda parts: slice(*parts),
+    "dict": dict,
+    "namedtuple": _namedtuple,
+}
