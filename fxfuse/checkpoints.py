@@ -120,13 +120,11 @@ def _unpickled(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of storages that old files name
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Weights only load failed" not in text or "Unsupported" not in text:
+        named = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
+        if named is None:
             raise _unreadable(path, error) from error
-        named = re.search(r"Unsupported (?:global|class|operand)[^.]*?[: ](\S*\.\S*)", text)
-        what = f": {named[1].strip('.')}" if named else ""
         raise CheckpointError(
-            f"a checkpoint that runs code when it is read{what}",
+            f"a checkpoint that runs code when it is read: {named[1]}",
             where=str(path),
             expected="tensors alone, in a state dictionary",
             do="if its origin is trusted, load it where its code is, and save the weights alone: "

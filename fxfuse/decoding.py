@@ -44,6 +44,7 @@ class _NodeEntry:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     origin: tuple[Any, ...] | None = None
+    fields: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ def _target(n: _NodeEntry, args: tuple, kwargs: dict[str, Any], holder: nn.Modul
 
 
 def _function_at(n: _NodeEntry, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    if n.fields is not None:
+        return _kind_of_tuple(n.target, n.fields)
     function = _function(n.target)
     if function is getattr:
         good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])

@@ -131,17 +131,11 @@ class _Writer:
         return [self._node(n, f"node '{n.name}' of {where}") for n in module.graph.nodes]
 
     def _node(self, node: fx.Node, where: str) -> dict[str, Any]:
-        target = str(node.target)
+        found = {"name": node.name, "op": node.op, "target": node.target}
         if node.op == "call_function":
-            name = name_of_function(node.target)
-            if name is None:
-                raise _refused(f"a call of {_called(node.target)}", where)
-            target = name
-            if target == "builtins.getattr" and not is_attribute(node.args[1]):
-                raise _refused(f"a look at the attribute {node.args[1]!r}", where)
-        elif node.op == "call_method" and not is_method(target):
-            raise _refused(f"a call of the method {target!r}", where)
-        found: dict[str, Any] = {"name": node.name, "op": node.op, "target": target}
+            found |= _function(node, where)
+        elif node.op == "call_method" and not is_method(str(node.target)):
+            raise _refused(f"a call of the method {node.target!r}", where)
         if node.args:
             found["args"] = [self.value(a, where) for a in node.args]
         if node.kwargs:
@@ -191,6 +185,19 @@ class _Writer:
         if hasattr(value, "_fields"):
             return {"namedtuple": [type(value).__name__, list(value._fields), parts]}
         return {"tuple": parts}
+
+
+def _function(node: fx.Node, where: str) -> dict[str, Any]:
+    """Return what a node calls: a function by name, or a class of named tuples by its fields."""
+    fields = getattr(node.target, "_fields", None)
+    if isinstance(node.target, type) and issubclass(node.target, tuple) and fields:
+        return {"target": node.target.__name__, "fields": list(fields)}
+    name = name_of_function(node.target)
+    if name is None:
+        raise _refused(f"a call of {_called(node.target)}", where)
+    if name == "builtins.getattr" and not is_attribute(node.args[1]):
+        raise _refused(f"a look at the attribute {node.args[1]!r}", where)
+    return {"target": name}
 
 
 def memory_order(tensor: Tensor) -> list[int]:

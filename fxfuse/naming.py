@@ -77,7 +77,7 @@ def _names() -> dict[int, str]:
 def name_of_function(function: Any) -> str | None:
     """Return the name of a function that may be saved, None if it may not."""
     known = _names().get(id(function))
-    if known is not None:
+    if known is not None or function is None:
         return known
     name = f"{getattr(function, '__module__', None)}.{getattr(function, '__name__', None)}"
     return name if function_of(name) is function else None
