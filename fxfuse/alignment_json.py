@@ -141,7 +141,8 @@ def _checked_header(value: Any) -> _File:
 
 def _require_whole(found: _File) -> None:
     """Refuse slots, layers and costs that do not belong together."""
-    count, seen = len(found.networks), [set() for _ in found.networks]  # type: list[set[str]]
+    count = len(found.networks)
+    seen: list[set[str]] = [set() for _ in found.networks]
     if not count or not found.segments:
         raise unexpected([], "the alignment", "at least one network and one segment")
     for i, s in enumerate(found.segments):

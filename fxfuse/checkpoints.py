@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -72,9 +73,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: If the file cannot be read, or its names or shapes are not the model's.
     """
-    state = _without_prefix(read_state(path), set(model.state_dict()))
+    known = model.state_dict()
+    state = _without_prefix(read_state(path), set(known))
     try:
-        model.load_state_dict(state)  # fills in what older files lack, unlike a check of names
+        try:
+            model.load_state_dict(state)  # fills in what older files lack, unlike a check of names
+        except ValueError:  # classes that want to know how old a file is, which not all files say
+            numbered = OrderedDict(state)
+            vars(numbered)["_metadata"] = getattr(known, "_metadata", None)
+            model.load_state_dict(numbered)
     except Exception as error:
         found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
         raise CheckpointError(
@@ -149,7 +156,7 @@ def _state_in(found: Any) -> State | None:
     if not isinstance(found, dict) or not found:
         return None
     if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        return dict(found)
+        return found
     nested = (_state_in(found[key]) for key in KEYS if key in found)
     return next((state for state in nested if state is not None), None)
 

@@ -20,7 +20,7 @@ from .display import draw
 from .errors import ArgumentError, FuseError
 from .fusion import Method, fuse
 from .references import file_hashes, load_data, load_model
-from .saving import save
+from .saving import save_at_least_weights
 
 METHODS: dict[str, Method] = {"best": presets.best, "clafusion": presets.clafusion}
 app = typer.Typer(
@@ -120,7 +120,7 @@ def fuse_command(
         done = fused.meta["fxfuse"]
         seeds = done.seeds | {"data": seed}
         fused.meta["fxfuse"] = replace(done, files=file_hashes(models), seeds=seeds)
-        save(fused, output)
+        refusal = save_at_least_weights(fused, output)
         report("save weights", 1.0)
     report = fused.meta["fxfuse"]
     _out.print(str(report.alignment), markup=False, highlight=False)
@@ -129,6 +129,8 @@ def fuse_command(
         f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}",
         soft_wrap=True,
     )
+    if refusal is not None:
+        _out.print(f"weights alone: {refusal.met}, {refusal.where}", markup=False, soft_wrap=True)
     if picture is not None:
         draw(report.alignment, picture)
         _out.print(f"alignment drawn in {picture}", soft_wrap=True)

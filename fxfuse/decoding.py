@@ -7,21 +7,21 @@ that a file from a stranger can compute on tensors and nothing else.
 
 from __future__ import annotations
 
-import base64
 import keyword
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from .encoding import GRAPH_MODULE, INTERNAL
 from .errors import CheckpointError, FuseError
-from .naming import class_of, function_of, is_attribute, is_method
+from .naming import class_of, is_attribute, is_method
 from .plain import read
+from .values import CONTAINERS, PLAIN, Wrong, function_named, kind_of_tuple, require, tensor_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.Grap
             reader.modules.append(reader.module(entry))
         network = reader.modules[-1]
         if not isinstance(network, fx.GraphModule):
-            raise _Wrong(f"a {type(network).__name__} where the network should be")
+            raise Wrong(f"a {type(network).__name__} where the network should be")
         if set(network.state_dict()) != set(state):
-            raise _Wrong("tensors that are not those of the network")
+            raise Wrong("tensors that are not those of the network")
         return network
     except FuseError as error:
         raise refused(f"a network that cannot be rebuilt: {error.met}", where, error) from error
     except Exception as error:  # whatever torch says to sizes, settings and arguments
-        reason = f"{type(error).__name__}: {error}" if type(error) is not _Wrong else str(error)
+        reason = f"{type(error).__name__}: {error}" if type(error) is not Wrong else str(error)
         raise refused(f"a network that cannot be rebuilt: {reason[:300]}", where) from error
 
 
@@ -106,15 +106,6 @@ def refused(met: str, where: str, inner: FuseError | None = None) -> CheckpointE
     )
 
 
-class _Wrong(Exception):
-    """Something in a description that cannot be."""
-
-
-def _require(good: bool, what: str) -> None:
-    if not good:
-        raise _Wrong(what)
-
-
 class _Reader:
     """Rebuilds the tables of a description."""
 
@@ -125,12 +116,16 @@ class _Reader:
 
     def tensor(self, entry: _TensorEntry) -> Tensor:
         """Return a tensor as it was: real or complex, laid out in memory as before."""
-        plain = _unpacked(entry) if entry.key is None else self.state[entry.key]
+        plain = (
+            tensor_of(entry.data, entry.dtype, entry.shape)
+            if entry.key is None
+            else self.state[entry.key]
+        )
         if entry.complex:
             plain = torch.view_as_complex(plain.contiguous())
         if entry.order is not None:
             axes = list(entry.order)
-            _require(sorted(axes) == list(range(plain.dim())), "axes that are no permutation")
+            require(sorted(axes) == list(range(plain.dim())), "axes that are no permutation")
             back = [axes.index(d) for d in range(len(axes))]
             plain = plain.permute(axes).contiguous().permute(back)
         if entry.parameter:
@@ -145,24 +140,25 @@ class _Reader:
             return self._graph_module(entry)
         kind = class_of(entry.kind)
         if kind is None:
-            raise _Wrong(f"a class that is not allowed: {entry.kind[:100]!r}")
+            raise Wrong(f"a class that is not allowed: {entry.kind[:100]!r}")
         module = kind.__new__(kind)
         nn.Module.__init__(module)
         settings = {}
         for name, value in entry.settings.items():
             free = name.isidentifier() and not name.startswith("__") and name not in INTERNAL
-            _require(free, f"a setting that is not allowed: {name[:100]!r}")
+            require(free, f"a setting that is not allowed: {name[:100]!r}")
             settings[name] = self.value(value, {})
-        module.__setstate__(vars(module) | self._held(entry) | settings)
+        cast(Any, module).__setstate__(vars(module) | self._held(entry) | settings)
         return module
 
     def _graph_module(self, entry: _ModuleEntry) -> fx.GraphModule:
-        _require(entry.name.isidentifier(), f"a name that is no name of a class: {entry.name!r}")
-        holder = nn.Module()
-        held = self._held(entry)
+        require(entry.name.isidentifier(), f"a name that is no name of a class: {entry.name!r}")
+        holder, held = nn.Module(), self._held(entry)
         vars(holder).update(held)
         module = fx.GraphModule(holder, self._graph(entry, holder), entry.name)
-        vars(module).update(held)
+        version = read(dict[str, int], entry.settings, "the settings")
+        require(set(version) <= {"_version"}, "settings of a graph")
+        vars(module).update(held | version)
         return module
 
     def _held(self, entry: _ModuleEntry) -> dict[str, Any]:
@@ -176,24 +172,25 @@ class _Reader:
                 for n, t in found.items()
                 if t is not None and isinstance(t, nn.Parameter) != (table == "_parameters")
             ]
-            _require(not wrong, f"a tensor of another kind: {wrong}")
+            require(not wrong, f"a tensor of another kind: {wrong}")
             tensors[table] = found
         names = [*parts, *tensors["_parameters"], *tensors["_buffers"]]
         for name in names:
-            _require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
-        _require(len(set(names)) == len(names), "two parts of one name")
+            require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
+        require(len(set(names)) == len(names), "two parts of one name")
         hidden = set(entry.hidden)
-        _require(hidden <= set(tensors["_buffers"]), "hidden buffers that do not exist")
+        require(hidden <= set(tensors["_buffers"]), "hidden buffers that do not exist")
         rest = {"_modules": parts, "training": entry.training}
         return tensors | rest | {"_non_persistent_buffers_set": hidden}
 
     # --- graphs -----------------------------------------------------------------------------------
 
     def _graph(self, entry: _ModuleEntry, holder: nn.Module) -> fx.Graph:
-        graph, nodes = fx.Graph(), {}
+        graph = fx.Graph()
+        nodes: dict[str, fx.Node] = {}
         for n in entry.nodes:
-            _require(n.name.isidentifier() and n.name not in nodes, f"a node {n.name[:100]!r}")
-            _require(all(map(_is_argument, n.kwargs)), f"arguments of the node {n.name[:100]!r}")
+            require(n.name.isidentifier() and n.name not in nodes, f"a node {n.name[:100]!r}")
+            require(all(map(_is_argument, n.kwargs)), f"arguments of the node {n.name[:100]!r}")
             args = tuple(self.value(a, nodes) for a in n.args)
             kwargs = {k: self.value(a, nodes) for k, a in n.kwargs.items()}
             target = _target(n, args, kwargs, holder)
@@ -202,7 +199,7 @@ class _Reader:
                 made_by, sources = read(tuple[str, tuple[str, ...]], list(n.origin), "an origin")
                 nodes[n.name].meta["origin"] = made_by, sources
         ops = [n.op for n in entry.nodes]
-        _require(ops.count("output") == 1 and ops[-1] == "output", "a graph without one output")
+        require(ops.count("output") == 1 and ops[-1] == "output", "a graph without one output")
         graph.lint()
         return graph
 
@@ -214,19 +211,19 @@ class _Reader:
             return [self.value(part, nodes) for part in value]
         if not isinstance(value, dict):
             return value
-        _require(len(value) == 1, "a value of no known kind")
+        require(len(value) == 1, "a value of no known kind")
         ((kind, plain),) = value.items()
         if kind == "node":
             return nodes[plain]
         if kind == "tensor":
             return _at(self.tensors, plain)
-        if kind in _PLAIN:
-            return _PLAIN[kind](plain)
-        _require(kind in _CONTAINERS, f"a value of no known kind: {kind[:100]!r}")
-        return _CONTAINERS[kind](self.value(plain, nodes))
+        if kind in PLAIN:
+            return PLAIN[kind](plain)
+        require(kind in CONTAINERS, f"a value of no known kind: {kind[:100]!r}")
+        return CONTAINERS[kind](self.value(plain, nodes))
 
 
-def _target(n: _NodeEntry, args: tuple, kwargs: dict[str, Any], holder: nn.Module) -> Any:
+def _target(n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any], holder: nn.Module) -> Any:
     """Return the target of a node, once it is known to be allowed."""
     if n.op == "call_function":
         return _function_at(n, args, kwargs)
@@ -238,32 +235,36 @@ def _target(n: _NodeEntry, args: tuple, kwargs: dict[str, Any], holder: nn.Modul
         "output": lambda: n.target == "output" and len(args) == 1,
     }
     good = n.op in allowed and allowed[n.op]()
-    _require(good, f"a {n.op[:20]} of {n.target[:100]!r}, which is not allowed")
+    require(good, f"a {n.op[:20]} of {n.target[:100]!r}, which is not allowed")
     return n.target
 
 
-def _function_at(n: _NodeEntry, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _function_at(
+    n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any]:
     if n.fields is not None:
-        return _kind_of_tuple(n.target, n.fields)
-    function = _function(n.target)
+        return kind_of_tuple(n.target, n.fields)
+    function = function_named(n.target)
     if function is getattr:
         good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])
-        _require(good, f"a look at an attribute that is not allowed: {str(args[1:2])[:100]}")
+        require(good, f"a look at an attribute that is not allowed: {str(args[1:2])[:100]}")
     return function
 
 
 def _part(module: nn.Module, path: str) -> Any:
     """Return the module or tensor of a qualified name, looked up in nothing but their tables."""
     owner, _, leaf = path.rpartition(".")
+    held: Any = module
     for name in owner.split(".") if owner else []:
-        module = module._modules[name]
-    tables = (module._modules, module._parameters, module._buffers)
+        held = held._modules[name]
+    tables = (held._modules, held._parameters, held._buffers)
     return next((table[leaf] for table in tables if leaf in table), None)
 
 
-def _at(table: list, place: Any) -> Any:
-    _require(type(place) is int and 0 <= place < len(table), f"no entry {place!r}")
-    return table[place]
+def _at(table: list[T], place: Any) -> T:
+    require(type(place) is int and 0 <= place < len(table), f"no entry {place!r}")
+    found: T = table[place]
+    return found
 
 
 def _is_part_name(name: str) -> bool:
@@ -278,65 +279,3 @@ def _is_argument(name: str) -> bool:
 
 
 _MARKS = set(".\"'\\")
-
-
-# --- plain values ---------------------------------------------------------------------------------
-
-
-def _unpacked(entry: _TensorEntry) -> Tensor:
-    """Return the tensor whose bytes are in the description."""
-    raw = bytearray(base64.b64decode(entry.data, validate=True))
-    dtype = _of_torch(torch.dtype)(entry.dtype)
-    if not raw:
-        _require(0 in entry.shape, "a tensor without data")
-        return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=torch.uint8).clone().view(dtype).view(entry.shape)
-
-
-def _of_torch(kind: type) -> Callable[[str], Any]:
-    def find(name: str) -> Any:
-        found = vars(torch).get(name)
-        _require(isinstance(found, kind), f"no {kind.__name__}: {str(name)[:100]!r}")
-        return found
-
-    return find
-
-
-def _function(name: str) -> Callable[..., Any]:
-    found = function_of(name)
-    if found is None:
-        raise _Wrong(f"a function that is not allowed: {name[:100]!r}")
-    return found
-
-
-def _namedtuple(parts: list[Any]) -> Any:
-    name, fields, values = parts
-    return _kind_of_tuple(name, tuple(fields))(*values)
-
-
-@lru_cache(maxsize=256)
-def _kind_of_tuple(name: str, fields: tuple[str, ...]) -> type:
-    """Return a class of named tuples like one of the model's code, which is not needed for it."""
-    _require(all(isinstance(n, str) for n in (name, *fields)), "names that are no text")
-    return namedtuple(name, fields)
-
-
-_PLAIN: dict[str, Callable[[Any], Any]] = {
-    "float": float,
-    "complex": lambda parts: complex(float(parts[0]), float(parts[1])),
-    "dtype": _of_torch(torch.dtype),
-    "memory_format": _of_torch(torch.memory_format),
-    "layout": _of_torch(torch.layout),
-    "device": torch.device,
-    "range": lambda parts: range(*parts),
-    "ellipsis": lambda _: ...,
-    "function": _function,
-}
-_CONTAINERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": tuple,
-    "set": set,
-    "size": torch.Size,
-    "slice": lambda parts: slice(*parts),
-    "dict": dict,
-    "namedtuple": _namedtuple,
-}

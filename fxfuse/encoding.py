@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,25 +78,27 @@ class _Writer:
     ) -> dict[str, Any]:
         if any(vars(module).get(name) for name in _HOOKS):
             raise _refused("hooks, which are code", where)
-        tables = {"parameters": module._parameters, "buffers": module._buffers}
         found: dict[str, Any] = {"kind": GRAPH_MODULE, "training": module.training, "parts": parts}
-        for table, held in tables.items():
-            found[table] = {
-                name: None if tensor is None else self.tensor(tensor, f"{where}.{name}")
-                for name, tensor in held.items()
-            }
+        found["parameters"] = self._held(module._parameters, where)
+        found["buffers"] = self._held(module._buffers, where)
         found["hidden"] = sorted(module._non_persistent_buffers_set)
         if isinstance(module, fx.GraphModule):
+            found["settings"] = {k: v for k, v in vars(module).items() if k == "_version"}
             return found | {"name": type(module).__name__, "nodes": self._nodes(module, where)}
         name = name_of_class(type(module))
         if name is None:
             raise _refused(f"a module of the class {type(module).__qualname__}", where)
-        state = module.__reduce_ex__(2)[2]
+        state = cast(Any, module).__reduce_ex__(2)[2]
         settings = {k: v for k, v in state.items() if k not in INTERNAL}
         values = {k: self.value(v, f"{where}.{k}") for k, v in settings.items()}
         return found | {"kind": name, "settings": values}
 
     # --- tensors ----------------------------------------------------------------------------------
+
+    def _held(self, tensors: Mapping[str, Tensor | None], where: str) -> dict[str, int | None]:
+        return {
+            n: None if t is None else self.tensor(t, f"{where}.{n}") for n, t in tensors.items()
+        }
 
     def tensor(self, tensor: Tensor, where: str) -> int:
         """Write a tensor; return its place in the table."""
@@ -131,7 +133,7 @@ class _Writer:
         return [self._node(n, f"node '{n.name}' of {where}") for n in module.graph.nodes]
 
     def _node(self, node: fx.Node, where: str) -> dict[str, Any]:
-        found = {"name": node.name, "op": node.op, "target": node.target}
+        found: dict[str, Any] = {"name": node.name, "op": node.op, "target": node.target}
         if node.op == "call_function":
             found |= _function(node, where)
         elif node.op == "call_method" and not is_method(str(node.target)):
@@ -173,8 +175,8 @@ class _Writer:
         if isinstance(value, dict):
             return {"dict": [[self.value(x, where) for x in pair] for pair in value.items()]}
         if isinstance(value, slice):
-            parts = value.start, value.stop, value.step
-            return {"slice": [self.value(x, where) for x in parts]}
+            ends = value.start, value.stop, value.step
+            return {"slice": [self.value(x, where) for x in ends]}
         parts = [self.value(x, where) for x in value]
         if isinstance(value, list):
             return parts

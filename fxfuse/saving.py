@@ -71,6 +71,22 @@ def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     save_weights(state, path, {"format": "pt", "fxfuse": text, "sha256": _digest(text, state)})
 
 
+def save_at_least_weights(
+    network: fx.GraphModule, path: str | os.PathLike[str]
+) -> SaveError | None:
+    """Write a network as `save` does, or its weights alone where that is refused; return why.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+    try:
+        save(network, path)
+    except SaveError as error:
+        save_weights(network.state_dict(), path)
+        return error
+    return None
+
+
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Return the network of a file that `save` wrote, on the CPU, in the mode it was in.
 
@@ -128,7 +144,7 @@ def _digest(text: str, state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

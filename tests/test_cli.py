@@ -10,6 +10,7 @@ import torch
 from nets import mlp, outputs, randomise
 from safetensors.torch import load_file, save_file
 
+import fxfuse
 from fxfuse import cli
 
 MODULE = """
@@ -62,6 +63,13 @@ def test_fuse_writes_weights_that_load_into_the_deeper_model(folder, monkeypatch
     assert (folder / "a.svg").read_text().lstrip().startswith("<?xml")
     shown = capsys.readouterr()
     assert "60 samples" in shown.out and "+" in shown.out and not shown.err
+
+
+def test_the_file_has_the_network_too_and_what_it_was_made_of(folder, monkeypatch):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--seed", "3") == 0
+    report = fxfuse.load("out/fused.safetensors").meta["fxfuse"]
+    assert list(report.files) == ["deep.safetensors", "shallow.safetensors"]
+    assert report.seeds == {"data": 3} and report.versions["torch"] == torch.__version__
 
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):

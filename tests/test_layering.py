@@ -20,7 +20,7 @@ LEVELS = {
             "alignment_json checkpoints composition gates modes",
             "ir naming",
             "aligners correction costs data display encoding labels least_squares references "
-            "solvers tracing",
+            "solvers tracing values",
             "blocks calls checks contraction decoding layer_costs",
             "movement norms passes ties",
             "operators",

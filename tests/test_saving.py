@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 import fxfuse
+from fxfuse.checkpoints import load_weights
 from fxfuse.errors import CheckpointError, FuseError, SaveError, WriteError
 from fxfuse.heads import Separate, Union
-from fxfuse.saving import _digest, load, save
+from fxfuse.saving import _digest, load, save, save_at_least_weights
 from fxfuse.tracing import trace
 
 EXAMPLE = Path(__file__).parents[1] / "examples/coverage.py"
@@ -115,7 +116,7 @@ def test_networks_come_back_and_their_weights_load_into_the_original_class(tmp_p
     shuffled = fxfuse.permute(net, x)
     found = again(shuffled, tmp_path)
     require_same(shuffled, found, x)
-    net.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    load_weights(net, tmp_path / "net.safetensors")
     assert torch.allclose(run(net, x)[0], run(found, x)[0], rtol=FUNCTION, atol=FUNCTION)
 
 
@@ -166,6 +167,25 @@ def test_ties_modes_types_layouts_and_what_is_no_state_come_back(tmp_path):
     assert found.deep.dtype == torch.complex128 and found.soft.dtype == torch.float16
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, found.get_buffer(name))
+
+
+class Numbered(nn.Linear):
+    """A class that numbers its state and refuses one without a number."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 3:
+            raise ValueError("of which version?")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_the_number_of_a_state_comes_back(tmp_path):
+    net = Numbered(4, 3)
+    net.load_state_dict(again(trace(net), tmp_path).state_dict())
+    other = Numbered(4, 3)
+    load_weights(other, tmp_path / "net.safetensors")
+    assert torch.equal(other.weight, net.weight)
 
 
 class Recurrent(nn.Module):
@@ -381,6 +401,16 @@ def test_only_graphs_are_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_are_written_alone_where_the_rest_is_refused(small):
+    net, path, _, state = small
+    assert save_at_least_weights(net, path) is None and load(path)
+    net.get_submodule("0").extra = object()
+    assert "object" in save_at_least_weights(net, path).met
+    assert same(list(load_file(path).values()), list(state.values()))
+    with pytest.raises(CheckpointError, match="without a network"):
+        load(path)
+
+
 def test_a_full_disk_leaves_the_old_network(small, monkeypatch):
     net, path, *_ = small
     before = path.read_bytes()
@@ -420,4 +450,4 @@ def test_networks_of_torchvision_come_back(tmp_path, name):
     x = coverage.example(name, net, 2)
     shuffled = fxfuse.permute(net, x[:1], seed=1)
     require_same(shuffled, again(shuffled, tmp_path), x)
-    net.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    load_weights(net, tmp_path / "net.safetensors")
