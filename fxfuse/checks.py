@@ -126,7 +126,7 @@ def verify(
         ...     verify(net, changed, torch.ones(2, 4))
         ... except NotEquivalent as error:
         ...     print(error.where)
-        Sequential and GraphModule; first at node '_1' (1; reads _0)
+        Sequential and Sequential; first at node '_1' (1; reads _0)
     """
     inputs, pair = as_example(example), [_own(m) for m in (before, after)]
     names = [type(m).__name__ for m in (before, after)]

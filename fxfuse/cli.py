@@ -100,7 +100,7 @@ def fuse_command(
     """Fuse trained models into one and save its weights."""
     chosen, shares = _method(method), _numbers(weights)
     _require_folder(output)
-    loaded = [load_model(reference) for reference in models]
+    loaded, files = [load_model(reference) for reference in models], file_hashes(models)
     with _bar() as bar:
         tasks: dict[str, int] = {}
 
@@ -119,7 +119,7 @@ def fuse_command(
         )
         done = fused.meta["fxfuse"]
         seeds = done.seeds | {"data": seed}
-        fused.meta["fxfuse"] = replace(done, files=file_hashes(models), seeds=seeds)
+        fused.meta["fxfuse"] = replace(done, files=files, seeds=seeds)
         refusal = save_at_least_weights(fused, output)
         report("save weights", 1.0)
     report = fused.meta["fxfuse"]

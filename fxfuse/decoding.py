@@ -164,16 +164,16 @@ class _Reader:
     def _held(self, entry: _ModuleEntry) -> dict[str, Any]:
         """Return the tensors, parts and mode of a module as its instance dictionary has them."""
         parts = {n: None if i is None else _at(self.modules, i) for n, i in entry.parts.items()}
-        tensors = {}
-        for table, held in (("_parameters", entry.parameters), ("_buffers", entry.buffers)):
-            found = {n: None if i is None else _at(self.tensors, i) for n, i in held.items()}
-            wrong = [
-                n
-                for n, t in found.items()
-                if t is not None and isinstance(t, nn.Parameter) != (table == "_parameters")
-            ]
-            require(not wrong, f"a tensor of another kind: {wrong}")
-            tensors[table] = found
+        tensors = {
+            "_parameters": self._tensors(entry.parameters),
+            "_buffers": self._tensors(entry.buffers),
+        }
+        wrong = [
+            name
+            for name, tensor in tensors["_parameters"].items()
+            if not isinstance(tensor, (nn.Parameter, type(None)))
+        ]
+        require(not wrong, f"parameters that are none: {wrong}")
         names = [*parts, *tensors["_parameters"], *tensors["_buffers"]]
         for name in names:
             require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
@@ -181,7 +181,10 @@ class _Reader:
         hidden = set(entry.hidden)
         require(hidden <= set(tensors["_buffers"]), "hidden buffers that do not exist")
         rest = {"_modules": parts, "training": entry.training}
-        return tensors | rest | {"_non_persistent_buffers_set": hidden}
+        return {**tensors, **rest, "_non_persistent_buffers_set": hidden}
+
+    def _tensors(self, held: Mapping[str, int | None]) -> dict[str, Tensor | None]:
+        return {n: None if i is None else _at(self.tensors, i) for n, i in held.items()}
 
     # --- graphs -----------------------------------------------------------------------------------
 

@@ -157,6 +157,7 @@ def node_of(op):
         (("modules", 0, "parameters", "weight"), 99, "no entry 99"),
         (("modules", 0, "hidden"), ["weight"], "hidden buffers"),
         (("modules", len(DESCRIPTION["modules"]) - 1, "parts", "layer"), -1, "no entry -1"),
+        (("tensors", 0, "parameter"), False, "parameters that are none: ['weight']"),
         (("tensors", 0, "key"), "gone", "gone"),
         (("tensors", 0, "order"), [0, 0], "no permutation"),
         (("modules",), [], "IndexError"),

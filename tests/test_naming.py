@@ -60,7 +60,7 @@ def test_nothing_else_can_be_named(name):
 
 
 @pytest.mark.parametrize(
-    "function", [torch.load, os.system, eval, operator.call, lambda x: x, open]
+    "function", [torch.load, os.system, eval, operator.methodcaller, lambda x: x, open]
 )
 def test_nothing_else_has_a_name(function):
     assert naming.name_of_function(function) is None

@@ -157,10 +157,11 @@ def test_ties_modes_types_layouts_and_what_is_no_state_come_back(tmp_path):
     odd = Odd().train()
     odd.drop.eval()
     net = trace(odd)
+    net.register_buffer("twin", net.a.bias)
     found, x = again(net, tmp_path), images(2)
     require_same(net, found, x)
     assert found.a.weight is found.b.weight and not found.a.bias.requires_grad
-    assert found.training and not found.drop.training
+    assert found.twin is found.a.bias and found.training and not found.drop.training
     assert found.conv.weight.is_contiguous(memory_format=torch.channels_last)
     hidden = {n for n, _ in found.named_buffers()} - set(found.state_dict())
     assert hidden == {"hidden", "none", "deep", "constant"}
