@@ -209,7 +209,7 @@ def broken(data, share, how, new):
     return data[:at] + (b"" if how == "drop" else new) + rest
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(BROKEN)
 def test_broken_files_are_read_or_refused(tmp_path, case):
     ending, share, how, new = case

@@ -110,7 +110,7 @@ def test_every_structure_comes_back(tmp_path, name):
 
 
 @given(random_nets())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_networks_come_back_and_their_weights_load_into_the_original_class(tmp_path, net):
     x = images(2)
     shuffled = fxfuse.permute(net, x)
@@ -377,7 +377,7 @@ def test_a_report_of_another_shape_is_refused(small):
     st.binary(min_size=1, max_size=4),
 )
 @settings(
-    max_examples=150,
+    max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_broken_files_are_refused(small, share, how, new):
