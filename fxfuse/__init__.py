@@ -1,6 +1,7 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
 from . import heads, presets
+from .checks import verify
 from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
@@ -9,6 +10,7 @@ from .ir import Alignment, Space, Spaces
 from .net2net import narrow, net2deeper, net2wider
 from .passes import debug
 from .report import Report
+from .saving import load, save
 from .spaces import find_spaces, permute
 from .transfer import transfer
 from .version import __version__
@@ -30,10 +32,13 @@ __all__ = [
     "fuse",
     "heads",
     "inspect",
+    "load",
     "narrow",
     "net2deeper",
     "net2wider",
     "permute",
     "presets",
+    "save",
     "transfer",
+    "verify",
 ]

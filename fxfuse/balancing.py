@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .adoption import adopt
+from .checks import require_equal
 from .data import Calibration
 from .errors import ArgumentError
 from .ir import Alignment, Layer
@@ -23,7 +24,6 @@ from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
 from .sizing import Insertion
 from .statistics import relative_error_on
-from .verify import require_equal
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,21 @@ def check_alignment(alignment: Alignment, layers: Sequence[dict[str, Layer]]) ->
                 expected=f"each layer once, in order: {', '.join(known)}",
                 do="make it with fxfuse.align on these very models, in this order",
             )
+    for segment in alignment.segments:
+        for row in zip(*segment.slots):
+            _require_one_kind(row, layers)
+
+
+def _require_one_kind(row: Sequence[str | None], layers: Sequence[dict[str, Layer]]) -> None:
+    """Refuse a slot whose layers are not alike."""
+    kinds = {x: known[x].kind for x, known in zip(row, layers) if x is not None}
+    if len(set(kinds.values())) > 1:
+        raise ArgumentError(
+            f"layers of different kinds in one slot: {', '.join(map(str, row))}",
+            where="the argument `alignment`",
+            expected="layers of one kind, not " + " and ".join(dict.fromkeys(kinds.values())),
+            do="start from what fxfuse.align finds, and move layers to slots of their kind",
+        )
 
 
 def _insertions(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +22,9 @@ from .fusion import Method, align
 from .inspection import inspect
 from .ir import Alignment
 from .options import chosen, numbers, require_file, require_fusing
-from .references import load_data, load_example, load_model, save_weights
+from .references import file_hashes, load_data, load_example, load_model
 from .report import Report
+from .saving import save_at_least_weights
 from .terminal import show_alignment, show_inspection, stages
 
 METHODS: dict[str, Callable[..., fx.GraphModule]] = {
@@ -152,7 +152,7 @@ def align_command(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print JSON: names, segments (label, reference, slots, costs)."
+            "--json", help="Print JSON: networks, segments (label, reference, layers, costs)."
         ),
     ] = False,
 ) -> None:
@@ -164,7 +164,7 @@ def align_command(
         calibration = _read(data, samples, seed, report)
         alignment = align(loaded, calibration, method=how, progress=report)
     if as_json:
-        typer.echo(_alignment_json(alignment))
+        typer.echo(alignment.to_json(), nl=False)
     else:
         show_alignment(_out, alignment)
     _draw(alignment, picture, quiet=as_json)
@@ -174,12 +174,18 @@ def align_command(
 def fuse_command(
     models: _Models,
     data: _Data,
-    output: Annotated[Path, typer.Option(help="Fused weights, a safetensors file.")],
+    output: Annotated[
+        Path, typer.Option(help="The fused network, a safetensors file of its weights.")
+    ],
     weights: Annotated[
         str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
     ] = None,
     anchor: Annotated[
         int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
+    ] = None,
+    alignment: Annotated[
+        Path | None,
+        typer.Option(help="Which layers correspond, a file of what `align --json` prints."),
     ] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
     samples: _Samples = 1000,
@@ -190,16 +196,23 @@ def fuse_command(
     how, shares = chosen(method, METHODS), numbers(weights)
     require_file(output, "--output")
     require_file(picture, "--picture", PICTURES)
-    require_fusing(
-        method, ALIGNING, {"--weights": shares, "--anchor": anchor, "--picture": picture}
-    )
+    fusing = {"--weights": shares, "--anchor": anchor, "--alignment": alignment}
+    require_fusing(method, ALIGNING, fusing | {"--picture": picture})
+    plan = None if alignment is None else Alignment.load(alignment)
     with stages(_err) as report:
         loaded = _load(models, report)
+        files = file_hashes(models)
         calibration = _read(data, samples, seed, report)
-        fused = how(loaded, calibration, weights=shares, anchor=anchor, progress=report)
+        wanted = {"alignment": plan, "weights": shares, "anchor": anchor}
+        fused = how(loaded, calibration, **wanted, progress=report)
         report("save weights", 0.0)
-        save_weights(fused.state_dict(), output)
-    facts = fused.meta["fxfuse"]
+        facts = fused.meta["fxfuse"]
+        if isinstance(facts, Report):
+            facts = replace(facts, files=files, seeds=facts.seeds | {"data": seed})
+            fused.meta["fxfuse"] = facts
+        refusal = save_at_least_weights(fused, output)
+    if refusal is not None:
+        _say(f"weights alone, as there is {refusal.met}: {refusal.where}")
     if not isinstance(facts, Report):
         _say(f"the weights of {len(facts.pairs)} layers transferred: {output}")
         return
@@ -240,37 +253,10 @@ def _read(
 def _draw(alignment: Alignment, picture: Path | None, quiet: bool = False) -> None:
     if picture is None:
         return
-    try:
-        draw(alignment, picture)
-    except OSError as error:
-        raise ArgumentError(
-            f"a picture that cannot be written: {error}",
-            where=f"--picture {picture}",
-            expected="a folder that can be written to, with enough space",
-            do="choose another path",
-        ) from error
+    draw(alignment, picture)
     if not quiet:
         _say(f"alignment drawn in {picture}")
 
 
 def _say(text: str) -> None:
     _out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _alignment_json(alignment: Alignment) -> str:
-    segments = [
-        {
-            "label": s.label,
-            "reference": s.reference,
-            "slots": s.slots,
-            "costs": [
-                None if c is None else [[_finite(x) for x in row] for row in c] for c in s.costs
-            ],
-        }
-        for s in alignment.segments
-    ]
-    return json.dumps({"names": alignment.names, "segments": segments}, indent=2)
-
-
-def _finite(cost: float) -> float | None:
-    return cost if math.isfinite(cost) else None  # JSON knows no infinity

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError
+from .files import write_atomically
 from .ir import Alignment, SegmentAlignment
 
 if TYPE_CHECKING:
@@ -47,26 +46,6 @@ def draw(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     axes = figure.add_subplot()
     _draw_all(axes, alignment, height)
     write_atomically(target, lambda temporary: figure.savefig(temporary, dpi=110))
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _draw_all(axes: Axes, alignment: Alignment, height: float) -> None:

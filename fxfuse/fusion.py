@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import fx, nn
@@ -11,6 +11,7 @@ from torch import fx, nn
 from .aligners import Aligner, monotone
 from .alignment import Pairs, align_networks
 from .balancing import Balancing, deepen
+from .checks import lint
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
@@ -30,7 +31,6 @@ from .segments import partition
 from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes, run_once
 from .transport import Transport
-from .verify import lint
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,14 @@ def fuse(
         clock.start("attach heads")
         notes = heads(fused, mixer, behind, models)
         _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop(), notes)
+    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop(), notes, _seeds(method))
     return fused
+
+
+def _seeds(method: Method) -> dict[str, int]:
+    """Return the seeds of a method's choices; what has none draws nothing, or always the same."""
+    found = {f.name: getattr(getattr(method, f.name), "seed", None) for f in fields(method)}
+    return {name: seed for name, seed in found.items() if isinstance(seed, int)}
 
 
 def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:

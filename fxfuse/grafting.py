@@ -16,6 +16,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx, nn
 
+from .checks import TOLERANCE, relative_error, sizes_of
 from .cutting import Head
 from .errors import FuseError, PairingError
 from .interpreter import OPEN, label_network
@@ -24,7 +25,6 @@ from .mixing import Mixer, apply_along
 from .spaces import rearrange
 from .ties import spaces_of
 from .tracing import run_once
-from .verify import TOLERANCE, relative_error, sizes_of
 
 
 @dataclass(frozen=True, eq=False)

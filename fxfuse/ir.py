@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array
 
+from .alignment_json import Written
 from .errors import ArgumentError
 
 Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
@@ -262,7 +263,7 @@ class SegmentAlignment:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Written):
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:

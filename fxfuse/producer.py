@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from .checks import TOLERANCE, sizes_of
 from .composition import Affine
 from .data import Calibration
 from .errors import PassError
 from .moments import Moments
 from .network import Network
 from .statistics import batch_size, record
-from .verify import TOLERANCE, sizes_of
 
 BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 

@@ -1,6 +1,7 @@
-"""What the command line calls models and data by, and safe reading and writing of weights.
+"""What the command line calls models and data by.
 
-A model is `package.module:factory[?key=value&...][@checkpoint.safetensors]`; data are
+A model is `package.module:factory[?key=value&...][@checkpoint]`, the checkpoint a file of
+`safetensors` or `torch.save`; data are
 `imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
 """
 
@@ -9,20 +10,17 @@ from __future__ import annotations
 import ast
 import importlib
 import math
-import os
 import sys
 import warnings
-from pathlib import Path
-from textwrap import shorten
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .display import write_atomically
-from .errors import CheckpointError, DataError, FuseError, ReferenceFormatError
+from .checkpoints import load_weights
+from .errors import DataError, FuseError, ReferenceFormatError
+from .files import sha256_of
 
 _LARGEST = 1 << 28  # numbers in one sample
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -40,7 +38,7 @@ def load_model(reference: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise _unresolved(reference, f"the factory returned a {type(model).__name__}")
     if checkpoint:
-        _load_weights(model, Path(checkpoint))
+        load_weights(model, checkpoint)
     return model.eval()
 
 
@@ -107,22 +105,10 @@ def load_example(reference: str, samples: int = 2) -> Tensor:
         ) from error
 
 
-def save_weights(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write tensors as safetensors, in one step: the old file stays until the new one is whole.
-
-    Raises:
-        CheckpointError: If the file cannot be written.
-    """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        write_atomically(Path(path), lambda temporary: save_file(own, temporary))
-    except OSError as error:
-        raise CheckpointError(
-            f"weights that cannot be written: {error}",
-            where=str(path),
-            expected="a folder that can be written to, with enough space",
-            do="choose another path",
-        ) from error
+def file_hashes(references: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each checkpoint that references of models name, by its path."""
+    paths = [reference.partition("@")[2] for reference in references]
+    return {path: sha256_of(path) for path in paths if path}
 
 
 def _call(spec: str, reference: str) -> Any:
@@ -174,30 +160,6 @@ def _unresolved(reference: str, why: str) -> ReferenceFormatError:
         "and for data also imagefolder:PATH or mnist:PATH",
         do="try the import in Python; quote '?' and '&' in the shell",
     )
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"a checkpoint that cannot be read: {error}",
-            where=str(path),
-            expected="a safetensors file",
-            do="check the path; convert other formats with safetensors.torch.save_file",
-        ) from error
-    try:
-        model.load_state_dict(
-            state
-        )  # fills in what older checkpoints lack, unlike a check of names
-    except RuntimeError as error:
-        found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
-        raise CheckpointError(
-            f"a checkpoint that does not fit: {found}",
-            where=f"{path} into {type(model).__name__}",
-            expected="the names and shapes of the model's state_dict",
-            do="build the model with the options it was trained with: ?key=value",
-        ) from error
 
 
 def _image_folder(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .ir import Alignment, Frozen, LayerFit
 from .mixing import Mixer
 from .refit import Outcome
+from .version import versions
 
 POOR = 0.5
 
@@ -41,6 +42,9 @@ class Report:
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data; None if
             outputs are not 2-D.
+        versions: Of Python, this package and what it computes with.
+        files: SHA-256 of each file that a network came from, by its path.
+        seeds: Of what was drawn at random, by the choice that drew it.
     """
 
     alignment: Alignment
@@ -53,6 +57,9 @@ class Report:
     heads: tuple[str, ...] = ()
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    files: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
 
     @property
     def poor(self) -> tuple[LayerFit, ...]:
@@ -80,6 +87,7 @@ def report_on(
     outcome: Outcome,
     seconds: dict[str, float],
     heads: tuple[str, ...] = (),
+    seeds: dict[str, int] | None = None,
 ) -> Report:
     """Sum up a fusion."""
     base = mixer.balanced.networks[mixer.anchor].spaces
@@ -91,4 +99,4 @@ def report_on(
         spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
     shares, errors = tuple(mixer.weights), mixer.balanced.errors
     facts = alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds
-    return Report(*facts, heads, outcome.layers, outcome.divergence)
+    return Report(*facts, heads, outcome.layers, outcome.divergence, seeds=seeds or {})

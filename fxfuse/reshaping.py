@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from .checks import sizes_of
 from .errors import PassError
 from .network import Network
 from .tracing import Interpreter
-from .verify import sizes_of
 
 Place = tuple[str, int]  # a tensor or a node's output, and an axis of it
 Given = tuple[Any, ...]  # what a node is given: arguments, settings

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import sizes_of
 from .errors import PassError
 from .ir import Layer
 from .labels import TensorAxis
 from .network import Network
-from .verify import sizes_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from .checks import TOLERANCE
 from .ir import Layer
 from .network import Network
 from .producer import Producer, read_producer
 from .statistics import record
-from .verify import TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)

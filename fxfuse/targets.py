@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from .checks import TOLERANCE
 from .correspondence import absent_tensors
 from .folding import folds
 from .measuring import bypasses
@@ -22,7 +23,6 @@ from .mixing import Mixer
 from .network import Network
 from .producer import Producer, identify
 from .statistics import Run
-from .verify import TOLERANCE
 
 INVERSE_STEPS = 4
 

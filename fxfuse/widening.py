@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .checks import sizes_of
 from .interpreter import OPEN
 from .network import Network
-from .verify import sizes_of
 
 Place = tuple[str, int]  # a tensor or a node's output, and an axis of it
 

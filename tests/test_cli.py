@@ -115,6 +115,13 @@ def test_fuse_writes_weights_that_load_into_the_deeper_model(folder, monkeypatch
     assert "60 samples" in shown.out and "+" in shown.out and not shown.err
 
 
+def test_the_file_has_the_network_too_and_what_it_was_made_of(folder, monkeypatch):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--seed", "3") == 0
+    report = fxfuse.load("out/fused.safetensors").meta["fxfuse"]
+    assert list(report.files) == ["deep.safetensors", "shallow.safetensors"]
+    assert report.seeds == {"data": 3} and report.versions["torch"] == torch.__version__
+
+
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     found = []
     for extra in ([], ["--weights", "0.9,0.1"], ["--samples", "10"], ["--method", "clafusion"]):
@@ -181,9 +188,34 @@ def test_align_prints_text_or_json_and_draws(folder, monkeypatch, capsys):
     assert shown.out == f"{alignment}\n" and not shown.err
     assert run(monkeypatch, *arguments, "--json", "--picture", "a.svg") == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert facts["names"] == list(alignment.names) and (folder / "a.svg").stat().st_size
+    assert facts["networks"] == list(alignment.names) and (folder / "a.svg").stat().st_size
     for found, segment in zip(facts["segments"], alignment.segments):
-        assert found["slots"] == [list(row) for row in segment.slots]
+        assert found["layers"] == [list(row) for row in zip(*segment.slots)]
+
+
+def test_an_alignment_that_was_printed_and_edited_is_fused_along(folder, monkeypatch, capsys):
+    arguments = [*MODELS, "--data", "my_nets:data"]
+    assert run(monkeypatch, "align", *arguments, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    (rows,) = (s["layers"] for s in facts["segments"] if any(None in row for row in s["layers"]))
+    named = [row[1] for row in rows]
+    at = named.index(None)
+    other = at + 1 if at + 1 < len(named) else at - 1
+    named[at], named[other] = named[other], None
+    for row, name in zip(rows, named):
+        row[1] = name
+    (folder / "edited.json").write_text(json.dumps(facts))
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--alignment", "edited.json") == 0
+    report = fxfuse.load("out/fused.safetensors").meta["fxfuse"]
+    assert report.alignment == fxfuse.Alignment.load("edited.json")
+
+
+@pytest.mark.parametrize("text", [None, "{}", "[1]"])
+def test_what_is_no_alignment_is_refused_before_any_work(folder, monkeypatch, capsys, text):
+    if text is not None:
+        (folder / "a.json").write_text(text)
+    assert run(monkeypatch, "fuse", "my_nets:stopped", *OPTIONS, "--alignment", "a.json") == 2
+    assert "error:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inputs", [["--input", "6"], ["--data", "my_nets:data"]])
@@ -236,12 +268,12 @@ def test_an_interrupt_while_it_works_ends_with_130_and_the_old_file(old):
 def test_an_interrupt_while_it_writes_leaves_the_old_file(old, monkeypatch):
     before = old.read_bytes()
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         Path(path).write_bytes(b"half of")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fxfuse.references.save_file", half)
+        patch.setattr("fxfuse.checkpoints.save_file", half)
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS) == 130
     assert old.read_bytes() == before
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS) == 0

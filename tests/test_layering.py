@@ -15,10 +15,13 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors matching moments version",
-            "composition gates ir modes",
-            "aligners correction costs data display labels least_squares options solvers tracing",
-            "blocks calls contraction layer_costs references verify",
+            "errors version",
+            "files matching moments plain",
+            "alignment_json checkpoints composition gates modes",
+            "ir naming",
+            "aligners correction costs data display encoding labels least_squares options "
+            "references solvers tracing values",
+            "blocks calls checks contraction decoding layer_costs",
             "movement norms passes ties",
             "operators",
             "interpreter",
@@ -34,7 +37,7 @@ LEVELS = {
             "parents",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
-            "demo net2net presets terminal",
+            "demo net2net presets saving terminal",
             "cli",
             "__init__ __main__",
         ]

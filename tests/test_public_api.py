@@ -23,12 +23,15 @@ NAMES = [
     "fuse",
     "heads",
     "inspect",
+    "load",
     "narrow",
     "net2deeper",
     "net2wider",
     "permute",
     "presets",
+    "save",
     "transfer",
+    "verify",
 ]
 FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 
