@@ -1,6 +1,7 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
 from . import heads, presets
+from .barrier import barrier
 from .display import draw
 from .errors import FuseError
 from .fusion import Method, align, balance, fuse
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "align",
     "balance",
+    "barrier",
     "debug",
     "draw",
     "find_spaces",

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from .errors import ArgumentError
+from .views import LayerFacts, Views
 
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
 
@@ -261,16 +262,18 @@ class SegmentAlignment:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Views):
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:
         segments: One entry per pair of segments, in network order.
         names: How the networks are called.
+        facts: Per network, what pictures say of each layer; may be left out.
     """
 
     segments: tuple[SegmentAlignment, ...]
     names: tuple[str, ...]
+    facts: tuple[dict[str, LayerFacts], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def pairs(self) -> list[list[tuple[str, str]]]:

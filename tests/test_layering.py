@@ -15,9 +15,12 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors matching moments version",
+            "errors files matching moments page_style scene version",
+            "pictures svg",
+            "display graphs",
+            "views",
             "composition gates ir modes",
-            "aligners correction costs data display labels least_squares solvers tracing",
+            "aligners correction costs data labels least_squares page solvers tracing",
             "blocks calls contraction layer_costs references verify",
             "movement norms passes ties",
             "operators",
@@ -33,7 +36,7 @@ LEVELS = {
             "ascent attaching inplace refit resizing transport",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
-            "demo net2net presets",
+            "barrier demo net2net presets",
             "cli",
             "__init__ __main__",
         ]

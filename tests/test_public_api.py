@@ -16,6 +16,7 @@ NAMES = [
     "__version__",
     "align",
     "balance",
+    "barrier",
     "debug",
     "draw",
     "find_spaces",
