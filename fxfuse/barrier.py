@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import ArgumentError, DataError
+from .errors import ArgumentError
+from .evaluation import Labelled, Loss, evaluate, rereadable
 from .fusion import Method, fuse_along
 from .intake import Progress
 from .ir import Alignment
 from .pictures import draw_barrier
-from .tracing import device_of, plain_modes
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such batches
+from .tracing import plain_modes
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def barrier(
     """
     shares = tuple(i / 10 for i in range(11)) if weights is None else tuple(map(float, weights))
     _require(models, shares)
-    batches = _batches(labelled)
+    batches = rereadable(labelled)
     pairs, losses, accuracies, names = [(1.0 - t, t) for t in shares], [], [], ("", "")
     choices = {"alignment": alignment, "anchor": anchor, "method": method}
     for fused in fuse_along(models, data, pairs, progress=progress, **choices):
@@ -115,65 +112,6 @@ def barrier(
         losses.append(mean)
         accuracies.append(correct)
     return Barrier(shares, tuple(losses), tuple(accuracies), names)
-
-
-def evaluate(
-    model: nn.Module, labelled: Labelled, loss: Loss = nn.functional.cross_entropy
-) -> tuple[float, float]:
-    """Return the accuracy in percent and the mean loss of a classifier, in its present mode.
-
-    Args:
-        model: Its output is a tensor of scores `(n, classes, ...)`.
-        labelled: A pair of tensors (inputs, labels), or an iterable of such batches.
-        loss: Of outputs and labels, their mean over a batch.
-
-    Raises:
-        DataError: If the labelled data are empty or of another form.
-    """
-    device, right, total, count, samples = device_of(model), 0, 0.0, 0, 0
-    with torch.no_grad():
-        for batch in _batches(labelled):
-            inputs, labels = _pair(batch)
-            scores, labels = model(inputs.to(device)), labels.to(device)
-            right += int((scores.argmax(1) == labels).sum())
-            total += float(loss(scores, labels)) * len(labels)
-            count, samples = count + labels.numel(), samples + len(labels)
-    if not samples:
-        raise _unlabelled("no samples")
-    return 100.0 * right / count, total / samples
-
-
-def _batches(labelled: Labelled) -> Iterable[Any]:
-    """Return batches that can be read again and again."""
-    if isinstance(labelled, (tuple, list)) and len(labelled) == 2:
-        inputs, labels = labelled
-        if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and inputs.dim() > 1:
-            return list(zip(inputs.split(256), labels.split(256)))
-    if not isinstance(labelled, Iterable) or isinstance(labelled, (str, bytes, dict, Tensor)):
-        raise _unlabelled(f"labelled data of type {type(labelled).__name__}")
-    return list(labelled) if iter(labelled) is labelled else labelled
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    pair = tuple(batch.values()) if isinstance(batch, dict) else batch
-    if not isinstance(pair, (tuple, list)) or len(pair) < 2:
-        raise _unlabelled(f"a batch of type {type(batch).__name__}")
-    inputs, labels = pair[0], pair[1]
-    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or not labels.dim():
-        kinds = f"{type(inputs).__name__} and {type(labels).__name__}"
-        raise _unlabelled(f"a batch of {kinds}")
-    if labels.is_floating_point() or len(inputs) != len(labels):
-        raise _unlabelled(f"{len(inputs)} inputs with {len(labels)} labels of {labels.dtype}")
-    return inputs, labels
-
-
-def _unlabelled(met: str) -> DataError:
-    return DataError(
-        met,
-        where="the labelled data",
-        expected="a pair of tensors (inputs, integer labels), or an iterable of such batches",
-        do="pass (x, y), or a DataLoader over pairs",
-    )
 
 
 def _require(models: Sequence[nn.Module], shares: tuple[float, ...]) -> None:

@@ -6,17 +6,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from . import presets
 from .data import Calibration
 from .display import draw
 from .errors import ArgumentError, FuseError
+from .evaluation import compare
+from .files import sha256_of
 from .fusion import Method, fuse
 from .references import load_data, load_model, save_weights
 
@@ -92,10 +95,15 @@ def fuse_command(
     samples: Annotated[int, typer.Option(help="Calibration samples to read.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
     picture: Annotated[Path | None, typer.Option(help="Draw the alignment here.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="Write a web page about the fusion here.")
+    ] = None,
 ) -> None:
     """Fuse trained models into one and save its weights."""
     chosen, shares = _method(method), _numbers(weights)
     _require_folder(output)
+    if page is not None:
+        _require_folder(page, "--report", ".html")
     loaded = [load_model(reference) for reference in models]
     with _bar() as bar:
         tasks: dict[str, int] = {}
@@ -125,6 +133,27 @@ def fuse_command(
     if picture is not None:
         draw(report.alignment, picture)
         _out.print(f"alignment drawn in {picture}", soft_wrap=True)
+    if page is not None:
+        options = {"data": data, "samples": str(calibration.samples), "seed": str(seed)}
+        _write_page(page, fused, dict(enumerate(zip(models, loaded))), source, options)
+
+
+def _write_page(
+    page: Path,
+    fused: nn.Module,
+    models: dict[int, tuple[str, nn.Module]],
+    source: Any,
+    options: dict[str, str],
+) -> None:
+    """Write the report of a fusion, with accuracies if the data have labels, and file hashes."""
+    report = fused.meta["fxfuse"]
+    facts = {f"model {k}": reference for k, (reference, _) in models.items()} | options
+    files = [Path(reference.partition("@")[2]) for reference, _ in models.values()]
+    facts |= {f"SHA-256 of {x}": sha256_of(x) for x in files if x.is_file()}
+    named = {n: model for n, (_, model) in zip(report.alignment.names, models.values())}
+    found = compare(named | {"fused": fused}, source, int(options["samples"]))
+    report.save_html(page, found, facts)
+    _out.print(f"report written in {page}", soft_wrap=True)
 
 
 @contextmanager
@@ -157,7 +186,7 @@ def _numbers(text: str | None) -> list[float] | None:
         ) from error
 
 
-def _require_folder(path: Path) -> None:
+def _require_folder(path: Path, option: str = "--output", ending: str = ".safetensors") -> None:
     """Refuse a path that cannot be written before any work is done for it."""
     parent = path.resolve().parent
     while not parent.exists():
@@ -165,7 +194,7 @@ def _require_folder(path: Path) -> None:
     if path.is_dir() or not parent.is_dir():
         raise ArgumentError(
             "an output that is a folder" if path.is_dir() else f"a file in the way: {parent}",
-            where=f"--output {path}",
+            where=f"{option} {path}",
             expected="the path of a file to write",
-            do="give a file name that ends in .safetensors",
+            do=f"give a file name that ends in {ending}",
         )

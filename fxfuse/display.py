@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .files import write_atomically, write_text
 from .pictures import require_picture, save_figure
 from .scene import SMALL, TEXT, Box, Line, Scene, lay_out
-from .svg import BOXES, CHAIN, MUTED, TEXTS, render
+from .svg import BOXES, CHAIN, MUTED, TEXTS, clean, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def _save(scene: Scene, target: Path) -> None:
         size, weight, ink = TEXTS[text.kind]
         style = {"size": _points(size), "color": ink, "weight": weight or "normal"}
         place = {"ha": _ENDS[text.anchor], "va": "center_baseline", "zorder": 4}
-        axes.text(text.x, text.y, text.text, parse_math=False, **style, **place)
+        axes.text(text.x, text.y, clean(text.text), parse_math=False, **style, **place)
     save_figure(figure, target, dpi=144)
 
 
@@ -106,7 +106,7 @@ def _draw_box(axes: Axes, box: Box) -> None:
     if box.text:
         size = _points(SMALL if box.kind in ("chip", "inserted") else TEXT)
         x = box.x + (box.width - (40 if box.note else 0)) / 2
-        axes.text(x, y, box.text, ha="center", size=size, color=ink, **style)
+        axes.text(x, y, clean(box.text), ha="center", size=size, color=ink, **style)
     if box.note:
         x, size = box.x + box.width - 8, _points(SMALL)
         axes.text(x, y, box.note, ha="right", size=size, color=MUTED, **style)

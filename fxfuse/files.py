@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text as UTF-8, in one step."""
     write_atomically(Path(path), lambda temporary: _write(temporary, text))
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ def save_figure(figure: Figure, target: Path, dpi: int = 110) -> None:
 
     undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     facts = undated.get(target.suffix)
-    with matplotlib.rc_context({"svg.hashsalt": "fxfuse"}):
+    with matplotlib.rc_context({"svg.hashsalt": "fxfuse"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that no font here has
         write_atomically(target, lambda to: figure.savefig(to, dpi=dpi, metadata=facts))
 
 
@@ -78,7 +80,7 @@ def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
         )
     labels = [_labels(s, k) for _, s, k in panels]
     left = 0.5 + 0.085 * max(len(x) for rows, _ in labels for x in rows)
-    above = 0.65 + 0.085 * max(len(x) for _, columns in labels for x in columns)
+    above = 0.5 + 0.085 * max(len(x) for _, columns in labels for x in columns)
     inner = max(_CELL * max(len(columns) for _, columns in labels), 2.6)
     heights = [_CELL * len(rows) + above + 0.25 for rows, _ in labels]
     width, height = left + inner + 1.1, sum(heights)
@@ -123,7 +125,7 @@ def _cost_panel(
     axes.set_yticks(range(len(rows)), rows, size=7, parse_math=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=2)
-    if costs.count():
+    if costs.count() > 2 and len(rows) > 2:
         bar = axes.inset_axes((1.0 + 0.3 / max(len(columns), 3), 0, 0.2 / max(len(columns), 3), 1))
         axes.figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7, length=2)
 
@@ -179,10 +181,11 @@ def draw_coupling(matrix: csr_array, path: str | os.PathLike[str], title: str = 
 def _coupling_panel(axes: Axes, matrix: csr_array) -> Any:
     """Draw few entries as dots, which no resolution swallows, and many as an image."""
     rows, columns = matrix.shape
-    few, largest = matrix.nnz <= 4 * (rows + columns), max(float(matrix.max()), 1e-12)
+    few = matrix.nnz <= 4 * (rows + columns) and rows * columns > 48 * 48
+    largest = max(float(matrix.max()), 1e-12)
     style = {"cmap": "viridis_r", "vmin": 0.0, "vmax": largest}
     if not few:
-        return axes.imshow(matrix.toarray(), aspect="auto", interpolation="antialiased", **style)
+        return axes.imshow(matrix.toarray(), aspect="auto", interpolation="auto", **style)
     entries = coo_array(matrix)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROW, BOX = 27.0, 20.0  # a slot, and the height of a box in it
 MARGIN, GAP, BETWEEN = 24.0, 104.0, 14.0  # round everything, between networks, between segments
-HEAD, BAND = 92.0, 46.0  # height of the head of the picture, of a segment
+HEAD, BAND, PREFIX = 92.0, 30.0, 18.0  # the head of the picture, of a segment, of a prefix
 TEXT, SMALL = 12.0, 10.0
 LETTER = 0.62  # mean width of a letter of common sans-serif fonts, relative to its size, and ample
 LONGEST = 38  # letters of a name that are shown
@@ -165,7 +165,9 @@ class _Layout:
         self.texts: list[Text] = []
 
     def scene(self) -> Scene:
-        self.width = max(self.width, 2 * MARGIN + self._legend())
+        legend = self._legend() + MARGIN
+        self.left += max(0.0, legend - self.width) / 2
+        self.width = max(self.width, legend)
         for k in range(self.count):
             self._head(k)
         y = MARGIN + HEAD
@@ -211,7 +213,8 @@ class _Layout:
 
     def _segment(self, at: int, segment: SegmentAlignment, y: float) -> float:
         rows = len(segment.slots[0])
-        top, bottom = y + BAND, y + BAND + rows * ROW
+        top = y + BAND + (PREFIX if any(prefix for prefix, _ in self.short[at]) else 0)
+        bottom = top + rows * ROW
         width = self.width - 2 * MARGIN
         self.boxes.append(Box(MARGIN, y, width, bottom - y + 8, "band"))
         counts = " + ".join(str(sum(n is not None for n in row)) for row in segment.slots)

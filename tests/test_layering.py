@@ -21,7 +21,7 @@ LEVELS = {
             "views",
             "composition gates ir modes",
             "aligners correction costs data labels least_squares page solvers tracing",
-            "blocks calls contraction layer_costs references verify",
+            "blocks calls contraction evaluation layer_costs references verify",
             "movement norms passes ties",
             "operators",
             "interpreter",
