@@ -148,7 +148,7 @@ def _accuracy(accuracy: Mapping[str, Accuracy]) -> str:
 
 def _picture(report: Report) -> str:
     label = "alignment of " + " and ".join(report.alignment.names)
-    drawn = render(lay_out(report.alignment, report.removed), label)
+    scene = lay_out(report.alignment, report.removed)
     buttons = "".join(
         f'<button type="button" data-zoom="{factor}" aria-label="{name}">{sign}</button>'
         for factor, name, sign in (
@@ -160,7 +160,7 @@ def _picture(report: Report) -> str:
     )
     return (
         f'<p class="hint">{_HINT}</p>\n<div class="tools">{buttons}</div>\n'
-        f'<div id="picture">{drawn}</div>'
+        f'<div id="picture" style="--tall: {scene.height:g}px">{render(scene, label)}</div>'
     )
 
 
@@ -168,7 +168,7 @@ def _costs(report: Report) -> str:
     found = []
     for at, s in enumerate(report.alignment.segments):
         for k, matrix in enumerate(s.costs):
-            if matrix is not None and k != s.reference:
+            if matrix is not None and k != s.reference and len(matrix) > 1:
                 names = report.alignment.names[s.reference], report.alignment.names[k]
                 title = f"{at + 1}. {s.label}: {names[0]} (rows), {names[1]} (columns)"
                 found.append(_folded(title, _heat_map(s, k), len(matrix) <= 12))

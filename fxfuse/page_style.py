@@ -51,14 +51,14 @@ button { font: inherit; min-width: 38px; padding: 2px 10px; color: var(--ink); c
 #picture { border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; cursor: grab;
   touch-action: pan-y; }
 #picture.held { cursor: grabbing; }
-#picture svg { display: block; width: 100%; height: auto; max-height: 88vh; }
+#picture svg { display: block; width: 100%; height: min(86vh, var(--tall)); }
 #picture g:hover rect { stroke-width: 2; }
 #tip { position: fixed; z-index: 2; max-width: 460px; padding: 7px 10px; font-size: 13px;
   white-space: pre-line; overflow-wrap: anywhere; pointer-events: none; color: var(--ink);
   background: var(--panel); border: 1px solid var(--rule); border-radius: 5px;
   box-shadow: 0 2px 10px rgba(0, 0, 0, .25); }
 #tip[hidden] { display: none; }
-@media print { .tools, .hint { display: none; } #picture svg { max-height: none; } }
+@media print { .tools, .hint { display: none; } #picture svg { height: auto; } }
 """
 
 # The titles, which show without a script too, become the tips; the view box is what moves.
@@ -133,6 +133,6 @@ SCRIPT = """
     });
     group.addEventListener("pointerleave", () => { tip.hidden = true; });
   });
-  if (size[1] / size[0] > 1.2) actual();
+  if (svg.getBoundingClientRect().height < 0.9 * size[1]) actual();
 })();
 """

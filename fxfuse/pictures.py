@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .ir import Alignment, LayerFit, SegmentAlignment
 
 ENDINGS = (".png", ".svg", ".pdf")
-_CELL = 0.27  # inches of a cell of a heat map
+_CELL, _LETTER = 0.27, 0.066  # inches of a cell of a heat map, of a letter of its labels
 _ALIKE, _UNLIKE = "#2668ac", "#c85c20"
 
 
@@ -79,10 +79,10 @@ def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
             do="take the alignment of fxfuse.align(models, data), which measures all of them",
         )
     labels = [_labels(s, k) for _, s, k in panels]
-    left = 0.5 + 0.085 * max(len(x) for rows, _ in labels for x in rows)
-    above = 0.5 + 0.085 * max(len(x) for _, columns in labels for x in columns)
+    left = 0.5 + _LETTER * max(len(x) for rows, _ in labels for x in rows)
+    above = [0.45 + _LETTER * max(len(x) for x in columns) for _, columns in labels]
     inner = max(_CELL * max(len(columns) for _, columns in labels), 2.6)
-    heights = [_CELL * len(rows) + above + 0.25 for rows, _ in labels]
+    heights = [_CELL * len(rows) + top + 0.25 for (rows, _), top in zip(labels, above)]
     width, height = left + inner + 1.1, sum(heights)
     figure, y = Figure(figsize=(width, height)), height
     for (at, segment, k), (rows, columns), needed in zip(panels, labels, heights):
@@ -98,12 +98,17 @@ def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
 
 
 def _panels(alignment: Alignment) -> list[tuple[int, SegmentAlignment, int]]:
-    return [
+    """Return the segments and networks that were measured; single pairs only if there is no more.
+
+    Where there is one layer on each side, the alignment shows the cost as well.
+    """
+    found = [
         (at, segment, k)
         for at, segment in enumerate(alignment.segments)
         for k, matrix in enumerate(segment.costs)
         if matrix is not None and k != segment.reference
     ]
+    return [(at, s, k) for at, s, k in found if len(s.slots[0]) > 1] or found
 
 
 def _labels(segment: SegmentAlignment, k: int) -> tuple[list[str], list[str]]:
@@ -127,7 +132,8 @@ def _cost_panel(
     axes.tick_params(length=2)
     if costs.count() > 2 and len(rows) > 2:
         bar = axes.inset_axes((1.0 + 0.3 / max(len(columns), 3), 0, 0.2 / max(len(columns), 3), 1))
-        axes.figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7, length=2)
+        shown = axes.figure.colorbar(image, cax=bar, format="%.3g")
+        shown.ax.tick_params(labelsize=7, length=2)
 
 
 # --- couplings ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ MARGIN, GAP, BETWEEN = 24.0, 104.0, 14.0  # round everything, between networks, 
 HEAD, BAND, PREFIX = 92.0, 30.0, 18.0  # the head of the picture, of a segment, of a prefix
 TEXT, SMALL = 12.0, 10.0
 LETTER = 0.62  # mean width of a letter of common sans-serif fonts, relative to its size, and ample
-LONGEST = 38  # letters of a name that are shown
+LONGEST, ROOM = 38, 22  # letters of a name that are shown, and that need no shortening
 CHIP = 48.0
 
 _ALIKE, _MIDDLE, _UNLIKE = (154, 197, 232), (243, 239, 230), (240, 166, 120)  # fills of chips
@@ -101,12 +101,14 @@ def shades(share: float) -> tuple[str, str]:
 def shortened(names: Sequence[str | None]) -> tuple[str, list[str]]:
     """Split layer names into the prefix that all share, up to a dot, and what is left of each.
 
-    A name `a.b..a.c` is of a run of modules; its second half loses the prefix too.
+    Short names keep it. A name `a.b..a.c` is of a run of modules; its second half loses it too.
 
     Example:
-        >>> shortened(["net.stage1.0", None, "net.stage1.1"])
-        ('net.stage1.', ['0', '', '1'])
+        >>> shortened(["net.backbone.stage1.0.conv", None, "net.backbone.stage1.1.conv"])
+        ('net.backbone.stage1.', ['0.conv', '', '1.conv'])
     """
+    if max(len(n or "") for n in names) <= ROOM:
+        return "", [n or "" for n in names]
     parts = [n.split("..")[0].split("@")[0].split(".") for n in names if n]
     same = 0
     if len(parts) > 1:
@@ -288,6 +290,7 @@ class _Layout:
             facts = (f"{names[0]} and {names[1]}", f"cost {cost:.6g}")
             x = at - CHIP / 2
             text = f"{cost:.3f}" if abs(cost) < 100 else f"{cost:.3g}"
+            text = "<0.001" if 0 < cost < 0.0005 else text
             self.boxes.append(Box(x, y - 8, CHIP, 16, "chip", text, "", facts, fill))
         ends = self.x(left) + self.column, self.x(right)
         self.lines.append(Line(ends[0], y, ends[1], y, "pair", colour, thickness))

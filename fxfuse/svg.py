@@ -55,7 +55,8 @@ def _box(box: Box) -> str:
     place = f'x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}"'
     radius = 0 if box.kind == "chip" and not box.text else 5
     colours = f'fill="{box.fill or fill}" stroke="{outline}"{dash}'
-    inside = [f'<rect {place} rx="{radius}" {colours}/>']
+    edges = "" if radius else ' shape-rendering="crispEdges"'  # no seams in a scale of colours
+    inside = [f'<rect {place} rx="{radius}" {colours}{edges}/>']
     y = box.y + box.height / 2
     if box.text:
         size = SMALL if box.kind in ("chip", "inserted") else TEXT

@@ -146,7 +146,7 @@ def test_a_browser_shows_it_without_complaint_or_request(report, tmp_path):
     page = (tmp_path / "page.html").read_text()
     console, asked, shown = browse(page, tmp_path)
     assert (console, asked) == ([], "")
-    picture = shown[shown.index('<div id="picture">') :]
+    picture = shown[shown.index('<div id="picture"') :]
     assert "<svg" in picture and "8 units" in picture
     assert "<title>" not in picture, "the script did not run"
     planted = page.replace("</main>", '<img src="https://elsewhere.invalid/a.png"></main>')

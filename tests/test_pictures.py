@@ -60,7 +60,7 @@ def test_fits_are_drawn_also_below_zero(tmp_path):
     fits = [LayerFit("stage.conv1", 0.9, 0.1), LayerFit("stage.conv2", -3.0, float("inf"))]
     draw_fits(fits, tmp_path / "a.svg")
     text = text_of(tmp_path / "a.svg")
-    assert "<!-- conv1 -->" in text and "0.90" in text
+    assert "<!-- stage.conv1 -->" in text and "0.90" in text
     with pytest.raises(ArgumentError, match="without refitted layers"):
         draw_fits([], tmp_path / "b.svg")
 

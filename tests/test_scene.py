@@ -63,9 +63,11 @@ def test_boxes_tell_name_width_and_cost():
 
 
 def test_prefixes_are_shared_and_nothing_gets_empty():
-    assert shortened(["a.b", "a.b.c"]) == ("a.", ["b", "b.c"])
-    assert shortened(["a.b.c"]) == ("", ["a.b.c"])
-    assert shortened(["s.x1..s.x2", None, "s.x3"]) == ("s.", ["x1..x2", "", "x3"])
+    a = "the.trunk.of.the.network"
+    assert shortened([f"{a}.b", f"{a}.b.c"]) == (f"{a}.", ["b", "b.c"])
+    assert shortened([f"{a}.c"]) == ("", [f"{a}.c"])
+    assert shortened([f"{a}.x1..{a}.x2", None, f"{a}.x3"]) == (f"{a}.", ["x1..x2", "", "x3"])
+    assert shortened(["stage.0", "stage.1"]) == ("", ["stage.0", "stage.1"])
     assert shortened([None]) == ("", [""])
 
 
