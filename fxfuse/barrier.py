@@ -105,7 +105,7 @@ def barrier(
     _require(models, shares)
     batches = rereadable(labelled)
     pairs, losses, accuracies, names = [(1.0 - t, t) for t in shares], [], [], ("", "")
-    choices = {"alignment": alignment, "anchor": anchor, "method": method}
+    choices: Any = {"alignment": alignment, "anchor": anchor, "method": method}
     for fused in fuse_along(models, data, pairs, progress=progress, **choices):
         names = fused.meta["fxfuse"].alignment.names
         correct, mean = evaluate(fused.eval(), batches, loss)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -134,24 +135,27 @@ def fuse_command(
         draw(report.alignment, picture)
         _out.print(f"alignment drawn in {picture}", soft_wrap=True)
     if page is not None:
-        options = {"data": data, "samples": str(calibration.samples), "seed": str(seed)}
-        _write_page(page, fused, dict(enumerate(zip(models, loaded))), source, options)
+        _write_page(page, fused, models, loaded, data, seed, calibration.samples)
 
 
 def _write_page(
     page: Path,
     fused: nn.Module,
-    models: dict[int, tuple[str, nn.Module]],
-    source: Any,
-    options: dict[str, str],
+    models: Sequence[str],
+    loaded: Sequence[nn.Module],
+    data: str,
+    seed: int,
+    samples: int,
 ) -> None:
     """Write the report of a fusion, with accuracies if the data have labels, and file hashes."""
     report = fused.meta["fxfuse"]
-    facts = {f"model {k}": reference for k, (reference, _) in models.items()} | options
-    files = [Path(reference.partition("@")[2]) for reference, _ in models.values()]
-    facts |= {f"SHA-256 of {x}": sha256_of(x) for x in files if x.is_file()}
-    named = {n: model for n, (_, model) in zip(report.alignment.names, models.values())}
-    found = compare(named | {"fused": fused}, source, int(options["samples"]))
+    named = dict(zip(report.alignment.names, loaded)) | {"fused": fused}
+    found = compare(named, load_data(data, seed=seed), samples)
+    paths = [Path(reference.partition("@")[2]) for reference in models]
+    files = {str(path): sha256_of(path) for path in paths if path.is_file()}
+    facts = {f"model {k}": reference for k, reference in enumerate(models)}
+    facts |= {"data": data, "samples": str(samples)}
+    report = replace(report, files=files, seeds=report.seeds | {"data": seed})
     report.save_html(page, found, facts)
     _out.print(f"report written in {page}", soft_wrap=True)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .files import write_atomically, write_text
+from .files import write_text
 from .pictures import require_picture, save_figure
 from .scene import SMALL, TEXT, Box, Line, Scene, lay_out
 from .svg import BOXES, CHAIN, MUTED, TEXTS, clean, render
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from .ir import Alignment
 
-__all__ = ["draw", "write_atomically"]
 _SCREEN = 96  # pixels of a scene per inch
 _ENDS = {"start": "left", "middle": "center", "end": "right"}
 
@@ -46,7 +45,8 @@ def draw(
     scene = lay_out(alignment, removed)
     if target.suffix == ".svg":
         label = "alignment of " + " and ".join(alignment.names)
-        write_text(target, '<?xml version="1.0" encoding="UTF-8"?>\n' + _paper(scene, label))
+        text = '<?xml version="1.0" encoding="UTF-8"?>\n' + _paper(scene, label)
+        write_text(target, text)
     else:
         _save(scene, target)
 
@@ -70,8 +70,8 @@ def _save(scene: Scene, target: Path) -> None:
         _draw_box(axes, box)
     for text in scene.texts:
         size, weight, ink = TEXTS[text.kind]
-        style = {"size": _points(size), "color": ink, "weight": weight or "normal"}
-        place = {"ha": _ENDS[text.anchor], "va": "center_baseline", "zorder": 4}
+        style: Any = {"size": _points(size), "color": ink, "weight": weight or "normal"}
+        place: Any = {"ha": _ENDS[text.anchor], "va": "center_baseline", "zorder": 4}
         axes.text(text.x, text.y, clean(text.text), parse_math=False, **style, **place)
     save_figure(figure, target, dpi=144)
 
@@ -102,7 +102,8 @@ def _draw_box(axes: Axes, box: Box) -> None:
         zorder=1 if box.kind == "band" else 3,
     )
     axes.add_patch(patch)
-    y, style = box.y + box.height / 2, {"va": "center_baseline", "zorder": 4, "parse_math": False}
+    y = box.y + box.height / 2
+    style: Any = {"va": "center_baseline", "zorder": 4, "parse_math": False}
     if box.text:
         size = _points(SMALL if box.kind in ("chip", "inserted") else TEXT)
         x = box.x + (box.width - (40 if box.note else 0)) / 2

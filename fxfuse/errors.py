@@ -61,7 +61,15 @@ class SolverError(FuseError):
 
 
 class CheckpointError(FuseError):
-    """A file of weights cannot be read, does not fit, or cannot be written."""
+    """A file of weights or of a network cannot be read, is refused, or does not fit."""
+
+
+class SaveError(FuseError):
+    """A network has parts that cannot be written down without code of their own."""
+
+
+class WriteError(FuseError):
+    """A file cannot be written."""
 
 
 class ReferenceFormatError(FuseError, ValueError):

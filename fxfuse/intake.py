@@ -30,7 +30,9 @@ class Clock:
     """
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds, self.memory = progress, {}, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self.stage, self.since = "", time.perf_counter()
 
     def start(self, stage: str) -> None:

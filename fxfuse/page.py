@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .files import write_text
 from .page_style import SCRIPT, STYLE
-from .scene import count_of, lay_out, shades, shortened
+from .scene import count_of, inserted, lay_out, shades, shortened
 from .svg import render, safe
 
 if TYPE_CHECKING:
@@ -116,11 +116,10 @@ def _summary(report: Report) -> str:
         known = report.alignment.facts[k] if report.alignment.facts else {}
         size = count_of(sum(known[n].parameters for n in layers if n in known)) if known else ""
         lost = len(report.removed[k]) if report.removed else 0
-        lacks = sum(s.slots[k].count(None) for s in report.alignment.segments)
-        changed = (
-            f"{lost} merged away" if lost else "" if any(report.removed) else f"{lacks} neutral"
-        )
-        note = f"{changed}, relative error {report.errors[k]:.3g}" if report.errors[k] else changed
+        new = inserted(report.alignment, report.removed, k)
+        added, merged = f"{new} neutral layers", f"{lost} layers merged away"
+        error = f"relative error {report.errors[k]:.3g}" if report.errors[k] else ""
+        note = ", ".join(filter(None, (added if new else "", merged if lost else "", error)))
         mark = "yes" if k == report.anchor else ""
         share = f"{report.weights[k]:.4g}"
         rows.append([safe(name), str(len(layers)), size, share, mark, safe(note)])
@@ -260,6 +259,9 @@ def _stages(report: Report) -> str:
 
 
 def _facts(report: Report, facts: Mapping[str, str]) -> str:
-    rows = [[safe(name), f"<code>{safe(value)}</code>"] for name, value in facts.items()]
-    rows += [[safe(name), f"<code>{safe(v)}</code>"] for name, v in report.versions.items()]
+    known = dict(facts)
+    known |= {f"seed of {name}": str(seed) for name, seed in report.seeds.items()}
+    known |= {f"SHA-256 of {path}": digest for path, digest in report.files.items()}
+    known |= report.versions
+    rows = [[safe(name), f"<code>{safe(value)}</code>"] for name, value in known.items()]
     return _table(["", ""], rows)

@@ -124,7 +124,7 @@ def _cost_panel(
     axes.set_facecolor("#e4e4e0")
     image = axes.imshow(costs, cmap="cividis_r", aspect="auto", interpolation="nearest")
     path = [i for i, name in enumerate(segment.slots[k]) if name is not None]
-    style = {"color": "#c8281e", "marker": "o", "markersize": 5, "linewidth": 1.4}
+    style: Any = {"color": "#c8281e", "marker": "o", "markersize": 5, "linewidth": 1.4}
     axes.plot(range(len(path)), path, markerfacecolor="white", **style)
     axes.set_xticks(range(len(columns)), columns, size=7, rotation=90, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, size=7, parse_math=False)
@@ -189,7 +189,7 @@ def _coupling_panel(axes: Axes, matrix: csr_array) -> Any:
     rows, columns = matrix.shape
     few = matrix.nnz <= 4 * (rows + columns) and rows * columns > 48 * 48
     largest = max(float(matrix.max()), 1e-12)
-    style = {"cmap": "viridis_r", "vmin": 0.0, "vmax": largest}
+    style: Any = {"cmap": "viridis_r", "vmin": 0.0, "vmax": largest}
     if not few:
         return axes.imshow(matrix.toarray(), aspect="auto", interpolation="auto", **style)
     entries = coo_array(matrix)
@@ -251,7 +251,7 @@ def draw_barrier(barrier: Barrier, path: str | os.PathLike[str]) -> None:
     for axes, (name, values, colour) in zip(figure.subplots(1, 2), curves):
         axes.plot(barrier.weights, values, color=colour, marker="o", markersize=4)
         ends = [values[0], values[-1]]
-        straight = {"color": "#8b949d", "linewidth": 0.9, "linestyle": "--"}
+        straight: Any = {"color": "#8b949d", "linewidth": 0.9, "linestyle": "--"}
         axes.plot([barrier.weights[0], barrier.weights[-1]], ends, **straight)
         label = f"weight of {barrier.names[1]} (the rest: {barrier.names[0]})"
         axes.set_xlabel(label, size=9, parse_math=False)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .display import write_atomically
 from .errors import CheckpointError, DataError, FuseError, ReferenceFormatError
+from .files import write_atomically
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -80,18 +80,10 @@ def save_weights(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> No
     """Write tensors as safetensors, in one step: the old file stays until the new one is whole.
 
     Raises:
-        CheckpointError: If the file cannot be written.
+        WriteError: If the file cannot be written.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        write_atomically(Path(path), lambda temporary: save_file(own, temporary))
-    except OSError as error:
-        raise CheckpointError(
-            f"weights that cannot be written: {error}",
-            where=str(path),
-            expected="a folder that can be written to, with enough space",
-            do="choose another path",
-        ) from error
+    write_atomically(Path(path), lambda temporary: save_file(own, temporary))
 
 
 def _call(spec: str, reference: str) -> Any:

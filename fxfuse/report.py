@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import networkx
 import numpy as np
-import ot
-import scipy
-import torch
 from scipy.sparse import csr_array
 
 from .errors import ArgumentError
@@ -21,7 +16,7 @@ from .mixing import Mixer
 from .page import Accuracy, save_page
 from .pictures import draw_coupling, draw_fits
 from .refit import Outcome
-from .version import __version__
+from .version import versions
 
 POOR = 0.5
 KEPT = 1 << 20  # entries of all maps together that a report keeps for pictures: 8 MiB
@@ -75,10 +70,12 @@ class Report:
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data; None if
             outputs are not 2-D.
+        versions: Of Python, this package and what it computes with.
+        files: SHA-256 of each file that a network came from, by its path.
+        seeds: Of what was drawn at random, by the choice that drew it.
         removed: Per network, the layers that it lost when depths were made equal; empty if none
             did.
         memory: Peak resident bytes of the process so far, at the end of each stage.
-        versions: Of what the result depends on.
         maps: `(space, network)` to what its units give `(fused units, units)`: those with the
             fewest entries, up to a million entries in all.
     """
@@ -93,9 +90,11 @@ class Report:
     heads: tuple[str, ...] = ()
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    files: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
     removed: tuple[frozenset[str], ...] = ()
     memory: dict[str, int] = field(default_factory=dict, compare=False)
-    versions: dict[str, str] = field(default_factory=dict, compare=False)
     maps: dict[tuple[str, int], csr_array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -176,6 +175,7 @@ def report_on(
     outcome: Outcome,
     clock: Clock,
     heads: tuple[str, ...] = (),
+    seeds: dict[str, int] | None = None,
 ) -> Report:
     """Sum up a fusion."""
     base = mixer.balanced.networks[mixer.anchor].spaces
@@ -198,9 +198,9 @@ def report_on(
         heads=heads,
         layers=outcome.layers,
         divergence=outcome.divergence,
+        seeds=seeds or {},
         removed=mixer.balanced.removed,
         memory=dict(clock.memory),
-        versions=versions(),
         maps=_kept(mixer.couplings),
     )
 
@@ -241,11 +241,3 @@ def _kept(couplings: Mapping[tuple[str, int], Coupling]) -> dict[tuple[str, int]
             shape=matrix.shape,
         )
     return found
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"fxfuse": __version__, "Python": platform.python_version()}
-    packages = {"torch": torch, "numpy": np, "scipy": scipy, "POT": ot, "networkx": networkx}
-    found |= {name: str(package.__version__) for name, package in packages.items()}
-    return found | {"system": f"{platform.system()} {platform.machine()}"}

@@ -176,8 +176,8 @@ class _Layout:
         for at, segment in enumerate(self.alignment.segments):
             y = self._segment(at, segment, y) + BETWEEN
         height = y - BETWEEN + MARGIN
-        parts = (tuple(p) for p in (self.boxes, self.lines, self.texts))
-        return Scene(self.width, height, *parts)
+        boxes, lines, texts = tuple(self.boxes), tuple(self.lines), tuple(self.texts)
+        return Scene(self.width, height, boxes, lines, texts)
 
     def x(self, k: int) -> float:
         return self.left + k * (self.column + GAP)
@@ -194,7 +194,8 @@ class _Layout:
             x += 102
             self.texts.append(Text(x, y + 8, f"{self.largest:.3g} unlike", "note"))
             x += 80
-        kinds = [("inserted", "neutral layer, inserted")] if not any(self.removed) else []
+        added = any(inserted(self.alignment, self.removed, k) for k in range(self.count))
+        kinds = [("inserted", "neutral layer, inserted")] if added else []
         kinds += [("merged", "merged away")] if any(self.removed) else []
         for kind, text in kinds:
             self.boxes.append(Box(x, y, 26, 16, kind))
@@ -235,7 +236,7 @@ class _Layout:
         return bottom + 8
 
     def _slot(self, at: int, segment: SegmentAlignment, i: int, y: float) -> None:
-        kept = [k for k in range(self.count) if self._stays(k, segment.slots[k][i])]
+        kept = _kept(segment, i, self.removed)
         for k, row in enumerate(segment.slots):
             name = row[i]
             if name is None:
@@ -244,14 +245,11 @@ class _Layout:
                     facts = (f"neutral layer, inserted beside {beside}", self.alignment.names[k])
                     self._box(k, y, "inserted", "inserted", facts)
                 continue
-            kind = "layer" if self._stays(k, name) else "merged"
+            kind = "layer" if k in kept else "merged"
             note = self._note(k, name)
             self._box(k, y, kind, self.short[at][k][1][i], self._facts(segment, k, i), note)
             if k != segment.reference and segment.slots[segment.reference][i] is not None:
                 self._pair(segment, k, i, y)
-
-    def _stays(self, k: int, name: str | None) -> bool:
-        return name is not None and not (self.removed and name in self.removed[k])
 
     def _box(
         self, k: int, y: float, kind: str, text: str, facts: tuple[str, ...], note: str = ""
@@ -268,11 +266,12 @@ class _Layout:
         lines = [name, self.alignment.names[k]]
         known = self.alignment.facts[k].get(name) if self.alignment.facts else None
         if known is not None:
-            lines += [f"{known.width} units, {known.parameters:,} parameters", known.kind]
+            made_of = known.kind.rpartition(" [")[0] or known.kind  # without its fingerprint
+            lines += [f"{known.width} units, {known.parameters:,} parameters", made_of]
         cost, other = segment.cost_of(k, i), segment.slots[segment.reference][i]
         if k != segment.reference and other is not None:
             lines.append(f"matched with {other}" + ("" if cost is None else f", cost {cost:.4f}"))
-        if not self._stays(k, name):
+        if self.removed and name in self.removed[k]:
             lines.append("merged away")
         return tuple(lines)
 
@@ -294,6 +293,22 @@ class _Layout:
             self.boxes.append(Box(x, y - 8, CHIP, 16, "chip", text, "", facts, fill))
         ends = self.x(left) + self.column, self.x(right)
         self.lines.append(Line(ends[0], y, ends[1], y, "pair", colour, thickness))
+
+
+def inserted(alignment: Alignment, removed: Sequence[Collection[str]], k: int) -> int:
+    """Return how many neutral layers a network gets: beside layers that others keep."""
+    return sum(
+        row is None and bool(_kept(s, i, removed))
+        for s in alignment.segments
+        for i, row in enumerate(s.slots[k])
+    )
+
+
+def _kept(segment: SegmentAlignment, slot: int, removed: Sequence[Collection[str]]) -> list[int]:
+    """Return the networks that have a layer in a slot and keep it."""
+    names = [row[slot] for row in segment.slots]
+    gone = removed or ((),) * len(names)
+    return [k for k, name in enumerate(names) if name is not None and name not in gone[k]]
 
 
 def scale_of(alignment: Alignment) -> float | None:

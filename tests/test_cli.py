@@ -101,3 +101,23 @@ def test_python_dash_m_is_the_same(folder):
     )
     assert done.returncode == 2 and "cannot be resolved" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_report_tells_references_hashes_and_accuracies_where_there_are_labels(
+    folder, monkeypatch, capsys
+):
+    labelled = "import torch\nx = torch.randn(40, 6)\ndata = [(x, torch.arange(40) % 3)]\n"
+    (folder / "labelled.py").write_text(labelled)
+    pages = []
+    for data in ("my_nets:data", "labelled:data"):
+        chosen = ["--data", data, "--output", "out/f.safetensors", "--report", "out/r.html"]
+        assert run(monkeypatch, "fuse", *MODELS, *chosen, "--seed", "7") == 0
+        pages.append((folder / "out" / "r.html").read_text())
+    assert "report written in out/r.html" in capsys.readouterr().out
+    assert ["<h2>Accuracy</h2>" in page for page in pages] == [False, True]
+    assert all(MODELS[0] in page and "SHA-256 of deep.safetensors" in page for page in pages)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--report", ".") == 2
+    assert "--report" in capsys.readouterr().err and not (folder / "out").exists()

@@ -15,8 +15,9 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors files matching moments page_style scene version",
-            "pictures svg",
+            "errors matching moments page_style scene version",
+            "files svg",
+            "pictures",
             "display graphs",
             "views",
             "composition gates ir modes",

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fxfuse.errors import CheckpointError, DataError, ReferenceFormatError
+from fxfuse.errors import CheckpointError, DataError, ReferenceFormatError, WriteError
 from fxfuse.references import load_data, load_model, save_weights
 
 
@@ -108,7 +108,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("fxfuse.references.save_file", fail)
-    with pytest.raises(CheckpointError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         save_weights({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]

@@ -79,7 +79,7 @@ def test_pictures_of_a_fusion(report, tmp_path):
 
 
 def test_versions_and_memory_are_told(report):
-    assert {"fxfuse", "torch", "Python", "POT"} <= set(report.versions)
+    assert {"fxfuse", "torch", "python", "POT"} <= set(report.versions)
     assert set(report.memory) <= set(report.seconds) == set(report.seconds)
     assert all(peak > 1 << 20 for peak in report.memory.values())
 
