@@ -171,30 +171,36 @@ def _costs(report: Report) -> str:
                 names = report.alignment.names[s.reference], report.alignment.names[k]
                 title = f"{at + 1}. {s.label}: {names[0]} (rows), {names[1]} (columns)"
                 found.append(_folded(title, _heat_map(s, k), len(matrix) <= 12))
-    return "\n".join(found)
+    hint = (
+        '<p class="hint">Blue is the most alike within a segment, orange the least; frames are '
+        "around what was chosen, and layers of different kinds, which never match, are blank.</p>"
+    )
+    return "\n".join([hint, *found]) if found else ""
 
 
 def _heat_map(segment: SegmentAlignment, k: int) -> str:
     matrix = segment.costs[k] or ()
-    finite = [abs(c) for row in matrix for c in row if abs(c) != float("inf")]
-    largest = max([1.0, *finite])
+    finite = [c for row in matrix for c in row if abs(c) != float("inf")]
     rows = shortened(segment.slots[segment.reference])[1]
     own = [i for i, name in enumerate(segment.slots[k]) if name is not None]
     columns = shortened([segment.slots[k][i] for i in own])[1]
     heads = "".join(f"<th><span>{safe(c)}</span></th>" for c in columns)
     lines = []
     for i, (name, row) in enumerate(zip(rows, matrix)):
-        cells = "".join(_cost_cell(c, largest, own[j] == i) for j, c in enumerate(row))
+        cells = "".join(_cost_cell(c, finite, own[j] == i) for j, c in enumerate(row))
         lines.append(f"<tr><th>{safe(name)}</th>{cells}</tr>")
     inside = f"<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines)
     return f'<div class="wide"><table class="heat">\n{inside}\n</tbody></table></div>'
 
 
-def _cost_cell(cost: float, largest: float, chosen: bool) -> str:
+def _cost_cell(cost: float, all_costs: Sequence[float], chosen: bool) -> str:
     mark = ' class="chosen"' if chosen else ""
     if abs(cost) == float("inf"):
         return f"<td{mark}></td>"
-    return f'<td{mark} style="background:{shades(cost / largest)[0]}">{cost:.2f}</td>'
+    low, high = min(all_costs), max(all_costs)
+    fill = shades((cost - low) / (high - low or 1.0))[0]
+    text = f"{cost:.2f}" if high >= 0.1 else f"{cost:.2g}"
+    return f'<td{mark} title="{cost:.6g}" style="background:{fill}">{text}</td>'
 
 
 def _fits(report: Report) -> str:

@@ -270,7 +270,7 @@ class _Layout:
             lines += [f"{known.width} units, {known.parameters:,} parameters", made_of]
         cost, other = segment.cost_of(k, i), segment.slots[segment.reference][i]
         if k != segment.reference and other is not None:
-            lines.append(f"matched with {other}" + ("" if cost is None else f", cost {cost:.4f}"))
+            lines.append(f"matched with {other}" + ("" if cost is None else f", cost {cost:.4g}"))
         if self.removed and name in self.removed[k]:
             lines.append("merged away")
         return tuple(lines)
