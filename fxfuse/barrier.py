@@ -95,6 +95,7 @@ def barrier(
         DataError: If the labelled data are empty or of another form.
 
     Example:
+        >>> import torch
         >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
         >>> x = torch.randn(60, 4)
         >>> curve = barrier(nets, x, (x, nets[0](x).argmax(1)), weights=[0, 0.5, 1])
