@@ -1,6 +1,7 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
 from . import heads, presets
+from .barrier import barrier
 from .checks import verify
 from .display import draw
 from .errors import FuseError
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "align",
     "balance",
+    "barrier",
     "debug",
     "draw",
     "find_spaces",

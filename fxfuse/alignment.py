@@ -29,6 +29,7 @@ from .network import Network
 from .pairing import pair_segments, possible_pairs, steps_of
 from .segments import partition
 from .statistics import batch_size, record
+from .views import LayerFacts
 
 BATCH_SAMPLES, BATCH_BYTES = 256, 1 << 28  # samples run at a time, and the memory for them
 Job = tuple[int, tuple[Segment, ...]]  # the network with the most layers, and the segments
@@ -70,7 +71,18 @@ def align_networks(
     ]
     costs = _measure(networks, jobs, data, layer_cost, aligner, measure_forced, tick)
     found = [_align(job, cost, aligner, rows) for job, cost, rows in zip(jobs, costs, by_hand)]
-    return Alignment(tuple(found), tuple(n.name for n in networks))
+    own = [[x for _, s in jobs for x in s[k].layers] for k in range(len(networks))]
+    facts = tuple(_facts(n, layers) for n, layers in zip(networks, own))
+    return Alignment(tuple(found), tuple(n.name for n in networks), facts)
+
+
+def _facts(network: Network, layers: Sequence[Layer]) -> dict[str, LayerFacts]:
+    sizes = {name: p.numel() for name, p in network.module.named_parameters()}
+    found = {}
+    for x in layers:
+        names = {t for node in x.nodes for t in network.book.tensors.get(node, ())}
+        found[x.name] = LayerFacts(x.kind, x.width, sum(sizes.get(t, 0) for t in names))
+    return found
 
 
 def _deepest(segments: tuple[Segment, ...]) -> int:

@@ -67,11 +67,13 @@ class Balanced:
         absent: Per network, the layers it has only as neutral ones.
         errors: Per network, the root mean square error of its outputs on the data, relative to
             its model's; zero where nothing was approximated.
+        removed: Per network, the layers that it lost; empty if none did.
     """
 
     networks: tuple[Network, ...]
     absent: tuple[tuple[Absent, ...], ...]
     errors: tuple[float, ...]
+    removed: tuple[frozenset[str], ...] = ()
 
 
 Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]

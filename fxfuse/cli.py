@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +19,12 @@ from . import presets
 from .data import Calibration
 from .display import draw
 from .errors import ArgumentError, DataError, FuseError
+from .evaluation import compare
 from .fusion import Method, align
 from .inspection import inspect
 from .ir import Alignment
 from .options import chosen, numbers, require_file, require_fusing
+from .pictures import ENDINGS
 from .references import file_hashes, load_data, load_example, load_model
 from .report import Report
 from .saving import save_at_least_weights
@@ -39,7 +42,6 @@ METHODS: dict[str, Callable[..., fx.GraphModule]] = {
     "c2m3": presets.c2m3,
 }
 ALIGNING = {name: method for name, method in METHODS.items() if isinstance(method, Method)}
-PICTURES = (".png", ".svg", ".pdf")
 app = typer.Typer(
     help="Fuse trained PyTorch networks of different depth and width into one.",
     no_args_is_help=True,
@@ -54,8 +56,14 @@ _Models = Annotated[list[str], typer.Argument(help=_MODEL)]
 _DATA = "imagefolder:PATH[?size=..], mnist:PATH or package.module:factory"
 _Data = Annotated[str, typer.Option(help=_DATA)]
 _Samples = Annotated[int, typer.Option(help="Calibration samples to read.", min=1)]
+_OUTPUT = "The fused network, a safetensors file of its weights."
+_Output = Annotated[Path, typer.Option(help=_OUTPUT)]
+_PAIRS = "Which layers correspond, a file of what `align --json` prints."
+_Pairs = Annotated[Path | None, typer.Option(help=_PAIRS)]
+_PAGE = "Write a web page about the fusion, .html."
+_Page = Annotated[Path | None, typer.Option("--report", help=_PAGE)]
 _Seed = Annotated[int, typer.Option(help="Of the order of samples.", min=0, max=2**32 - 1)]
-_Picture = Annotated[Path | None, typer.Option(help=f"Draw the alignment: {', '.join(PICTURES)}.")]
+_Picture = Annotated[Path | None, typer.Option(help=f"Draw the alignment: {', '.join(ENDINGS)}.")]
 
 
 def main() -> None:
@@ -85,7 +93,7 @@ def demo(
     """Train two small networks on real digits, align and fuse them, and compare."""
     from .demo import run_demo
 
-    require_file(picture, "--picture", PICTURES)
+    require_file(picture, "--picture", ENDINGS)
     with stages(_err) as report:
         result = run_demo(picture, seed, lambda task, done, steps: report(task, done / steps))
     table = Table(title=f"scikit-learn digits, {result.test_images} test images, seed {seed}")
@@ -158,7 +166,7 @@ def align_command(
 ) -> None:
     """Show which layers of two or more models correspond."""
     how = chosen(method, ALIGNING)
-    require_file(picture, "--picture", PICTURES)
+    require_file(picture, "--picture", ENDINGS)
     with stages(_err) as report:
         loaded = _load(models, report)
         calibration = _read(data, samples, seed, report)
@@ -174,30 +182,27 @@ def align_command(
 def fuse_command(
     models: _Models,
     data: _Data,
-    output: Annotated[
-        Path, typer.Option(help="The fused network, a safetensors file of its weights.")
-    ],
+    output: _Output,
     weights: Annotated[
         str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
     ] = None,
     anchor: Annotated[
         int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
     ] = None,
-    alignment: Annotated[
-        Path | None,
-        typer.Option(help="Which layers correspond, a file of what `align --json` prints."),
-    ] = None,
+    alignment: _Pairs = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
     samples: _Samples = 1000,
     seed: _Seed = 0,
     picture: _Picture = None,
+    page: _Page = None,
 ) -> None:
-    """Fuse trained models into one and save its weights."""
+    """Fuse trained models into one and save it."""
     how, shares = chosen(method, METHODS), numbers(weights)
     require_file(output, "--output")
-    require_file(picture, "--picture", PICTURES)
+    require_file(picture, "--picture", ENDINGS)
+    require_file(page, "--report", [".html"])
     fusing = {"--weights": shares, "--anchor": anchor, "--alignment": alignment}
-    require_fusing(method, ALIGNING, fusing | {"--picture": picture})
+    require_fusing(method, ALIGNING, fusing | {"--picture": picture, "--report": page})
     plan = None if alignment is None else Alignment.load(alignment)
     with stages(_err) as report:
         loaded = _load(models, report)
@@ -211,6 +216,12 @@ def fuse_command(
             facts = replace(facts, files=files, seeds=facts.seeds | {"data": seed})
             fused.meta["fxfuse"] = facts
         refusal = save_at_least_weights(fused, output)
+        if isinstance(facts, Report) and page is not None:
+            report("compare", 0.0)
+            named = dict(zip(facts.alignment.names, loaded)) | {"fused": fused}
+            with _reading(data):
+                scores = compare(named, load_data(data, seed=seed), calibration.samples)
+            facts.save_html(page, scores, _origin(models, data, calibration.samples))
     if refusal is not None:
         _say(f"weights alone, as there is {refusal.met}: {refusal.where}")
     if not isinstance(facts, Report):
@@ -222,6 +233,14 @@ def fuse_command(
         f"{sum(facts.seconds.values()):.1f} s, widths of model {facts.anchor}: {output}"
     )
     _draw(facts.alignment, picture)
+    if page is not None:
+        _say(f"report written in {page}")
+
+
+def _origin(models: Sequence[str], data: str, samples: int) -> dict[str, str]:
+    """Return what the command line says of a fusion, by name."""
+    told = {f"model {k}": reference for k, reference in enumerate(models)}
+    return told | {"data": data, "samples": str(samples)}
 
 
 def _load(models: Sequence[str], report: Callable[[str, float], None]) -> list[nn.Module]:
@@ -237,8 +256,14 @@ def _read(
 ) -> Calibration:
     report("read data", 0.0)
     source = load_data(reference, seed=seed)
-    try:
+    with _reading(reference):
         return Calibration(source, samples, lambda share: report("read data", share))
+
+
+@contextmanager
+def _reading(reference: str) -> Iterator[None]:
+    try:
+        yield
     except FuseError:
         raise
     except Exception as error:  # whatever the user's own loader raises

@@ -61,3 +61,16 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as UTF-8, in one step.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    write_atomically(Path(path), write)

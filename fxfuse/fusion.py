@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -141,7 +141,7 @@ def fuse(
         clock.start("attach heads")
         notes = heads(fused, mixer, behind, models)
         _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop(), notes, _seeds(method))
+    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, notes, _seeds(method))
     return fused
 
 
@@ -149,6 +149,50 @@ def _seeds(method: Method) -> dict[str, int]:
     """Return the seeds of a method's choices; what has none draws nothing, or always the same."""
     found = {f.name: getattr(getattr(method, f.name), "seed", None) for f in fields(method)}
     return {name: seed for name, seed in found.items() if isinstance(seed, int)}
+
+
+def fuse_along(
+    models: Sequence[nn.Module],
+    data: Any,
+    weights: Iterable[Sequence[float]],
+    *,
+    alignment: Alignment | None = None,
+    anchor: int | None = None,
+    method: Method | None = None,
+    progress: Progress | None = None,
+) -> Iterator[fx.GraphModule]:
+    """Fuse the same networks with one set of weights after the other, analysed and balanced once.
+
+    Args:
+        models: As for `fuse`.
+        data: As for `fuse`.
+        weights: The shares of each fusion.
+        alignment: As for `fuse`.
+        anchor: As for `fuse`.
+        method: As for `fuse`.
+        progress: As for `fuse`.
+
+    Yields:
+        What `fuse` returns for each set of weights.
+    """
+    method, clock = method or Method(), Clock(progress)
+    all_shares = [shares_of(w, models) for w in weights]
+    networks, calibration = take_in(models, data, clock)
+    target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
+    if alignment is None:
+        clock.start("align layers")
+        alignment = align_networks(
+            networks, calibration, method.aligner, method.layer_cost, False, tick=clock.tick
+        )
+    clock.start("balance depths")
+    balanced = method.balancing(networks, alignment, calibration)
+    match = correspond(balanced, target)
+    for shares in all_shares:
+        mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
+        module, outcome = _mix(mixer, calibration, method, clock)
+        fused = copy_modes(models[target], module)
+        fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, seeds=_seeds(method))
+        yield fused
 
 
 def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:

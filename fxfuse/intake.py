@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +21,18 @@ Progress = Callable[[str, float], None]
 
 
 class Clock:
-    """Times the stages and tells the caller how far they are."""
+    """Times the stages and tells the caller how far they are.
+
+    Attributes:
+        seconds: Wall time of each stage.
+        memory: Peak resident bytes of the process so far, at the end of each stage, where the
+            system tells them.
+    """
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self.stage, self.since = "", time.perf_counter()
 
     def start(self, stage: str) -> None:
@@ -42,8 +50,21 @@ class Clock:
         """End the last stage; return the seconds of all."""
         if self.stage:
             self.seconds[self.stage] = time.perf_counter() - self.since
+            peak = peak_memory()
+            if peak is not None:
+                self.memory[self.stage] = peak
             self.stage = ""
         return self.seconds
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far in bytes, None if nobody tells."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def take_in(

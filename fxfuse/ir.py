@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 
 from .alignment_json import Written
 from .errors import ArgumentError
+from .views import LayerFacts, Views
 
 Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
@@ -263,16 +264,18 @@ class SegmentAlignment:
 
 
 @dataclass(frozen=True)
-class Alignment(Written):
+class Alignment(Written, Views):
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:
         segments: One entry per pair of segments, in network order.
         names: How the networks are called.
+        facts: Per network, what pictures say of each layer; may be left out.
     """
 
     segments: tuple[SegmentAlignment, ...]
     names: tuple[str, ...]
+    facts: tuple[dict[str, LayerFacts], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def pairs(self) -> list[list[tuple[str, str]]]:

@@ -77,5 +77,5 @@ def _fault_of(path: Path, endings: Sequence[str]) -> str:
     except (OSError, RuntimeError, ValueError) as error:
         return f"a path that cannot be used: {error}"
     if endings and path.suffix not in endings:
-        return f"a picture with the ending '{path.suffix}'"
+        return f"a file with the ending '{path.suffix}'"
     return ""

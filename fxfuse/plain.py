@@ -1,8 +1,9 @@
 """Frozen data classes to plain JSON values and back, every value checked against its annotation.
 
 Numbers that JSON lacks are written as "inf", "-inf" and "nan". Annotations are
-`None`, `bool`, `int`, `float`, `str`, unions of these, `tuple[X, ...]`, `dict[str, X]`, data
-classes, and `Any`, which takes what was parsed as it is.
+`None`, `bool`, `int`, `float`, `str`, unions of these, `tuple[X, ...]`, `frozenset[str]`,
+`dict[str, X]`, data classes, and `Any`, which takes what was parsed as it is. A field that has
+`written=False` in its metadata is left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -29,14 +30,20 @@ _WORDS = {
 def written(value: Any) -> Any:
     """Return a value of plain types, tuples, dictionaries and data classes as JSON knows it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: written(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: written(getattr(value, f.name)) for f in _written_fields(value)}
     if isinstance(value, (tuple, list)):
         return [written(part) for part in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
     if isinstance(value, dict):
         return {str(key): written(part) for key, part in value.items()}
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(float(value))
     return value
+
+
+def _written_fields(kind: Any) -> list[Field[Any]]:
+    return [f for f in fields(kind) if f.metadata.get("written", True)]
 
 
 def parsed(text: str, what: str) -> Any:
@@ -85,6 +92,8 @@ def read(hint: Any, value: Any, where: str) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(value, list):
         return _tuple(parts, value, where)
+    if origin is frozenset and isinstance(value, list):
+        return frozenset(_tuple((parts[0], ...), value, where))
     if origin is dict and isinstance(value, dict):
         return {key: read(parts[1], part, f"{where}.{key}") for key, part in value.items()}
     if origin in (Union, types.UnionType):
@@ -138,7 +147,7 @@ def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
     hints = get_type_hints(kind)
     return {
         f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING)
-        for f in fields(kind)
+        for f in _written_fields(kind)
     }
 
 
@@ -147,7 +156,7 @@ def in_words(hint: Any) -> str:
     if isinstance(hint, type) and is_dataclass(hint):
         return "an object with " + ", ".join(f"'{key}'" for key in _hints(hint))
     origin, parts = get_origin(hint), get_args(hint)
-    if origin is tuple:
+    if origin in (tuple, frozenset):
         return f"a list of {in_words(parts[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join(in_words(part) for part in parts)

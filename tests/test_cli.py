@@ -172,6 +172,12 @@ def test_every_preset_is_a_method(folder, monkeypatch, capsys):
     assert all(cli.METHODS[n] is getattr(presets, n) for n in found)
 
 
+def test_what_transfers_takes_no_options_of_fusing(folder, monkeypatch, capsys):
+    extra = ["--method", "hmt", "--alignment", "a.json", "--report", "a.html"]
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 2
+    assert "--alignment, --report with the method 'hmt'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["hmt", "zipit"])
 def test_other_methods_run(folder, monkeypatch, capsys, method):
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--method", method) == 0
@@ -234,6 +240,26 @@ def test_inputs_of_several_types_may_be_given_by_shape(folder, monkeypatch, caps
     bilinear = "torch.nn:Bilinear?in1_features=3&in2_features=4&out_features=2"
     assert run(monkeypatch, "inspect", bilinear, "--input", "3", "--input", "4") == 0
     assert "Bilinear" in capsys.readouterr().out
+
+
+def test_a_report_tells_references_hashes_and_accuracies_where_there_are_labels(
+    folder, monkeypatch, capsys
+):
+    labelled = "import torch\nx = torch.randn(40, 6)\ndata = [(x, torch.arange(40) % 3)]\n"
+    (folder / "labelled.py").write_text(labelled)
+    pages = []
+    for data in ("my_nets:data", "labelled:data"):
+        chosen = ["--data", data, "--output", "out/f.safetensors", "--report", "out/r.html"]
+        assert run(monkeypatch, "fuse", *MODELS, *chosen, "--seed", "7") == 0
+        pages.append((folder / "out" / "r.html").read_text())
+    assert "report written in out/r.html" in capsys.readouterr().out
+    assert ["<h2>Accuracy</h2>" in page for page in pages] == [False, True]
+    assert all(MODELS[0] in page and "SHA-256 of deep.safetensors" in page for page in pages)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--report", ".") == 2
+    assert "--report" in capsys.readouterr().err and not (folder / "out").exists()
 
 
 # --- interrupted ----------------------------------------------------------------------------------
@@ -395,6 +421,8 @@ BAD = {
     "picture": ["", ".", "a.gif", "a", "my_nets.py/x.svg", "x" * 250 + ".svg", "a.svg"],
     "weights": ["", "1", "nan,1", "inf,1", "1e308,1e308", "-1,2", "0,0", "1,2,3", "0,1", "٣,1"],
     "anchor": ["-1", "2", "1", "x", "", "1.0", "9" * 30],
+    "alignment": ["", ".", "none.json", "my_nets.py"],
+    "report": ["", ".", "a.gif", "my_nets.py/x.html", "x" * 250 + ".html", "a.html"],
     "method": ["", "BEST", "zipit", "hmt", "average", "c2m3", "git_rebasin"],
     "samples": ["0", "-1", "1", "x", "1e9", "9" * 30],
     "seed": ["-1", "9" * 30, "0", "x"],
@@ -421,7 +449,8 @@ def test_no_command_line_ends_in_a_traceback_or_half_a_file(folder_of_all, chang
     if status == 0:
         assert all(x.isfinite().all() for x in load_file(given["output"]).values())
     else:
-        assert {p.name for p in written} <= {given["output"]}, "a picture that could not be drawn"
+        whole = {given["output"], given.get("report")}
+        assert {p.name for p in written} <= whole, "a picture that could not be drawn"
     for path in sorted(made, reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
 

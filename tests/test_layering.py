@@ -15,13 +15,15 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors version",
-            "files matching moments plain",
-            "alignment_json checkpoints composition gates modes",
+            "errors page_style scene version",
+            "files matching moments plain svg",
+            "pictures",
+            "display graphs",
+            "alignment_json checkpoints composition gates modes views",
             "ir naming",
-            "aligners correction costs data display encoding labels least_squares options "
-            "references solvers tracing values",
-            "blocks calls checks contraction decoding layer_costs",
+            "aligners correction costs data encoding labels least_squares options page references "
+            "solvers tracing values",
+            "blocks calls checks contraction decoding evaluation layer_costs",
             "movement norms passes ties",
             "operators",
             "interpreter",
@@ -37,7 +39,7 @@ LEVELS = {
             "parents",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
-            "demo net2net presets saving terminal",
+            "barrier demo net2net presets saving terminal",
             "cli",
             "__init__ __main__",
         ]

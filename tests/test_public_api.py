@@ -17,6 +17,7 @@ NAMES = [
     "__version__",
     "align",
     "balance",
+    "barrier",
     "debug",
     "draw",
     "find_spaces",

@@ -27,6 +27,7 @@ from fxfuse.checkpoints import load_weights
 from fxfuse.errors import CheckpointError, FuseError, SaveError, WriteError
 from fxfuse.heads import Separate, Union
 from fxfuse.saving import _digest, load, save, save_at_least_weights
+from fxfuse.shortening import Shorten
 from fxfuse.tracing import trace
 
 EXAMPLE = Path(__file__).parents[1] / "examples/coverage.py"
@@ -100,6 +101,20 @@ def test_a_fused_network_comes_back_with_its_report(tmp_path, name):
     require_same(net, found, torch.randn(4, 6) if name == "layers" else images())
     assert found.meta["fxfuse"] == net.meta["fxfuse"]
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_pictures_of_a_report_that_was_saved_say_what_they_said(tmp_path):
+    """Facts of layers and removed layers are kept; maps of couplings, which are large, are not."""
+    method = fxfuse.Method(balancing=Shorten())
+    nets = [randomise(mlp(4, 8, 7, 5, 3)), randomise(mlp(4, 6, 5, 3), 1)]
+    net = fxfuse.fuse(nets, torch.randn(40, 4), method=method)
+    old, new = (n.meta["fxfuse"] for n in (net, again(net, tmp_path)))
+    assert any(old.removed) and new.removed == old.removed and new.memory == old.memory
+    assert old.alignment.facts and new.alignment.facts == old.alignment.facts
+    assert old.maps and not new.maps
+    for i, report in enumerate((old, new)):
+        report.save_html(tmp_path / f"{i}.html")
+    assert (tmp_path / "0.html").read_text() == (tmp_path / "1.html").read_text()
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -283,6 +298,7 @@ def digest(tensors):
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
+@pytest.mark.sweep
 def test_a_fresh_process_loads_and_fuses_to_the_same_bits(tmp_path):
     x = images(24)
     nets = {name: FUSED[name]() for name in ("attention", "windows", "heads")}
