@@ -274,6 +274,7 @@ def old(folder):
     assert [p.name for p in path.parent.iterdir()] == [path.name], "something is left beside it"
 
 
+@pytest.mark.sweep
 def test_an_interrupt_while_it_works_ends_with_130_and_the_old_file(old):
     before = old.read_bytes()
     options = [*OPTIONS[2:], "--data", "my_nets:waits"]
@@ -282,11 +283,15 @@ def test_an_interrupt_while_it_works_ends_with_130_and_the_old_file(old):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground
     )
     while process.poll() is None and not Path("waiting").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=50)
+    try:
+        _, err = process.communicate(timeout=50)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in err
     assert old.read_bytes() == before
 

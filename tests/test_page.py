@@ -141,6 +141,7 @@ def browse(page, folder):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.sweep
 def test_a_browser_shows_it_without_complaint_or_request(report, tmp_path):
     report.save_html(tmp_path / "page.html", {"fused": 91.0})
     page = (tmp_path / "page.html").read_text()
