@@ -8,9 +8,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import PairingError
+from .modes import Mode
 from .network import Network
 from .segments import describe
-from .tracing import Mode, run_once
+from .tracing import run_once
 
 
 def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:

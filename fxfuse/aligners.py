@@ -229,7 +229,8 @@ def choices(possible: np.ndarray, first: bool = False, last: bool = False) -> in
         first: Count those that map the first column to the first row.
         last: Count those that map the last column to the last row (if there are several).
     """
-    return _counts(np.isfinite(_constrain(np.where(possible, 0.0, np.inf), first, last)))[-1, -1]
+    costs = _constrain(np.where(possible, 0.0, np.inf), first, last)
+    return int(_counts(np.isfinite(costs))[-1, -1])
 
 
 def needs_costs(aligner: Aligner, possible: np.ndarray) -> bool:

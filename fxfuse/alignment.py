@@ -29,6 +29,7 @@ from .network import Network
 from .pairing import pair_segments, possible_pairs, steps_of
 from .segments import partition
 from .statistics import batch_size, record
+from .views import LayerFacts
 
 BATCH_SAMPLES, BATCH_BYTES = 256, 1 << 28  # samples run at a time, and the memory for them
 Job = tuple[int, tuple[Segment, ...]]  # the network with the most layers, and the segments
@@ -62,7 +63,7 @@ def align_networks(
         ArgumentError: If the aligner, the layer cost or the pairs by hand are at fault.
     """
     paired = pair_segments(networks, segments or [partition(n) for n in networks])
-    jobs = [(max(range(len(s)), key=lambda k, s=s: len(s[k].layers)), s) for s in paired]
+    jobs = [(_deepest(s), s) for s in paired]
     _require_pairs(pairs, networks, len(jobs))
     by_hand = [
         None if given is None else _by_hand(given, i, *job)
@@ -70,7 +71,23 @@ def align_networks(
     ]
     costs = _measure(networks, jobs, data, layer_cost, aligner, measure_forced, tick)
     found = [_align(job, cost, aligner, rows) for job, cost, rows in zip(jobs, costs, by_hand)]
-    return Alignment(tuple(found), tuple(n.name for n in networks))
+    own = [[x for _, s in jobs for x in s[k].layers] for k in range(len(networks))]
+    facts = tuple(_facts(n, layers) for n, layers in zip(networks, own))
+    return Alignment(tuple(found), tuple(n.name for n in networks), facts)
+
+
+def _facts(network: Network, layers: Sequence[Layer]) -> dict[str, LayerFacts]:
+    sizes = {name: p.numel() for name, p in network.module.named_parameters()}
+    found = {}
+    for x in layers:
+        names = {t for node in x.nodes for t in network.book.tensors.get(node, ())}
+        found[x.name] = LayerFacts(x.kind, x.width, sum(sizes.get(t, 0) for t in names))
+    return found
+
+
+def _deepest(segments: tuple[Segment, ...]) -> int:
+    depths = [len(s.layers) for s in segments]
+    return depths.index(max(depths))
 
 
 def _align(
@@ -81,18 +98,20 @@ def _align(
     slots, shown = [], []
     for k, segment in enumerate(segments):
         possible = possible_pairs(deep, segment.layers)
-        matrix = np.where(possible, 0.0, np.inf) if costs[k] is None else costs[k]
+        measured = costs[k]
+        matrix = np.where(possible, 0.0, np.inf) if measured is None else measured
+        rows: Sequence[int]
         if k == reference or len(deep) == len(segment.layers) and possible.diagonal().all():
             rows = range(len(deep))  # also what is given by hand can be no other map
         elif by_hand is not None:
             rows = by_hand
         else:
             rows = _align_steps(deep, segment.layers, matrix, aligner)
-        row = [None] * len(deep)
+        row: list[str | None] = [None] * len(deep)
         for layer, at in zip(segment.layers, rows):
             row[at] = layer.name
         slots.append(tuple(row))
-        shown.append(None if costs[k] is None else tuple(map(tuple, costs[k].tolist())))
+        shown.append(None if measured is None else tuple(map(tuple, measured.tolist())))
     return SegmentAlignment(segments[reference].label, reference, tuple(slots), tuple(shown))
 
 

@@ -150,7 +150,8 @@ class Ascent:
                 if not settled or self.weights.settled(a, self.k)
             ]
             if parts:
-                found[name, self.k] = -sum(parts) * members(self._match, name)
+                gains = sum(parts[1:], parts[0])
+                found[name, self.k] = -gains * members(self._match, name)
         return found
 
     def _counted(self, name: str, moving: Sequence[str]) -> list[Axis]:

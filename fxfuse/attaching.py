@@ -120,10 +120,11 @@ def one_layer(
     whole = nn.utils.skip_init(nn.Linear, like.in_features, len(mixing[0]), bias=biased)
     pairs, trained = list(zip(mixing, layers)), like.weight.requires_grad
     with torch.no_grad():
-        whole.weight = nn.Parameter(sum(m @ x.weight for m, x in pairs), trained)
+        weights = [m @ x.weight for m, x in pairs]
+        whole.weight = nn.Parameter(sum(weights[1:], weights[0]), trained)
         if biased:
             shifts = [m @ x.bias for m, x in pairs if x.bias is not None]
-            whole.bias = nn.Parameter(sum(shifts), trained)
+            whole.bias = nn.Parameter(sum(shifts[1:], shifts[0]), trained)
     trunk.add_submodule(name, whole.train(like.training))
     with trunk.graph.inserting_before(trunk.graph.output_node()):
         return trunk.graph.call_module(name, trunk.graph.output_node().args)

@@ -13,17 +13,17 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .adoption import adopt
+from .checks import require_equal
 from .data import Calibration
 from .errors import ArgumentError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
-from .rewrites import Insertion
 from .rewrites import deepen as insert_layers
 from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
+from .sizing import Insertion
 from .statistics import relative_error_on
-from .verify import require_equal
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ class Balanced:
         absent: Per network, the layers it has only as neutral ones.
         errors: Per network, the root mean square error of its outputs on the data, relative to
             its model's; zero where nothing was approximated.
+        removed: Per network, the layers that it lost; empty if none did.
     """
 
     networks: tuple[Network, ...]
     absent: tuple[tuple[Absent, ...], ...]
     errors: tuple[float, ...]
+    removed: tuple[frozenset[str], ...] = ()
 
 
 Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
@@ -174,6 +176,21 @@ def check_alignment(alignment: Alignment, layers: Sequence[dict[str, Layer]]) ->
                 expected=f"each layer once, in order: {', '.join(known)}",
                 do="make it with fxfuse.align on these very models, in this order",
             )
+    for segment in alignment.segments:
+        for row in zip(*segment.slots):
+            _require_one_kind(row, layers)
+
+
+def _require_one_kind(row: Sequence[str | None], layers: Sequence[dict[str, Layer]]) -> None:
+    """Refuse a slot whose layers are not alike."""
+    kinds = {x: known[x].kind for x, known in zip(row, layers) if x is not None}
+    if len(set(kinds.values())) > 1:
+        raise ArgumentError(
+            f"layers of different kinds in one slot: {', '.join(map(str, row))}",
+            where="the argument `alignment`",
+            expected="layers of one kind, not " + " and ".join(dict.fromkeys(kinds.values())),
+            do="start from what fxfuse.align finds, and move layers to slots of their kind",
+        )
 
 
 def _insertions(
@@ -182,16 +199,17 @@ def _insertions(
     found = []
     for segment in alignment.segments:
         own, deep = segment.slots[k], networks[segment.reference]
-        wanted = [layers[segment.reference][n] for n in segment.slots[segment.reference]]
+        slots = segment.slots[segment.reference]
+        wanted = [layers[segment.reference][str(n)] for n in slots]
         i = 0
         while i < len(own):
             if own[i] is not None:
                 i += 1
                 continue
-            before = next((n for n in reversed(own[:i]) if n is not None), None)
-            behind = next((n for n in own[i:] if n is not None), None)
-            after = layers[k][before].nodes[-1] if before else layers[k][behind].entry
-            known = [layers[k][n] for n in [*own[:i][::-1], *own[i:]] if n is not None]
+            before = [layers[k][n] for n in reversed(own[:i]) if n is not None]
+            behind = [layers[k][n] for n in own[i:] if n is not None]
+            after = before[0].nodes[-1] if before else behind[0].entry
+            known = [*before, *behind]
             template, layer = _template(networks[k], known, deep, wanted[i], after)
             insertion = Insertion(template, layer, networks[k], after)
             run = wanted[i : next((j for j in range(i, len(own)) if own[j]), len(own))]
@@ -251,7 +269,7 @@ def _template(
     return network, fits[differing.index(min(differing))]
 
 
-def _settings(network: Network, layer: Layer) -> list:
+def _settings(network: Network, layer: Layer) -> list[object]:
     """Return the literal arguments of a layer's steps."""
     nodes = [n for n in network.module.graph.nodes if n.name in layer.nodes]
     found = []

@@ -7,6 +7,7 @@ of which of them moves; the other one then stays. Whatever crosses otherwise sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,8 @@ def tied(unit: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     graph = coo_array((np.ones(len(a), dtype=bool), ends), shape=(size, size))
     _, component = connected_components(graph, directed=False)
     _, first = np.unique(component, return_index=True)
-    return first[component][unit]
+    found: np.ndarray = first[component][unit]
+    return found
 
 
 def solve(book: Ledger) -> tuple[np.ndarray, Sets, np.ndarray]:
@@ -70,7 +72,7 @@ def solve(book: Ledger) -> tuple[np.ndarray, Sets, np.ndarray]:
         unit = tied(unit, *pairs.T)
 
 
-def _concatenate(parts: list[tuple[np.ndarray, ...]], width: int) -> list[np.ndarray]:
+def _concatenate(parts: Sequence[tuple[np.ndarray, ...]], width: int) -> list[np.ndarray]:
     none = np.zeros(0, dtype=np.int64)
     return [np.concatenate([none, *(p[i].ravel() for p in parts)]) for i in range(width)]
 
@@ -299,6 +301,6 @@ def _in_circles(parent: np.ndarray) -> np.ndarray:
     ends = (child, parent[child])
     graph = coo_array((np.ones(len(child), dtype=bool), ends), shape=(len(parent),) * 2)
     _, part = connected_components(graph, connection="strong")
-    found = child[(np.bincount(part)[part[child]] > 1) | (parent[child] == child)]
+    found: np.ndarray = child[(np.bincount(part)[part[child]] > 1) | (parent[child] == child)]
     parent[found] = -1
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,14 @@ class Op:
         return self.args.get(key)
 
     @classmethod
-    def of(cls, func: Any, args: tuple, kwargs: dict, out: Any, before: tuple[int, ...] = ()) -> Op:
+    def of(
+        cls,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        out: Any,
+        before: tuple[int, ...] = (),
+    ) -> Op:
         """Name the arguments of a call; an in-place operator goes by its plain name."""
         names = [a.name for a in func._schema.arguments]
         name = func._overloadpacket.__name__

@@ -8,7 +8,6 @@ is one stream with blocks on it, as a residual stream is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .passes import graph_pass
 from .tracing import Interpreter
 
 _QUESTIONS = {"size", "dim", "numel", "ndimension", "is_floating_point"}  # methods that only ask
-_COMPARISONS: set[Callable] = {
+_COMPARISONS: set[Any] = {
     getattr,
     isinstance,
     len,
@@ -45,6 +44,10 @@ def _rewrite(module: fx.GraphModule, kept: set[str]) -> None:
 class _Watcher(Interpreter):
     """A run that remembers joins and what they joined, and how often each had been written to."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.joins: dict[str, list[tuple[Tensor, int]]] = {}
+
     def run_node(self, n: fx.Node) -> Any:
         parts = [self.env[p] for p in _join(n)[0]]
         value = super().run_node(n)
@@ -56,7 +59,6 @@ class _Watcher(Interpreter):
 def _kept_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]:
     """Return the joins that go on holding what was joined: nothing writes to either later."""
     watcher, modes = _Watcher(module), {m: m.training for m in module.modules()}
-    watcher.joins = {}
     module.eval()
     with torch.no_grad():
         watcher.run(*example)
@@ -103,7 +105,8 @@ def _join(node: fx.Node) -> tuple[list[fx.Node], int]:
     """Return what a join joins, and along which axis; nothing for any other node."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
         return [], 0
-    parts = node.args[0] if node.args else node.kwargs.get("tensors", ())
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    known = isinstance(parts, (list, tuple)) and isinstance(dim, int)
-    return (list(parts), dim) if known and "out" not in node.kwargs else ([], 0)
+    if "out" in node.kwargs or not isinstance(parts, (list, tuple)) or not isinstance(dim, int):
+        return [], 0
+    return list(parts), dim

@@ -1,26 +1,47 @@
-"""The command line: `fxfuse demo` and `fxfuse fuse`."""
+"""The command line: `fxfuse demo`, `fuse`, `align` and `inspect`."""
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import fx, nn
 
 from . import presets
 from .data import Calibration
 from .display import draw
-from .errors import ArgumentError, FuseError
-from .fusion import Method, fuse
-from .references import load_data, load_model, save_weights
+from .errors import ArgumentError, DataError, FuseError
+from .evaluation import compare
+from .fusion import Method, align
+from .inspection import inspect
+from .ir import Alignment
+from .options import chosen, numbers, require_file, require_fusing
+from .pictures import ENDINGS
+from .references import file_hashes, load_data, load_example, load_model
+from .report import Report
+from .saving import save_at_least_weights
+from .terminal import show_alignment, show_inspection, stages
 
-METHODS: dict[str, Method] = {"best": presets.best, "clafusion": presets.clafusion}
+METHODS: dict[str, Callable[..., fx.GraphModule]] = {
+    "best": presets.best,
+    "average": presets.average,
+    "otfusion": presets.otfusion,
+    "clafusion": presets.clafusion,
+    "hmt": presets.hmt,
+    "git_rebasin": presets.git_rebasin,
+    "zipit": presets.zipit,
+    "elastic_zip": presets.elastic_zip,
+    "c2m3": presets.c2m3,
+}
+ALIGNING = {name: method for name, method in METHODS.items() if isinstance(method, Method)}
 app = typer.Typer(
     help="Fuse trained PyTorch networks of different depth and width into one.",
     no_args_is_help=True,
@@ -30,9 +51,26 @@ app = typer.Typer(
 )
 _out, _err = Console(), Console(stderr=True)
 
+_MODEL = "package.module:factory[?key=value&...][@checkpoint.safetensors]"
+_Models = Annotated[list[str], typer.Argument(help=_MODEL)]
+_DATA = "imagefolder:PATH[?size=..], mnist:PATH or package.module:factory"
+_Data = Annotated[str, typer.Option(help=_DATA)]
+_Samples = Annotated[int, typer.Option(help="Calibration samples to read.", min=1)]
+_OUTPUT = "The fused network, a safetensors file of its weights."
+_Output = Annotated[Path, typer.Option(help=_OUTPUT)]
+_PAIRS = "Which layers correspond, a file of what `align --json` prints."
+_Pairs = Annotated[Path | None, typer.Option(help=_PAIRS)]
+_PAGE = "Write a web page about the fusion, .html."
+_Page = Annotated[Path | None, typer.Option("--report", help=_PAGE)]
+_Seed = Annotated[int, typer.Option(help="Of the order of samples.", min=0, max=2**32 - 1)]
+_Picture = Annotated[Path | None, typer.Option(help=f"Draw the alignment: {', '.join(ENDINGS)}.")]
+
 
 def main() -> None:
     """Run the command line; errors of the library end it with status 2 and one message."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FuseError as error:
@@ -48,20 +86,16 @@ def demo(
     picture: Annotated[
         Path, typer.Option(help="Where to draw the alignment (.png, .svg or .pdf).")
     ] = Path("fxfuse-demo/alignment.png"),
-    seed: Annotated[int, typer.Option(help="Of the split, the training and the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the split, the training and the order.", min=0, max=2**32 - 1)
+    ] = 0,
 ) -> None:
     """Train two small networks on real digits, align and fuse them, and compare."""
     from .demo import run_demo
 
-    with _bar() as bar:
-        tasks: dict[str, int] = {}
-
-        def report(task: str, done: int, steps: int) -> None:
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=steps)
-            bar.update(tasks[task], completed=done)
-
-        result = run_demo(picture, seed, report)
+    require_file(picture, "--picture", ENDINGS)
+    with stages(_err) as report:
+        result = run_demo(picture, seed, lambda task, done, steps: report(task, done / steps))
     table = Table(title=f"scikit-learn digits, {result.test_images} test images, seed {seed}")
     table.add_column("network")
     table.add_column("parameters", justify="right")
@@ -69,103 +103,185 @@ def demo(
     for name, size, accuracy in result.rows:
         table.add_row(name, f"{size:,}", f"{accuracy:.1f} %")
     _out.print(table)
-    _out.print(f"alignment drawn in {result.picture}", soft_wrap=True)
+    _say(f"alignment drawn in {result.picture}")
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Shape of an input without the batch axis, such as 3x224x224 or 77:int64; "
+            "once for each input of the model.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON: name, parameters, free_units, chain, segments (label, resolution, "
+            "layers), spaces (name, size, parent, axes, features), frozen (tensor, dim, count, "
+            "node, reason).",
+        ),
+    ] = False,
+) -> None:
+    """Show what is found in a model: chain, layers, segments, spaces, what is fixed and why."""
+    if (data is None) == (not inputs):
+        raise ArgumentError(
+            "no inputs" if data is None else "inputs of two kinds",
+            where="--data and --input",
+            expected="either data, or the shape of each input",
+            do="give one of them, such as --input 3x224x224",
+        )
+    with stages(_err) as report:
+        (loaded,) = _load([model], report)
+        example = tuple(map(load_example, inputs or ()))
+        if data is not None:
+            example = _read(data, 2, 0, report).example()
+        report("analyse", 0.0)
+        found = inspect(loaded, example)
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        show_inspection(_out, found)
+
+
+@app.command("align")
+def align_command(
+    models: _Models,
+    data: _Data,
+    method: Annotated[str, typer.Option(help=", ".join(ALIGNING))] = "best",
+    samples: _Samples = 1000,
+    seed: _Seed = 0,
+    picture: _Picture = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print JSON: networks, segments (label, reference, layers, costs)."
+        ),
+    ] = False,
+) -> None:
+    """Show which layers of two or more models correspond."""
+    how = chosen(method, ALIGNING)
+    require_file(picture, "--picture", ENDINGS)
+    with stages(_err) as report:
+        loaded = _load(models, report)
+        calibration = _read(data, samples, seed, report)
+        alignment = align(loaded, calibration, method=how, progress=report)
+    if as_json:
+        typer.echo(alignment.to_json(), nl=False)
+    else:
+        show_alignment(_out, alignment)
+    _draw(alignment, picture, quiet=as_json)
 
 
 @app.command("fuse")
 def fuse_command(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="package.module:factory[?key=value&...][@checkpoint.safetensors]"),
-    ],
-    data: Annotated[
-        str, typer.Option(help="imagefolder:PATH[?size=..], mnist:PATH or package.module:factory")
-    ],
-    output: Annotated[Path, typer.Option(help="Fused weights, a safetensors file.")],
+    models: _Models,
+    data: _Data,
+    output: _Output,
     weights: Annotated[
         str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
     ] = None,
     anchor: Annotated[
         int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
     ] = None,
+    alignment: _Pairs = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
-    samples: Annotated[int, typer.Option(help="Calibration samples to read.", min=1)] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the order of samples.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="Draw the alignment here.")] = None,
+    samples: _Samples = 1000,
+    seed: _Seed = 0,
+    picture: _Picture = None,
+    page: _Page = None,
 ) -> None:
-    """Fuse trained models into one and save its weights."""
-    chosen, shares = _method(method), _numbers(weights)
-    _require_folder(output)
-    loaded = [load_model(reference) for reference in models]
-    with _bar() as bar:
-        tasks: dict[str, int] = {}
-
-        def report(stage: str, share: float) -> None:
-            for other in (t for s, t in tasks.items() if s != stage):
-                bar.update(other, completed=1.0)
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            bar.update(tasks[stage], completed=share)
-
-        report("read data", 0.0)
-        source = load_data(data, seed=seed)
-        calibration = Calibration(source, samples, lambda share: report("read data", share))
-        fused = fuse(
-            loaded, calibration, weights=shares, anchor=anchor, method=chosen, progress=report
-        )
-        save_weights(fused.state_dict(), output)
-        report("save weights", 1.0)
-    report = fused.meta["fxfuse"]
-    _out.print(str(report.alignment), markup=False, highlight=False)
-    _out.print(
+    """Fuse trained models into one and save it."""
+    how, shares = chosen(method, METHODS), numbers(weights)
+    require_file(output, "--output")
+    require_file(picture, "--picture", ENDINGS)
+    require_file(page, "--report", [".html"])
+    fusing = {"--weights": shares, "--anchor": anchor, "--alignment": alignment}
+    require_fusing(method, ALIGNING, fusing | {"--picture": picture, "--report": page})
+    plan = None if alignment is None else Alignment.load(alignment)
+    with stages(_err) as report:
+        loaded = _load(models, report)
+        files = file_hashes(models)
+        calibration = _read(data, samples, seed, report)
+        wanted = {"alignment": plan, "weights": shares, "anchor": anchor}
+        fused = how(loaded, calibration, **wanted, progress=report)
+        report("save weights", 0.0)
+        facts = fused.meta["fxfuse"]
+        if isinstance(facts, Report):
+            facts = replace(facts, files=files, seeds=facts.seeds | {"data": seed})
+            fused.meta["fxfuse"] = facts
+        refusal = save_at_least_weights(fused, output)
+        if isinstance(facts, Report) and page is not None:
+            report("compare", 0.0)
+            named = dict(zip(facts.alignment.names, loaded)) | {"fused": fused}
+            with _reading(data):
+                scores = compare(named, load_data(data, seed=seed), calibration.samples)
+            facts.save_html(page, scores, _origin(models, data, calibration.samples))
+    if refusal is not None:
+        _say(f"weights alone, as there is {refusal.met}: {refusal.where}")
+    if not isinstance(facts, Report):
+        _say(f"the weights of {len(facts.pairs)} layers transferred: {output}")
+        return
+    show_alignment(_out, facts.alignment)
+    _say(
         f"fused {len(loaded)} models on {calibration.samples} samples in "
-        f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}",
-        soft_wrap=True,
+        f"{sum(facts.seconds.values()):.1f} s, widths of model {facts.anchor}: {output}"
     )
-    if picture is not None:
-        draw(report.alignment, picture)
-        _out.print(f"alignment drawn in {picture}", soft_wrap=True)
+    _draw(facts.alignment, picture)
+    if page is not None:
+        _say(f"report written in {page}")
+
+
+def _origin(models: Sequence[str], data: str, samples: int) -> dict[str, str]:
+    """Return what the command line says of a fusion, by name."""
+    told = {f"model {k}": reference for k, reference in enumerate(models)}
+    return told | {"data": data, "samples": str(samples)}
+
+
+def _load(models: Sequence[str], report: Callable[[str, float], None]) -> list[nn.Module]:
+    loaded: list[nn.Module] = []
+    for reference in models:
+        report("load models", len(loaded) / len(models))
+        loaded.append(load_model(reference))
+    return loaded
+
+
+def _read(
+    reference: str, samples: int, seed: int, report: Callable[[str, float], None]
+) -> Calibration:
+    report("read data", 0.0)
+    source = load_data(reference, seed=seed)
+    with _reading(reference):
+        return Calibration(source, samples, lambda share: report("read data", share))
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=_err, disable=not _err.is_terminal) as bar:
-        yield bar
-
-
-def _method(name: str) -> Method:
-    if name in METHODS:
-        return METHODS[name]
-    raise ArgumentError(
-        f"the method '{name}'",
-        where="--method",
-        expected=f"one of {', '.join(METHODS)}",
-        do="leave it out for the best one",
-    )
-
-
-def _numbers(text: str | None) -> list[float] | None:
+def _reading(reference: str) -> Iterator[None]:
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(
-            f"weights '{text}'",
-            where="--weights",
-            expected="numbers with commas between them, such as 0.7,0.3",
-            do="leave it out for equal weights",
+        yield
+    except FuseError:
+        raise
+    except Exception as error:  # whatever the user's own loader raises
+        raise DataError(
+            f"data that cannot be read: {type(error).__name__}: {error}",
+            where=f"'{reference}'",
+            expected="batches whose first entry is the input",
+            do="read the first batches in Python, and mend what fails there",
         ) from error
 
 
-def _require_folder(path: Path) -> None:
-    """Refuse a path that cannot be written before any work is done for it."""
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    if path.is_dir() or not parent.is_dir():
-        raise ArgumentError(
-            "an output that is a folder" if path.is_dir() else f"a file in the way: {parent}",
-            where=f"--output {path}",
-            expected="the path of a file to write",
-            do="give a file name that ends in .safetensors",
-        )
+def _draw(alignment: Alignment, picture: Path | None, quiet: bool = False) -> None:
+    if picture is None:
+        return
+    draw(alignment, picture)
+    if not quiet:
+        _say(f"alignment drawn in {picture}")
+
+
+def _say(text: str) -> None:
+    _out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -179,7 +179,8 @@ def _composed_bias(first: Affine, second: Affine) -> Tensor | None:
     taps = second.weight.flatten(2).sum(2) if second.kernel else second.weight
     grouped = taps.unflatten(0, (second.groups, -1))
     moved = grouped @ first.bias.view(second.groups, -1, 1)
-    return second.offset + moved.flatten()
+    offset: Tensor = second.offset + moved.flatten()
+    return offset
 
 
 def _extents(affine: Affine) -> tuple[int, ...]:

@@ -201,7 +201,8 @@ def _split(
     layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Spread layers over all letters; part those that vary along a summed letter from the rest."""
-    inner, outer = [], []
+    inner: list[Tensor] = []
+    outer: list[Tensor] = []
     for layer in layers:
         sizes = dict(zip(names, layer.shape))
         order = [names.index(c) for c in letters if c in names]

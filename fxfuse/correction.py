@@ -239,4 +239,4 @@ class Regression:
         for both, groups, rest in zip(self.split, self.groups, rests):
             for fit, x, group in zip(fits, both, groups):
                 fit.add_rest(x, rest[:, group])
-        return corrected(*fits, ridges)
+        return corrected(fits[0], fits[1], ridges)

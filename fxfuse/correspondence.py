@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .balancing import Balanced
+from .balancing import Absent, Balanced
 from .errors import PairingError
 from .folding import folds
-from .ir import Space
+from .ir import Signature, Space
 from .network import Network
 
 
@@ -84,15 +84,15 @@ def _require_common_ground(
             raise _unmatched(lost[0], networks[anchor], network)
 
 
-def _by_places(network: Network) -> dict[frozenset, list[Space]]:
-    found: dict[frozenset, list[Space]] = {}
+def _by_places(network: Network) -> dict[Signature, list[Space]]:
+    found: dict[Signature, list[Space]] = {}
     for space in network.spaces:
         found.setdefault(space.signature, []).append(space)
     return found
 
 
 def _same_space(
-    space: Space, ours: Network, theirs: Network, by_places: dict[frozenset, list[Space]]
+    space: Space, ours: Network, theirs: Network, by_places: dict[Signature, list[Space]]
 ) -> Space | None:
     """Find a space by its places; a space of blocks that are no axis by a space inside it.
 
@@ -107,7 +107,7 @@ def _same_space(
     return theirs.spaces[other.parent] if other and other.parent else None
 
 
-def absent_tensors(network: Network, absent: Sequence) -> set[str]:
+def absent_tensors(network: Network, absent: Sequence[Absent]) -> set[str]:
     """Return the parameters and buffers of layers that a network has in name only.
 
     What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
@@ -122,7 +122,7 @@ def absent_tensors(network: Network, absent: Sequence) -> set[str]:
     return foreign_tensors(network, absent) - silent
 
 
-def foreign_tensors(network: Network, absent: Sequence) -> set[str]:
+def foreign_tensors(network: Network, absent: Sequence[Absent]) -> set[str]:
     """Return all parameters and buffers of layers that a network has in name only."""
     nodes = {node for a in absent for node in a.foreign}
     own = {t for node in nodes for t in network.book.tensors.get(node, ())}

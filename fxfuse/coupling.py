@@ -41,7 +41,9 @@ class CouplingMethod(Protocol):
         view: What is to be measured of the units; None if only weights count.
     """
 
-    view: View | None
+    @property
+    def view(self) -> View | None:
+        """What is to be measured of the units."""
 
     def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network.
@@ -117,7 +119,7 @@ class Plans:
                 raise _unmeasured(name, base.size, space.size)
             self.keep(name, k)
             return
-        outer = self.plans.get((self._parent(name), k))
+        outer = self.plans.get((self._parent(name) or "", k))
         plan = _solve(cost, base, space, outer, solver)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
@@ -174,7 +176,9 @@ def _unmeasured(name: str, size: int, other: int) -> PairingError:
 
 
 def _members(space: Space) -> list[np.ndarray]:
-    return [np.flatnonzero(space.blocks == b) for b in range(int(space.blocks.max()) + 1)]
+    blocks = space.blocks
+    assert blocks is not None, "a space inside blocks"
+    return [np.flatnonzero(blocks == b) for b in range(int(blocks.max()) + 1)]
 
 
 def _block_cost(
@@ -198,7 +202,8 @@ def _least(cost: np.ndarray, solver: Solver) -> float:
 
 def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return marginals that give every unit of a side the same mass."""
-    return tuple(np.full(n, 1.0 / n) for n in cost.shape)
+    rows, columns = (np.full(n, 1.0 / n) for n in cost.shape)
+    return rows, columns
 
 
 def _solve(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ class DigitNet(nn.Module):
         """Return logits `(n, 10)` of images `(n, 1, 8, 8)`."""
         x = torch.relu(self.norm(self.stem(x)))
         x = self.stage2(self.stage1(x))
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
     report = progress or (lambda task, done, steps: None)
     test_x, choice_x, train_x = _digits(seed)[0].split([TEST, CHOICE, 1797 - TEST - CHOICE])
     test_y, choice_y, train_y = _digits(seed)[1].split([TEST, CHOICE, 1797 - TEST - CHOICE])
-    parents = []
+    parents: list[nn.Module] = []
     for i, (depth, width) in enumerate(PARENTS):
         torch.manual_seed(seed + 1 + i)
-        net = DigitNet(depth, width)
+        parent = DigitNet(depth, width)
         name = f"train parent {i + 1} of 2"
-        train(net, train_x, train_y, EPOCHS, 0.05, lambda d, n, name=name: report(name, d, n))
-        parents.append(net.eval())
+        train(parent, train_x, train_y, EPOCHS, 0.05, partial(report, name))
+        parents.append(parent.eval())
     calibration = train_x[:CALIBRATION]
     report("align and fuse", 0, 2)
     alignment = align(parents, calibration)
@@ -122,7 +124,7 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
     for name, net in (("fused, fine-tuned", fused), ("better parent, fine-tuned", better)):
         tuned = copy.deepcopy(net)
         torch.manual_seed(seed + 10)
-        train(tuned, train_x, train_y, TUNING, 0.02, lambda d, n, name=name: report(name, d, n))
+        train(tuned, train_x, train_y, TUNING, 0.02, partial(report, name))
         rows.append((name, _size(tuned), _accuracy(tuned, test_x, test_y)))
     draw(alignment, picture)
     return DemoResult(tuple(rows), alignment, len(test_y), picture, fused)

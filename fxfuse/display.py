@@ -1,116 +1,113 @@
-"""Draw an alignment: networks side by side, matched layers joined, neutral ones hollow."""
+"""Draw an alignment: networks side by side, matched layers joined, added or lost ones marked."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import ArgumentError
-from .ir import Alignment, SegmentAlignment
+from .files import write_text
+from .pictures import require_picture, save_figure
+from .scene import SMALL, TEXT, Box, Line, Scene, lay_out
+from .svg import BOXES, CHAIN, MUTED, TEXTS, clean, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _ROW, _GAP = 4.2, 0.42, 0.35  # inches: a network's column, a layer, between segments
-_MATCHED, _INSERTED = "#dce9f5", "#ffffff"
+    from .ir import Alignment
+
+_SCREEN = 96  # pixels of a scene per inch
+_ENDS = {"start": "left", "middle": "center", "end": "right"}
 
 
-def draw(alignment: Alignment, path: str | os.PathLike[str]) -> None:
+def draw(
+    alignment: Alignment,
+    path: str | os.PathLike[str],
+    removed: Sequence[Collection[str]] = (),
+) -> None:
     """Write the picture of an alignment.
 
-    Each column is a network, each band a segment. Filled boxes are layers of the network, dashed
-    ones neutral layers to be inserted; lines join matched layers, darker the more alike they are.
+    Each column is a network, each band a segment. Filled boxes are layers of the network with their
+    width at the right, dashed ones neutral layers to be inserted; lines join matched layers, with
+    the cost of the match, blue and thick where they are alike.
 
     Args:
         alignment: What to draw.
         path: A file ending in .png, .svg or .pdf.
+        removed: Per network, the names of the layers that are merged away instead of the others
+            getting neutral ones, as in `Report.removed`.
 
     Raises:
         ArgumentError: If the ending is another.
     """
+    target = require_picture(path)
+    scene = lay_out(alignment, removed)
+    if target.suffix == ".svg":
+        label = "alignment of " + " and ".join(alignment.names)
+        text = '<?xml version="1.0" encoding="UTF-8"?>\n' + _paper(scene, label)
+        write_text(target, text)
+    else:
+        _save(scene, target)
+
+
+def _paper(scene: Scene, label: str) -> str:
+    head, _, rest = render(scene, label).partition("\n")
+    return f'{head}\n<rect width="100%" height="100%" fill="#ffffff"/>\n{rest}\n'
+
+
+def _save(scene: Scene, target: Path) -> None:
     from matplotlib.figure import Figure  # half a second to import, so only where it is needed
 
-    target = Path(path)
-    if target.suffix not in (".png", ".svg", ".pdf"):
-        raise ArgumentError(
-            f"a picture with the ending '{target.suffix}'",
-            where=str(target),
-            expected="a path that ends in .png, .svg or .pdf",
-            do="choose one of these formats",
-        )
-    rows = sum(len(s.slots[0]) for s in alignment.segments)
-    height = 0.9 + rows * _ROW + len(alignment.segments) * _GAP
-    figure = Figure(figsize=(1.4 + _WIDTH * len(alignment.names), height), layout="constrained")
-    axes = figure.add_subplot()
-    _draw_all(axes, alignment, height)
-    write_atomically(target, lambda temporary: figure.savefig(temporary, dpi=110))
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _draw_all(axes: Axes, alignment: Alignment, height: float) -> None:
-    count = len(alignment.names)
-    for k, name in enumerate(alignment.names):
-        axes.text(k * _WIDTH + 1.5, 0.1, name, ha="center", va="center", weight="bold", size=11)
-    y = -0.45
-    for segment in alignment.segments:
-        bottom = y - len(segment.slots[0]) * _ROW
-        axes.axhspan(bottom, y, color="#f6f6f2", zorder=0)
-        axes.text(-0.25, (y + bottom) / 2, segment.label, ha="right", va="center", size=9)
-        for i in range(len(segment.slots[0])):
-            _draw_slot(axes, segment, i, y - (i + 0.5) * _ROW)
-        y = bottom - _GAP
-    axes.set_xlim(-1.7, (count - 1) * _WIDTH + 3.2)
-    axes.set_ylim(y, 0.4)
+    figure = Figure(figsize=(scene.width / _SCREEN, scene.height / _SCREEN))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, scene.width)
+    axes.set_ylim(scene.height, 0)
     axes.axis("off")
+    for line in scene.lines:
+        _draw_line(axes, line)
+    for box in scene.boxes:
+        _draw_box(axes, box)
+    for text in scene.texts:
+        size, weight, ink = TEXTS[text.kind]
+        style: Any = {"size": _points(size), "color": ink, "weight": weight or "normal"}
+        place: Any = {"ha": _ENDS[text.anchor], "va": "center_baseline", "zorder": 4}
+        axes.text(text.x, text.y, clean(text.text), parse_math=False, **style, **place)
+    save_figure(figure, target, dpi=144)
 
 
-def _draw_slot(axes: Axes, segment: SegmentAlignment, slot: int, y: float) -> None:
+def _points(pixels: float) -> float:
+    return pixels * 72 / _SCREEN
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    width, colour = _points(line.thickness), line.colour or CHAIN
+    axes.plot([line.x1, line.x2], [line.y1, line.y2], color=colour, linewidth=width, zorder=2)
+
+
+def _draw_box(axes: Axes, box: Box) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    for k, row in enumerate(segment.slots):
-        name, x = row[slot], k * _WIDTH
-        style = {"facecolor": _MATCHED, "edgecolor": "#4a6a8a", "linewidth": 1.0}
-        if name is None:
-            style = {"facecolor": _INSERTED, "edgecolor": "#999999", "linestyle": "--"}
-        shape = "round,pad=0.02,rounding_size=0.08"
-        height = _ROW * 0.62
-        axes.add_patch(FancyBboxPatch((x, y - height / 2), 3.0, height, boxstyle=shape, **style))
-        text, colour = (name, "#1b2a38") if name is not None else ("neutral, inserted", "#999999")
-        axes.text(x + 1.5, y, text, ha="center", va="center", size=9, color=colour)
-    for k in range(len(segment.slots) - 1):
-        pair = [segment.slots[j][slot] for j in (k, k + 1)]
-        if None not in pair:
-            _join(axes, segment, slot, k, y)
-
-
-def _join(axes: Axes, segment: SegmentAlignment, slot: int, k: int, y: float) -> None:
-    other = k + 1 if segment.reference != k + 1 else k
-    cost = segment.cost_of(other, slot)
-    alike = 1.0 if cost is None else max(0.0, 1.0 - cost)
-    left, right = k * _WIDTH + 3.05, (k + 1) * _WIDTH - 0.05
-    axes.plot([left, right], [y, y], color="#b04a2f", alpha=0.25 + 0.75 * alike**2, linewidth=2)
-    if cost is not None:
-        label = f"{cost:.3f}"
-        axes.text((left + right) / 2, y + 0.1, label, ha="center", va="bottom", size=7.5)
+    fill, outline, dashes, ink = BOXES[box.kind]
+    radius = 0 if box.kind == "chip" and not box.text else 5
+    patch = FancyBboxPatch(
+        (box.x, box.y),
+        box.width,
+        box.height,
+        boxstyle=f"round,pad=0,rounding_size={radius}",
+        facecolor=box.fill or fill,
+        edgecolor=outline,
+        linewidth=_points(1),
+        linestyle="--" if dashes else "-",
+        zorder=1 if box.kind == "band" else 3,
+    )
+    axes.add_patch(patch)
+    y = box.y + box.height / 2
+    style: Any = {"va": "center_baseline", "zorder": 4, "parse_math": False}
+    if box.text:
+        size = _points(SMALL if box.kind in ("chip", "inserted") else TEXT)
+        x = box.x + (box.width - (40 if box.note else 0)) / 2
+        axes.text(x, y, clean(box.text), ha="center", size=size, color=ink, **style)
+    if box.note:
+        x, size = box.x + box.width - 8, _points(SMALL)
+        axes.text(x, y, box.note, ha="right", size=size, color=MUTED, **style)

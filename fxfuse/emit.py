@@ -30,7 +30,8 @@ class Target:
     @property
     def power(self) -> np.ndarray:
         """`(units,)` root mean squares."""
-        return np.sqrt(self.mean**2 + self.spread**2)
+        found: np.ndarray = np.sqrt(self.mean**2 + self.spread**2)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ class FuseError(Exception):
     def __str__(self) -> str:
         return f"{self.met}\n  where: {self.where}\n  expected: {self.expected}\n  to do: {self.do}"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.met, self.where, self.expected, self.do)
 
 
@@ -61,7 +61,15 @@ class SolverError(FuseError):
 
 
 class CheckpointError(FuseError):
-    """A file of weights cannot be read, does not fit, or cannot be written."""
+    """A file of weights or of a network cannot be read, is refused, or does not fit."""
+
+
+class SaveError(FuseError):
+    """A network has parts that cannot be written down without code of their own."""
+
+
+class WriteError(FuseError):
+    """A file cannot be written."""
 
 
 class ReferenceFormatError(FuseError, ValueError):

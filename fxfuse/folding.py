@@ -33,7 +33,8 @@ class FoldedState:
             return raw
         dim, factor = self.factors[name]
         along = [-1 if d == dim else 1 for d in range(raw.ndim)]
-        return (raw * factor.reshape(along)).astype(raw.dtype)
+        folded: np.ndarray = (raw * factor.reshape(along)).astype(raw.dtype)
+        return folded
 
 
 def tensors_of(module: fx.GraphModule) -> list[tuple[str, Tensor]]:
@@ -62,10 +63,11 @@ def folds(network: Network) -> dict[str, str]:
     able, found = producers(network), {}
     users: dict[str, int] = {}
     for roles in network.book.norms.values():
-        users[roles["running_mean"]] = users.get(roles["running_mean"], 0) + 1
+        users[str(roles["running_mean"])] = users.get(str(roles["running_mean"]), 0) + 1
     for name, roles in network.book.norms.items():
         before = network.inputs_of(nodes[name])[0]
-        if before.name in able and len(before.users) == 1 and users[roles["running_mean"]] == 1:
+        alone = len(before.users) == 1 and users[str(roles["running_mean"])] == 1
+        if before.name in able and alone:
             found[name] = before.name
     return found
 
@@ -80,9 +82,10 @@ def fold(network: Network, folded: dict[str, str]) -> FoldedState:
     tensors = {n: t.detach().cpu().numpy() for n, t in tensors_of(network.module)}
     able, factors, scales, shifts = producers(network), {}, {}, {}
     for name, roles in network.book.norms.items():
-        variance = tensors[roles["running_var"]].astype(float)
-        scale = tensors.get(roles.get("weight"), 1.0) / np.sqrt(variance + float(roles["eps"]))
-        shift = tensors.get(roles.get("bias"), 0.0) - tensors[roles["running_mean"]] * scale
+        mean, variance = (tensors[str(roles[r])] for r in ("running_mean", "running_var"))
+        spread = np.sqrt(variance.astype(float) + float(roles["eps"]))
+        scale = tensors.get(str(roles.get("weight")), 1.0) / spread
+        shift = tensors.get(str(roles.get("bias")), 0.0) - mean * scale
         if name in folded:
             weight, dim = able[folded[name]]
             for tensor in network.book.tensors[folded[name]]:

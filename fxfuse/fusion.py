@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import fx, nn
@@ -11,6 +11,7 @@ from torch import fx, nn
 from .aligners import Aligner, monotone
 from .alignment import Pairs, align_networks
 from .balancing import Balancing, deepen
+from .checks import lint
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
@@ -30,7 +31,6 @@ from .segments import partition
 from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes, run_once
 from .transport import Transport
-from .verify import lint
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,58 @@ def fuse(
         clock.start("attach heads")
         notes = heads(fused, mixer, behind, models)
         _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock.stop(), notes)
+    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, notes, _seeds(method))
     return fused
+
+
+def _seeds(method: Method) -> dict[str, int]:
+    """Return the seeds of a method's choices; what has none draws nothing, or always the same."""
+    found = {f.name: getattr(getattr(method, f.name), "seed", None) for f in fields(method)}
+    return {name: seed for name, seed in found.items() if isinstance(seed, int)}
+
+
+def fuse_along(
+    models: Sequence[nn.Module],
+    data: Any,
+    weights: Iterable[Sequence[float]],
+    *,
+    alignment: Alignment | None = None,
+    anchor: int | None = None,
+    method: Method | None = None,
+    progress: Progress | None = None,
+) -> Iterator[fx.GraphModule]:
+    """Fuse the same networks with one set of weights after the other, analysed and balanced once.
+
+    Args:
+        models: As for `fuse`.
+        data: As for `fuse`.
+        weights: The shares of each fusion.
+        alignment: As for `fuse`.
+        anchor: As for `fuse`.
+        method: As for `fuse`.
+        progress: As for `fuse`.
+
+    Yields:
+        What `fuse` returns for each set of weights.
+    """
+    method, clock = method or Method(), Clock(progress)
+    all_shares = [shares_of(w, models) for w in weights]
+    networks, calibration = take_in(models, data, clock)
+    target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
+    if alignment is None:
+        clock.start("align layers")
+        alignment = align_networks(
+            networks, calibration, method.aligner, method.layer_cost, False, tick=clock.tick
+        )
+    clock.start("balance depths")
+    balanced = method.balancing(networks, alignment, calibration)
+    match = correspond(balanced, target)
+    for shares in all_shares:
+        mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
+        module, outcome = _mix(mixer, calibration, method, clock)
+        fused = copy_modes(models[target], module)
+        fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, seeds=_seeds(method))
+        yield fused
 
 
 def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:
@@ -232,6 +282,7 @@ def balance(
     *,
     alignment: Alignment | None = None,
     method: Method | None = None,
+    progress: Progress | None = None,
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
 
@@ -243,6 +294,7 @@ def balance(
         data: Calibration inputs, as for `fuse`.
         alignment: Which layers correspond; found by `align` if not given.
         method: The choices along the way.
+        progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
         One `GraphModule` per network, equal node for node and name for name, each computing what
@@ -254,11 +306,13 @@ def balance(
             place of one that is to be removed.
         NotEquivalent: If the function of a network that keeps its layers would change.
     """
-    method = method or Method()
-    networks, calibration = take_in(models, data, Clock(None))
+    method, clock = method or Method(), Clock(progress)
+    networks, calibration = take_in(models, data, clock)
     if alignment is None:
+        clock.start("align layers")
         choices = method.aligner, method.layer_cost
-        alignment = align_networks(networks, calibration, *choices, measure_forced=False)
+        alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
+    clock.start("balance depths")
     balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]

@@ -16,6 +16,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx, nn
 
+from .checks import TOLERANCE, relative_error, sizes_of
 from .cutting import Head
 from .errors import FuseError, PairingError
 from .interpreter import OPEN, label_network
@@ -24,7 +25,6 @@ from .mixing import Mixer, apply_along
 from .spaces import rearrange
 from .ties import spaces_of
 from .tracing import run_once
-from .verify import TOLERANCE, relative_error, sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,8 @@ class Crossing:
     @property
     def source(self) -> fx.Node:
         """The node by which the head takes the value."""
-        return next(iter(self.head.module.graph.nodes))
+        found: fx.Node = next(iter(self.head.module.graph.nodes))
+        return found
 
 
 def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
@@ -141,7 +142,8 @@ def reads_alike(crossing: Crossing, module: fx.GraphModule) -> bool:
 
 def folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
     """Fold the map into all weights that read the value, if only contractions do."""
-    own, found = crossing.read.shape[0], {}
+    own = crossing.read.shape[0]
+    found: dict[tuple[str, int], np.ndarray] = {}
     for space in spaces:
         for feature in (a for a in space.features if a.tensor == crossing.source.name):
             for axis in space.axes:

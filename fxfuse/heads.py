@@ -153,13 +153,15 @@ class Union:
         """
         modules, notes = grafted(trunk, mixer, heads, models)
         mixing = self._mixing(mixer.weights, trunk_value(trunk, mixer))
-        layers = [single_layer(m) for m in modules]
-        name, last = layers[mixer.anchor] or ("", None)
-        if all(layers) and name not in dict(trunk.named_modules()):
+        layers = [layer for layer in map(single_layer, modules) if layer is not None]
+        taken, dim = dict(trunk.named_modules()), heads[mixer.anchor].dim
+        if len(layers) == len(modules) and layers[mixer.anchor][0] not in taken:
+            name, last = layers[mixer.anchor]
             whole = one_layer(trunk, name, [x for _, x in layers], mixing, last)
         else:
             calls = attach(trunk, mixer, modules, heads)
-            whole = mixed(trunk, calls, torch.cat(mixing, 1), heads[mixer.anchor].dim)
+            assert dim is not None, "labels lie along one axis"
+            whole = mixed(trunk, calls, torch.cat(mixing, 1), dim)
         give_back(trunk, whole)
         return notes
 
@@ -204,14 +206,15 @@ def label_axis(network: Network) -> tuple[int, int]:
         ArgumentError: If the network returns several tensors, or none with such an axis.
     """
     dim, returned = output_axis(network), network.module.graph.output_node()
-    if dim is None:
+    value = returned.args[0]
+    if dim is None or not isinstance(value, fx.Node):
         raise ArgumentError(
             "outputs that are not one tensor with an axis of units that a layer writes",
-            where=f"the argument `heads`, {network.name}, which returns {returned.args[0]}",
+            where=f"the argument `heads`, {network.name}, which returns {value}",
             expected="one tensor of logits, to give each output a label",
             do="use fxfuse.heads.Separate, which hands on whatever each network returns",
         )
-    return dim, network.book.shapes[returned.args[0].name][dim]
+    return dim, network.book.shapes[value.name][dim]
 
 
 def _misfit(met: str, where: str, expected: str) -> ArgumentError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,18 @@ Progress = Callable[[str, float], None]
 
 
 class Clock:
-    """Times the stages and tells the caller how far they are."""
+    """Times the stages and tells the caller how far they are.
+
+    Attributes:
+        seconds: Wall time of each stage.
+        memory: Peak resident bytes of the process so far, at the end of each stage, where the
+            system tells them.
+    """
 
     def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.seconds = progress, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self.stage, self.since = "", time.perf_counter()
 
     def start(self, stage: str) -> None:
@@ -41,8 +50,21 @@ class Clock:
         """End the last stage; return the seconds of all."""
         if self.stage:
             self.seconds[self.stage] = time.perf_counter() - self.since
+            peak = peak_memory()
+            if peak is not None:
+                self.memory[self.stage] = peak
             self.stage = ""
         return self.seconds
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far in bytes, None if nobody tells."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def take_in(
@@ -73,7 +95,10 @@ def take_in(
     calibration = data if isinstance(data, Calibration) else Calibration(data)
     clock.start("trace and find spaces")
     names = _names(models)
-    graphs = [trace(m, name) for m, name in zip(models, names)]
+    graphs = []
+    for model, name in zip(models, names):
+        graphs.append(trace(model, name))
+        clock.tick(0.5 * len(graphs) / len(models))
     example = calibration.example()
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
@@ -83,6 +108,7 @@ def take_in(
     networks = []
     for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
         networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
+        clock.tick(0.5 + 0.5 * len(networks) / len(models))
     return networks, calibration
 
 
@@ -131,7 +157,7 @@ def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> t
     count = len(models) if isinstance(models, Sequence) else 0
     given = [1.0] * count if weights is None else [float(w) for w in weights]
     total = sum(given)
-    good = all(w >= 0 and w < float("inf") for w in given) and (total > 0 or not count)
+    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
     if len(given) != count or not good:
         raise ArgumentError(
             f"weights {given}",

@@ -25,14 +25,20 @@ OPEN = "open"  # key of the meta of an output whose units are free; of an input,
 
 class _MirrorMode(TorchDispatchMode):
     def __init__(self, run: LabelRun) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.run = run
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # the default wraps every call, which imports the whole compiler: 2 s, 300 MB
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         first = next((a for a in args if isinstance(a, Tensor)), None)
         before = () if first is None else tuple(first.shape)
         out = func(*args, **(kwargs or {}))
@@ -45,7 +51,7 @@ class _NodeInterpreter(Interpreter):
 
     def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
         super().__init__(module)
-        self.labelled = run
+        self.graph_module, self.labelled = module, run
         self.layers: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
 
@@ -55,7 +61,7 @@ class _NodeInterpreter(Interpreter):
         value = super().run_node(n)
         if n.op == "placeholder" and OPEN in n.meta:
             run.open(value, n.meta[OPEN])
-        if n.op == "output" or is_choice(self.module, n):  # given the outputs of both modes
+        if n.op == "output" or is_choice(self.graph_module, n):  # given the outputs of both modes
             given, _ = self.fetch_args_kwargs_from_env(n)
             self.outputs += [layer for t in tensors_in(given) for layer in run.of(t).layers]
         if n.op != "output" and isinstance(value, Tensor):
@@ -69,15 +75,16 @@ class _NodeInterpreter(Interpreter):
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Take the forms of attention and recurrent layers that show what they are made of."""
-    fastpath, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors
+    fastpath, fused = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False
+    mkldnn.enabled = False
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch.backends.mkldnn.enabled = fused
+        mkldnn.enabled = fused
 
 
 def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:

@@ -13,8 +13,11 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array
 
+from .alignment_json import Written
 from .errors import ArgumentError
+from .views import LayerFacts, Views
 
+Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
 
 
@@ -60,7 +63,7 @@ class Space:
     blocks: np.ndarray | None = None
 
     @property
-    def signature(self) -> frozenset[tuple]:
+    def signature(self) -> Signature:
         """The places of the units: what identifies the same space in networks of one structure."""
         return frozenset((a.tensor, a.dim, a.reads, a.index.shape[1]) for a in self.axes)
 
@@ -261,16 +264,18 @@ class SegmentAlignment:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Written, Views):
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:
         segments: One entry per pair of segments, in network order.
         names: How the networks are called.
+        facts: Per network, what pictures say of each layer; may be left out.
     """
 
     segments: tuple[SegmentAlignment, ...]
     names: tuple[str, ...]
+    facts: tuple[dict[str, LayerFacts], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def pairs(self) -> list[list[tuple[str, str]]]:

@@ -74,7 +74,7 @@ class Facts:
 
     features: dict[str, list[TensorAxis]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    ops: dict[str, list[tuple]] = field(default_factory=dict)
+    ops: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     weights: dict[str, list[str]] = field(default_factory=dict)
     tensors: dict[str, list[str]] = field(default_factory=dict)
     norms: dict[str, dict[str, str | float]] = field(default_factory=dict)
@@ -189,7 +189,7 @@ class LabelRun:
         self._names = WeakTensorKeyDictionary()
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
-        self._sharing: dict[int, list[weakref.ref]] = {}
+        self._sharing: dict[int, list[weakref.ref[Tensor]]] = {}
         self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         for name, tensor in tensors:
             if tensor.is_floating_point() and tensor not in self._names:

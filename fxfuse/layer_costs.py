@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from .costs import euclidean
 from .errors import DataError
 from .moments import Moments, PairMoments
-from .solvers import Exact
+from .solvers import Exact, Solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ LayerCost = Callable[[Views, Views], "Meter | np.ndarray"]
 def neuron_counts(rows: Views, columns: Views) -> np.ndarray:
     """Squared difference of the numbers of units."""
     a, b = (np.array([x.width for x in layers], dtype=float) for layers in (rows, columns))
-    return np.subtract.outer(a, b) ** 2
+    found: np.ndarray = np.subtract.outer(a, b) ** 2
+    return found
 
 
 def weight_distributions(rows: Views, columns: Views, levels: int = 1000) -> np.ndarray:
@@ -100,7 +102,9 @@ def weight_distributions(rows: Views, columns: Views, levels: int = 1000) -> np.
 
 def _quantiles(layer: LayerView, at: np.ndarray) -> np.ndarray:
     single = np.sort(np.concatenate([w.ravel() for w in layer.weights()]).astype(np.float32))
-    return np.interp(at * len(single) - 0.5, np.arange(len(single)), single.astype(float))
+    places = np.arange(len(single))
+    found: np.ndarray = np.interp(at * len(single) - 0.5, places, single.astype(float))
+    return found
 
 
 # --- linear CKA -----------------------------------------------------------------------------------
@@ -149,7 +153,8 @@ def unbiased_gram(x: Tensor) -> Tensor:
     g.fill_diagonal_(0.0)
     sums = g.sum(0) / (n - 2)
     g = g - sums[:, None] - sums[None] + sums.sum() / (n - 1)
-    return g.fill_diagonal_(0.0) / (n * (n - 3)) ** 0.5
+    g.fill_diagonal_(0.0)
+    return g / math.sqrt(n * (n - 3))
 
 
 class _Kernels(Meter):
@@ -160,7 +165,11 @@ class _Kernels(Meter):
         self.own = np.zeros(rows), np.zeros(columns)
         self.largest, self.least = 0, 4 if cost.unbiased else 1
         self.together = cost.batch
-        self.reduce = unbiased_gram if cost.unbiased else gram
+        self.gram = unbiased_gram if cost.unbiased else gram
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return the Gram matrix `(n, n)` of samples."""
+        return self.gram(x)
 
     def add(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
         left = torch.stack([g.flatten() for g in rows])
@@ -198,7 +207,7 @@ class Wasserstein:
         solver: Solves the transport problem of each pair of layers.
     """
 
-    solver: Callable[[np.ndarray, np.ndarray, np.ndarray], Any] = Exact()
+    solver: Solver = Exact()
 
     def __call__(self, rows: Views, columns: Views) -> Meter:
         """Return what compares the layers of two networks."""
@@ -208,7 +217,7 @@ class Wasserstein:
 class _Clouds(Meter):
     """Moments of the units of every layer, and cross moments of layers that can pair."""
 
-    def __init__(self, rows: Views, columns: Views, solver: Callable) -> None:
+    def __init__(self, rows: Views, columns: Views, solver: Solver) -> None:
         self.solver, self.positions = solver, 1
         self.moments = [Moments() for _ in rows], [Moments() for _ in columns]
         a, b = self.moments

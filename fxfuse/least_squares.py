@@ -87,6 +87,7 @@ class NormalEquations:
         self, ridge: float, start: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Solve with one equation for each input; return weights and both means."""
+        assert self._sums is not None, "rows were summed up"
         xx, xy, x, y = (s / self.count for s in self._sums)
         xx, xy = xx - x.mT @ x, xy - x.mT @ y
         mean, aim = x + self.origin, y + self.aim
@@ -170,7 +171,8 @@ def patches(x: Tensor, affine: Affine, at: Tensor | None = None) -> Tensor:
     x = x.movedim(1, 1 + n)  # samples, places, channels, kernel: a view, copied only below
     places = x.shape[: 1 + n]
     x = x.flatten(0, n) if at is None else x[torch.unravel_index(at, places)]
-    return x.unflatten(1, (affine.groups, -1)).flatten(2).transpose(0, 1)
+    seen: Tensor = x.unflatten(1, (affine.groups, -1)).flatten(2).transpose(0, 1)
+    return seen
 
 
 def rows(y: Tensor, affine: Affine) -> Tensor:

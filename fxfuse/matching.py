@@ -140,7 +140,7 @@ def _flags(
 ) -> list[str | int] | None:
     """Return the arguments of a node that follow the mode, None if others differ."""
     args, kwargs = map_arg((node.args, node.kwargs), partners.__getitem__)
-    places = [*enumerate(zip(args, partner.args))]
+    places: list[tuple[int | str, tuple[Any, Any]]] = [*enumerate(zip(args, partner.args))]
     places += [(key, (kwargs[key], partner.kwargs[key])) for key in kwargs]
     differing = [(key, x, y) for key, (x, y) in places if _text(x) != _text(y)]
     if any(x is not False or y is not True for _, x, y in differing):

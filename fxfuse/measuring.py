@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -103,7 +104,7 @@ def _joins_second(network: Network, node: fx.Node, add: fx.Node) -> bool:
 
 def bypasses(balanced: Balanced) -> list[Bypass]:
     """Return, per network, the nodes that need not run because its layer is absent."""
-    found = []
+    found: list[Bypass] = []
     for absent in balanced.absent:
         silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
         found.append({n: (a.entry, n in a.carriers) for a in silent for n in a.nodes})
@@ -145,9 +146,10 @@ def measure(
     kept: dict[str, list[Moments | None]] = {}
     seen = 0
 
-    def visit(node: fx.Node, values: list) -> None:
+    def visit(node: fx.Node, values: list[Any]) -> None:
         for key in by_node.get(node.name, ()):
             measured = visits.get(key, ())
+            moved: list[Tensor | None]
             if key[1] is None:
                 dim = measured[0].axes[0].dim if measured else outputs[node.name]
                 moved = [None if v is None else v.movedim(dim, 0) for v in values]
@@ -185,12 +187,14 @@ class _Meter:
         shifted: list[Tensor | None] = [None] * len(values)
         for k, value in enumerate(values):
             if value is not None:
-                self.moments[k] = self.moments[k] or Moments()
-                shifted[k] = self.moments[k].add(value)
+                moments = self.moments[k] = self.moments[k] or Moments()
+                shifted[k] = moments.add(value)
         for i, k in pairs:
+            a, b, here, there = self.moments[i], self.moments[k], shifted[i], shifted[k]
+            assert a and b and here is not None and there is not None, "both are shown"
             if (i, k) not in self.pairs:
-                self.pairs[i, k] = PairMoments(self.moments[i], self.moments[k])
-            self.pairs[i, k].add_shifted(shifted[i], shifted[k])
+                self.pairs[i, k] = PairMoments(a, b)
+            self.pairs[i, k].add_shifted(here, there)
 
 
 @dataclass(frozen=True, eq=False)

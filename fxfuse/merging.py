@@ -57,10 +57,9 @@ class Merging:
         branched = [x.name for x in (*piece, behind) if x is not None and x.branched]
         if branched:
             return f"'{branched[0]}' is a block, which cannot be merged"
-        adjoining = behind is not None and behind.entry == removal.last.nodes[-1]
-        if len(removal.pieces) > 1 or not adjoining:
+        if len(removal.pieces) > 1 or behind is None or behind.entry != removal.last.nodes[-1]:
             return "steps such as pooling or flattening lie between them and the next layer"
-        total = None
+        total: Affine | None = None
         for layer in (*piece, behind):
             producer = edit.producer(layer)
             if producer is None:
@@ -69,6 +68,7 @@ class Merging:
             if affine is None:
                 return f"'{layer.name}' does more than contract, normalise and activate"
             total = affine if total is None else compose(total, affine)
+        assert producer is not None and total is not None, "there is the layer behind at least"
         if _geometry(total) != _geometry(producer.affine):
             return f"merged they need {_say(total)}; '{behind.name}' has {_say(producer.affine)}"
         return producer, total
@@ -99,7 +99,7 @@ class Merging:
         return self.gate(units)
 
 
-def _geometry(affine: Affine) -> tuple:
+def _geometry(affine: Affine) -> tuple[object, ...]:
     return affine.kernel, affine.stride, affine.padding, affine.dilation, affine.groups
 
 

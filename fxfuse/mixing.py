@@ -61,13 +61,15 @@ class Mixer:
         """
         shape = values[self.anchor].shape
         if along is not None:
-            shape = self._anchor_spaces().sizes[name, along]
+            shape = (self._anchor_spaces().sizes[name, along],)
         total = np.zeros(shape, dtype=values[self.anchor].dtype)
         shares = self.shares(name)
         for k, (share, value) in enumerate(zip(shares, values)):
-            if share and along is None:
+            if not share:
+                continue
+            if along is None:
                 total += share * self.carry(name, value, k)
-            elif share:
+            else:
                 total += share * (self.axis_map(name, along, k) @ value)
         for dim in range(total.ndim):
             mass = self._mass(name, dim if along is None else along, shares)
@@ -139,14 +141,17 @@ class Mixer:
         if whole is not None:
             return whole
         spaces = [self.balanced.networks[i].spaces for i in (self.anchor, k)]
-        found = [{s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces]
-        return self._positions(name, dim, *found, *(x.sizes[name, dim] for x in spaces), k)
+        base, here = ({s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces)
+        ours, theirs = (x.sizes[name, dim] for x in spaces)
+        return self._positions(name, dim, base, here, ours, theirs, k)
 
     def feature_map(self, node: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a node's output."""
         networks = [self.balanced.networks[i] for i in (self.anchor, k)]
-        found = [{s.name: a for s, a in n.spaces.shown.get((node, dim), ())} for n in networks]
-        return self._positions(node, dim, *found, *(n.book.shapes[node][dim] for n in networks), k)
+        shown = (n.spaces.shown.get((node, dim), ()) for n in networks)
+        base, here = ({s.name: a for s, a in pairs} for pairs in shown)
+        ours, theirs = (n.book.shapes[node][dim] for n in networks)
+        return self._positions(node, dim, base, here, ours, theirs, k)
 
     def reading_map(self, node: str, dim: int, k: int) -> csr_array:
         """Return the map `(own positions, fused positions)` for what reads a node's output.
@@ -156,9 +161,9 @@ class Mixer:
         """
         networks = [self.balanced.networks[i] for i in (self.anchor, k)]
         places = [n.spaces.shown.get((node, dim), ()) for n in networks]
-        found = [{s.name: replace(a, reads=True) for s, a in shown} for shown in places]
-        sizes = [n.book.shapes[node][dim] for n in networks]
-        return csr_array(self._positions(node, dim, *found, *sizes, k).T)
+        base, here = ({s.name: replace(a, reads=True) for s, a in shown} for shown in places)
+        ours, theirs = (n.book.shapes[node][dim] for n in networks)
+        return csr_array(self._positions(node, dim, base, here, ours, theirs, k).T)
 
     def _positions(
         self,
@@ -235,7 +240,8 @@ def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
             return taken
         along = [-1 if d == dim else 1 for d in range(tensor.ndim)]
         factors = matrix.data.astype(tensor.dtype).reshape(along)
-        return np.multiply(taken, factors, out=None if still else taken)
+        scaled: np.ndarray = np.multiply(taken, factors, out=None if still else taken)
+        return scaled
     moved = np.moveaxis(tensor, dim, 0)
     flat = np.ascontiguousarray(moved).reshape(len(moved), -1)
     matrix = matrix.astype(flat.dtype)

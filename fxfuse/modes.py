@@ -223,8 +223,9 @@ def evaluating_part(module: fx.GraphModule) -> fx.GraphModule | None:
 def _evaluated(module: fx.GraphModule, output: fx.Node) -> Any:
     """Return what a graph returns in eval mode."""
     result = output.args[0]
-    chosen = isinstance(result, fx.Node) and is_choice(module, result)
-    return result.args[0] if chosen else result
+    if isinstance(result, fx.Node) and is_choice(module, result):
+        return result.args[0]
+    return result
 
 
 def _mode_of(module: fx.GraphModule, node: fx.Node) -> type[Mode] | None:

@@ -52,12 +52,14 @@ class Moments:
     @property
     def spread(self) -> np.ndarray:
         """`(units,)` standard deviations."""
-        return np.sqrt(self.variance)
+        found: np.ndarray = np.sqrt(self.variance)
+        return found
 
     @property
     def power(self) -> np.ndarray:
         """`(units,)` root mean squares."""
-        return np.sqrt(self.mean**2 + self.variance)
+        found: np.ndarray = np.sqrt(self.mean**2 + self.variance)
+        return found
 
 
 class PairMoments:

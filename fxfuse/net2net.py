@@ -115,8 +115,9 @@ def net2wider(
         module, error = exact(plan)
         return module, plan, error
 
+    kept: dict[str, str] = {}
     if like is not None:
-        (module, plan, error), kept = attempt(analysed(like, example, "the wider model")), {}
+        module, plan, error = attempt(analysed(like, example, "the wider model"))
     else:
         (module, plan, error), kept = _rescaled(network, factor, attempt)
     if noise:
@@ -171,8 +172,9 @@ def narrow(
         module, error = nearest(plan, own.module, own.example, 0.0)
         return module, plan, error
 
+    kept: dict[str, str] = {}
     if like is not None:
-        (module, plan, error), kept = attempt(analysed(like, example, "the narrower model")), {}
+        module, plan, error = attempt(analysed(like, example, "the narrower model"))
     else:
         (module, plan, error), kept = _rescaled(network, share, attempt)
     return _finished(model, module, plan, kept, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -54,9 +55,9 @@ class Network:
                 found.add(node)
         return {n.name for n in found}
 
-    def steps(self, node: fx.Node | str) -> list[tuple]:
+    def steps(self, node: fx.Node | str) -> list[tuple[Any, ...]]:
         """Return the descriptors of the operators that a node runs."""
-        return self.book.ops.get(getattr(node, "name", node), [])
+        return self.book.ops.get(node if isinstance(node, str) else node.name, [])
 
     def rules(self, node: fx.Node | str) -> set[str]:
         """Return the kinds of operators that a node runs."""

@@ -13,6 +13,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -89,7 +91,8 @@ def _copy_inputs(insertion: Insertion, layer: Layer, tensors: _Tensors) -> Tenso
     grouped = bool(steps) and steps[0][-1] != "dense"
     rows = torch.arange(weight.shape[0] if grouped else min(weight.shape[:2]))
     centre = tuple(k // 2 for k in weight.shape[2:])
-    weight[(rows, rows % weight.shape[1], *centre)] = 1.0
+    at: tuple[Any, ...] = (rows, rows % weight.shape[1], *centre)
+    weight[at] = 1.0
     return weight
 
 
@@ -189,7 +192,7 @@ def _carry_through(insertion: Insertion, nodes: dict[str, fx.Node], tensors: _Te
             _open_gate(insertion, layer, nodes, tensors)
             continue
         weight = _copy_inputs(insertion, layer, tensors)
-        if weight.shape[0] < insertion.width:
+        if weight.shape[0] < (insertion.width or 0):
             raise no_neutral_form(layer, "it is narrower than the stream it has to carry")
         template = insertion.template
         behind = [nodes[n] for n in layer.nodes[1:] if not template.is_idle(nodes[n])]
@@ -284,11 +287,14 @@ def absorbed(insertion: Insertion, node: fx.Node) -> bool:
 def respond(network: Network, node: fx.Node, values: Tensor) -> Tensor:
     """Return what an activation makes of some values."""
     args = tuple(values if isinstance(a, fx.Node) else a for a in node.args)
+    found: Tensor
     if node.op == "call_module":
-        return network.module.get_submodule(str(node.target))(values.clone())
-    if node.op == "call_method":
-        return getattr(values.clone(), str(node.target))(*args[1:], **node.kwargs)
-    return node.target(values.clone(), *args[1:], **node.kwargs)
+        found = network.module.get_submodule(str(node.target))(values.clone())
+    elif isinstance(node.target, str):
+        found = getattr(values.clone(), node.target)(*args[1:], **node.kwargs)
+    else:
+        found = node.target(values.clone(), *args[1:], **node.kwargs)
+    return found
 
 
 def no_neutral_form(layer: Layer, why: str) -> PassError:

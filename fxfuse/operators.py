@@ -8,7 +8,7 @@ runs the operator itself on the labels; an operator without a rule freezes what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,12 @@ Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]
 
 
 def mirror(
-    run: LabelRun, func: Any, args: tuple, kwargs: dict, out: Any, before: tuple[int, ...] = ()
+    run: LabelRun,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    out: Any,
+    before: tuple[int, ...] = (),
 ) -> None:
     """Carry labels through one operator call and describe it under the running node."""
     op = Op.of(func, args, kwargs, out, before)
@@ -84,7 +89,7 @@ def _rule_for(op: Op) -> Rule:
 # --- describing an operator for comparison between networks -------------------------------------
 
 
-def _describe(op: Op) -> tuple | None:
+def _describe(op: Op) -> tuple[Any, ...] | None:
     """Return what makes two calls the same step: name and hyper-parameters, never a width."""
     if op.name in SILENT:
         return None

@@ -26,8 +26,8 @@ def pair_segments(
     """
     counts = [len(s) for s in segments]
     for i in range(max(counts)):
-        here = [s[i] if i < len(s) else None for s in segments]
-        if any(s is None or not _pairs(s, here[0]) for s in here):
+        row = [s[i] if i < len(s) else None for s in segments]
+        if any(s is None or not _pairs(s, row[0]) for s in row):
             raise _mismatch(networks, segments, i)
     paired = []
     for i, here in enumerate(zip(*segments)):
@@ -82,7 +82,7 @@ def steps_of(
     A run of plain layers and gates that ends without an activation (an inverted bottleneck without
     a skip) is one step, if the networks agree on such runs; any other layer is one by itself.
     """
-    runs = tuple(_runs(layers) for layers in (deep, shallow))
+    runs = _runs(deep), _runs(shallow)
     if len(runs[0]) >= len(runs[1]) and choices(possible_pairs(*runs)):
         return runs
     return [(x,) for x in deep], [(x,) for x in shallow]
@@ -100,7 +100,9 @@ def _runs(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
     return found
 
 
-def possible_pairs(deep: Sequence, shallow: Sequence) -> np.ndarray:
+def possible_pairs(
+    deep: Sequence[Layer | tuple[Layer, ...]], shallow: Sequence[Layer | tuple[Layer, ...]]
+) -> np.ndarray:
     """Tell which layers, or runs of layers, are of one kind."""
     ours, theirs = ([_kinds(x) for x in layers] for layers in (deep, shallow))
     return np.array([[a == b for b in theirs] for a in ours]).reshape(len(ours), len(theirs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -53,7 +54,7 @@ class Parents:
         self.batches = max(len(runs) for runs in self.runs if runs is not None)
         self.done = 0
         self.caught: dict[str, list[Goal]] = {}
-        self.outputs: list[list] = []
+        self.outputs: list[list[Any]] = []
 
     def goals(self, node: str) -> list[Goal]:
         """Return what is wanted at a node, batch by batch; it is forgotten."""
@@ -63,7 +64,7 @@ class Parents:
 
     def advance(self) -> None:
         """Take one step with all networks."""
-        values: list[list] = []
+        values: list[list[Any]] = []
         for runs, order in zip(self.runs, self.orders):
             node = order[self.done]
             values.append([None] * self.batches if runs is None else [r.step(node) for r in runs])
@@ -91,7 +92,7 @@ class Parents:
             acted.append(run.apply(node, run.network.inputs_of(node)[0], value))
         return Goal(mean, self.targets.mix(*where, acted))
 
-    def finish(self) -> list[list]:
+    def finish(self) -> list[list[Any]]:
         """Go on to the end; return what each network gives for each batch."""
         while self.done < len(self.orders[0]):
             self.advance()

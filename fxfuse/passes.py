@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from .checks import lint, require_equal
 from .errors import PassError
-from .verify import lint, require_equal
 
 _level: ContextVar[int | None] = ContextVar("fxfuse_debug", default=None)
 

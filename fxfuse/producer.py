@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from .checks import TOLERANCE, sizes_of
 from .composition import Affine
 from .data import Calibration
 from .errors import PassError
 from .moments import Moments
 from .network import Network
 from .statistics import batch_size, record
-from .verify import TOLERANCE, sizes_of
 
 BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 
@@ -145,7 +145,8 @@ def restate(network: Network, producer: Producer, data: Calibration) -> None:
 def tensor_at(module: nn.Module, name: str) -> Tensor:
     """Return a parameter or buffer by its qualified name."""
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+    found: Tensor = getattr(module.get_submodule(owner), leaf)
+    return found
 
 
 def _map(

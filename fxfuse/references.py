@@ -1,6 +1,7 @@
-"""What the command line calls models and data by, and safe reading and writing of weights.
+"""What the command line calls models and data by.
 
-A model is `package.module:factory[?key=value&...][@checkpoint.safetensors]`; data are
+A model is `package.module:factory[?key=value&...][@checkpoint]`, the checkpoint a file of
+`safetensors` or `torch.save`; data are
 `imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
 """
 
@@ -8,21 +9,20 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
+import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from textwrap import shorten
+import warnings
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .display import write_atomically
-from .errors import CheckpointError, DataError, FuseError, ReferenceFormatError
+from .checkpoints import load_weights
+from .errors import DataError, FuseError, ReferenceFormatError
+from .files import sha256_of
 
+_LARGEST = 1 << 28  # numbers in one sample
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -38,7 +38,7 @@ def load_model(reference: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise _unresolved(reference, f"the factory returned a {type(model).__name__}")
     if checkpoint:
-        _load_weights(model, Path(checkpoint))
+        load_weights(model, checkpoint)
     return model.eval()
 
 
@@ -76,22 +76,39 @@ def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
     return DataLoader(dataset, batch, shuffle=True, generator=order, collate_fn=_collate)
 
 
-def save_weights(tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write tensors as safetensors, in one step: the old file stays until the new one is whole.
+def load_example(reference: str, samples: int = 2) -> Tensor:
+    """Make an input from its shape without the batch axis, such as `3x224x224` or `77:int64`.
+
+    Floating-point inputs are drawn with a fixed seed, others are zero.
 
     Raises:
-        CheckpointError: If the file cannot be written.
+        ReferenceFormatError: If it is no shape, or too large to be one.
     """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    import torch
+
+    sizes, _, kind = reference.partition(":")
     try:
-        write_atomically(Path(path), lambda temporary: save_file(own, temporary))
-    except OSError as error:
-        raise CheckpointError(
-            f"weights that cannot be written: {error}",
-            where=str(path),
-            expected="a folder that can be written to, with enough space",
-            do="choose another path",
+        shape = [int(size) for size in sizes.split("x")]
+        dtype = getattr(torch, kind or "float32")
+        if min(shape) < 1 or math.prod(shape) > _LARGEST or not isinstance(dtype, torch.dtype):
+            raise ValueError(reference)
+        if not dtype.is_floating_point:
+            return torch.zeros(samples, *shape, dtype=dtype)
+        numbers = torch.Generator().manual_seed(0)
+        return torch.randn(samples, *shape, generator=numbers).to(dtype)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise ReferenceFormatError(
+            f"an input that cannot be made: '{reference}'",
+            where="--input",
+            expected="sizes with an x between them, and a type if it is not float32",
+            do="leave the batch axis out: 3x224x224, or 77:int64 for token numbers",
         ) from error
+
+
+def file_hashes(references: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each checkpoint that references of models name, by its path."""
+    paths = [reference.partition("@")[2] for reference in references]
+    return {path: sha256_of(path) for path in paths if path}
 
 
 def _call(spec: str, reference: str) -> Any:
@@ -105,13 +122,15 @@ def _call(spec: str, reference: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in factory_name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise _unresolved(reference, str(error)) from error
-    if not isinstance(found, Callable):
+    except (Exception, SystemExit) as error:  # the module's own code runs here
+        raise _unresolved(reference, f"{type(error).__name__}: {error}") from error
+    if isinstance(found, nn.Module) or not callable(found):
+        if options:
+            raise _unresolved(reference, f"{factory_name} takes no options, it is no factory")
         return found
     try:
         return found(**options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _unresolved(reference, f"{factory_name} failed: {error}") from error
 
 
@@ -126,8 +145,10 @@ def _split_options(spec: str, reference: str) -> tuple[str, dict[str, Any]]:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes that escape nothing
+            return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -139,30 +160,6 @@ def _unresolved(reference: str, why: str) -> ReferenceFormatError:
         "and for data also imagefolder:PATH or mnist:PATH",
         do="try the import in Python; quote '?' and '&' in the shell",
     )
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"a checkpoint that cannot be read: {error}",
-            where=str(path),
-            expected="a safetensors file",
-            do="check the path; convert other formats with safetensors.torch.save_file",
-        ) from error
-    try:
-        model.load_state_dict(
-            state
-        )  # fills in what older checkpoints lack, unlike a check of names
-    except RuntimeError as error:
-        found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
-        raise CheckpointError(
-            f"a checkpoint that does not fit: {found}",
-            where=f"{path} into {type(model).__name__}",
-            expected="the names and shapes of the model's state_dict",
-            do="build the model with the options it was trained with: ?key=value",
-        ) from error
 
 
 def _image_folder(

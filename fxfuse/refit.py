@@ -63,7 +63,9 @@ class Refit(Protocol):
         wants_moments: Whether it asks for the moments of the parents' outputs, node by node.
     """
 
-    wants_moments: bool
+    @property
+    def wants_moments(self) -> bool:
+        """Whether it asks for the moments of the parents' outputs, node by node."""
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""
@@ -205,13 +207,15 @@ def gain_of(wanted: np.ndarray, found: np.ndarray, default: np.ndarray) -> np.nd
     """Return the factor from a found to a wanted spread, bounded, for units that vary at all."""
     moved = found > 1e-6 * max(found.max(initial=0.0), 1e-30)
     gain = np.divide(wanted, found, out=default.astype(float), where=moved)
-    return np.minimum(gain, LARGEST_GAIN * np.maximum(default, 1e-12))
+    bounded: np.ndarray = np.minimum(gain, LARGEST_GAIN * np.maximum(default, 1e-12))
+    return bounded
 
 
 def tensor_of(network: Network, name: str) -> Tensor:
     """Return a parameter or buffer by its qualified name."""
     owner, _, leaf = name.rpartition(".")
-    return getattr(network.module.get_submodule(owner), leaf)
+    found: Tensor = getattr(network.module.get_submodule(owner), leaf)
+    return found
 
 
 def _fill(network: Network, name: str, values: np.ndarray) -> None:

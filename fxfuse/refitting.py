@@ -79,7 +79,7 @@ class Refitting:
             return socket
         producer = edit.producer(last)
         target = producer.joint if producer else last.merge
-        reason = self._no_stand_in(edit, removal, socket, target)
+        reason = self._no_stand_in(edit, removal, layer, socket, target)
         prior = None if socket.branch is None else socket.producer.affine
         act = _activation(edit.before, last, target)
         reason = reason or self._fit(edit, socket, target, act, prior)
@@ -91,9 +91,11 @@ class Refitting:
             edit.replace(*ends)  # of a norm behind the sum, the last layer's own stays
         return reason
 
-    def _no_stand_in(self, edit: Edit, removal: Removal, socket: Socket, target: str) -> str:
-        """Return why the value at a socket cannot stand in for a value of the last layer."""
-        network, layer = edit.before, removal.before
+    def _no_stand_in(
+        self, edit: Edit, removal: Removal, layer: Layer, socket: Socket, target: str
+    ) -> str:
+        """Return why the value at a layer's socket cannot stand in for one of the last layer."""
+        network = edit.before
         if layer.nodes[-1] != removal.pieces[0][0].entry:
             return f"steps such as pooling lie behind '{layer.name}'"
         ends = (layer, socket.joint), (removal.last, target)
@@ -116,14 +118,16 @@ class Refitting:
     def _behind(self, edit: Edit, removal: Removal) -> str:
         """Let the layer behind give what it gave before, from what it reads now."""
         layer = removal.behind
-        socket = "no layer behind" if layer is None else find_socket(edit.before, layer)
+        if layer is None:
+            return "no layer behind"
+        socket = find_socket(edit.before, layer)
         if isinstance(socket, str):
             return socket
         shapes = edit.before.book.shapes
         ends = [(shapes[p[0].entry], shapes[p[-1].nodes[-1]]) for p in removal.pieces]
         if layer.branched and any(a != b for a, b in ends):
             return f"'{layer.name}' is a block, and without them reads values of another shape"
-        prior = socket.producer.affine
+        prior: Affine | None = socket.producer.affine
         if socket.branch is None:
             gate = line if socket.producer.biased else line_through_zero
             merged = Merging(gate, self.data).merged(edit, removal)
@@ -161,6 +165,7 @@ class Refitting:
                     wanted = _nearest(edit.before, act, wanted, guess(found[reads]) + skip)
                 refit.add(found[reads], wanted - skip)
             guess = refit.solve(self.ridge, prior, producer.biased)
+        assert guess is not None, "fitted once at least"
         write_producer(edit.now, producer, guess)
         restate(edit.now, producer, self.data)
         return ""

@@ -110,7 +110,8 @@ class Edit:
 
     def node(self, name: str) -> fx.Node:
         """Return a node of the network under edit."""
-        return next(n for n in self.now.module.graph.nodes if n.name == name)
+        found: fx.Node = next(n for n in self.now.module.graph.nodes if n.name == name)
+        return found
 
     def bypass(self, removal: Removal) -> Callable[[], None]:
         """Let what reads removed layers read what they read; return what undoes it."""

@@ -1,14 +1,41 @@
-"""What a fusion did, in plain facts."""
+"""What a fusion did, in plain facts, and how to see them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from .ir import Alignment, Frozen, LayerFit
+import numpy as np
+from scipy.sparse import csr_array
+
+from .errors import ArgumentError
+from .intake import Clock
+from .ir import Alignment, Coupling, Frozen, LayerFit
 from .mixing import Mixer
+from .page import Accuracy, save_page
+from .pictures import draw_coupling, draw_fits
 from .refit import Outcome
+from .version import versions
 
 POOR = 0.5
+KEPT = 1 << 20  # entries of all maps together that a report keeps for pictures: 8 MiB
+
+
+@dataclass(frozen=True)
+class CouplingReport:
+    """How one network's units of a space met the fused ones.
+
+    Attributes:
+        kind: `identity`, `permutation`, `one to one` (some units to none), `merging` (several whole
+            units to one), `soft`, or `absent` if the network gives nothing.
+        mass: What it gives to a fused unit on average; 1 where it gives to all.
+        identity: Share of the mass that stays at the same index.
+    """
+
+    kind: str
+    mass: float
+    identity: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +49,8 @@ class SpaceReport:
     size: int
     costs: tuple[float | None, ...]
     confidences: tuple[float | None, ...]
+    sizes: tuple[int, ...] = ()
+    couplings: tuple[CouplingReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,14 @@ class Report:
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data; None if
             outputs are not 2-D.
+        versions: Of Python, this package and what it computes with.
+        files: SHA-256 of each file that a network came from, by its path.
+        seeds: Of what was drawn at random, by the choice that drew it.
+        removed: Per network, the layers that it lost when depths were made equal; empty if none
+            did.
+        memory: Peak resident bytes of the process so far, at the end of each stage.
+        maps: `(space, network)` to what its units give `(fused units, units)`: those with the
+            fewest entries, up to a million entries in all. They are not saved with the network.
     """
 
     alignment: Alignment
@@ -53,11 +90,71 @@ class Report:
     heads: tuple[str, ...] = ()
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    files: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    removed: tuple[frozenset[str], ...] = ()
+    memory: dict[str, int] = field(default_factory=dict, compare=False)
+    maps: dict[tuple[str, int], csr_array] = field(
+        default_factory=dict, compare=False, repr=False, metadata={"written": False}
+    )
 
     @property
     def poor(self) -> tuple[LayerFit, ...]:
         """The layers that explain less than half of their target."""
         return tuple(layer for layer in self.layers if layer.explained < POOR)
+
+    def draw_coupling(
+        self, space: str, path: str | os.PathLike[str], network: int | None = None
+    ) -> None:
+        """Write heat maps of the coupling of a space, in place and with ordered rows.
+
+        Args:
+            space: Its name, one of `spaces`.
+            path: A file ending in .png, .svg or .pdf.
+            network: Index of the network; the first that is not the anchor if not given.
+
+        Raises:
+            ArgumentError: If the coupling is not known or was too large to keep, or the ending is
+                of no known format.
+        """
+        others = (k for k in range(len(self.weights)) if k != self.anchor)
+        k = next(others, self.anchor) if network is None else network
+        found = self.maps.get((space, k))
+        if found is None:
+            known = sorted({s for s, other in self.maps if other == k})
+            raise ArgumentError(
+                f"the coupling of '{space}' and network {k}, which is not kept",
+                where="Report.draw_coupling",
+                expected=f"one of {', '.join(known) or 'no space'}",
+                do="choose one of these; of very large ones nothing is kept",
+            )
+        title = f"{space}: {self.alignment.names[k]} to the fused network"
+        draw_coupling(found, path, title)
+
+    def draw_fits(self, path: str | os.PathLike[str]) -> None:
+        """Write a bar chart of how much of its target each refitted layer explains.
+
+        Raises:
+            ArgumentError: If nothing was refitted, or the ending is of no known format.
+        """
+        draw_fits(self.layers, path, POOR)
+
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        accuracy: Mapping[str, Accuracy] | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write everything as one self-contained web page, which asks the network for nothing.
+
+        Args:
+            path: The file to write.
+            accuracy: Accuracy in percent of each network that is to be compared, by name, or
+                accuracy and loss.
+            facts: What else is known of the run: seeds, file hashes, the command line.
+        """
+        save_page(self, path, accuracy or {}, facts or {})
 
     def __str__(self) -> str:
         lines = [f"widths of network {self.anchor}, {len(self.spaces)} spaces"]
@@ -78,8 +175,9 @@ def report_on(
     mixer: Mixer,
     alignment: Alignment,
     outcome: Outcome,
-    seconds: dict[str, float],
+    clock: Clock,
     heads: tuple[str, ...] = (),
+    seeds: dict[str, int] | None = None,
 ) -> Report:
     """Sum up a fusion."""
     base = mixer.balanced.networks[mixer.anchor].spaces
@@ -88,7 +186,60 @@ def report_on(
         found = [mixer.couplings[space.name, k] for k in range(len(mixer.weights))]
         here = mixer.match.present[space.name]
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
-        spaces.append(SpaceReport(space.name, space.size, tuple(c.cost for c in found), sure))
-    shares, errors = tuple(mixer.weights), mixer.balanced.errors
-    facts = alignment, mixer.anchor, shares, tuple(spaces), base.frozen, errors, seconds
-    return Report(*facts, heads, outcome.layers, outcome.divergence)
+        sizes = tuple(s.size for s in mixer.match.spaces[space.name])
+        costs, described = tuple(c.cost for c in found), tuple(map(describe, found))
+        spaces.append(SpaceReport(space.name, space.size, costs, sure, sizes, described))
+    return Report(
+        alignment=alignment,
+        anchor=mixer.anchor,
+        weights=tuple(mixer.weights),
+        spaces=tuple(spaces),
+        frozen=base.frozen,
+        errors=mixer.balanced.errors,
+        seconds=dict(clock.stop()),
+        heads=heads,
+        layers=outcome.layers,
+        divergence=outcome.divergence,
+        seeds=seeds or {},
+        removed=mixer.balanced.removed,
+        memory=dict(clock.memory),
+        maps=_kept(mixer.couplings),
+    )
+
+
+def describe(coupling: Coupling) -> CouplingReport:
+    """Say in a word and two numbers what a coupling does."""
+    matrix = csr_array(coupling.project, copy=True)
+    matrix.eliminate_zeros()
+    mass = float(matrix.sum())
+    if not mass:
+        return CouplingReport("absent", 0.0, 0.0)
+    rows, columns = matrix.shape
+    stays = float(matrix.diagonal().sum()) / mass
+    used = np.bincount(matrix.indices, minlength=columns)
+    if (np.diff(matrix.indptr) <= 1).all() and (used <= 1).all():
+        whole = matrix.nnz == rows == columns
+        kind = ("identity" if stays == 1.0 else "permutation") if whole else "one to one"
+    else:
+        kind = "merging" if (used <= 1).all() else "soft"
+    return CouplingReport(kind, mass / max(rows, 1), stays)
+
+
+def _kept(couplings: Mapping[tuple[str, int], Coupling]) -> dict[tuple[str, int], csr_array]:
+    """Return the maps with the fewest entries, in single precision, up to a limit in all."""
+    found: dict[tuple[str, int], csr_array] = {}
+    left = KEPT
+    for key, coupling in sorted(couplings.items(), key=lambda item: item[1].project.nnz):
+        left -= coupling.project.nnz
+        if left < 0:
+            break
+        matrix = csr_array(coupling.project)
+        found[key] = csr_array(
+            (
+                matrix.data.astype(np.float32),
+                matrix.indices.astype(np.int32),
+                matrix.indptr.astype(np.int32),
+            ),
+            shape=matrix.shape,
+        )
+    return found

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from .checks import sizes_of
 from .errors import PassError
 from .network import Network
 from .tracing import Interpreter
-from .verify import sizes_of
 
 Place = tuple[str, int]  # a tensor or a node's output, and an axis of it
+Given = tuple[Any, ...]  # what a node is given: arguments, settings
 _TRIALS = 64  # ways to change the sizes of one node
 
 
@@ -48,7 +49,7 @@ def rescaled_sizes(
         ratio = ratio if space.name in wanted else 1
         if space.blocks is not None:
             count = int(space.blocks.max()) + 1
-            inside, blocks = space.size // count, sizes.get(space.parent, count)
+            inside, blocks = space.size // count, sizes.get(space.parent or "", count)
             if blocks == count:  # else it changes with its blocks
                 inside = max(round(inside * ratio), min(inside, 2))  # one alone would be its block
             sizes[space.name] = inside * blocks
@@ -117,11 +118,11 @@ def _replace(module: nn.Module, path: str, data: Tensor) -> None:
     setattr(part, leaf, nn.Parameter(data) if isinstance(known, nn.Parameter) else data)
 
 
-def _settle_attributes(network: Network, path: str, part: nn.Module) -> None:
+def _settle_attributes(network: Network, path: str, part: Any) -> None:
     """Make a module's attributes say what its tensors say."""
     depthwise = network.spaces.places.get((f"{path}.weight", 1), ())
     if any(a.groups == network.spaces.sizes[a.tensor, 1] > 1 for _, a in depthwise):
-        before = network.module.get_submodule(path)
+        before: Any = network.module.get_submodule(path)  # a convolution, as its axis has groups
         part.groups = part.weight.shape[0] * before.groups // before.weight.shape[0]
     for name, size in sizes_of(part).items():
         setattr(part, name, size)
@@ -149,7 +150,7 @@ class _Fitter(Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as it is written, or with the fewest of its sizes changed that do."""
-        part = self.module.get_submodule(n.target) if n.op == "call_module" else None
+        part = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
         given, failure = (n.args, n.kwargs, _settings(part)), None
         for n.args, n.kwargs, settings in _variants(given, self._choices):
             for name, setting in settings.items():
@@ -208,7 +209,7 @@ def _settings(part: nn.Module | None) -> dict[str, Any]:
     return {k: v for k, v in shown.items() if type(v) is int or isinstance(v, tuple)}
 
 
-def _at(parts: Sequence, place: Any) -> Any:
+def _at(parts: Sequence[Any], place: Any) -> Any:
     return parts[place] if type(place) is int and place < len(parts) else None
 
 
@@ -230,11 +231,11 @@ def _changes(network: Network, sizes: dict[str, int]) -> dict[int, list[int]]:
             note(space.size * times, new * times)
         if space.blocks is not None:
             count = int(space.blocks.max()) + 1
-            note(space.size // count, new // sizes.get(space.parent, count))
+            note(space.size // count, new // sizes.get(space.parent or "", count))
     return found
 
 
-def _variants(given: tuple, choices: Callable[[int], list[int]]) -> Iterator[tuple]:
+def _variants(given: Given, choices: Callable[[int], list[int]]) -> Iterator[Given]:
     """Return a node's arguments, then with more and more of their sizes changed, last ones first.
 
     A size of an axis that all users spell the same way is most often the last one.
@@ -253,7 +254,7 @@ def _variants(given: tuple, choices: Callable[[int], list[int]]) -> Iterator[tup
                 yield _with(given, dict(zip(places, values)))
 
 
-def _with(given: tuple, values: dict[int, int]) -> tuple:
+def _with(given: Given, values: dict[int, int]) -> Given:
     position = iter(range(1 << 30))
 
     def leaf(x: Any) -> Any:

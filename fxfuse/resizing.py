@@ -19,12 +19,12 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
+from .checks import TOLERANCE, relative_error
 from .errors import DataError, NotEquivalent, PairingError
 from .ir import Coupling, Space
 from .network import Network
 from .stands import Resize, copies, normed
 from .tracing import device_of, run_once
-from .verify import TOLERANCE, relative_error
 
 EXACT = 1e-6  # relative error of the outputs in float64; a little may be computed in less
 _PRODUCTS = ("by the block", "by the width", "fixed", "normalised")  # how code may scale such sums

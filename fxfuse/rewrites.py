@@ -63,7 +63,9 @@ def deepen_roughly(module: fx.GraphModule, insertions: Sequence[Insertion]) -> N
 
 def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     tail: dict[str, fx.Node] = {}
-    room = Room(insertions[0].into) if insertions else None
+    if not insertions:
+        return
+    room = Room(insertions[0].into)
     for number, insertion in enumerate(insertions):
         after = tail.get(insertion.after)
         if after is None:

@@ -9,6 +9,7 @@ resolution. The layer that writes the output is a segment of its own.
 from __future__ import annotations
 
 import hashlib
+import operator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import networkx as nx
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from .errors import ModelError
 from .ir import Layer, Segment
 from .modes import is_choice, only_in_training
 from .network import Network
@@ -38,6 +40,12 @@ def partition(network: Network) -> tuple[Segment, ...]:
     return tuple(Segment(tuple(run)) for run in [*runs, [layers[-1]]])
 
 
+def chain_of(network: Network) -> tuple[str, ...]:
+    """Return the nodes that every path from input to output passes through, in order."""
+    steps = _chain(network)
+    return tuple(n.name for n in [*(s.entry for s in steps[:1]), *(s.exit for s in steps)])
+
+
 def data_graph(network: Network) -> nx.DiGraph:
     """Return the nodes that carry data and their edges, from one source to the output.
 
@@ -52,6 +60,13 @@ def data_graph(network: Network) -> nx.DiGraph:
         elif node.op == "output" or network.carries_data(node):
             graph.add_edges_from((n, node) for n in _evaluated(network, node) if n not in extra)
     output = next(n for n in network.module.graph.nodes if n.op == "output")
+    if output not in graph or "source" not in nx.ancestors(graph, output):
+        raise ModelError(
+            "an output that does not depend on the input",
+            where=network.name,
+            expected="a network that computes what it returns from what it is given",
+            do="check what the forward returns, and with which options the model was built",
+        )
     on_paths = nx.descendants(graph, "source") & (nx.ancestors(graph, output) | {output})
     return graph.subgraph(on_paths | {"source"}).copy()
 
@@ -75,7 +90,8 @@ def _chain(network: Network) -> list[_Step]:
     while above[chain[-1]] != "source" and above[chain[-1]] is not None:
         chain.append(above[chain[-1]])
     chain.reverse()
-    on_chain, regions = set(chain), {n: [] for n in chain}
+    on_chain = set(chain)
+    regions: dict[fx.Node, list[fx.Node]] = {n: [] for n in chain}
     for node in network.module.graph.nodes:
         if node in graph and node not in on_chain:
             head = above[node]
@@ -87,13 +103,18 @@ def _chain(network: Network) -> list[_Step]:
 
 
 def _layers(network: Network) -> list[Layer]:
-    steps, layers, i = _chain(network), [], 0
+    steps, i = _chain(network), 0
+    layers: list[Layer] = []
     while i < len(steps):
         step = steps[i]
         i += 1
         if not any(n.name in network.book.weights for n in [*step.region, step.exit]):
             continue
-        nodes, point = [*step.region, step.exit], step.exit
+        nodes = [*step.region, step.exit]
+        while i < len(steps) and _picks(network, steps[i]):
+            nodes.append(steps[i].exit)
+            i += 1
+        point = nodes[-1]
         while i < len(steps) and _follows(network, steps[i]):
             node = steps[i].exit
             if point is nodes[-1] and not network.is_activation(node):
@@ -102,6 +123,12 @@ def _layers(network: Network) -> list[Layer]:
             i += 1
         layers.append(_layer(network, step, nodes, point, {x.name for x in layers}))
     return layers
+
+
+def _picks(network: Network, step: _Step) -> bool:
+    """Tell whether a step takes the one tensor that is used of the several a module returns."""
+    several = network.book.shapes.get(step.entry.name) == ()
+    return several and not step.region and step.exit.target is operator.getitem
 
 
 def _follows(network: Network, step: _Step) -> bool:

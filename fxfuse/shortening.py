@@ -69,7 +69,8 @@ class Shorten:
         balanced = unify(shorter, self._rest(alignment, kept, shorter), skeleton)
         pairs = zip(networks, balanced.networks, counts)
         errors = (relative_error_on(data, a, b) if count else 0.0 for a, b, count in pairs)
-        return replace(balanced, errors=tuple(errors))
+        gone = tuple(frozenset(names) for names in removed)
+        return replace(balanced, errors=tuple(errors), removed=gone)
 
     def _kept(self, segment: SegmentAlignment, count: int) -> list[int]:
         """Return the slots of a segment that stay."""

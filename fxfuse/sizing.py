@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import sizes_of
 from .errors import PassError
 from .ir import Layer
+from .labels import TensorAxis
 from .network import Network
-from .verify import sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,25 +47,27 @@ def resized_copy(insertion: Insertion, path: str) -> nn.Module | Tensor:
     """
     source = insertion.template.module
     owner, _, leaf = path.rpartition(".")
-    found = getattr(source.get_submodule(owner), leaf)
+    found: Any = getattr(source.get_submodule(owner), leaf)
     if isinstance(found, Tensor):
         return _refill(found, _shape(insertion, path, found))
-    part = copy.deepcopy(found)
-    depthwise = isinstance(part, nn.modules.conv._ConvNd) and part.groups == part.in_channels > 1
+    part: nn.Module = copy.deepcopy(found)
+    conv = part if isinstance(part, nn.modules.conv._ConvNd) else None
+    depthwise = conv is not None and conv.groups == conv.in_channels > 1
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
         shape = _shape(insertion, f"{path}.{name}", tensor)
         if shape != tuple(tensor.shape):
             inner, _, key = name.rpartition(".")
             setattr(part.get_submodule(inner), key, _refill(tensor, shape))
-    if depthwise:
-        part.groups = part.weight.shape[0]
-    for inner in part.modules():
-        for name, size in sizes_of(inner).items():
-            setattr(inner, name, size)
-        if hasattr(inner, "reset_parameters"):
+    if conv is not None and depthwise:
+        conv.groups = conv.weight.shape[0]
+    for module in part.modules():
+        for name, size in sizes_of(module).items():
+            setattr(module, name, size)
+        if hasattr(module, "reset_parameters"):
+            reset: Any = module.reset_parameters
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                inner.reset_parameters()
+                reset()
     return part
 
 
@@ -101,5 +105,5 @@ def _shape(insertion: Insertion, name: str, tensor: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _width(features: list | None, shape: tuple[int, ...]) -> int:
+def _width(features: list[TensorAxis] | None, shape: tuple[int, ...]) -> int:
     return len(features[0].labels) if features else shape[1 if len(shape) in (2, 4, 5) else -1]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from .checks import TOLERANCE
 from .ir import Layer
 from .network import Network
 from .producer import Producer, read_producer
 from .statistics import record
-from .verify import TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def find_socket(network: Network, layer: Layer) -> Socket | str:
         return Socket(producer, producer.joint)
     merge = nodes[layer.merge]
     parts = network.inputs_of(merge)
-    found = []
+    found: list[tuple[int, int, Socket]] = []
     for part in parts if len(parts) == 2 else ():
         producer = _branch_end(network, part, layer)
         if producer is not None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import ot
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
@@ -47,6 +46,8 @@ class Exact:
         if len(a) == len(b) and np.ptp(a) == 0 and np.ptp(b) == 0:
             rows, columns = linear_sum_assignment(cost)
             return csr_array((a[rows], (rows, columns)), shape=cost.shape)
+        import ot  # half a second, as it imports scikit-learn: only where it is needed
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the log says what the warning says
             plan, log = ot.emd(a, b, np.ascontiguousarray(cost), self.iterations, log=True)
@@ -115,6 +116,8 @@ class Sinkhorn:
             SolverError: If the cost is not finite, the masses do not fit, or the marginals are not
                 met within `iterations`.
         """
+        import ot
+
         _require_sound(cost, a, b)
         weight = _in_units_of(cost, self.regularisation, self.absolute)
         accuracy = self.tolerance * min(a.min(), b.min())
@@ -164,6 +167,8 @@ class UnbalancedSinkhorn:
             SolverError: If the cost is not finite, the scaling does not settle within
                 `iterations`, or the whole mass is left behind.
         """
+        import ot
+
         _require_sound(cost, a, b, balanced=False)
         weights = [self.regularisation, self.marginals]
         weight, penalty = (_in_units_of(cost, w, self.absolute) for w in weights)

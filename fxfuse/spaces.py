@@ -53,7 +53,8 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
         True
     """
     graph, spaces = _analyse(module, example)
-    rng, order = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    order: dict[str, np.ndarray] = {}
     for space in spaces:
         order[space.name] = _shuffle(space, order, rng)
     return rearrange(graph, spaces, order)

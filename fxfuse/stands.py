@@ -38,7 +38,8 @@ class Resize:
     @property
     def networks(self) -> tuple[Network, Network]:
         """The network, and the one whose widths are taken."""
-        return self.mixer.balanced.networks
+        here, there = self.mixer.balanced.networks
+        return here, there
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return the number of units of each space here and there."""
@@ -59,13 +60,14 @@ def resize(network: Network, like: Network, pick: Pick, weigh: bool = False) -> 
         PairingError: If units do not lie in the same places.
     """
     balanced = Balanced((network, like), ((), ()), (0.0, 0.0))
-    match, stands = correspond(balanced, 1), {}
+    match = correspond(balanced, 1)
+    stands: dict[str, np.ndarray] = {}
     scores = strengths(network) if weigh else {}
     for name, (own, there) in match.spaces.items():
         if not own.size:
             raise _elsewhere(there)
         known = scores.get(own.name, np.zeros(own.size))
-        stands[name] = _stands(own, there, stands.get(there.parent), known, pick)
+        stands[name] = _stands(own, there, stands.get(there.parent or ""), known, pick)
     return Resize(Mixer(balanced, 1, match, (1.0, 0.0)), stands)
 
 
@@ -76,7 +78,7 @@ def _stands(
         return pick(scores, there.size)
     if there.blocks is None or own.blocks is None:
         raise _elsewhere(there)
-    counts = [int(s.blocks.max()) + 1 for s in (own, there)]
+    counts = [int(blocks.max()) + 1 for blocks in (own.blocks, there.blocks)]
     if outer is None and counts[0] != counts[1]:
         raise _elsewhere(there)
     found = np.empty(there.size, dtype=int)
@@ -126,8 +128,9 @@ def strengths(network: Network) -> dict[str, np.ndarray]:
         found[space.name] = np.sqrt(total)
     for space in network.spaces:  # blocks without weights of their own are as strong as what is in
         for inner in network.spaces:
-            if inner.parent == space.name and not found[space.name].any():
-                found[space.name] = np.bincount(inner.blocks, found[inner.name] ** 2, space.size)
+            within = inner.blocks if inner.parent == space.name else None
+            if within is not None and not found[space.name].any():
+                found[space.name] = np.bincount(within, found[inner.name] ** 2, space.size)
     return found
 
 
@@ -144,7 +147,7 @@ def copies(plan: Resize, name: str) -> list[np.ndarray]:
     """Return, per block of the wanted space, how often each unit of the block here is taken."""
     own, there = plan.mixer.match.spaces[name]
     stands = plan.stands[name]
-    if there.blocks is None:
+    if there.blocks is None or own.blocks is None:
         return [np.bincount(stands, minlength=own.size)]
     found = []
     for b in np.unique(there.blocks):

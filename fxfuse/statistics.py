@@ -87,7 +87,7 @@ def relative_error_on(data: Calibration, model: Network, other: Network) -> floa
                 if a.is_floating_point():
                     wrong += float((a.double() - b.double()).square().sum())
                     power += float(a.double().square().sum())
-    return (wrong / max(power, 1e-300)) ** 0.5
+    return float((wrong / max(power, 1e-300)) ** 0.5)
 
 
 class Run(Interpreter):
@@ -159,7 +159,8 @@ class Run(Interpreter):
         known = self.env.get(source)
         self.env[source] = value.clone()  # it may be written in place
         try:
-            return self._run(node)
+            found: Tensor = self._run(node)
+            return found
         finally:
             self.env.pop(source)
             if known is not None:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .least_squares import patches, rows
 from .mixing import Mixer
 from .moments import Moments
 from .network import Network
-from .parents import Goal, Parents
+from .parents import Parents
 from .refit import (
     Outcome,
     frontier_samples,
@@ -133,9 +133,9 @@ class _Sweep:
     order: Sequence[fx.Node]
     runs: list[Run] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
-    outputs: list = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
 
-    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict) -> None:
+    def visit(self, node: fx.Node, aim: Aim | None, waiting: dict[str, Any]) -> None:
         """Refit or settle a node and step over it."""
         plan, given = waiting.pop(node.name, None), None
         if aim is not None:
@@ -158,8 +158,9 @@ class _Sweep:
         values, targets = [run.peek(node) for run in self.runs], [g.value for g in goals]
         if [t.shape for t in targets] != [v.shape for v in values]:
             return None
-        if aim.through is not None:
-            self._revive(aim, goals)
+        acted = [g.acted for g in goals if g.acted is not None]
+        if acted:
+            self._revive(aim, targets, acted)
         whole = moments_of(targets, axis)
         if aim.rest is not None:
             targets = [t - run.value_of(aim.rest) for t, run in zip(targets, self.runs)]
@@ -172,10 +173,10 @@ class _Sweep:
         correction = self._correct(aim, inputs, left, whole)
         del targets, left
         values, mean = self._add(node, aim, correction, values), wanted.mean
-        if aim.through is not None:
-            whole = moments_of([g.acted for g in goals], axis)
-            found = values, mean, correction
-            values, mean, correction = self._descend(node, aim, goals, inputs, *found)
+        if acted:
+            whole = moments_of(acted, axis)
+            state = values, mean, correction
+            values, mean, correction = self._descend(node, aim, inputs, acted, *state)
         spread = whole.variance.sum() if aim.producer.biased else (whole.power**2).sum()
         if spread > 0:
             explained = 1 - correction.error / float(spread)
@@ -183,25 +184,25 @@ class _Sweep:
         self._complete(aim, wanted, mean, values)
         return values
 
-    def _revive(self, aim: Aim, goals: Sequence[Goal]) -> None:
+    def _revive(self, aim: Aim, targets: list[Tensor], acted: list[Tensor]) -> None:
         """Start units within reach of what is wanted of them, in place.
 
         The mean of a unit that never fires and one that does can be one that never fires.
         """
         axis, through = aim.axis_in(self.fused), self._activation(aim)
-        pairs = [(g.acted, run.apply(*through, g.value)) for g, run in zip(goals, self.runs)]
-        missed = moments_of([wanted - found for wanted, found in pairs], axis).power ** 2
-        lost = np.flatnonzero(missed > FAR * moments_of([g.acted for g in goals], axis).variance)
-        for goal in goals if len(lost) else ():
-            units = torch.as_tensor(lost, device=goal.value.device)
-            goal.value.index_copy_(axis, units, goal.acted.index_select(axis, units))
+        found = [run.apply(*through, target) for run, target in zip(self.runs, targets)]
+        missed = moments_of([w - f for w, f in zip(acted, found)], axis).power ** 2
+        lost = np.flatnonzero(missed > FAR * moments_of(acted, axis).variance)
+        for target, wanted in zip(targets, acted) if len(lost) else ():
+            units = torch.as_tensor(lost, device=target.device)
+            target.index_copy_(axis, units, wanted.index_select(axis, units))
 
     def _descend(
         self,
         node: fx.Node,
         aim: Aim,
-        goals: Sequence[Goal],
         inputs: tuple[Regression, list[Tensor]],
+        acted: list[Tensor],
         values: list[Tensor],
         mean: np.ndarray,
         correction: Correction,
@@ -212,13 +213,13 @@ class _Sweep:
         meet its results is convex too (the loss matched to it), and each step by the plain
         regression's curvature, which bounds that of the loss, descends.
         """
-        axis, wanted = aim.axis_in(self.fused), [g.acted for g in goals]
-        whole = moments_of(wanted, axis)
+        axis = aim.axis_in(self.fused)
+        whole = moments_of(acted, axis)
         for _ in range(self.choice.steps):
             shift = (mean - moments_of(values, axis).mean) * aim.producer.biased
             left = [
                 w.sub(self._acted(run, aim, v + _along(shift, v, axis)))
-                for w, v, run in zip(wanted, values, self.runs)
+                for w, v, run in zip(acted, values, self.runs)
             ]
             mean = mean + moments_of(left, axis).mean * aim.producer.biased
             correction = self._correct(aim, inputs, left, whole)

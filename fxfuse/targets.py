@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from .checks import TOLERANCE
 from .correspondence import absent_tensors
 from .folding import folds
 from .measuring import bypasses
@@ -22,7 +23,6 @@ from .mixing import Mixer
 from .network import Network
 from .producer import Producer, identify
 from .statistics import Run
-from .verify import TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:
     return all(abs(v - values[1][n]) <= TOLERANCE * abs(v) for n, v in values[0].items())
 
 
-def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, str]]:
+def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
     """Find what can be refitted, and which sums it ends in, in one run of the network's example."""
     folded = {producer: norm for norm, producer in folds(network).items()}
     run = Run(network, network.example)
@@ -180,6 +180,7 @@ def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: obje
     tensors = [t for t in (*inputs, value) if isinstance(t, Tensor) and t.is_floating_point()]
     if node.name not in network.book.weights or len(inputs) != 1 or len(tensors) != 2:
         return False
+    assert isinstance(value, Tensor), "there is one input"
     if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
         return False
     dims = {a.dim % value.dim() for a in network.book.features.get(node.name, ())}
@@ -194,7 +195,7 @@ def _hollow(producer: Producer) -> Producer:
 
 def _activation(network: Network, name: str) -> str | None:
     """Return the activation that is all that reads a node."""
-    node = next(n for n in network.module.graph.nodes if n.name == name)
+    node: fx.Node = next(n for n in network.module.graph.nodes if n.name == name)
     while len(node.users) == 1:
         node = next(iter(node.users))
         if network.is_activation(node):
@@ -264,6 +265,7 @@ class Targets:
             if share and value is not None:
                 part = _apply(self._map(node, dim, k), value, dim).mul_(share)
                 total = part if total is None else total.add_(part)
+        assert total is not None, "some network has a share"
         mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
         return total.div_(mass.view([-1 if d == dim else 1 for d in range(total.dim())]))
 

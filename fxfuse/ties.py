@@ -145,8 +145,8 @@ def _name(
         inner = [
             a.tensor for d in members if axes[d] for a in axes[d] if _inside(d, c, members, parent)
         ]
-        base = (writers or inner or ["blocks"])[0].rpartition(".")
-        base = base[0] or base[2]
+        module, _, leaf = (writers or inner or ["blocks"])[0].rpartition(".")
+        base = module or leaf
         taken, n = set(names.values()), 2
         name = base
         while name in taken:

@@ -36,7 +36,7 @@ def plain_modes() -> Iterator[None]:
 class Interpreter(fx.Interpreter):
     """Run a graph as its own code does: with lists that the called function may write to."""
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a node's arguments as fresh lists and dictionaries instead of frozen ones."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return _thawed(args), _thawed(kwargs)
@@ -64,7 +64,9 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -302,11 +304,13 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
 
 def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     try:
-        return module(*example)
+        return module.forward(*example)  # as a call of a graph prints what it raises
     except Exception:
-        part = evaluating_part(module) if isinstance(module, fx.GraphModule) else None
+        if not isinstance(module, fx.GraphModule):
+            raise
+        part = evaluating_part(module)
         if part is None:
             raise
-        out = part.eval()(*example)
+        out = part.eval().forward(*example)
         cut_to(module, part)
         return out

@@ -94,11 +94,12 @@ def even_map(
 ) -> np.ndarray:
     """Return the mean of all permutations that a space allows, `(universe, units)`."""
     base, own = match.spaces[name][match.base[name]], match.spaces[name][k]
-    if base.blocks is None:
+    if base.blocks is None or own.blocks is None:
         return np.full((base.size, own.size), 1.0 / own.size)
     parent, count = parents[name], int(own.blocks.max()) + 1
     outer = even_map(match, parents, parent, k) if parent else np.eye(count)
-    return outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
+    even: np.ndarray = outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
+    return even
 
 
 def _step(weights: Weights, free: Free, tolerance: float) -> bool:
@@ -113,12 +114,12 @@ def _step(weights: Weights, free: Free, tolerance: float) -> bool:
         return False
     best = _highest(curve)
     _move(weights, {key: (1 - best) * here[key] + best * corner[key] for key in here})
-    return curve(best) - curve(0.0) > least
+    return bool(curve(best) - curve(0.0) > least)
 
 
 def _highest(curve: Polynomial) -> float:
     """Return where in [0, 1] a polynomial is highest."""
-    roots = curve.deriv().roots()
+    roots: np.ndarray = curve.deriv().roots()
     flat = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
     return max([0.0, 1.0, *flat], key=curve)
 
@@ -129,10 +130,10 @@ def along(weights: Weights, corner: Maps) -> np.ndarray:
     A mapped tensor is a polynomial in the step, of the degree of its number of mapped axes.
     """
     other = weights.at({key: _coupling(project) for key, project in corner.items()})
-    total = np.zeros(1)
+    total: np.ndarray = np.zeros(1)
     for tensor in _tensors(weights):
         curves = [_curve(weights, other, tensor, k) for k in weights.having(tensor)]
-        both = [sum(parts) for parts in zip(*curves)]
+        both = [sum(parts[1:], parts[0]) for parts in zip(*curves)]
         for sign, curve in [(0.5, both), *((-0.5, c) for c in curves)]:
             total = polyadd(total, sign * _square(curve))
     return total
@@ -164,7 +165,7 @@ def objective(weights: Weights) -> float:
     value = 0.0
     for tensor in _tensors(weights):
         mapped = [weights.carried(tensor, k) for k in weights.having(tensor)]
-        total = sum(mapped)
+        total = sum(mapped[1:], mapped[0])
         value += (inner(total, total) - sum(inner(t, t) for t in mapped)) / 2
     return value
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ascent import Ascent, Start, families, forward, require_equal_widths
-from .coupling import Costs, Maps, Plans, Solver, two_maps
+from .coupling import Costs, Maps, Plans, two_maps
 from .measuring import Measurements, View
 from .mixing import Mixer
-from .solvers import Exact
+from .solvers import Exact, Solver
 from .together import join, merge_in_turn, spaces_to_join
 from .weightwise import Products, Weights, distance, unit_norm, weight_cost
 

@@ -214,12 +214,15 @@ def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
 
 def squared_distance(found: Products) -> np.ndarray:
     """Squared Euclidean distance between rows, `(n, m)`."""
-    return np.maximum(found.ours[:, None] + found.theirs[None] - 2 * found.cross, 0.0)
+    both = found.ours[:, None] + found.theirs[None]
+    squares: np.ndarray = np.maximum(both - 2 * found.cross, 0.0)
+    return squares
 
 
 def distance(found: Products) -> np.ndarray:
     """Euclidean distance between rows, `(n, m)`: the ground metric of OTFusion's scripts."""
-    return np.sqrt(squared_distance(found))
+    root: np.ndarray = np.sqrt(squared_distance(found))
+    return root
 
 
 def unit_norm(found: Products) -> Products:
@@ -232,8 +235,8 @@ def unit_norm(found: Products) -> Products:
 
 def unit_rows(tensor: np.ndarray, axis: Axis) -> np.ndarray:
     """Return what a tensor holds of each unit of an axis, `(units, rest)`."""
-    moved = np.moveaxis(tensor, axis.dim, 0)
-    return moved[axis.index].reshape(len(axis.index), -1)
+    moved: np.ndarray = np.moveaxis(tensor, axis.dim, 0)[axis.index]
+    return moved.reshape(len(axis.index), -1)
 
 
 def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -248,7 +251,8 @@ def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def squares(a: np.ndarray) -> np.ndarray:
     """Return the squared norm of each row, `(n,)`."""
-    return np.einsum("ij,ij->i", a, a, dtype=float)
+    found: np.ndarray = np.einsum("ij,ij->i", a, a, dtype=float)
+    return found
 
 
 def _sum(a: Products, b: Products) -> Products:

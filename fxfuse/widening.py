@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .checks import sizes_of
 from .interpreter import OPEN
 from .network import Network
-from .verify import sizes_of
 
 Place = tuple[str, int]  # a tensor or a node's output, and an axis of it
 
@@ -77,7 +77,8 @@ class Room:
     def _behind(self, node: str) -> list[str]:
         """Return the nodes behind a node, and the parameters and buffers they touch."""
         nodes = {n.name: n for n in self.network.module.graph.nodes}
-        found, waiting = {}, [nodes[node]]
+        found: dict[str, None] = {}
+        waiting = [nodes[node]]
         while waiting:
             for user in waiting.pop().users:
                 if user.name not in found:

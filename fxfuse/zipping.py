@@ -130,7 +130,8 @@ def similarities(
         row = []
         for k in order:
             pair = places[min(i, k), max(i, k)]
-            mean = sum(_alike(m) for m in pair) / len(pair)
+            alike = [_alike(m) for m in pair]
+            mean = sum(alike[1:], alike[0]) / len(pair)
             row.append(mean if i <= k else mean.T)
         rows.append(np.hstack(row))
     return np.round(np.vstack(rows), DECIMALS)
@@ -273,7 +274,7 @@ def _to_zip(mixer: Mixer, measured: Measurements) -> list[str]:
     for name, spaces in mixer.match.spaces.items():
         blocks = any(s.blocks is not None or s.name in parents for s in spaces if s.size)
         read = any(a.reads for s in spaces for a in s.axes)
-        here = np.flatnonzero(mixer.match.present[name])
+        here = [k for k, present in enumerate(mixer.match.present[name]) if present]
         seen = all((name, i, k) in measured.pairs for i in here for k in here if i <= k)
         if len(here) and seen and read and not blocks:
             found.append(name)

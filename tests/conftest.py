@@ -1,5 +1,7 @@
 """What every test shares: checks on, seeds fixed, few threads, and the tolerances, named once."""
 
+import socket
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -35,3 +37,15 @@ def seeded_and_single_threaded():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Refuse every connection and every name that is looked up."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"the network is asked for: {args[-1]}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -1,8 +1,11 @@
 """The demo, at a fraction of its training."""
 
+import pytest
 import torch
 
 import fxfuse.demo as demo
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def test_the_demo_reports_six_networks_and_draws(tmp_path, monkeypatch):

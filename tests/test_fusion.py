@@ -294,6 +294,18 @@ def test_progress_names_the_stages_and_what_is_done_of_them():
         assert shares[0] == 0.0 and shares[-1] == 1.0 and shares == sorted(shares)
 
 
+def test_aligning_and_balancing_tell_their_stages_too():
+    nets = [randomise(residual((6, 4), (8, 1))), randomise(residual((6, 3), (8, 1)))]
+    for work, last in ((fxfuse.align, "align layers"), (fxfuse.balance, "balance depths")):
+        seen = []
+        work(nets, images(), progress=lambda *step, seen=seen: seen.append(step))
+        stages_seen = list(dict.fromkeys(stage for stage, _ in seen))
+        assert stages_seen[:3] == ["read data", "trace and find spaces", "align layers"]
+        assert stages_seen[-1] == last
+        shares = [share for stage, share in seen if stage == "trace and find spaces"]
+        assert shares == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_more_data_than_one_batch_gives_the_same_as_one_tensor():
     nets, x = pair_of_depths(), images(150)
     loader = [(part, torch.zeros(len(part))) for part in x.split(37)]

@@ -15,16 +15,21 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors matching moments version",
-            "composition gates ir modes",
-            "aligners correction costs data display labels least_squares solvers tracing",
-            "blocks calls contraction layer_costs references verify",
+            "errors page_style scene version",
+            "files matching moments plain svg",
+            "pictures",
+            "display graphs",
+            "alignment_json checkpoints composition gates modes views",
+            "ir naming",
+            "aligners correction costs data encoding labels least_squares options page references "
+            "solvers tracing values",
+            "blocks calls checks contraction decoding evaluation layer_costs",
             "movement norms passes ties",
             "operators",
             "interpreter",
             "canonical network spaces",
             "folding intake pairing segments sizing statistics widening",
-            "adoption alignment neutral producer reshaping",
+            "adoption alignment inspection neutral producer reshaping",
             "removal rewrites sockets",
             "balancing merging",
             "correspondence cutting refitting transfer",
@@ -34,7 +39,7 @@ LEVELS = {
             "budget parents",
             "heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
-            "demo net2net presets",
+            "barrier demo net2net presets saving terminal",
             "cli",
             "__init__ __main__",
         ]

@@ -25,8 +25,8 @@ from nets import (
 from torch import nn
 
 import fxfuse
+from fxfuse.checks import lint
 from fxfuse.errors import ArgumentError, PairingError
-from fxfuse.verify import lint
 
 IMAGES = torch.randn(2, 3, 8, 8)
 OTHER = torch.randn(3, 3, 8, 8)

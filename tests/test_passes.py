@@ -7,10 +7,10 @@ from nets import NETS, build, gap, mlp, outputs, randomise
 from torch import nn
 
 import fxfuse
+from fxfuse.checks import lint
 from fxfuse.errors import NotEquivalent, PassError
 from fxfuse.passes import debug_level, graph_pass
 from fxfuse.tracing import trace
-from fxfuse.verify import lint
 
 
 def node(module, name):

@@ -5,13 +5,13 @@ from nets import Twice, conv, mlp, outputs, randomise, values
 from torch import nn
 
 from fxfuse.canonical import canonical
+from fxfuse.checks import lint
 from fxfuse.composition import Affine
 from fxfuse.data import Calibration
 from fxfuse.errors import PassError
 from fxfuse.network import Network
 from fxfuse.producer import read_producer, restate, tensor_at, write_producer
 from fxfuse.tracing import trace
-from fxfuse.verify import lint
 
 torch.manual_seed(0)  # of what is drawn while the tests are collected
 VECTORS, IMAGES = torch.randn(40, 6), torch.randn(20, 4, 8, 8)
@@ -101,7 +101,7 @@ def values_until(found, name, data):
 
 
 def lint_one(part):
-    from fxfuse.verify import sizes_of
+    from fxfuse.checks import sizes_of
 
     assert all(getattr(part, name) == size for name, size in sizes_of(part).items())
 

@@ -9,6 +9,7 @@ import fxfuse
 NAMES = [
     "Alignment",
     "FuseError",
+    "Inspection",
     "Method",
     "Report",
     "Space",
@@ -16,17 +17,22 @@ NAMES = [
     "__version__",
     "align",
     "balance",
+    "barrier",
     "debug",
     "draw",
     "find_spaces",
     "fuse",
     "heads",
+    "inspect",
+    "load",
     "narrow",
     "net2deeper",
     "net2wider",
     "permute",
     "presets",
+    "save",
     "transfer",
+    "verify",
 ]
 FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 
@@ -34,6 +40,11 @@ FUNCTIONS = [n for n in NAMES if inspect.isfunction(getattr(fxfuse, n, None))]
 def test_the_public_names_are_these():
     assert sorted(fxfuse.__all__) == NAMES
     assert len(set(fxfuse.__all__)) == len(fxfuse.__all__)
+
+
+def test_nothing_else_is_public():
+    named = {n for n in vars(fxfuse) if not n.startswith("_")}
+    assert {n for n in named if not inspect.ismodule(getattr(fxfuse, n))} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +64,7 @@ def test_every_argument_of_a_public_function_is_documented(name):
         assert all(f"{a}:" in function.__doc__ for a in arguments)
 
 
-@pytest.mark.parametrize("name", ["Alignment", "Method", "Report", "Space", "Spaces"])
+@pytest.mark.parametrize("name", ["Alignment", "Inspection", "Method", "Report", "Space", "Spaces"])
 def test_every_field_of_a_public_class_is_documented(name):
     kind = getattr(fxfuse, name)
     assert all(f"{field}:" in kind.__doc__ for field in kind.__dataclass_fields__)
@@ -69,11 +80,26 @@ def test_the_fixed_signatures():
     assert {"alignment", "weights", "anchor"} <= set(signatures["fuse"])
 
 
-def test_importing_is_quiet_and_leaves_torch_as_it_was():
-    program = (
-        "import torch; before = torch.get_num_threads(), torch.random.get_rng_state().sum();"
-        "import fxfuse;"
-        "assert before == (torch.get_num_threads(), torch.random.get_rng_state().sum())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+IMPORT = """
+import sys
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request"):
+        raise RuntimeError(f"{event} {args}")
+
+import torch
+before, loaded = (torch.get_num_threads(), torch.random.get_rng_state().sum()), set(sys.modules)
+sys.addaudithook(refuse)
+import fxfuse
+assert before == (torch.get_num_threads(), torch.random.get_rng_state().sum())
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - loaded}))
+"""
+HEAVY = {"matplotlib", "rich", "typer", "ot", "sklearn", "torchvision", "pandas", "IPython", "jax"}
+
+
+def test_importing_is_quiet_loads_nothing_heavy_and_leaves_torch_and_the_network_alone():
+    """What takes long to load is imported where it is used."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = set(done.stdout.split())
+    assert "fxfuse" in loaded and not loaded & HEAVY

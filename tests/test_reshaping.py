@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from nets import NETS, Pooled, build, conv, outputs, random_nets, randomise
 from torch import nn
 
+from fxfuse.checks import lint
 from fxfuse.errors import PassError
 from fxfuse.intake import analysed
 from fxfuse.network import Network
 from fxfuse.reshaping import _variants, rescaled_sizes, reshaped
 from fxfuse.stands import normed
-from fxfuse.verify import lint
 
 IMAGES = torch.randn(2, 3, 8, 8)
 

@@ -22,12 +22,12 @@ from nets import (
 from torch import nn
 
 import fxfuse
+from fxfuse.checks import lint
 from fxfuse.errors import NotEquivalent, PassError
 from fxfuse.network import Network
 from fxfuse.rewrites import Insertion, Stamp, deepen
 from fxfuse.segments import partition
 from fxfuse.tracing import trace
-from fxfuse.verify import lint
 
 VECTORS, IMAGES, TOKENS = torch.randn(4, 6), torch.randn(4, 3, 8, 8), torch.randn(4, 5, 6)
 

@@ -24,8 +24,9 @@ from nets import (
 )
 from torch import nn
 
+from fxfuse.errors import ModelError
 from fxfuse.network import Network
-from fxfuse.segments import data_graph, describe, module_path, partition
+from fxfuse.segments import chain_of, data_graph, describe, module_path, partition
 from fxfuse.tracing import trace
 
 IMAGE, VECTOR = (2, 3, 8, 8), (2, 6)
@@ -403,3 +404,37 @@ def test_widths_of_a_transformers_block_hide_behind_one_kind():
     found = layers(randomise(block), (2, 5, 6))
     assert [layer.branched for layer in found] == [False, True, True, False]
     assert all(layer.layout == (3, 2) and layer.resolution == (5,) for layer in found)
+
+
+class First(nn.Module):
+    """A chain through a module that returns several tensors, of which one is used."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x)[0].mean(1))
+
+
+def test_a_module_of_several_outputs_is_a_layer_that_ends_in_the_one_that_is_used():
+    here = network(First(nn.LSTM(6, 6, batch_first=True)), (2, 4, 6))
+    (first,), (head,) = (s.layers for s in partition(here))
+    assert first.name == "inner" and first.width == 6 and first.resolution == (4,)
+    assert first.point == first.nodes[-1] != first.merge and head.name == "head"
+    assert chain_of(here)[:2] == ("x", "inner") and chain_of(here)[-1] == "output"
+
+
+class Constant(nn.Module):
+    def __init__(self, computed):
+        super().__init__()
+        self.weight, self.computed = nn.Parameter(torch.ones(3)), computed
+
+    def forward(self, x):
+        return self.weight * 2 if self.computed else self.weight
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_an_output_that_ignores_the_input_is_refused(computed):
+    with pytest.raises(ModelError, match="does not depend on the input"):
+        cut(Constant(computed))

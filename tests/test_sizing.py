@@ -3,13 +3,13 @@ import torch
 from nets import GroupedBottleneck, Inverted, Pooled, Residual, Tokens, conv, mlp, randomise, stages
 from torch import nn
 
+from fxfuse.checks import sizes_of
 from fxfuse.errors import PassError
 from fxfuse.network import Network
 from fxfuse.rewrites import Insertion
 from fxfuse.segments import partition
 from fxfuse.sizing import resized_copy
 from fxfuse.tracing import trace
-from fxfuse.verify import sizes_of
 
 IMAGES, VECTORS = torch.randn(2, 3, 8, 8), torch.randn(2, 6)
 

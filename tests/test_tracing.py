@@ -15,10 +15,10 @@ from torchvision.ops import StochasticDepth
 
 import fxfuse
 from fxfuse import tracing
+from fxfuse.checks import lint
 from fxfuse.errors import DataError, ModelError, TraceError
 from fxfuse.modes import merge
 from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace
-from fxfuse.verify import lint
 
 
 def varies(module, x):

@@ -6,16 +6,18 @@ from conftest import FUNCTION
 from nets import NETS, build, mlp, outputs, randomise
 from torch import nn
 
-from fxfuse.errors import NotEquivalent, PassError
-from fxfuse.tracing import trace
-from fxfuse.verify import (
+import fxfuse
+from fxfuse.checks import (
     TOLERANCE,
     first_divergence,
     lint,
     relative_error,
     require_equal,
     sizes_of,
+    verify,
 )
+from fxfuse.errors import DataError, NotEquivalent, PassError
+from fxfuse.tracing import trace
 
 LAYERS = [
     nn.Linear(6, 3),
@@ -291,3 +293,66 @@ def test_modules_that_are_no_graphs_are_compared_by_outputs_alone():
         require_equal(net, graph, (x,), "tracing")
     assert caught.value.where == "tracing"
     assert not torch.equal(outputs(net, x), outputs(graph, x))
+
+
+# --- for users ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_network_and_its_permuted_or_traced_copy_are_equal(name):
+    net, x = build(name)
+    for other in (net, trace(net), copy.deepcopy(net), fxfuse.permute(net, x)):
+        assert verify(net, other, x) is None
+
+
+def test_a_changed_parameter_is_found_at_its_node_whatever_the_networks_are():
+    net, x = build("residual")
+    changed = copy.deepcopy(net)
+    changed.get_submodule("1.1.a.0").weight.data[0] *= 1.5
+    node = next(n for n in trace(net).graph.nodes if n.target == "1.1.a.0").name
+    for a in (net, trace(net)):
+        for b in (changed, trace(changed)):
+            with pytest.raises(NotEquivalent, match=f"first at node '{node}'"):
+                verify(a, b, (x,))
+
+
+def test_what_made_a_node_is_told():
+    net, x = trace(build("plain")[0]), torch.randn(4, 6)
+    after = copy.deepcopy(net)
+    node = next(n for n in after.graph.nodes if n.op == "call_module")
+    node.meta["origin"] = ("widen", ("input",))
+    after.get_submodule(node.target).bias.data += 1
+    with pytest.raises(NotEquivalent, match="widen from input"):
+        verify(net, after, x)
+
+
+def test_a_tolerance_decides_and_nothing_is_modified():
+    net, x = build("batch norm")
+    near = copy.deepcopy(net)
+    for parameter in near.parameters():
+        parameter.data *= 1 + 1e-3
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    verify(net, near, x, tolerance=0.1)
+    with pytest.raises(NotEquivalent, match="at most 1e-05"):
+        verify(net, near, x, tolerance=1e-5)
+    assert net.training and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+class Untraceable(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(2 * x)
+
+
+def test_what_cannot_be_traced_or_has_other_outputs_is_told_by_its_outputs():
+    net, x = nn.Sequential(Untraceable(4, 3)), torch.randn(2, 4)
+    net[0].__class__.__module__ = __name__
+    verify(net, net, x)
+    for other in (nn.Linear(4, 3), nn.Linear(4, 2)):
+        with pytest.raises(NotEquivalent, match="Linear, at the outputs"):
+            verify(net, other, x)
+
+
+def test_a_refused_example_is_a_data_error():
+    with pytest.raises(DataError):
+        verify(nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(2, 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import NotEquivalent, PassError
-from .tracing import Interpreter, run_once
+from .errors import NotEquivalent, PassError, TraceError
+from .tracing import Example, Interpreter, as_example, run_once, trace
 
 TOLERANCE = 1e-4  # relative, of the largest output, in float32
 
@@ -72,7 +73,7 @@ def _vectors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _outputs(module: nn.Module) -> int:
     sizes = sizes_of(module)
     keys = ("out_channels", "out_features", "num_features", "num_channels")
-    return next(sizes[key] for key in keys if key in sizes)
+    return int(next(sizes[key] for key in keys if key in sizes))
 
 
 def _wrong(path: str, what: str) -> PassError:
@@ -98,6 +99,60 @@ def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
             error = float(difference / x.double().abs().max().clamp(min=1e-12))
             worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst if len(a) == len(b) else float("inf")
+
+
+def verify(
+    before: nn.Module, after: nn.Module, example: Example, tolerance: float = TOLERANCE
+) -> None:
+    """Check that two networks compute the same in eval mode.
+
+    Args:
+        before: A network; not modified.
+        after: What was made of it; not modified.
+        example: Inputs, a tensor or a tuple of tensors.
+        tolerance: Largest difference of an output, relative to the largest value in it.
+
+    Raises:
+        NotEquivalent: If outputs differ. It names the first node of `after` whose value is not that
+            of the node of the same name in `before`, and what made it; units in another order count
+            as a difference there.
+        DataError: If a network refuses the example.
+
+    Example:
+        >>> from torch.fx import symbolic_trace
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> changed = symbolic_trace(nn.Sequential(net[0], nn.Sigmoid()))
+        >>> try:
+        ...     verify(net, changed, torch.ones(2, 4))
+        ... except NotEquivalent as error:
+        ...     print(error.where)
+        Sequential and Sequential; first at node '_1' (1; reads _0)
+    """
+    inputs, pair = as_example(example), [_own(m) for m in (before, after)]
+    names = [type(m).__name__ for m in (before, after)]
+    outputs = [run_once(m, inputs, name) for m, name in zip(pair, names)]
+    error = relative_error(*outputs)
+    if error <= tolerance:
+        return
+    where = " and ".join(names)
+    graphs = [m.eval() for m in pair if isinstance(m, fx.GraphModule)]
+    node = first_divergence(graphs[0], graphs[1], inputs, tolerance) if len(graphs) == 2 else None
+    raise NotEquivalent(
+        f"outputs that differ by {error:.2e} relative",
+        where=f"{where}; first at {node}" if node else f"{where}, at the outputs",
+        expected=f"at most {tolerance:.0e}",
+        do="look at what that node reads and at its parameters in both networks",
+    )
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """Return a copy of a network, as a graph if it can be traced."""
+    if isinstance(model, fx.GraphModule):
+        return copy.deepcopy(model)  # tracing it again would lose where its nodes are from
+    try:
+        return trace(model, type(model).__name__)
+    except TraceError:
+        return copy.deepcopy(model)
 
 
 def require_equal(
@@ -132,7 +187,10 @@ class _Recorder(Interpreter):
 
 
 def first_divergence(
-    before: fx.GraphModule, after: fx.GraphModule, example: tuple[Tensor, ...]
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    example: tuple[Tensor, ...],
+    tolerance: float = TOLERANCE,
 ) -> str | None:
     """Return the first node of `after`, with its origin, whose value differs from `before`'s.
 
@@ -152,7 +210,7 @@ def first_divergence(
             [t for t in tree_leaves(v) if isinstance(t, Tensor)]
             for v in (old[name], new[node.name])
         ]
-        if relative_error(*pair) > TOLERANCE:
+        if relative_error(*pair) > tolerance:
             made = f" <- {origin[0]} from {', '.join(origin[1])}" if origin[0] else ""
             inputs = ", ".join(n.name for n in node.all_input_nodes)
             return f"node '{node.name}' ({node.target}; reads {inputs}){made}"

@@ -1,0 +1,76 @@
+"""Files that are either the old one or the whole new one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import WriteError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    Whatever ends the run in between, `path` is the old file or the whole new one. A process that is
+    killed leaves the hidden temporary file behind, any other end removes it.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+    try:
+        _write_beside(path, write)
+    except (OSError, SafetensorError) as error:  # the latter wraps the former in its own name
+        raise WriteError(
+            f"a file that cannot be written: {error}",
+            where=str(path),
+            expected="a folder that can be written to, with enough space",
+            do="choose another path, or make room; what was there is as it was",
+        ) from error
+
+
+def _write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        os.close(handle)
+        write(Path(name))
+        with open(name, "rb+") as whole:
+            os.fsync(whole.fileno())  # some file systems rename before they write
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as UTF-8, in one step.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    write_atomically(Path(path), write)
