@@ -17,7 +17,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from .balancing import Balanced
 from .correspondence import Correspondence, correspond
 from .costs import correlation
-from .errors import FuseError
+from .errors import ArgumentError, FuseError
 from .ir import Coupling, Space
 from .measuring import Measurements
 from .mixing import Mixer
@@ -30,6 +30,32 @@ Owner = tuple[int, int]  # a network and one of its units
 LEAST = 1e-6  # share of a network in units that it has in common with others, at least
 
 
+def require_width(width: float, apart: bool = False) -> None:
+    """Refuse what is no width of a fused network.
+
+    Args:
+        width: Relative to the anchor's.
+        apart: Whether the networks are of different tasks.
+
+    Raises:
+        ArgumentError: If it is below 1, or above it for networks of different tasks.
+    """
+    if apart and width > 1:
+        raise ArgumentError(
+            f"width {width} for networks of different tasks",
+            where="the argument `width`",
+            expected="1, as each network's head reads a trunk of the anchor's width",
+            do="leave it out, or cut the networks earlier, heads.Separate(after=...)",
+        )
+    if not width >= 1:
+        raise ArgumentError(
+            f"width {width}",
+            where="the argument `width`",
+            expected="1, the anchor's, or more; float('inf') for the sum of all networks' widths",
+            do="for a narrower network, fuse with `fxfuse.narrow(model, example)` as the anchor",
+        )
+
+
 def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.ndarray]:
     """Return how unlike units are, `(units of the base, units)` by space and network.
 
@@ -37,7 +63,8 @@ def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.
         mixer: The networks.
         measured: What was measured of them; not used up.
     """
-    alone = Measurements(dict(measured.pairs), {})
+    pairs = {key: found for key, found in measured.pairs.items() if key[0] in mixer.match.base}
+    alone = Measurements(pairs, {})
     return ground_costs(mixer.match, alone, correlation)
 
 
@@ -54,7 +81,17 @@ def widened(
     Returns:
         The networks with a last one of no weight, whose structure the fused one takes, and the
         spaces that keep their width, with the reason.
+
+    Raises:
+        ArgumentError: If the coupling treats every layer by itself.
     """
+    if mixer.layered:
+        raise ArgumentError(
+            f"width {width} and a coupling that treats every layer by itself",
+            where="the argument `width`",
+            expected="a coupling that gives each space one pair of maps",
+            do="use fxfuse.transport.Transport(), or leave the width out",
+        )
     apart = {name: _split_off(mixer, name, width, costs) for name in _able(mixer)}
     host, kept = _host(mixer.balanced.networks[mixer.anchor], {n: len(o) for n, o in apart.items()})
     old = mixer.balanced

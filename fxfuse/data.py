@@ -119,6 +119,15 @@ class Calibration:
         """Return the first few inputs, as one batch."""
         return tuple(t[:samples] for t in self._batches[0])
 
+    def parted(self, every: int) -> tuple[Calibration, Calibration]:
+        """Return all inputs but one in `every`, and these."""
+        parts: tuple[list[Any], list[Any]] = [], []
+        for start, batch in zip(range(0, self.samples, 64), self.chunks(64)):
+            last = torch.arange(start, start + len(batch[0])) % every == every - 1
+            for part, chosen in zip(parts, (~last, last)):
+                part.append((tuple(t[chosen] for t in batch),))
+        return Calibration(parts[0]), Calibration(parts[1])
+
     def chunks(self, size: int, tick: Callable[[float], None] | None = None) -> Iterator[Batch]:
         """Yield all inputs in order, in batches of `size` samples, the last one shorter.
 

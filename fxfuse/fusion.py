@@ -1,35 +1,33 @@
-"""The entry functions; they read as the way of the data: trace, align, balance, couple, emit."""
+"""The entry functions; they read as the way of the data: trace, align, balance, assemble."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
 from .aligners import Aligner, monotone
 from .alignment import Pairs, align_networks
+from .assembly import assemble, cleaned, require_sound
 from .balancing import Balancing, deepen
-from .checks import lint
+from .budget import require_width
 from .correspondence import correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
-from .data import Calibration
-from .emit import emit, outputs_to_settle
-from .errors import ModelError
+from .errors import ArgumentError
 from .heads import Heads, require_heads
 from .intake import Clock, Progress, anchor_of, shares_of, take_in
 from .ir import Alignment
 from .layer_costs import LayerCost, linear_cka
-from .measuring import measure
 from .mixing import Mixer
 from .network import Network
-from .refit import Outcome, Refit, finite
+from .refit import Refit
 from .report import report_on
 from .segments import partition
 from .sweep import LeastSquares
-from .tracing import copy_modes, plain_modes, run_once
+from .tracing import copy_modes, plain_modes
 from .transport import Transport
 
 
@@ -69,7 +67,8 @@ def fuse(
     data: Any,
     *,
     alignment: Alignment | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Literal["auto"] | None = None,
+    width: float = 1.0,
     anchor: int | None = None,
     method: Method | None = None,
     heads: Heads | None = None,
@@ -83,7 +82,13 @@ def fuse(
         data: Unlabelled calibration inputs: a tensor `(N, ...)` or an iterable of batches, each a
             tensor or a tuple, list or dict whose first entry is the input.
         alignment: Which layers correspond; found by `align` if not given.
-        weights: Non-negative share of each network, normalised to sum 1; equal if not given.
+        weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
+            "auto" the outputs are to be the equal ensemble's, and the shares in the units before
+            them are those that come nearest to it on samples held out.
+        width: Of the fused network, relative to the anchor's. Where there is room, units that are
+            least like their matches get places of their own; with room for all, `float("inf")`,
+            the outputs are the mean of the networks' exactly, but for norms over units, groups
+            and heads, which keep their width.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
         method: The choices along the way; the default is the best one known.
@@ -116,7 +121,9 @@ def fuse(
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
     method, clock = method or Method(), Clock(progress)
-    shares = shares_of(weights, models)
+    automatic = _automatic(weights, heads)
+    shares = shares_of(None if isinstance(weights, str) else weights, models)
+    require_width(width, heads is not None)
     networks, calibration = take_in(models, data, clock, apart=heads is not None)
     require_heads(heads, networks)
     target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
@@ -134,15 +141,38 @@ def fuse(
     balanced = method.balancing(networks, alignment, calibration)
     match = correspond(balanced, target)
     mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-    module, outcome = _mix(mixer, calibration, method, clock)
+    module, mixer, outcome, kept = assemble(
+        mixer,
+        calibration,
+        method.coupling,
+        method.refit,
+        clock,
+        width=width,
+        weigh=automatic,
+    )
     fused = copy_modes(models[target], module)
     notes: tuple[str, ...] = ()
     if heads is not None:
         clock.start("attach heads")
         notes = heads(fused, mixer, behind, models)
-        _require_sound(replace(balanced.networks[target], name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, notes, _seeds(method))
+        base = mixer.balanced.networks[mixer.anchor]
+        require_sound(replace(base, name="the fused network", module=fused))
+    fused.meta["fxfuse"] = report_on(
+        mixer, target, alignment, outcome, clock, notes, _seeds(method), kept
+    )
     return fused
+
+
+def _automatic(weights: Sequence[float] | str | None, heads: Heads | None) -> bool:
+    """Tell whether the weights are to be chosen; refuse words that mean nothing."""
+    if isinstance(weights, str) and (weights != "auto" or heads is not None):
+        raise ArgumentError(
+            f"weights '{weights}'" + (" for networks of different tasks" if heads else ""),
+            where="the argument `weights`",
+            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
+            do="give one number for each model, or leave them out for equal weights",
+        )
+    return weights == "auto"
 
 
 def _seeds(method: Method) -> dict[str, int]:
@@ -189,9 +219,12 @@ def fuse_along(
     match = correspond(balanced, target)
     for shares in all_shares:
         mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-        module, outcome = _mix(mixer, calibration, method, clock)
+        choices = method.coupling, method.refit
+        module, mixer, outcome, _ = assemble(mixer, calibration, *choices, clock)
         fused = copy_modes(models[target], module)
-        fused.meta["fxfuse"] = report_on(mixer, alignment, outcome, clock, seeds=_seeds(method))
+        fused.meta["fxfuse"] = report_on(
+            mixer, target, alignment, outcome, clock, seeds=_seeds(method)
+        )
         yield fused
 
 
@@ -206,27 +239,6 @@ def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:
         widths = [sum(max(x.width for x in s.layers) for s in segments) for segments in parts]
     order = list(zip(widths, depths))
     return order.index(max(order))
-
-
-def _mix(
-    mixer: Mixer, data: Calibration, method: Method, clock: Clock
-) -> tuple[fx.GraphModule, Outcome]:
-    """Measure, couple, emit and refit: from balanced networks to the fused one."""
-    networks, base = mixer.balanced.networks, mixer.balanced.networks[mixer.anchor]
-    clock.start("measure units")
-    samples = min(data.samples, method.refit.samples(networks))
-    outputs = outputs_to_settle(base) if method.refit.wants_moments else {}
-    view = method.coupling.view
-    measured = measure(mixer.balanced, mixer.match, data, view, outputs, samples, clock.tick)
-    clock.start("couple units")
-    method.coupling(mixer, measured)
-    clock.start("emit")
-    module, plans = emit(mixer, measured.outputs)
-    clock.start("refit")
-    fused = replace(base, name=f"the fusion of {base.name}", module=module)
-    outcome = method.refit(fused, mixer, plans, data, samples, clock.tick)
-    _require_sound(fused)
-    return _cleaned(module), outcome
 
 
 @plain_modes()
@@ -315,24 +327,4 @@ def balance(
     clock.start("balance depths")
     balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
-    return [copy_modes(model, _cleaned(n.module)) for n, model in pairs]
-
-
-def _require_sound(fused: Network) -> None:
-    if not finite(fused.module):
-        raise ModelError(
-            "fused weights that are NaN or infinite",
-            where=fused.name,
-            expected="finite weights",
-            do="check the activations of the models on the calibration data for overflow",
-        )
-    lint(fused.module)
-    run_once(fused.module, fused.example, fused.name)
-
-
-def _cleaned(module: fx.GraphModule) -> fx.GraphModule:
-    """Take the traces of the work out of a graph that is handed to the user."""
-    for node in module.graph.nodes:
-        for key in ("inserted", "neutral_to"):
-            node.meta.pop(key, None)
-    return module
+    return [copy_modes(model, cleaned(n.module)) for n, model in pairs]

@@ -47,9 +47,9 @@ class Parents:
         for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             self.orders.append(nodes)
-            runs = (
-                None if _silent(targets.mixer, k) else start(network, data, samples, nodes, bypass)
-            )
+            silent = _silent(targets.mixer, k)
+            given = data, samples, nodes, bypass, networks
+            runs = None if silent else start(network, *given)
             self.runs.append(runs)
         self.batches = max(len(runs) for runs in self.runs if runs is not None)
         self.done = 0

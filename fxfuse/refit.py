@@ -144,10 +144,20 @@ def start(
     samples: int,
     order: Sequence[fx.Node] | None = None,
     bypass: Bypass | None = None,
+    beside: Sequence[Network] = (),
 ) -> list[Run]:
-    """Start a run for each batch of the first samples."""
+    """Start a run for each batch of the first samples.
+
+    Args:
+        network: The network to run.
+        data: Calibration inputs.
+        samples: How many of the first ones.
+        order: As for `statistics.Run`.
+        bypass: As for `statistics.Run`.
+        beside: Networks that run on batches of the same size.
+    """
     runs, count = [], 0
-    for batch in data.chunks(batch_size([network], BATCH_BYTES, BATCH_SAMPLES)):
+    for batch in data.chunks(batch_size([network, *beside], BATCH_BYTES, BATCH_SAMPLES)):
         if count < samples:
             runs.append(Run(network, tuple(t[: samples - count] for t in batch), bypass, order))
             count += len(batch[0])

@@ -75,6 +75,7 @@ class Report:
         seeds: Of what was drawn at random, by the choice that drew it.
         removed: Per network, the layers that it lost when depths were made equal; empty if none
             did.
+        narrow: The spaces that kept their width though more was asked for, with the reason.
         memory: Peak resident bytes of the process so far, at the end of each stage.
         maps: `(space, network)` to what its units give `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
@@ -94,6 +95,7 @@ class Report:
     files: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
     removed: tuple[frozenset[str], ...] = ()
+    narrow: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict, compare=False)
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
@@ -173,29 +175,31 @@ class Report:
 
 def report_on(
     mixer: Mixer,
+    anchor: int,
     alignment: Alignment,
     outcome: Outcome,
     clock: Clock,
     heads: tuple[str, ...] = (),
     seeds: dict[str, int] | None = None,
+    kept: dict[str, str] | None = None,
 ) -> Report:
-    """Sum up a fusion."""
-    base = mixer.balanced.networks[mixer.anchor].spaces
+    """Sum up a fusion, without the network that only gave its structure, if there was one."""
+    base, count = mixer.balanced.networks[mixer.anchor].spaces, len(alignment.names)
     spaces = []
     for space in base:
-        found = [mixer.couplings[space.name, k] for k in range(len(mixer.weights))]
-        here = mixer.match.present[space.name]
+        found = [mixer.couplings[space.name, k] for k in range(count)]
+        here = mixer.match.present[space.name][:count]
         sure = tuple(c.confidence if p else None for c, p in zip(found, here))
-        sizes = tuple(s.size for s in mixer.match.spaces[space.name])
+        sizes = tuple(s.size for s in mixer.match.spaces[space.name][:count])
         costs, described = tuple(c.cost for c in found), tuple(map(describe, found))
         spaces.append(SpaceReport(space.name, space.size, costs, sure, sizes, described))
     return Report(
         alignment=alignment,
-        anchor=mixer.anchor,
-        weights=tuple(mixer.weights),
+        anchor=anchor,
+        weights=tuple(mixer.weights[:count]),
         spaces=tuple(spaces),
         frozen=base.frozen,
-        errors=mixer.balanced.errors,
+        errors=mixer.balanced.errors[:count],
         seconds=dict(clock.stop()),
         heads=heads,
         layers=outcome.layers,
@@ -203,7 +207,8 @@ def report_on(
         seeds=seeds or {},
         removed=mixer.balanced.removed,
         memory=dict(clock.memory),
-        maps=_kept(mixer.couplings),
+        maps=_kept({key: c for key, c in mixer.couplings.items() if key[1] < count}),
+        narrow=kept or {},
     )
 
 

@@ -96,7 +96,7 @@ class LeastSquares:
         targets = Targets(mixer)
         aims = {n: a for n, a in aims.items() if self._can(fused, a, targets)}
         sweep = _Sweep(self, fused, Parents(targets, order, aims, data, samples), order)
-        sweep.runs = start(fused, data, samples, order)
+        sweep.runs = start(fused, data, samples, order, beside=mixer.balanced.networks)
         waiting = {p.node: p for p in plans}
         with torch.no_grad():
             for done, node in enumerate(order):

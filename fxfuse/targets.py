@@ -95,23 +95,15 @@ def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
     for node in graph:
         level[node] = max((level[n] for n in node.all_input_nodes), default=0)
         level[node] += node.name in producers
-    order: dict[fx.Node, None] = {}
-    waiting = [n for n in graph if n.name in fed]
-
-    def settle(node: fx.Node) -> None:
-        for before in node.all_input_nodes:
-            if before not in order and before.name not in fed:
-                settle(before)
-        order[node] = None
-
+    constants = [n for n in graph if n.name not in fed and n.op != "output"]
+    order: dict[fx.Node, None] = dict.fromkeys(constants)  # some are made from others, in place
+    waiting = [n for n in graph if n not in order]
     while waiting:
-        ready = (
-            n for n in waiting if all(i in order or i.name not in fed for i in n.all_input_nodes)
-        )
+        ready = (n for n in waiting if all(i in order for i in n.all_input_nodes))
         best = min(ready, key=lambda n: (n.name in producers and level[n], n.op == "output"))
         waiting.remove(best)
-        settle(best)
-    return [*(n for n in graph if n not in order and n.op != "output"), *order]
+        order[best] = None
+    return list(order)
 
 
 def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:

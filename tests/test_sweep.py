@@ -163,6 +163,14 @@ def test_each_option_changes_the_result(choice, monkeypatch):
     assert moved(fxfuse.fuse(nets, x), other)
 
 
+def test_networks_of_other_widths_run_on_the_same_batches(monkeypatch):
+    monkeypatch.setattr("fxfuse.refit.BATCH_BYTES", 1 << 13)
+    nets = [randomise(stages([c], [c], [8]), c) for c in (4, 12)]
+    for anchor in (0, 1):
+        fused = fxfuse.fuse(nets, draw("stages", 30), anchor=anchor)
+        assert fused.meta["fxfuse"].layers
+
+
 def test_one_sample_and_units_that_never_vary_do_no_harm():
     nets = pair_of("stages")
     for net in nets:

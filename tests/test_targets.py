@@ -51,6 +51,35 @@ def test_the_order_is_one_in_which_the_network_runs(net):
     assert aims
 
 
+class Constants(nn.Module):
+    """Constants made from constants, of which some are read by nothing that data reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 5))
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        sizes = self.table.shape
+        first, last = sizes[1], sizes[0]
+        offset = self.table.clone().reshape(last, first)
+        offset.add_(1.0)
+        x = torch.relu(self.a(x)).reshape(-1, first)
+        unread = offset.sum() + sizes[0]
+        unread * 2
+        return self.b(x + offset[0])
+
+
+def test_constants_come_first_in_the_order_of_the_graph():
+    net, x = randomise(Constants()), torch.randn(3, 6)
+    found = network(net, x)
+    order, _ = aims_of(found)
+    place = {node: i for i, node in enumerate(order)}
+    assert all(place[i] < place[n] for n in order for i in n.all_input_nodes)
+    value, _ = output_of(found, order, x)
+    assert torch.allclose(value, outputs(net, x), rtol=1e-5, atol=1e-6)
+
+
 def test_values_are_freed_in_any_order():
     net, x = randomise(residual((6, 2), (8, 1))), images(3)
     found = network(net, x)

@@ -1,0 +1,113 @@
+"""From balanced networks to the fused one: measure, couple, make room, emit, refit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from .budget import distances, widened
+from .checks import lint
+from .coupling import CouplingMethod
+from .data import Calibration
+from .emit import emit, outputs_to_settle
+from .errors import ModelError
+from .intake import Clock
+from .measuring import Measurements, measure
+from .mixing import Mixer
+from .network import Network
+from .refit import Outcome, Refit, finite
+from .tracing import run_once
+from .weighing import nearest
+
+
+def assemble(
+    mixer: Mixer,
+    data: Calibration,
+    coupling: CouplingMethod,
+    refit: Refit,
+    clock: Clock,
+    *,
+    width: float = 1.0,
+    weigh: bool = False,
+) -> tuple[fx.GraphModule, Mixer, Outcome, dict[str, str]]:
+    """Make the fused network.
+
+    Args:
+        mixer: The balanced networks; their couplings are filled in.
+        data: Calibration inputs.
+        coupling: How the units of the networks find each other.
+        refit: How the fused network is corrected.
+        clock: Told what is being done.
+        width: Of the fused network, relative to its anchor's.
+        weigh: Choose the weights of the units by how near the outputs come to the ensemble's.
+
+    Returns:
+        The network, the maps it was made with, how near it came, and the spaces that kept their
+        width though more was asked for, with the reason.
+    """
+    networks, anchor = mixer.balanced.networks, mixer.anchor
+    clock.start("measure units")
+    samples = min(data.samples, refit.samples(networks))
+    outputs = outputs_to_settle(networks[anchor]) if refit.wants_moments else {}
+    measured = measure(
+        mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
+    )
+    clock.start("couple units")
+    apart = distances(mixer, measured) if width > 1 else {}
+    coupling(mixer, measured)
+    kept: dict[str, str] = {}
+    if width > 1:
+        clock.start("make room")
+        mixer, kept = widened(mixer, width, apart)
+    if weigh:
+        clock.start("choose weights")
+
+        def made(shares: Mixer, part: Calibration) -> Network:
+            return _made(shares, measured, part, refit, Clock(None))[0]
+
+        mixer = nearest(mixer, anchor, made, data, clock.tick)
+    fused, outcome = _made(mixer, measured, data, refit, clock)
+    require_sound(fused)
+    return cleaned(fused.module), mixer, outcome, kept
+
+
+def _made(
+    mixer: Mixer, measured: Measurements, data: Calibration, refit: Refit, clock: Clock
+) -> tuple[Network, Outcome]:
+    """Emit and refit."""
+    base = mixer.balanced.networks[mixer.anchor]
+    samples = min(data.samples, refit.samples(mixer.balanced.networks))
+    clock.start("emit")
+    more = len(mixer.weights) - max((len(m) for m in measured.outputs.values()), default=0)
+    outputs = {node: [*found, *[None] * more] for node, found in measured.outputs.items()}
+    module, plans = emit(mixer, outputs)
+    clock.start("refit")
+    fused = replace(base, name=f"the fusion of {base.name}", module=module)
+    return fused, refit(fused, mixer, plans, data, samples, clock.tick)
+
+
+def require_sound(fused: Network) -> None:
+    """Refuse a network that cannot be handed out.
+
+    Raises:
+        ModelError: If weights are not finite.
+        PassError: If modules and parameters disagree.
+    """
+    if not finite(fused.module):
+        raise ModelError(
+            "fused weights that are NaN or infinite",
+            where=fused.name,
+            expected="finite weights",
+            do="check the activations of the models on the calibration data for overflow",
+        )
+    lint(fused.module)
+    run_once(fused.module, fused.example, fused.name)
+
+
+def cleaned(module: fx.GraphModule) -> fx.GraphModule:
+    """Take the traces of the work out of a graph that is handed to the user."""
+    for node in module.graph.nodes:
+        for key in ("inserted", "neutral_to"):
+            node.meta.pop(key, None)
+    return module

@@ -1,0 +1,75 @@
+"""Weights that are chosen: never farther from the ensemble than the anchor, on what judged them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import gap, mlp, outputs, randomise, residual
+
+import fxfuse
+from fxfuse.errors import ArgumentError
+from fxfuse.weighing import _between
+
+X = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def divergence(nets, fused, x):
+    mean = (sum(outputs(n, x) for n in nets) / len(nets)).log_softmax(1)
+    return float((mean.exp() * (mean - outputs(fused, x).log_softmax(1))).sum(1).mean())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ([mlp(6, 9, 9, 4), mlp(6, 7, 4)], X),
+        lambda: ([mlp(6, 9, 9, 4), mlp(6, 7, 4), mlp(6, 8, 8, 4)], X),
+        lambda: ([residual((6, 3), (8, 1)), residual((6, 2), (7, 1))], IMAGES),
+    ],
+    ids=["two", "three", "residual"],
+)
+def test_chosen_weights_are_nearer_to_the_ensemble_than_equal_ones(make):
+    nets, x = make()
+    nets = [randomise(net, seed) for seed, net in enumerate(nets)]
+    chosen, equal = fxfuse.fuse(nets, x, weights="auto"), fxfuse.fuse(nets, x)
+    weights = chosen.meta["fxfuse"].weights
+    assert sum(weights) == pytest.approx(1) and max(weights) == weights[0] >= 1 / len(nets)
+    assert all(w == pytest.approx(weights[1]) for w in weights[1:])
+    assert divergence(nets, chosen, x) < divergence(nets, equal, x)
+    assert chosen.meta["fxfuse"].divergence == pytest.approx(divergence(nets, chosen, x), rel=1e-3)
+
+
+def test_networks_that_agree_may_have_any_weights():
+    net = randomise(mlp(6, 9, 4), 1)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, X, seed=1)], X, weights="auto")
+    assert gap(net, fused, X) < 1e-4
+
+
+def test_few_samples_judge_themselves():
+    nets = [randomise(mlp(6, 9, 4), seed) for seed in (1, 2)]
+    assert bool(outputs(fxfuse.fuse(nets, X[:3], weights="auto"), X).isfinite().all())
+
+
+def test_outputs_that_are_no_classes_are_compared_by_their_errors():
+    nets = [randomise(mlp(6, *[9] * depth, 1), depth) for depth in (3, 1)]
+    fused, equal = (fxfuse.fuse(nets, X, weights=w) for w in ("auto", None))
+    mean = sum(outputs(n, X) for n in nets) / 2
+    wrong = [float((outputs(f, X) - mean).square().mean()) for f in (fused, equal)]
+    assert wrong[0] < wrong[1]
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.floats(0.1, 1), st.floats(0, 1), min_size=1, max_size=6))
+def test_a_new_share_lies_beside_the_best(found):
+    share, best = _between(found), min(found, key=found.__getitem__)
+    others = [s for s in found if min(share, best) < s < max(share, best)]
+    assert 0 < share <= 1 and share != best and not others
+
+
+@pytest.mark.parametrize("options", [{"weights": "equal"}, {"weights": "auto", "heads": True}])
+def test_words_that_mean_nothing_are_refused(options):
+    heads = fxfuse.heads.Separate() if options.pop("heads", None) else None
+    nets = [randomise(mlp(6, 5, 5, 3), s) for s in (1, 2)]
+    with pytest.raises(ArgumentError, match="weights '") as caught:
+        fxfuse.fuse(nets, X, heads=heads, **options)
+    assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
