@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ from .evaluation import compare
 from .fusion import Method, align
 from .inspection import inspect
 from .ir import Alignment
-from .options import chosen, numbers, require_file, require_fusing
+from .options import chosen, require_file, require_fusing, shares
 from .pictures import ENDINGS
 from .references import file_hashes, load_data, load_example, load_model
 from .report import Report
@@ -184,7 +184,10 @@ def fuse_command(
     data: _Data,
     output: _Output,
     weights: Annotated[
-        str | None, typer.Option(help="Shares of the models, such as 0.7,0.3; equal by default.")
+        str | None, typer.Option(help="Shares of the models, such as 0.7,0.3, or auto; else equal.")
+    ] = None,
+    width: Annotated[
+        float | None, typer.Option(help="Of the fused network, relative to the anchor's; from 1.")
     ] = None,
     anchor: Annotated[
         int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
@@ -197,18 +200,24 @@ def fuse_command(
     page: _Page = None,
 ) -> None:
     """Fuse trained models into one and save it."""
-    how, shares = chosen(method, METHODS), numbers(weights)
+    how, given = chosen(method, METHODS), shares(weights)
     require_file(output, "--output")
     require_file(picture, "--picture", ENDINGS)
     require_file(page, "--report", [".html"])
-    fusing = {"--weights": shares, "--anchor": anchor, "--alignment": alignment}
+    fusing = {
+        "--weights": given,
+        "--width": width,
+        "--anchor": anchor,
+        "--alignment": alignment,
+    }
     require_fusing(method, ALIGNING, fusing | {"--picture": picture, "--report": page})
     plan = None if alignment is None else Alignment.load(alignment)
     with stages(_err) as report:
         loaded = _load(models, report)
         files = file_hashes(models)
         calibration = _read(data, samples, seed, report)
-        wanted = {"alignment": plan, "weights": shares, "anchor": anchor}
+        wanted: dict[str, Any] = {"alignment": plan, "weights": given, "anchor": anchor}
+        wanted |= {} if width is None else {"width": width}
         fused = how(loaded, calibration, **wanted, progress=report)
         report("save weights", 0.0)
         facts = fused.meta["fxfuse"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from .errors import ArgumentError
 
@@ -36,15 +36,17 @@ def require_fusing(method: str, able: Container[str], options: Mapping[str, obje
         )
 
 
-def numbers(text: str | None) -> list[float] | None:
-    """Return the numbers of a text with commas between them."""
+def shares(text: str | None) -> list[float] | Literal["auto"] | None:
+    """Return the numbers of a text with commas between them, or the word that leaves them open."""
+    if text == "auto":
+        return "auto"
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ArgumentError(
             f"weights '{text}'",
             where="--weights",
-            expected="numbers with commas between them, such as 0.7,0.3",
+            expected="numbers with commas between them, such as 0.7,0.3, or auto",
             do="leave it out for equal weights",
         ) from error
 

@@ -124,7 +124,8 @@ def test_the_file_has_the_network_too_and_what_it_was_made_of(folder, monkeypatc
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     found = []
-    for extra in ([], ["--weights", "0.9,0.1"], ["--samples", "10"], ["--method", "clafusion"]):
+    options = ["--weights 0.9,0.1", "--weights auto", "--width 1.5", "--samples 10"]
+    for extra in ([], *(o.split() for o in options), ["--method", "clafusion"]):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0
         found.append(load_file("out/fused.safetensors")["0.weight"].clone())
     assert all(x.shape != found[0].shape or not torch.equal(x, found[0]) for x in found[1:])
@@ -135,6 +136,8 @@ def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     [
         ["--weights", "a,b"],
         ["--weights", "0.5"],
+        ["--weights", "automatic"],
+        ["--width", "0.5"],
         ["--anchor", "7"],
         ["--method", "magic"],
         ["--output", "."],

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from fxfuse.errors import ArgumentError
-from fxfuse.options import chosen, numbers, require_file, require_fusing
+from fxfuse.options import chosen, require_file, require_fusing, shares
 
 
 def test_what_is_good_passes(tmp_path):
     assert chosen("a", {"a": 1}) == 1
-    assert numbers(None) is None and numbers("0.7,0.3") == [0.7, 0.3]
+    assert shares(None) is None and shares("0.7,0.3") == [0.7, 0.3] and shares("auto") == "auto"
     require_file(None, "--picture")
     require_file(tmp_path / "new" / "deep" / "a.svg", "--picture", [".svg"])
     (tmp_path / "old.svg").write_text("x")
@@ -48,4 +48,4 @@ def test_a_method_that_copies_takes_no_shares():
 @pytest.mark.parametrize("text", ["", "a,b", "0.5;0.5", ","])
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(ArgumentError, match="weights"):
-        numbers(text)
+        shares(text)
