@@ -219,6 +219,7 @@ def draw_curve(points: list[tuple], curve: list[tuple], case: Case, path: Path) 
         axes.annotate(f"{width:g}", (cost, mean), (0, -14), textcoords="offset points", ha="center")
     for (name, cost, value), marker in zip(points, "^vsDP"):
         axes.plot(cost, value, marker, label=name)
+    axes.margins(0.08)
     axes.set_xlabel("multiply-adds per image, millions")
     axes.set_ylabel(f"accuracy in %, {len(case.y):,} test images")
     axes.set_title(f"Fused at widths, no training, {len(case.draws[0]):,} unlabelled images")
@@ -329,7 +330,7 @@ def skill_table(args: argparse.Namespace, training: MNIST, test: MNIST) -> None:
         rows.append(
             ["normalised", f"the paper's code, {kind}, 400 images", *weighed(official.mean(0))]
         )
-    head = ["tested on pixels", "method", *(f"{w:.1f}" for w in mnist.WEIGHTS), "best of these"]
+    head = ["tested on pixels", "method", *(f"{w:.1f}" for w in mnist.WEIGHTS), "best of the means"]
     print(lines(head, rows), flush=True)
 
 
@@ -380,11 +381,10 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    print(f"Before any training. Accuracy in %: mean +- spread of {args.draws} draws (seeds 1 to")
-    print(
-        f"{args.draws}) of {args.samples:,} unlabelled training images; {args.test_images:,} test"
-    )
-    print(f"images of CIFAR (seed 0); {torch.get_num_threads()} threads")
+    seeds = ", ".join(map(str, range(1, args.draws + 1)))
+    print("Before any training. Accuracy in %, mean +- spread over draws of unlabelled training")
+    print(f"images: {args.samples:,} of each seed of {seeds}. Test images of CIFAR:")
+    print(f"{args.test_images:,} (seed 0). Threads: {torch.get_num_threads()}")
     with tempfile.TemporaryDirectory() as temporary:
         args.images = args.images or Path(temporary)
         args.cache = args.cache or Path(temporary)
