@@ -71,6 +71,31 @@ class CifarResNet(nn.Module):
         return self.linear(F.avg_pool2d(x, x.size(3)).flatten(1))
 
 
+class Vgg(nn.Module):
+    """3x3 convolutions with BatchNorm and ReLU, two to a stage, halved in size after each stage.
+
+    Args:
+        widths: Channels of each stage.
+        classes: Number of outputs.
+    """
+
+    def __init__(self, widths=(16, 32, 64), classes=10):
+        super().__init__()
+        layers: list[nn.Module] = []
+        inner = 3
+        for outer in widths:
+            for _ in range(2):
+                layers += [nn.Conv2d(inner, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer)]
+                layers.append(nn.ReLU())
+                inner = outer
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inner, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
 def cifar_resnet(depth: int, checkpoint: bool = True) -> nn.Module:
     """Return ResNet-20, 32 or 56 for CIFAR-10, trained if the checkpoint is there."""
     net = CifarResNet([(depth - 2) // 6] * 3)
