@@ -204,13 +204,9 @@ def fuse_command(
     require_file(output, "--output")
     require_file(picture, "--picture", ENDINGS)
     require_file(page, "--report", [".html"])
-    fusing = {
-        "--weights": given,
-        "--width": width,
-        "--anchor": anchor,
-        "--alignment": alignment,
-    }
-    require_fusing(method, ALIGNING, fusing | {"--picture": picture, "--report": page})
+    fusing: dict[str, Any] = {"--weights": given, "--width": width, "--anchor": anchor}
+    shown = {"--alignment": alignment, "--picture": picture, "--report": page}
+    require_fusing(method, ALIGNING, fusing | shown)
     plan = None if alignment is None else Alignment.load(alignment)
     with stages(_err) as report:
         loaded = _load(models, report)
@@ -236,14 +232,18 @@ def fuse_command(
     if not isinstance(facts, Report):
         _say(f"the weights of {len(facts.pairs)} layers transferred: {output}")
         return
-    show_alignment(_out, facts.alignment)
-    _say(
-        f"fused {len(loaded)} models on {calibration.samples} samples in "
-        f"{sum(facts.seconds.values()):.1f} s, widths of model {facts.anchor}: {output}"
-    )
+    _show_fusion(facts, calibration.samples, output)
     _draw(facts.alignment, picture)
     if page is not None:
         _say(f"report written in {page}")
+
+
+def _show_fusion(facts: Report, samples: int, output: Path) -> None:
+    show_alignment(_out, facts.alignment)
+    _say(
+        f"fused {len(facts.alignment.names)} models on {samples} samples in "
+        f"{sum(facts.seconds.values()):.1f} s, widths of model {facts.anchor}: {output}"
+    )
 
 
 def _origin(models: Sequence[str], data: str, samples: int) -> dict[str, str]:

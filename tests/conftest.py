@@ -17,7 +17,7 @@ EXACT = 1e-9  # the same float64 arithmetic, written twice
 settings.register_profile(
     "fxfuse",
     deadline=None,
-    max_examples=20,
+    max_examples=12,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
