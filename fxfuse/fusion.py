@@ -11,11 +11,12 @@ from torch import fx, nn
 from .aligners import Aligner, monotone
 from .alignment import Pairs, align_networks
 from .assembly import assemble, cleaned, require_sound
-from .balancing import Balancing, deepen
+from .balancing import Balanced, Balancing, deepen
 from .budget import require_width
-from .correspondence import correspond
+from .correspondence import Correspondence, correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
+from .data import Calibration
 from .errors import ArgumentError
 from .heads import Heads, require_heads
 from .intake import Clock, Progress, anchor_of, shares_of, take_in
@@ -124,6 +125,55 @@ def fuse(
     automatic = _automatic(weights, heads)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width, heads is not None)
+    ready = _prepare(models, data, alignment, anchor, method, clock, heads)
+    module, mixer, outcome, kept = assemble(
+        ready.mixer(shares, method),
+        ready.data,
+        method.coupling,
+        method.refit,
+        clock,
+        width=width,
+        weigh=automatic,
+    )
+    fused = copy_modes(models[ready.anchor], module)
+    notes: tuple[str, ...] = ()
+    if heads is not None:
+        clock.start("attach heads")
+        notes = heads(fused, mixer, ready.behind, models)
+        base = mixer.balanced.networks[mixer.anchor]
+        require_sound(replace(base, name="the fused network", module=fused))
+    facts = ready.anchor, ready.alignment, outcome, clock, notes, _seeds(method), kept
+    fused.meta["fxfuse"] = report_on(mixer, *facts)
+    return fused
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """Networks that are ready to be coupled."""
+
+    data: Calibration
+    anchor: int
+    alignment: Alignment
+    balanced: Balanced
+    match: Correspondence
+    behind: list[Head]
+
+    def mixer(self, shares: Sequence[float], method: Method) -> Mixer:
+        """Return what mixes them with some shares, its couplings still to be found."""
+        zero = method.absent_as_zero
+        return Mixer(self.balanced, self.anchor, self.match, shares, absent_as_zero=zero)
+
+
+def _prepare(
+    models: Sequence[nn.Module],
+    data: Any,
+    alignment: Alignment | None,
+    anchor: int | None,
+    method: Method,
+    clock: Clock,
+    heads: Heads | None = None,
+) -> _Prepared:
+    """Trace, align and balance; with heads, only what lies in front of them."""
     networks, calibration = take_in(models, data, clock, apart=heads is not None)
     require_heads(heads, networks)
     target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
@@ -140,27 +190,7 @@ def fuse(
     clock.start("balance depths")
     balanced = method.balancing(networks, alignment, calibration)
     match = correspond(balanced, target)
-    mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-    module, mixer, outcome, kept = assemble(
-        mixer,
-        calibration,
-        method.coupling,
-        method.refit,
-        clock,
-        width=width,
-        weigh=automatic,
-    )
-    fused = copy_modes(models[target], module)
-    notes: tuple[str, ...] = ()
-    if heads is not None:
-        clock.start("attach heads")
-        notes = heads(fused, mixer, behind, models)
-        base = mixer.balanced.networks[mixer.anchor]
-        require_sound(replace(base, name="the fused network", module=fused))
-    fused.meta["fxfuse"] = report_on(
-        mixer, target, alignment, outcome, clock, notes, _seeds(method), kept
-    )
-    return fused
+    return _Prepared(calibration, target, alignment, balanced, match, behind)
 
 
 def _automatic(weights: Sequence[float] | str | None, heads: Heads | None) -> bool:
@@ -207,24 +237,13 @@ def fuse_along(
     """
     method, clock = method or Method(), Clock(progress)
     all_shares = [shares_of(w, models) for w in weights]
-    networks, calibration = take_in(models, data, clock)
-    target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
-    if alignment is None:
-        clock.start("align layers")
-        alignment = align_networks(
-            networks, calibration, method.aligner, method.layer_cost, False, tick=clock.tick
-        )
-    clock.start("balance depths")
-    balanced = method.balancing(networks, alignment, calibration)
-    match = correspond(balanced, target)
+    ready = _prepare(models, data, alignment, anchor, method, clock)
     for shares in all_shares:
-        mixer = Mixer(balanced, target, match, shares, absent_as_zero=method.absent_as_zero)
-        choices = method.coupling, method.refit
-        module, mixer, outcome, _ = assemble(mixer, calibration, *choices, clock)
-        fused = copy_modes(models[target], module)
-        fused.meta["fxfuse"] = report_on(
-            mixer, target, alignment, outcome, clock, seeds=_seeds(method)
-        )
+        choices = ready.data, method.coupling, method.refit, clock
+        module, mixer, outcome, _ = assemble(ready.mixer(shares, method), *choices)
+        fused = copy_modes(models[ready.anchor], module)
+        facts = ready.anchor, ready.alignment, outcome, clock
+        fused.meta["fxfuse"] = report_on(mixer, *facts, seeds=_seeds(method))
         yield fused
 
 
