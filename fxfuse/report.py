@@ -168,7 +168,10 @@ class Report:
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
         if self.poor:
-            lines.append(f"warning: {len(self.poor)} layers explain less than {POOR:g} of theirs:")
+            found = (
+                "1 layer explains" if len(self.poor) == 1 else f"{len(self.poor)} layers explain"
+            )
+            lines.append(f"warning: {found} less than {POOR:g} of the target's variance:")
             lines += [f"  {layer}" for layer in self.poor]
         return "\n".join(lines)
 
