@@ -22,7 +22,7 @@ from .ir import Coupling, Space
 from .measuring import Measurements
 from .mixing import Mixer
 from .network import Network
-from .reshaping import reshaped
+from .reshaping import by_halves, reshaped
 from .stands import normed
 from .transport import ground_costs
 
@@ -153,30 +153,15 @@ def _split_off(
 
 
 def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
-    """Return a network of the anchor's structure with more units, and what could not have more.
+    """Return a network of the anchor's structure with more units, and what could not have more."""
+    found, wanted = [base], [name for name, extra in more.items() if extra]
 
-    All at once, if that can be; otherwise by halves, each on top of what could be done before.
-    """
-    sizes, kept = {s.name: s.size for s in base.spaces}, {}
-    best = base
+    def widen(names: set[str]) -> None:
+        sizes = {s.name: s.size + (more[s.name] if s.name in names else 0) for s in base.spaces}
+        found[:] = [_sized(base, sizes)]
 
-    def widen(names: Sequence[str]) -> None:
-        nonlocal best
-        tried = sizes | {n: sizes[n] + more[n] for n in names}
-        try:
-            best = _sized(base, tried)
-            sizes.update(tried)
-        except FuseError as error:
-            if len(names) == 1:
-                kept[names[0]] = error.met
-                return
-            widen(names[: len(names) // 2])
-            widen(names[len(names) // 2 :])
-
-    wanted = [name for name, extra in more.items() if extra]
-    if wanted:
-        widen(wanted)
-    return best, kept
+    kept = by_halves(wanted, widen)
+    return found[0], kept
 
 
 def _sized(base: Network, sizes: dict[str, int]) -> Network:

@@ -8,18 +8,18 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
 from .adoption import adopt
-from .errors import ArgumentError, FuseError
+from .errors import ArgumentError
 from .fusion import balance
 from .intake import analysed
 from .ir import Alignment
 from .network import Network
-from .reshaping import rescaled_sizes, reshaped
+from .reshaping import by_halves, rescaled_sizes, reshaped
 from .resizing import Resizing, disturb, exact, nearest
 from .stands import Resize, duplicates, normed, resize, strongest
 from .tracing import Example, copy_modes, plain_modes
@@ -189,32 +189,17 @@ def _like(network: Network, other: Network) -> Network:
 def _rescaled(
     network: Network, factor: float, attempt: Callable[[Network], Attempt]
 ) -> tuple[Attempt, dict[str, str]]:
-    """Change the widths of as many spaces as can be; return the result, and why not the others.
-
-    All at once, if that can be; otherwise by halves, each on top of what has been changed before.
-    """
-    done: set[str] = set()
-    kept: dict[str, str] = {}
+    """Change the widths of as many spaces as can be; return the result, and why not the others."""
     best: list[Attempt] = []
     even = normed(network)
 
-    def change(names: Sequence[str]) -> None:
-        sizes = rescaled_sizes(network, factor, done | {*names}, even)
-        try:
-            shape = reshaped(network, sizes)
-            best[:] = [attempt(Network.of(network.name, shape, network.example))]
-            done.update(names)
-        except FuseError as error:
-            if len(names) == 1:
-                kept[names[0]] = error.met
-                return
-            change(names[: len(names) // 2])
-            change(names[len(names) // 2 :])
+    def change(names: set[str]) -> None:
+        shape = reshaped(network, rescaled_sizes(network, factor, names, even))
+        best[:] = [attempt(Network.of(network.name, shape, network.example))]
 
     alone = rescaled_sizes(network, factor, {s.name for s in network.spaces}, even)
     able = [s.name for s in network.spaces if alone[s.name] != s.size]
-    if able:
-        change(able)
+    kept = by_halves(able, change)
     if not best:
         raise ArgumentError(
             f"no space of {len(network.spaces)} whose width can be changed by {factor}",

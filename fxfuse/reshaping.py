@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from .checks import sizes_of
-from .errors import PassError
+from .errors import FuseError, PassError
 from .network import Network
 from .tracing import Interpreter
 
@@ -87,6 +87,35 @@ def reshaped(network: Network, sizes: dict[str, int]) -> fx.GraphModule:
         _Fitter(network, module, sizes).run(*network.example)
     module.recompile()
     return module
+
+
+def by_halves(names: Sequence[str], change: Callable[[set[str]], None]) -> dict[str, str]:
+    """Change as many spaces as can be: all at once, or else by halves on top of what was done.
+
+    Args:
+        names: The spaces.
+        change: Changes all that it is given, or raises an error of this library.
+
+    Returns:
+        The spaces that could not be changed, with the reason.
+    """
+    done: set[str] = set()
+    kept: dict[str, str] = {}
+
+    def attempt(part: Sequence[str]) -> None:
+        try:
+            change(done | {*part})
+            done.update(part)
+        except FuseError as error:
+            if len(part) == 1:
+                kept[part[0]] = error.met
+                return
+            attempt(part[: len(part) // 2])
+            attempt(part[len(part) // 2 :])
+
+    if names:
+        attempt(names)
+    return kept
 
 
 def _growth(network: Network, sizes: dict[str, int], features: bool) -> dict[Place, int]:

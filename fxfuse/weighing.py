@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .data import Calibration
+from .data import Batch, Calibration
 from .mixing import Mixer
 from .network import Network
 from .statistics import batch_size
@@ -47,7 +47,6 @@ def nearest(
     fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
     mixer = replace(mixer, ensemble=mixer.output_weights)
     voices = [(w, n) for w, n in zip(mixer.output_weights, mixer.balanced.networks) if w]
-    wanted = _outputs(voices, held)
     start = mixer.output_weights[anchor]
     found: dict[float, float] = {}
     shares = [start, *(share for share in STARTS if share > start)]
@@ -55,7 +54,7 @@ def nearest(
     for _ in range(total):
         share = shares[len(found)] if len(found) < len(shares) else _between(found)
         network = make(_with_share(mixer, anchor, share), fit)
-        found[share] = _distance(wanted, _outputs([(1.0, network)], held))
+        found[share] = _distance(voices, network, held)
         if tick is not None:
             tick(len(found) / total)
     return _with_share(mixer, anchor, min(found, key=found.__getitem__))
@@ -80,26 +79,37 @@ def _with_share(mixer: Mixer, anchor: int, share: float) -> Mixer:
     return replace(mixer, weights=tuple(weights))
 
 
-def _outputs(voices: list[tuple[float, Network]], data: Calibration) -> list[Tensor]:
-    """Return the weighted mean of networks' outputs, each `(samples, ...)`."""
-    found: list[list[Tensor]] = []
-    networks = [network for _, network in voices]
+def _distance(voices: list[tuple[float, Network]], network: Network, data: Calibration) -> float:
+    """Return how far outputs are from a weighted mean of networks' outputs.
+
+    That is the divergence of class probabilities, or the relative error of other outputs; what it
+    holds does not grow with the number of samples.
+    """
+    networks = [*(other for _, other in voices), network]
+    wrong = power = 0.0
     with torch.no_grad():
         for batch in data.chunks(batch_size(networks, 1 << 24, 128)):
-            total: list[Tensor] = []
-            for weight, network in voices:
-                module = network.module.eval()
-                inputs = [t.to(device_of(module)) for t in batch]
-                parts = [weight * t.cpu() for t in tensors_in(module(*inputs)) if t.dim()]
-                total = [a + b for a, b in zip(total, parts)] if total else parts
-            found.append(total)
-    return [torch.cat(parts) for parts in zip(*found)]
+            outputs = [_outputs(n, batch) for n in networks]
+            own = outputs.pop()
+            mean = [sum(w * t for (w, _), t in zip(voices, each)) for each in zip(*outputs)]
+            a, b = _missed(mean, own)
+            wrong, power = wrong + a, power + b
+    return wrong / max(power, 1e-300)
 
 
-def _distance(wanted: list[Tensor], found: list[Tensor]) -> float:
-    """Return the divergence of class probabilities, or the relative error of other outputs."""
+def _outputs(network: Network, batch: Batch) -> list[Tensor]:
+    module = network.module.eval()
+    found = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    return [t.double().cpu() for t in found]
+
+
+def _missed(wanted: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
+    """Return what outputs miss, summed over a batch, and what that is relative to."""
     if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
-        mean, own = (t[0].double().log_softmax(1) for t in (wanted, found))
-        return float((mean.exp() * (mean - own)).sum(1).mean())
-    wrong = sum(float((a - b).double().square().sum()) for a, b in zip(wanted, found))
-    return wrong / max(sum(float(a.double().square().sum()) for a in wanted), 1e-300)
+        mean, own = (t[0].log_softmax(1) for t in (wanted, found))
+        return float((mean.exp() * (mean - own)).sum()), float(len(mean))
+    pairs = list(zip(wanted, found))
+    return (
+        sum(float((a - b).square().sum()) for a, b in pairs),
+        sum(float(a.square().sum()) for a, _ in pairs),
+    )
