@@ -72,25 +72,31 @@ class CifarResNet(nn.Module):
 
 
 class Vgg(nn.Module):
-    """3x3 convolutions with BatchNorm and ReLU, two to a stage, halved in size after each stage.
+    """3x3 convolutions and ReLU, with max-pools between, the mean over positions at the end.
 
     Args:
-        widths: Channels of each stage.
+        plan: Channels of each convolution in order, 0 for a max-pool.
+        norm: With BatchNorm, or without and drawn so that values keep their size (He et al.).
         classes: Number of outputs.
     """
 
-    def __init__(self, widths=(16, 32, 64), classes=10):
+    def __init__(self, plan=(16, 16, 0, 32, 32, 0, 64, 64, 0), norm=True, classes=10):
         super().__init__()
         layers: list[nn.Module] = []
         inner = 3
-        for outer in widths:
-            for _ in range(2):
-                layers += [nn.Conv2d(inner, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer)]
-                layers.append(nn.ReLU())
-                inner = outer
-            layers.append(nn.MaxPool2d(2))
+        for outer in plan:
+            if not outer:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers.append(nn.Conv2d(inner, outer, 3, 1, 1, bias=False))
+            if norm:
+                layers.append(nn.BatchNorm2d(outer))
+            else:
+                nn.init.kaiming_normal_(layers[-1].weight)
+            layers.append(nn.ReLU())
+            inner = outer
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inner, classes)
+        self.classifier = nn.Linear(inner, classes, bias=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))

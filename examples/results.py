@@ -1,0 +1,171 @@
+"""Tables and plots of the records under results/: what was measured, beside the paper's figures.
+
+    python examples/results.py [FOLDER]
+
+A record is one JSON of one seed. Every table says how many seeds its means are of; a cell gives the
+mean and the population standard deviation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fxfuse.errors import DataError
+from fxfuse.files import write_atomically, write_text
+
+Record = dict[str, Any]
+Table = Callable[[Sequence[Record]], str]
+QUESTIONS = "initialisation many transfer teacher_student distillation cost".split()  # noqa: SIM905
+
+#: Rows to accuracies before and after fine-tuning, by number of classes, as the paper gives them.
+Paper = Mapping[int, Mapping[str, tuple[float | None, float | None]]]
+
+
+def found(values: Sequence[float | None]) -> str:
+    """Return mean and deviation of what was measured, in words.
+
+    Example:
+        >>> found([1.0, 2.0]), found([3.0]), found([])
+        ('1.5 ± 0.5', '3.0', '')
+    """
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {statistics.pstdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"
+
+
+def names_of(records: Sequence[Record]) -> list[str]:
+    """Return the rows of records, in the order in which they first appear."""
+    return list(dict.fromkeys(row["name"] for record in records for row in record["rows"]))
+
+
+def cells(records: Sequence[Record], name: str, key: str) -> list[Any]:
+    """Return one figure of every row of a name."""
+    return [r.get(key) for record in records for r in record["rows"] if r["name"] == name]
+
+
+def starts(records: Sequence[Record], paper: Paper) -> str:
+    """Return the table of starts: accuracy before and after training, and the paper's."""
+    lines = ["| start | parameters | before | after | paper, before | paper, after |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    theirs = paper.get(records[0]["data"]["classes"], {})
+    for name in names_of(records):
+        size = next((c for c in cells(records, name, "parameters") if c), None)
+        row = [name, f"{size:,}" if size else ""]
+        row += [found(cells(records, name, key)) for key in ("before", "after")]
+        row += ["" if f is None else f"{f:.1f}" for f in theirs.get(name, (None, None))]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def starts_beside(paper: Paper) -> Table:
+    """Return the table of starts beside some figures."""
+    return partial(starts, paper=paper)
+
+
+def stated(records: Sequence[Record]) -> str:
+    """Return what the figures rest on, in words."""
+    one = records[0]
+    data, train = one["data"], one["recipes"]["train"]
+    epochs = max(len(row.get("epochs", ())) for row in one["rows"])
+    machine = one["hardware"]
+    versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
+    seconds = sum(record["processor_seconds"] for record in records)
+    return (
+        f"Pair `{one['pair']}` at scale `{one['scale']}`, "
+        f"seeds {', '.join(str(r['seed']) for r in records)}: accuracy in % on "
+        f"{data['test']:,} test images of {data['source']} at {data['size']}x{data['size']}, "
+        f"{data['train']:,} training images; {train['epochs']} epochs for the parents, "
+        f"{epochs} after each start. "
+        f"{machine['processor']}, accelerator {machine['accelerator']}, {versions}; "
+        f"{seconds / 60:.1f} minutes of processor time, less what earlier records had trained."
+    )
+
+
+def groups(folder: Path, question: str) -> dict[str, list[Record]]:
+    """Return the records of a question by pair, scale and data, in the order of their seeds."""
+    grouped: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob(f"{question}-*.json")):
+        record = _read(path)
+        grouped.setdefault(f"{question}-{record['pair']}-{record['scale']}", []).append(record)
+    for records in grouped.values():
+        records.sort(key=lambda record: record["seed"])
+        same = [r for r in records if r["data"]["sha256"] == records[0]["data"]["sha256"]]
+        records[:] = same  # figures on other images do not belong into one mean
+    return grouped
+
+
+def _read(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text())
+        _ = [record[key] for key in ("pair", "scale", "seed", "rows", "data")]
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"a file that is no record: {error}",
+            where=str(path),
+            expected="what a script of the experiments wrote",
+            do="remove it; the script writes it again",
+        ) from error
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draw accuracy against epochs from each start, means over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    if any(len(cells([records[0]], name, "name")) > 1 for name in names_of(records)):
+        axes.set_title("mean of all settings of each start", fontsize="medium")
+    for name in names_of(records):
+        rows = [r for record in records for r in record["rows"] if r["name"] == name]
+        curves = [[r["before"], *(e["test"] for e in r["epochs"])] for r in rows if r.get("epochs")]
+        if curves:
+            means = [statistics.mean(at) for at in zip(*curves)]
+            axes.plot(range(len(means)), means, marker="o", markersize=3, label=name)
+        elif rows and rows[0].get("before") is not None:
+            level = statistics.mean(r["before"] for r in rows)
+            axes.axhline(level, linestyle="--", color="grey", label=name)
+    axes.set(xlabel="epochs after the start", ylabel="test accuracy in %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    pyplot.close(figure)
+
+
+def render(folder: Path, question: str, title: str, table: Table) -> list[Path]:
+    """Write a table, and where runs have epochs a plot, for every group of records."""
+    written = []
+    for name, records in groups(folder, question).items():
+        curves = any(row.get("epochs") for record in records for row in record["rows"])
+        lines = [f"# {title}", stated(records), table(records)]
+        if curves:
+            draw(records, folder / f"{name}.png")
+            lines.append(f"![accuracy against epochs]({name}.png)")
+            written.append(folder / f"{name}.png")
+        write_text(folder / f"{name}.md", "\n\n".join(lines) + "\n")
+        written.append(folder / f"{name}.md")
+    return written
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
+    for name in QUESTIONS:
+        asked = importlib.import_module(name).QUESTION
+        for path in render(folder, asked.name, asked.title, asked.table):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
