@@ -35,6 +35,7 @@ from typing import Any
 
 import results
 import torch
+from accelerate import PartialState
 from harness import OutOfTime, Recipe, Run, Teacher, Trainer, Watch
 from images import Images, load
 from networks import CifarResNet, Vgg
@@ -90,7 +91,7 @@ SCALES = {
     "tiny": Scale(
         divisor=8,
         small_images=16,
-        counts=(6000, 1000, 2000),
+        counts=(4000, 1000, 2000),
         train={
             "normed": Recipe(14, 0.2, decay=5e-4),
             "resnet": Recipe(14, 0.1, decay=5e-4, clip=1.0),
@@ -370,7 +371,8 @@ def _run_all(question: Question, args: argparse.Namespace, watch: Watch) -> None
     for name in args.pairs:
         size = PAIRS[name].size(scale)
         if size not in trainers:
-            data = load(args.data, size, args.work, scale.counts)
+            with PartialState(cpu=args.device == "cpu").main_process_first():
+                data = load(args.data, size, args.work, scale.counts)
             facts = args.work, args.device, args.precision, deadline, watch
             trainers[size] = Trainer(data, *facts)
         for seed in args.seeds:
@@ -392,5 +394,7 @@ def _run_all(question: Question, args: argparse.Namespace, watch: Watch) -> None
             path = args.results / f"{question.name}-{name}-{args.scale}-seed{seed}.json"
             write_text(path, json.dumps(record, indent=1) + "\n")
             print(f"{path.name}: {record['wall_seconds']} s", flush=True)
+    if not PartialState().is_main_process:
+        return
     for path in results.render(args.results, question.name, question.title, question.table):
         print(path.read_text() if path.suffix == ".md" else path)

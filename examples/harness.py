@@ -201,7 +201,7 @@ class Trainer:
         while len(run.epochs) < recipe.epochs:
             done = len(run.epochs)
             self.watch(name, done, recipe.epochs)
-            if time.monotonic() > self.deadline:
+            if self._is_late():
                 raise OutOfTime
             begin = time.perf_counter()
             loss = self._epoch(network, optimiser, recipe, seed, done, teacher)
@@ -210,7 +210,13 @@ class Trainer:
                 row[part] = self.accuracy(network, getattr(self.data, part))
             run.epochs.append(row)
             self._keep(path, inner, optimiser, run, last=len(run.epochs) == recipe.epochs)
+            self.accelerator.wait_for_everyone()  # nobody looks for the file before it is whole
         self.watch(name, recipe.epochs, recipe.epochs)
+
+    def _is_late(self) -> bool:
+        """Tell whether the deadline has passed for any process, so that all stop together."""
+        late = torch.tensor(int(time.monotonic() > self.deadline), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(late, "sum"))
 
     def _epoch(self, network, optimiser, recipe, seed, epoch, teacher) -> float:
         torch.manual_seed(seed * 100_003 + epoch)  # for layers that draw

@@ -17,6 +17,7 @@ from .measuring import Measurements, measure
 from .mixing import Mixer
 from .network import Network
 from .refit import Outcome, Refit, finite
+from .rescaling import rescale
 from .tracing import run_once
 from .weighing import nearest
 
@@ -68,6 +69,7 @@ def assemble(
 
         mixer = nearest(mixer, anchor, made, data, clock.tick)
     fused, outcome = _made(mixer, measured, data, refit, clock)
+    rescale(fused, mixer)
     require_sound(fused)
     return cleaned(fused.module), mixer, outcome, kept
 

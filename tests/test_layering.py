@@ -36,7 +36,7 @@ LEVELS = {
             "measuring mixing shortening",
             "coupling emit grafting stands targets weightwise",
             "ascent attaching inplace refit resizing transport",
-            "budget parents weighing",
+            "budget parents rescaling weighing",
             "assembly heads layerwise report sweep together",
             "fusion universe weight_matching zipping",
             "barrier demo net2net presets saving terminal",
