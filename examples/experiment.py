@@ -98,8 +98,8 @@ SCALES = {
             "vgg": Recipe(14, 0.05, decay=5e-4, clip=1.0),
         },
         tune={
-            "normed": Recipe(3, 0.03, decay=5e-4),
-            "resnet": Recipe(3, 0.02, decay=5e-4, clip=1.0),
+            "normed": Recipe(3, 0.01, decay=5e-4),
+            "resnet": Recipe(3, 0.01, decay=5e-4, clip=1.0),
             "vgg": Recipe(3, 0.01, decay=5e-4, clip=1.0),
         },
         distil_epochs=1,

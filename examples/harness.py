@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -197,7 +197,8 @@ class Trainer:
         else:
             run.before = self.accuracy(network, self.data.test)
         if teacher is not None:
-            teacher.network.to(self.accelerator.device).eval()
+            own = copy.deepcopy(teacher.network).to(self.accelerator.device).eval()
+            teacher = replace(teacher, network=own)
         while len(run.epochs) < recipe.epochs:
             done = len(run.epochs)
             self.watch(name, done, recipe.epochs)
@@ -251,9 +252,9 @@ class Trainer:
         for rows in order.split(size):
             if len(rows) < size <= len(order):
                 return
-            moved = augmented(self.data.train.images[rows], generator)[here[0] :: here[1]]
+            images = self.data.train.images[rows].to(self.accelerator.device)
+            images = self.data.inputs(augmented(images, generator)[here[0] :: here[1]])
             labels = self.data.train.labels[rows][here[0] :: here[1]]
-            images = self.data.inputs(moved.to(self.accelerator.device))
             yield (
                 images.contiguous(memory_format=torch.channels_last),
                 labels.to(self.accelerator.device),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,9 +60,14 @@ class Images:
 
     def inputs(self, images: Tensor) -> Tensor:
         """Return bytes `(n, c, h, w)` as network inputs: mean 0 and deviation 1 per channel."""
+        mean, deviation = (t.to(images.device) for t in self._moments)
+        return (images.float() - mean) / deviation
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation `(c, 1, 1)` of the first training images."""
         channels = self.train.images[:2000].float().flatten(2)
-        mean, deviation = (f(channels) for f in (_mean, _deviation))
-        return (images.float() - mean.to(images.device)) / deviation.to(images.device)
+        return channels.mean((0, 2))[:, None, None], channels.std((0, 2))[:, None, None]
 
     def calibration(self, count: int, seed: int) -> Tensor:
         """Draw training images as they are, without labels: `(count, c, h, w)`."""
@@ -77,14 +83,6 @@ class Images:
         counts = {name: len(getattr(self, name)) for name in ("train", "valid", "test")}
         facts = {"source": self.source, "size": self.size, "classes": self.classes}
         return facts | counts | {"sha256": digest.hexdigest()}
-
-
-def _mean(channels: Tensor) -> Tensor:
-    return channels.mean((0, 2))[:, None, None]
-
-
-def _deviation(channels: Tensor) -> Tensor:
-    return channels.std((0, 2))[:, None, None]
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
