@@ -23,6 +23,7 @@ from .errors import ArgumentError, DataError, FuseError
 from .evaluation import compare
 from .fusion import Method, align
 from .inspection import inspect
+from .interrupts import STOPPED, stop_cleanly
 from .ir import Alignment
 from .options import chosen, require_file, require_fusing, shares
 from .pictures import ENDINGS
@@ -73,13 +74,14 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
             stream.reconfigure(errors="backslashreplace")
     try:
+        stop_cleanly()
         app()
     except FuseError as error:
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("stopped")
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 @app.command()
