@@ -19,7 +19,7 @@ from .errors import ArgumentError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
-from .progress import Tick, counted, part, silent
+from .progress import Tick, in_parts, part, silent
 from .rewrites import deepen as insert_layers
 from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
@@ -150,19 +150,20 @@ def unify(
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
     check_alignment(alignment, layers)
     deepened = []
-    for k, network in enumerate(counted(networks, part(tick, 0.0, 0.5))):
+    for (k, network), step in in_parts(list(enumerate(networks)), part(tick, 0.0, 0.4)):
         wanted = _insertions(k, networks, layers, alignment)
         module = network.module
         if wanted:
             insert = insert_roughly if approximate else insert_layers
             wanted = [replace(w, approximate=approximate) for w in wanted]
-            module = insert(module, network.example, wanted)
+            module = insert(module, network.example, wanted, step)
         deepened.append(module)
-    shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
+    own, told = networks[skeleton], part(tick, 0.4, 0.5)
+    shape = Network.of(own.name, deepened[skeleton], own.example, told)
     balanced, absent = [], []
     pairs = list(zip(networks, deepened))
-    for network, module in counted(pairs, part(tick, 0.5, 1.0)):
-        adopted = shape if module is shape.module else adopt(network, module, shape)
+    for (network, module), step in in_parts(pairs, part(tick, 0.5, 1.0)):
+        adopted = shape if module is shape.module else adopt(network, module, shape, step)
         if not approximate:
             label = f"balancing {network.name}"
             require_equal(network.module, adopted.module, network.example, label)
