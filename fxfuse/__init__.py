@@ -1,5 +1,10 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
+from .interrupts import stop_at_once
+
+stop_at_once()  # before torch is loaded, which takes a while
+
+# ruff: noqa: E402
 from . import heads, presets
 from .barrier import barrier
 from .checks import verify
@@ -44,3 +49,4 @@ __all__ = [
     "transfer",
     "verify",
 ]
+del stop_at_once

@@ -10,12 +10,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .errors import PairingError
 from .modes import Mode
 from .network import Network
+from .progress import Tick, silent
 from .segments import describe
 from .tracing import run_once
 
 
-def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
+def adopt(network: Network, module: fx.GraphModule, shape: Network, tick: Tick = silent) -> Network:
     """Give a network the graph and names of another of the same structure.
+
+    What is done of it is told to `tick`.
 
     Raises:
         PairingError: If the structures differ.
@@ -46,7 +49,7 @@ def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
     for target in root:
         _keep_out_of_state(shape.module, module, target)
     run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
-    adopted = Network.of(network.name, module, network.example)
+    adopted = Network.of(network.name, module, network.example, tick)
     for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
         if describe(adopted, own) != describe(shape, other):
             raise _differs(network, shape, i, nodes[i], other)

@@ -100,7 +100,13 @@ class Written:
                 expected="a file that `Alignment.save` wrote",
                 do="check the path",
             ) from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except ArgumentError as error:
+            where = f"{path}: {error.where}"
+            raise ArgumentError(
+                error.met, where=where, expected=error.expected, do=error.do
+            ) from error
 
 
 def _write(path: Path, text: str) -> None:

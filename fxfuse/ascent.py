@@ -22,6 +22,7 @@ from .coupling import Costs, Plans, two_maps
 from .errors import PairingError
 from .ir import Axis
 from .network import Network
+from .progress import Tick, counted, rounds, silent
 from .solvers import Assignment
 from .weightwise import Weights, cross, unit_rows
 
@@ -63,11 +64,11 @@ class Ascent:
             for name in family[1:]:  # now that the blocks are matched, more is
                 self._solve([name], self._gains([name], settled=True))
 
-    def run(self, sweeps: int, rng: np.random.Generator) -> bool:
+    def run(self, sweeps: int, rng: np.random.Generator, tick: Tick = silent) -> bool:
         """Move spaces in random order until none improves; return whether any did."""
         moved, stale = False, set(range(len(self.families)))
-        for _ in range(sweeps):
-            for i in rng.permutation(len(self.families)):
+        for step in rounds(sweeps, tick):
+            for i in counted(rng.permutation(len(self.families)).tolist(), step):
                 if i not in stale:
                     continue
                 stale.discard(i)

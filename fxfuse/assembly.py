@@ -56,7 +56,7 @@ def assemble(
     )
     clock.start("couple units")
     apart = distances(mixer, measured) if width > 1 else {}
-    coupling(mixer, measured)
+    coupling(mixer, measured, clock.tick)
     kept: dict[str, str] = {}
     if width > 1:
         clock.start("make room")
@@ -83,7 +83,7 @@ def _made(
     clock.start("emit")
     more = len(mixer.weights) - max((len(m) for m in measured.outputs.values()), default=0)
     outputs = {node: [*found, *[None] * more] for node, found in measured.outputs.items()}
-    module, plans = emit(mixer, outputs)
+    module, plans = emit(mixer, outputs, clock.tick)
     clock.start("refit")
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
     return fused, refit(fused, mixer, plans, data, samples, clock.tick)

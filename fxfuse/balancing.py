@@ -19,6 +19,7 @@ from .errors import ArgumentError
 from .ir import Alignment, Layer
 from .network import Network
 from .neutral import absorbed
+from .progress import Tick, in_parts, part, silent
 from .rewrites import deepen as insert_layers
 from .rewrites import deepen_roughly as insert_roughly
 from .segments import partition
@@ -76,7 +77,7 @@ class Balanced:
     removed: tuple[frozenset[str], ...] = ()
 
 
-Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
+Balancing = Callable[[Sequence[Network], Alignment, Calibration, Tick], Balanced]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ class Deepen:
     approximate: bool = False
 
     def __call__(
-        self, networks: Sequence[Network], alignment: Alignment, data: Calibration | None = None
+        self,
+        networks: Sequence[Network],
+        alignment: Alignment,
+        data: Calibration | None = None,
+        tick: Tick = silent,
     ) -> Balanced:
         """Balance networks.
 
@@ -100,6 +105,7 @@ class Deepen:
             networks: The networks.
             alignment: Which of their layers correspond.
             data: What the error of an approximation is measured on.
+            tick: Called with the share that is done.
 
         Raises:
             ArgumentError: If the alignment is of other networks.
@@ -108,7 +114,8 @@ class Deepen:
             NotEquivalent: If a network's function changed.
         """
         counts = [sum(len(s.layers) for s in partition(n)) for n in networks]
-        balanced = unify(networks, alignment, counts.index(max(counts)), self.approximate)
+        deepest = counts.index(max(counts))
+        balanced = unify(networks, alignment, deepest, self.approximate, tick)
         if not self.approximate or data is None:
             return balanced
         pairs = zip(networks, balanced.networks)
@@ -119,7 +126,11 @@ deepen = Deepen()
 
 
 def unify(
-    networks: Sequence[Network], alignment: Alignment, skeleton: int, approximate: bool = False
+    networks: Sequence[Network],
+    alignment: Alignment,
+    skeleton: int,
+    approximate: bool = False,
+    tick: Tick = silent,
 ) -> Balanced:
     """Insert neutral layers as an alignment says and give all networks one structure.
 
@@ -128,6 +139,7 @@ def unify(
         alignment: Which of their layers correspond.
         skeleton: Index of the network whose names and graph all take.
         approximate: Whether inserted layers may change what they hand on.
+        tick: Called with the share that is done.
 
     Raises:
         ArgumentError: If the alignment is of other networks.
@@ -138,18 +150,20 @@ def unify(
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
     check_alignment(alignment, layers)
     deepened = []
-    for k, network in enumerate(networks):
+    for (k, network), step in in_parts(list(enumerate(networks)), part(tick, 0.0, 0.4)):
         wanted = _insertions(k, networks, layers, alignment)
         module = network.module
         if wanted:
             insert = insert_roughly if approximate else insert_layers
             wanted = [replace(w, approximate=approximate) for w in wanted]
-            module = insert(module, network.example, wanted)
+            module = insert(module, network.example, wanted, step)
         deepened.append(module)
-    shape = Network.of(networks[skeleton].name, deepened[skeleton], networks[skeleton].example)
+    own, told = networks[skeleton], part(tick, 0.4, 0.5)
+    shape = Network.of(own.name, deepened[skeleton], own.example, told)
     balanced, absent = [], []
-    for network, module in zip(networks, deepened):
-        adopted = shape if module is shape.module else adopt(network, module, shape)
+    pairs = list(zip(networks, deepened))
+    for (network, module), step in in_parts(pairs, part(tick, 0.5, 1.0)):
+        adopted = shape if module is shape.module else adopt(network, module, shape, step)
         if not approximate:
             label = f"balancing {network.name}"
             require_equal(network.module, adopted.module, network.example, label)

@@ -6,6 +6,7 @@ dictionary, or one nested under a usual key. Wrappers' prefixes are taken off it
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -103,7 +104,27 @@ def save_weights(
         WriteError: If the file cannot be written.
     """
     own = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_atomically(Path(path), lambda file: save_file(own, file, metadata))
+
+    def write(file: Path) -> None:
+        save_file(own, file, metadata)
+        _order_header(file)
+
+    write_atomically(Path(path), write)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which its writer lists in another order each time.
+
+    The same tensors and metadata then are the same bytes. The header keeps its length.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        facts = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
+        text = json.dumps(facts | header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(facts["__metadata__"]) > 1 and len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _apart(tensors: State) -> State:
@@ -128,10 +149,9 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
-        if named is None:
-            raise _unreadable(path, error) from error
-        raise CheckpointError(
-            f"a checkpoint that runs code when it is read: {named[1]}",
+        told = f"runs code when it is read: {named[1]}" if named else "is no file of torch.save"
+        raise CheckpointError(  # torch's own words end in the advice to run it all the same
+            f"a checkpoint that {told}",
             where=str(path),
             expected="tensors alone, in a state dictionary",
             do="if its origin is trusted, load it where its code is, and save the weights alone: "

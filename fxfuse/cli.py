@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from .errors import ArgumentError, DataError, FuseError
 from .evaluation import compare
 from .fusion import Method, align
 from .inspection import inspect
+from .interrupts import STOPPED, stop_cleanly
 from .ir import Alignment
 from .options import chosen, require_file, require_fusing, shares
 from .pictures import ENDINGS
@@ -72,13 +74,14 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
             stream.reconfigure(errors="backslashreplace")
     try:
+        stop_cleanly()
         app()
     except FuseError as error:
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("stopped")
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 @app.command()
@@ -141,8 +144,7 @@ def inspect_command(
         example = tuple(map(load_example, inputs or ()))
         if data is not None:
             example = _read(data, 2, 0, report).example()
-        report("analyse", 0.0)
-        found = inspect(loaded, example)
+        found = inspect(loaded, example, progress=report)
     if as_json:
         typer.echo(found.to_json())
     else:
@@ -222,10 +224,12 @@ def fuse_command(
             fused.meta["fxfuse"] = facts
         refusal = save_at_least_weights(fused, output)
         if isinstance(facts, Report) and page is not None:
-            report("compare", 0.0)
             named = dict(zip(facts.alignment.names, loaded)) | {"fused": fused}
             with _reading(data):
-                scores = compare(named, load_data(data, seed=seed), calibration.samples)
+                told = partial(report, "compare")
+                told(0.0)
+                labelled = load_data(data, seed=seed)
+                scores = compare(named, labelled, calibration.samples, told)
             facts.save_html(page, scores, _origin(models, data, calibration.samples))
     if refusal is not None:
         _say(f"weights alone, as there is {refusal.met}: {refusal.where}")

@@ -28,6 +28,7 @@ from .errors import PairingError
 from .ir import Coupling, Space
 from .measuring import Measurements, View
 from .mixing import Mixer
+from .progress import Tick, silent
 from .solvers import Assignment, Exact, Solver
 
 Costs = dict[tuple[str, int], np.ndarray]
@@ -45,12 +46,13 @@ class CouplingMethod(Protocol):
     def view(self) -> View | None:
         """What is to be measured of the units."""
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network.
 
         Args:
             mixer: The networks; its couplings are filled in.
             measured: What the joint pass over the data found; its pairs are used up.
+            tick: Called with the share that is done.
         """
 
 

@@ -18,6 +18,7 @@ from .folding import FoldedState, fold, folds, producers, tensors_of
 from .mixing import Mixer
 from .moments import Moments
 from .network import Network
+from .progress import Tick, counted, silent
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
 
 
 def emit(
-    mixer: Mixer, outputs: dict[str, list[Moments | None]]
+    mixer: Mixer, outputs: dict[str, list[Moments | None]], tick: Tick = silent
 ) -> tuple[fx.GraphModule, list[NormPlan | WeightPlan]]:
     """Build the fused network and the plans that are left to settle.
 
@@ -94,6 +95,7 @@ def emit(
         mixer: The networks and their maps.
         outputs: Per node to settle, the moments of each network's output; empty if none are asked
             for.
+        tick: Called with the share that is done.
 
     Returns:
         The network, its norms still the anchor's, and one plan for each norm and node of
@@ -104,7 +106,7 @@ def emit(
     states = [fold(n, folded) for n in mixer.balanced.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
-    for name, tensor in tensors_of(module):
+    for name, tensor in counted(tensors_of(module), tick):
         if name not in norm_tensors:
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))

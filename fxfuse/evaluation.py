@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
+from .progress import Tick, counted, silent
 from .tracing import device_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -16,7 +17,7 @@ Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such bat
 
 
 def compare(
-    models: Mapping[str, nn.Module], data: Any, samples: int
+    models: Mapping[str, nn.Module], data: Any, samples: int, tick: Tick = silent
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
@@ -24,6 +25,7 @@ def compare(
         models: What is compared, in eval mode; outputs `(n, classes)`.
         data: Whatever a fusion is calibrated on.
         samples: How many of the first samples to look at.
+        tick: Called with the share of the models that is done.
     """
     batches, seen = [], 0
     for batch in data if isinstance(data, Iterable) and not isinstance(data, Tensor) else ():
@@ -37,7 +39,8 @@ def compare(
             break
     if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
         return {}
-    return {name: evaluate(model, batches) for name, model in models.items()}
+    named = counted(models.items(), tick)
+    return {name: evaluate(model, batches) for name, model in named}
 
 
 def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:

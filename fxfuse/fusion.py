@@ -188,7 +188,7 @@ def _prepare(
     if heads is not None:
         networks, alignment, behind = cut_networks(networks, alignment, target, heads.after)
     clock.start("balance depths")
-    balanced = method.balancing(networks, alignment, calibration)
+    balanced = method.balancing(networks, alignment, calibration, clock.tick)
     match = correspond(balanced, target)
     return _Prepared(calibration, target, alignment, balanced, match, behind)
 
@@ -344,6 +344,6 @@ def balance(
         choices = method.aligner, method.layer_cost
         alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
     clock.start("balance depths")
-    balanced = method.balancing(networks, alignment, calibration)
+    balanced = method.balancing(networks, alignment, calibration, clock.tick)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, cleaned(n.module)) for n, model in pairs]

@@ -10,6 +10,7 @@ from .errors import PairingError
 from .ir import Coupling
 from .measuring import Measurements, View
 from .mixing import Mixer
+from .progress import Tick, counted, silent
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class InPlace:
 
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
         match = mixer.match
-        for name, spaces in match.spaces.items():
+        for name, spaces in counted(match.spaces.items(), tick):
             fused = spaces[match.base[name]].size
             for k, own in enumerate(spaces):
                 if not match.present[name][k]:

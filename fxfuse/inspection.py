@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .intake import analysed
+from .intake import Clock, Progress, analysed
 from .ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .segments import chain_of, partition
 from .tracing import Example, plain_modes
@@ -129,12 +129,13 @@ class Inspection:
 
 
 @plain_modes()
-def inspect(model: nn.Module, example: Example) -> Inspection:
+def inspect(model: nn.Module, example: Example, *, progress: Progress | None = None) -> Inspection:
     """Find the chain, layers, segments and unit spaces of any traceable module.
 
     Args:
         model: The network; not modified.
         example: One batch as the network takes it, a tensor `(N, ...)` or a tuple of tensors.
+        progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
         What was found; print it, or take its `layers`, `segments`, `spaces` and `frozen`.
@@ -153,8 +154,9 @@ def inspect(model: nn.Module, example: Example) -> Inspection:
         >>> [layer.name for layer in found.layers], found.spaces.free_units
         (['0', '2'], 8)
     """
-    name = type(model).__name__
-    network = analysed(model, example, name)
+    name, clock = type(model).__name__, Clock(progress)
+    clock.start("trace and find spaces")
+    network = analysed(model, example, name, clock.tick)
     size = sum(p.numel() for p in model.parameters())
     return Inspection(name, size, chain_of(network), partition(network), network.spaces)
 

@@ -15,9 +15,11 @@ from .data import Calibration
 from .errors import ArgumentError, ModelError
 from .modes import cut_to, evaluating_part
 from .network import Network
+from .progress import Tick, in_parts, part, silent
 from .tracing import Example, as_example, device_of, run_once, trace
 
 Progress = Callable[[str, float], None]
+TRACED = 0.25  # share of the work once all networks are traced
 
 
 class Clock:
@@ -98,7 +100,7 @@ def take_in(
     graphs = []
     for model, name in zip(models, names):
         graphs.append(trace(model, name))
-        clock.tick(0.5 * len(graphs) / len(models))
+        clock.tick(TRACED * len(graphs) / len(models))
     example = calibration.example()
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
@@ -106,14 +108,15 @@ def take_in(
         _require_same_outputs(outputs, names)
     _agree_on_heads(graphs, apart)
     networks = []
-    for name, x in zip(names, inputs):  # giants: hold no second copy of more than one network
-        networks.append(Network.of(name, canonical(graphs.pop(0), x), x))
-        clock.tick(0.5 + 0.5 * len(networks) / len(models))
+    steps = in_parts(list(zip(names, inputs)), part(clock.tick, TRACED, 1.0))
+    for (name, x), tick in steps:  # giants: hold no second copy of more than one network
+        networks.append(Network.of(name, canonical(graphs.pop(0), x), x, tick))
+    clock.tick(1.0)
     return networks, calibration
 
 
-def analysed(model: nn.Module, example: Example, name: str) -> Network:
-    """Trace and analyse one model.
+def analysed(model: nn.Module, example: Example, name: str, tick: Tick = silent) -> Network:
+    """Trace and analyse one model; `tick` is called with the share that is done.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -121,8 +124,9 @@ def analysed(model: nn.Module, example: Example, name: str) -> Network:
     """
     graph = trace(model, name)
     inputs = as_example(example, device_of(graph))
+    tick(TRACED)
     run_once(graph, inputs, name)
-    return Network.of(name, canonical(graph, inputs), inputs)
+    return Network.of(name, canonical(graph, inputs), inputs, part(tick, TRACED, 1.0))
 
 
 def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .labels import LabelRun, Ledger, TensorAxis, varying
 from .modes import is_choice
 from .operators import mirror
+from .progress import Tick, counted, silent
 from .tracing import Interpreter, plain_modes, tensors_in
 
 OPEN = "open"  # key of the meta of an output whose units are free; of an input, with their axis
@@ -49,8 +50,9 @@ class _MirrorMode(TorchDispatchMode):
 class _NodeInterpreter(Interpreter):
     """Name the running node, and keep what is known of its value for after the run."""
 
-    def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
+    def __init__(self, module: fx.GraphModule, run: LabelRun, tick: Tick) -> None:
         super().__init__(module)
+        self.steps = counted(range(len(module.graph.nodes)), tick)
         self.graph_module, self.labelled = module, run
         self.layers: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
@@ -58,6 +60,7 @@ class _NodeInterpreter(Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         run, shapes = self.labelled, self.labelled.book.shapes
         run.node = n.name
+        next(self.steps)
         value = super().run_node(n)
         if n.op == "placeholder" and OPEN in n.meta:
             run.open(value, n.meta[OPEN])
@@ -87,7 +90,9 @@ def _plain_kernels() -> Iterator[None]:
         mkldnn.enabled = fused
 
 
-def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
+def label_network(
+    module: fx.GraphModule, example: tuple[Tensor, ...], tick: Tick = silent
+) -> Ledger:
     """Run a traced network once, in eval mode, on labels and return the ledger.
 
     The fused attention kernels hide their structure, so the run takes their plain forms. What the
@@ -98,6 +103,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     Args:
         module: Traced network; not modified, its modes are restored.
         example: Input tensors.
+        tick: Called with the share of the nodes that is done.
     """
     modes = {m: m.training for m in module.modules()}
     with plain_modes():
@@ -105,7 +111,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     module.eval()
     try:
         with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):
-            interpreter = _NodeInterpreter(module, run)
+            interpreter = _NodeInterpreter(module, run, tick)
             interpreter.run(*example)
     finally:
         for m, mode in modes.items():

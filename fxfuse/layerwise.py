@@ -26,6 +26,7 @@ from .measuring import Measurements, View, points_of
 from .mixing import Mixer
 from .moments import PairMoments
 from .network import Network
+from .progress import Tick, counted, part, silent
 from .transport import Transport
 
 Flow = dict[str, Coupling]  # the contraction that wrote, and the maps of its output
@@ -42,11 +43,12 @@ class LayerByLayer(Transport):
 
     view: View = View(singly=True, outputs=True)
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space, network and tensor axis."""
         base = mixer.balanced.networks[mixer.anchor]
         points, reach = points_of(base, self.view), _reach(base)
-        for (name, i, k), places in measured.pairs.items():
+        pairs = counted(measured.pairs.items(), part(tick, 0.0, 0.5))
+        for (name, i, k), places in pairs:
             outputs = name == OUTPUTS
             if i != (mixer.anchor if outputs else mixer.match.base[name]):
                 continue
@@ -59,7 +61,7 @@ class LayerByLayer(Transport):
                     _let_flow(mixer, base, base.spaces[name], k, flow, reach)
         for pair in [p for p in measured.pairs if p[0] == OUTPUTS]:
             del measured.pairs[pair]
-        super().__call__(mixer, measured)
+        super().__call__(mixer, measured, part(tick, 0.5, 1.0))
 
     def _maps(self, moments: PairMoments) -> Coupling:
         cost = self.ground_cost([moments])

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from .interpreter import label_network
 from .ir import Spaces
 from .labels import Facts
+from .progress import Tick, part, silent
 from .ties import spaces_of
 
 
@@ -32,9 +33,15 @@ class Network:
     spaces: Spaces
 
     @classmethod
-    def of(cls, name: str, module: fx.GraphModule, example: tuple[Tensor, ...]) -> Network:
-        """Analyse a traced network."""
-        book = label_network(module, example)
+    def of(
+        cls,
+        name: str,
+        module: fx.GraphModule,
+        example: tuple[Tensor, ...],
+        tick: Tick = silent,
+    ) -> Network:
+        """Analyse a traced network; `tick` is called with the share that is done."""
+        book = label_network(module, example, part(tick, 0.0, 0.8))
         return cls(name, module, example, book.facts(), spaces_of(book))
 
     def inputs_of(self, node: fx.Node) -> list[fx.Node]:

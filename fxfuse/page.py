@@ -254,6 +254,8 @@ def _frozen(report: Report) -> str:
 
 
 def _stages(report: Report) -> str:
+    if not report.seconds:
+        return ""
     total = max(sum(report.seconds.values()), 1e-9)
     rows = []
     for stage, seconds in report.seconds.items():

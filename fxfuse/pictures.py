@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".svg", ".pdf")
 _CELL, _LETTER = 0.27, 0.066  # inches of a cell of a heat map, of a letter of its labels
+_TITLE = 0.095  # of a letter of its title
+_COSTS = "cost of pairing two layers; grey: layers of different kinds, which never pair"
 _ALIKE, _UNLIKE = "#2668ac", "#c85c20"
 
 
@@ -81,18 +83,23 @@ def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     labels = [_labels(s, k) for _, s, k in panels]
     left = 0.5 + _LETTER * max(len(x) for rows, _ in labels for x in rows)
     above = [0.45 + _LETTER * max(len(x) for x in columns) for _, columns in labels]
-    inner = max(_CELL * max(len(columns) for _, columns in labels), 2.6)
+    inner = _CELL * max(len(columns) for _, columns in labels)
     heights = [_CELL * len(rows) + top + 0.25 for (rows, _), top in zip(labels, above)]
-    width, height = left + inner + 1.1, sum(heights)
-    figure, y = Figure(figsize=(width, height)), height
-    for (at, segment, k), (rows, columns), needed in zip(panels, labels, heights):
+    titles = [
+        f"{at + 1}. {s.label}: {alignment.names[s.reference]} (rows), {alignment.names[k]}"
+        for at, s, k in panels
+    ]
+    longest = max(len(text) for text in [*titles, _COSTS])
+    width, height = max(left + inner + 1.1, 0.4 + _TITLE * longest), sum(heights) + _CELL
+    figure, y = Figure(figsize=(width, height)), height - _CELL
+    figure.text(0.15 / width, y / height, _COSTS, size=8, color="#57606a")
+    parts = zip(panels, labels, titles, heights)
+    for (_, segment, k), (rows, columns), title, needed in parts:
         y -= needed
         box = _CELL * len(columns) / width, _CELL * len(rows) / height
         axes = figure.add_axes((left / width, (y + 0.25) / height, *box))
         _cost_panel(axes, segment, k, rows, columns)
-        names = alignment.names[segment.reference], alignment.names[k]
-        title = f"{at + 1}. {segment.label}: {names[0]} (rows), {names[1]}"
-        top = (y + needed - 0.2) / height
+        top = (y + needed - 0.25) / height
         figure.text(0.15 / width, top, title, size=9, weight="bold", parse_math=False)
     save_figure(figure, target)
 
@@ -191,7 +198,8 @@ def _coupling_panel(axes: Axes, matrix: csr_array) -> Any:
     largest = max(float(matrix.max()), 1e-12)
     style: Any = {"cmap": "viridis_r", "vmin": 0.0, "vmax": largest}
     if not few:
-        return axes.imshow(matrix.toarray(), aspect="auto", interpolation="auto", **style)
+        shown = np.ma.masked_equal(matrix.toarray(), 0.0)  # nothing is white, as between dots
+        return axes.imshow(shown, aspect="auto", interpolation="auto", **style)
     entries = coo_array(matrix)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)

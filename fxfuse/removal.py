@@ -18,6 +18,7 @@ from .ir import Layer
 from .network import Network
 from .passes import graph_pass
 from .producer import Producer, read_producer
+from .progress import Tick, counted, silent
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ def _pieces(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], ...]:
 
 @graph_pass(keeps_function=False)
 def remove(
-    module: fx.GraphModule, network: Network, removals: Sequence[Removal], strategy: Strategy
+    module: fx.GraphModule,
+    network: Network,
+    removals: Sequence[Removal],
+    strategy: Strategy,
+    tick: Tick = silent,
 ) -> None:
     """Remove layers, in order.
 
@@ -88,11 +93,12 @@ def remove(
         network: The network, as it was.
         removals: What to remove.
         strategy: How: `Merging` or `Refitting`.
+        tick: Called with the share that is done.
 
     Raises:
         PassError: If nothing can take the place of a layer.
     """
-    for removal in removals:
+    for removal in counted(removals, tick):
         strategy(Edit(network, replace(network, module=module)), removal)
 
 

@@ -87,7 +87,7 @@ class Report:
     spaces: tuple[SpaceReport, ...]
     frozen: tuple[Frozen, ...]
     errors: tuple[float, ...]
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(compare=False)
     heads: tuple[str, ...] = ()
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from .ir import Layer
 from .neutral import joins, neutralise, no_neutral_form
 from .passes import graph_pass
+from .progress import Tick, counted, silent
 from .sizing import Insertion, resized_copy
 from .widening import Room
 
@@ -40,7 +41,7 @@ class Stamp:
 
 
 @graph_pass(keeps_function=True)
-def deepen(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
+def deepen(module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick = silent) -> None:
     """Insert neutral layers, in the order given; several behind one node follow each other.
 
     Each inserted node is stamped `inserted` with a `Stamp`.
@@ -48,25 +49,27 @@ def deepen(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     Raises:
         PassError: If a layer has no neutral form.
     """
-    _insert_all(module, insertions)
+    _insert_all(module, insertions, tick)
 
 
 @graph_pass(keeps_function=False)
-def deepen_roughly(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
+def deepen_roughly(
+    module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick = silent
+) -> None:
     """Insert layers as `deepen` does, some of which change what they hand on.
 
     Raises:
         PassError: If a layer has no neutral form for any other reason.
     """
-    _insert_all(module, insertions)
+    _insert_all(module, insertions, tick)
 
 
-def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
+def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick) -> None:
     tail: dict[str, fx.Node] = {}
     if not insertions:
         return
     room = Room(insertions[0].into)
-    for number, insertion in enumerate(insertions):
+    for number, insertion in enumerate(counted(insertions, tick)):
         after = tail.get(insertion.after)
         if after is None:
             after = next(n for n in module.graph.nodes if n.name == insertion.after)

@@ -17,6 +17,7 @@ from .gates import Gate
 from .ir import Alignment, Layer, SegmentAlignment
 from .merging import Merging
 from .network import Network
+from .progress import Tick, in_parts, part, silent
 from .refitting import Refitting
 from .removal import plan_removals, remove
 from .segments import partition
@@ -44,7 +45,11 @@ class Shorten:
     to: int | None = None
 
     def __call__(
-        self, networks: Sequence[Network], alignment: Alignment, data: Calibration
+        self,
+        networks: Sequence[Network],
+        alignment: Alignment,
+        data: Calibration,
+        tick: Tick = silent,
     ) -> Balanced:
         """Balance networks.
 
@@ -52,6 +57,7 @@ class Shorten:
             networks: The networks; not modified.
             alignment: Which of their layers correspond.
             data: What removed layers are replaced on.
+            tick: Called with the share that is done.
 
         Raises:
             ArgumentError: If the alignment is of other networks, or `to` is no index.
@@ -62,11 +68,12 @@ class Shorten:
         check_alignment(alignment, [{x.name: x for x in own} for own in layers])
         kept = [self._kept(s, len(networks)) for s in alignment.segments]
         removed = [_outside(alignment, kept, k) for k in range(len(networks))]
-        parts = zip(networks, layers, removed)
-        shorter = [self._shorten(n, own, names, data) for n, own, names in parts]
+        parts = in_parts(list(zip(networks, layers, removed)), part(tick, 0.0, 0.8))
+        shorter = [self._shorten(n, own, names, data, step) for (n, own, names), step in parts]
         counts = [len(names) for names in removed]
         skeleton = counts.index(min(counts)) if self.to is None else self.to
-        balanced = unify(shorter, self._rest(alignment, kept, shorter), skeleton)
+        rest, told = self._rest(alignment, kept, shorter), part(tick, 0.8, 1.0)
+        balanced = unify(shorter, rest, skeleton, tick=told)
         pairs = zip(networks, balanced.networks, counts)
         errors = (relative_error_on(data, a, b) if count else 0.0 for a, b, count in pairs)
         gone = tuple(frozenset(names) for names in removed)
@@ -85,14 +92,19 @@ class Shorten:
         return [i for i, slot in enumerate(zip(*rows)) if None not in slot]
 
     def _shorten(
-        self, network: Network, layers: Sequence[Layer], names: set[str], data: Calibration
+        self,
+        network: Network,
+        layers: Sequence[Layer],
+        names: set[str],
+        data: Calibration,
+        tick: Tick,
     ) -> Network:
         if not names:
             return network
         fitted = Refitting(data, self.ridge, self.rounds, self.reach)
         strategy = Merging(self.gate, data) if self.gate else fitted
         removals = plan_removals(layers, names)
-        module = remove(network.module, network.example, network, removals, strategy)
+        module = remove(network.module, network.example, network, removals, strategy, tick)
         shorter = Network.of(network.name, module, network.example)
         left = [x.kind for s in partition(shorter) for x in s.layers]
         if left != [x.kind for x in layers if x.name not in names]:

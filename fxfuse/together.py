@@ -13,6 +13,7 @@ import numpy as np
 from .ascent import Ascent, Start, inner
 from .coupling import Plans, two_maps
 from .mixing import Mixer
+from .progress import Tick, counted, in_parts, rounds, silent
 from .solvers import Assignment
 from .weightwise import Weights
 
@@ -35,10 +36,10 @@ def spaces_to_join(mixer: Mixer) -> Free:
     return free
 
 
-def join(weights: Weights, free: Free, start: Start) -> None:
+def join(weights: Weights, free: Free, start: Start, tick: Tick = silent) -> None:
     """Start each network against the sum of those before it, the first where it is."""
     order = by_content(weights)
-    for i, k in enumerate(order):
+    for i, k in enumerate(counted(order, tick)):
         ascent = Ascent(weights, k, sum_of(weights, order[:i]), free[k])
         if i:
             start(ascent)
@@ -47,15 +48,20 @@ def join(weights: Weights, free: Free, start: Start) -> None:
 
 
 def merge_in_turn(
-    weights: Weights, free: Free, rounds: int, sweeps: int, rng: np.random.Generator
+    weights: Weights,
+    free: Free,
+    limit: int,
+    sweeps: int,
+    rng: np.random.Generator,
+    tick: Tick = silent,
 ) -> None:
     """Match each network to the sum of the others, in random order, until none moves."""
     order = by_content(weights)
-    for _ in range(rounds):
+    for turn in rounds(limit, tick):
         moved = False
-        for k in (order[i] for i in rng.permutation(len(order))):
+        for k, step in in_parts([order[i] for i in rng.permutation(len(order))], turn):
             targets = sum_of(weights, [j for j in order if j != k])
-            moved |= Ascent(weights, k, targets, free[k]).run(sweeps, rng)
+            moved |= Ascent(weights, k, targets, free[k]).run(sweeps, rng, step)
         if not moved:
             return
 

@@ -13,6 +13,7 @@ from .coupling import Costs, Maps, Plans, two_maps
 from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
+from .progress import Tick, counted, in_parts, part, silent
 from .solvers import Exact, Solver
 from .weightwise import Weights, weight_cost
 
@@ -37,16 +38,22 @@ class Transport:
     maps: Maps = two_maps
     view: View = View()
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
         plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
-        solve_all(mixer, plans, ground_costs(mixer.match, measured, self.ground_cost))
+        costs = ground_costs(mixer.match, measured, self.ground_cost, part(tick, 0.0, 0.5))
+        solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
 
 
-def ground_costs(match: Correspondence, measured: Measurements, ground_cost: GroundCost) -> Costs:
+def ground_costs(
+    match: Correspondence,
+    measured: Measurements,
+    ground_cost: GroundCost,
+    tick: Tick = silent,
+) -> Costs:
     """Return the cost between the base network's units and each other's; uses up the pairs."""
     costs: Costs = {}
-    for name, i, k in list(measured.pairs):  # of wide networks each takes gigabytes
+    for name, i, k in counted(list(measured.pairs), tick):  # each may take gigabytes
         places = list(measured.pairs.pop((name, i, k)).values())
         if match.base[name] in (i, k) and i != k:
             forward = match.base[name] == i
@@ -55,19 +62,20 @@ def ground_costs(match: Correspondence, measured: Measurements, ground_cost: Gro
     return costs
 
 
-def solve_all(mixer: Mixer, plans: Plans, costs: Costs) -> None:
+def solve_all(mixer: Mixer, plans: Plans, costs: Costs, tick: Tick = silent) -> None:
     """Couple what is not coupled yet, given its costs; what has none is compared by weights."""
     keys = plans.settle_given()
     late = _unseen(mixer.match, keys, costs)
-    for key in keys:
-        if key not in late:
-            plans.solve(*key, costs)
+    early = [key for key in keys if key not in late]
+    share = len(early) / max(len(keys), 1)
+    for key in counted(early, part(tick, 0.0, share)):
+        plans.solve(*key, costs)
     weights = Weights.of(mixer)
-    for k in sorted({k for _, k in late}):
+    for k, step in in_parts(sorted({k for _, k in late}), part(tick, share, 1.0)):
         own = [key for key in keys if key in late and key[1] == k]
         shown = [key for key in own if mixer.match.spaces[key[0]][0].axes]
         costs |= {key: weight_cost(weights, *key) for key in shown}
-        for key in own:
+        for key in counted(own, step):
             plans.solve(*key, costs)
 
 

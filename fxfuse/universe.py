@@ -22,6 +22,7 @@ from .coupling import Plans, two_maps
 from .ir import Coupling
 from .measuring import Measurements, View
 from .mixing import Mixer, apply_along
+from .progress import Tick, counted, part, silent
 from .solvers import Assignment
 from .together import Free, join, merge_in_turn, spaces_to_join
 from .weightwise import Weights, cross, unit_rows
@@ -60,7 +61,7 @@ class CycleConsistent:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -69,14 +70,14 @@ class CycleConsistent:
         require_equal_widths(mixer.match, type(self).__name__)
         weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
         free = spaces_to_join(mixer)
-        join(weights, free, self.start)
+        join(weights, free, self.start, part(tick, 0.0, 0.2))
         _soften(weights, free, self.inward)
-        for _ in range(self.iterations):
+        for _ in counted(range(self.iterations), part(tick, 0.2, 0.8)):
             if not _step(weights, free, self.tolerance):
                 break
         here = {key: mixer.couplings[key].project.toarray() for key in _keys(free)}
         _move(weights, _corner(weights, free, here))
-        merge_in_turn(weights, free, self.polish, 100, rng)
+        merge_in_turn(weights, free, self.polish, 100, rng, part(tick, 0.8, 1.0))
 
 
 def _soften(weights: Weights, free: Free, share: float) -> None:

@@ -11,6 +11,7 @@ from .ascent import Ascent, Start, families, forward, require_equal_widths
 from .coupling import Costs, Maps, Plans, two_maps
 from .measuring import Measurements, View
 from .mixing import Mixer
+from .progress import Tick, counted, in_parts, part, silent
 from .solvers import Exact, Solver
 from .together import join, merge_in_turn, spaces_to_join
 from .weightwise import Products, Weights, distance, unit_norm, weight_cost
@@ -48,14 +49,14 @@ class WeightTransport:
     passes: int = 2
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
         weights = Weights.of(mixer, self.folded)
         plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
         left = set(plans.settle_given())
         order = families(mixer.balanced.networks[mixer.anchor])
-        for _ in range(self.passes):
-            for family in order:
+        for _, step in in_parts(range(self.passes), tick):
+            for family in counted(order, step):
                 for k in sorted({k for name, k in left if name in family}):
                     self._solve(weights, plans, family, k)
 
@@ -106,7 +107,7 @@ class WeightMatching:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -116,13 +117,13 @@ class WeightMatching:
         weights = Weights.of(mixer, self.folded)
         free = Plans(mixer.match, Exact(), two_maps, mixer.couplings).settle_given()
         settled = [mixer.anchor]
-        for k in range(len(weights.states)):
-            if k != mixer.anchor:
-                targets = _of_the_first(weights, settled)
-                ascent = Ascent(weights, k, targets, [name for name, i in free if i == k])
-                self.start(ascent)
-                ascent.run(self.sweeps, np.random.default_rng(self.seed))
-                settled.append(k)
+        others = [k for k in range(len(weights.states)) if k != mixer.anchor]
+        for k, step in in_parts(others, tick):
+            targets = _of_the_first(weights, settled)
+            ascent = Ascent(weights, k, targets, [name for name, i in free if i == k])
+            self.start(ascent)
+            ascent.run(self.sweeps, np.random.default_rng(self.seed), step)
+            settled.append(k)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class MergeMany:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -161,8 +162,8 @@ class MergeMany:
         require_equal_widths(mixer.match, type(self).__name__)
         weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
         free = spaces_to_join(mixer)
-        join(weights, free, self.start)
-        merge_in_turn(weights, free, self.rounds, self.sweeps, rng)
+        join(weights, free, self.start, part(tick, 0.0, 0.5))
+        merge_in_turn(weights, free, self.rounds, self.sweeps, rng, part(tick, 0.5, 1.0))
 
 
 def _of_the_first(weights: Weights, networks: Sequence[int]) -> dict[str, np.ndarray]:

@@ -32,6 +32,7 @@ from .ir import Coupling
 from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
+from .progress import Tick, counted, part, silent
 from .solvers import Exact
 from .transport import ground_costs, solve_all
 
@@ -73,10 +74,10 @@ class Zip:
                 do="set View(everything=True)",
             )
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
         plans = Plans(mixer.match, Exact(), two_maps, mixer.couplings)
-        for name in _to_zip(mixer, measured):
+        for name in counted(_to_zip(mixer, measured), part(tick, 0.0, 0.5)):
             present = mixer.match.present[name]
             own = [key for key in measured.pairs if key[0] == name]
             places = {key[1:]: list(measured.pairs.pop(key).values()) for key in own}
@@ -84,7 +85,8 @@ class Zip:
                 if not present[k]:
                     plans.drop(name, k)
             self._zip(mixer, name, places)
-        solve_all(mixer, plans, ground_costs(mixer.match, measured, correlation))
+        costs = ground_costs(mixer.match, measured, correlation)
+        solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
 
     def _zip(
         self, mixer: Mixer, name: str, places: dict[tuple[int, int], list[PairMoments]]

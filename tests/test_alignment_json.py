@@ -103,6 +103,14 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
             Alignment.load(path)
 
 
+def test_what_is_wrong_in_a_file_is_told_with_its_name(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(changed(TREE, ("segments", 0, "extra"), 1)))
+    with pytest.raises(ArgumentError) as caught:
+        Alignment.load(path)
+    assert caught.value.where == f"{path}: the alignment.segments[0]"
+
+
 @settings(max_examples=100)
 @given(st.sampled_from(list(places(TREE))), JSON)
 def test_any_value_in_any_place_is_taken_or_refused(path, value):

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def test_a_file_that_runs_code_is_refused_and_does_not(tmp_path, monkeypatch, co
 def test_a_plain_pickle_is_refused_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("w.pkl").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="is no file of torch.save") as caught:
         read_state("w.pkl")
-    assert not Path("executed").exists()
+    assert not Path("executed").exists() and "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,18 @@ def test_tied_sliced_and_transposed_tensors_are_written_as_they_are(tmp_path):
     save_weights(tensors, tmp_path / "w.safetensors", {"key": "value"})
     found, metadata = read_safetensors(tmp_path / "w.safetensors")
     assert same(found, tensors) and metadata == {"key": "value"}
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text(), max_size=5))
+def test_the_same_tensors_and_facts_are_the_same_bytes(metadata):
+    tensors, found = {"b": torch.ones(3), 'Ä\n"': torch.zeros(2, 2)}, []
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "w.safetensors")
+        for items in (metadata.items(), reversed(metadata.items())):
+            save_weights(tensors, path, dict(items))
+            found.append(path.read_bytes())
+            assert read_safetensors(path)[1] == metadata
+        assert found[0] == found[1] and same(read_safetensors(path)[0], tensors)
 
 
 def test_what_is_read_is_no_part_of_the_file(tmp_path):

@@ -122,6 +122,25 @@ def test_the_file_has_the_network_too_and_what_it_was_made_of(folder, monkeypatc
     assert report.seeds == {"data": 3} and report.versions["torch"] == torch.__version__
 
 
+def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypatch):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS) == 0
+    here = Path("out/fused.safetensors").read_bytes()
+    os.remove("out/fused.safetensors")
+    subprocess.run(
+        [sys.executable, "-m", "fxfuse", "fuse", *MODELS, *OPTIONS],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "7",
+        },
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+    assert Path("out/fused.safetensors").read_bytes() == here
+
+
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     found = []
     options = ["--weights 0.9,0.1", "--weights auto", "--width 1.5", "--samples 10"]

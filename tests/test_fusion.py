@@ -303,7 +303,7 @@ def test_aligning_and_balancing_tell_their_stages_too():
         assert stages_seen[:3] == ["read data", "trace and find spaces", "align layers"]
         assert stages_seen[-1] == last
         shares = [share for stage, share in seen if stage == "trace and find spaces"]
-        assert shares == [0.0, 0.25, 0.5, 0.75, 1.0]
+        assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == 1.0
 
 
 def test_more_data_than_one_batch_gives_the_same_as_one_tensor():

@@ -15,7 +15,7 @@ LEVELS = {
     level: names.split()
     for level, names in enumerate(
         [
-            "errors page_style scene version",
+            "errors interrupts page_style progress scene version",
             "files matching moments plain svg",
             "pictures",
             "display graphs",

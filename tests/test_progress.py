@@ -1,0 +1,81 @@
+"""Shares of a job, and of its parts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import mlp, randomise
+
+import fxfuse
+from fxfuse.inplace import InPlace
+from fxfuse.layerwise import LayerByLayer
+from fxfuse.progress import counted, in_parts, part, rounds, silent
+from fxfuse.refit import MatchMoments
+from fxfuse.shortening import Shorten
+from fxfuse.universe import CycleConsistent
+from fxfuse.weight_matching import MergeMany, WeightMatching, WeightTransport
+from fxfuse.zipping import Zip
+
+
+@given(st.lists(st.integers(0, 5), max_size=6))
+def test_shares_of_parts_rise_to_one(sizes):
+    seen, items = [], [(i, range(n)) for i, n in enumerate(sizes)]
+    for (_, inside), tick in in_parts(items, seen.append):
+        assert list(counted(inside, tick)) == list(inside)
+    assert seen == sorted(seen) and len(seen) == sum(sizes)
+    assert not sizes or not sizes[-1] or seen[-1] == pytest.approx(1)
+
+
+def test_rounds_leave_room_for_more():
+    seen = []
+    for tick in rounds(100, seen.append):
+        for _ in counted("ab", tick):
+            pass
+    assert seen[:4] == [0.25, 0.5, 0.625, 0.75] and seen == sorted(seen) and seen[-1] <= 1
+    assert len(list(rounds(3, silent))) == 3
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_part_lies_where_it_is_said_to(start, end, share):
+    seen = []
+    part(seen.append, start, end)(share)
+    assert np.isclose(seen[0], start + (end - start) * share)
+
+
+EQUAL = [mlp(6, 8, 7, 3), mlp(6, 8, 7, 3)]
+UNEQUAL = [mlp(6, 8, 8, 7, 3), mlp(6, 6, 4, 3)]
+COUPLINGS = [
+    (UNEQUAL, fxfuse.Method()),
+    (UNEQUAL, fxfuse.Method(coupling=LayerByLayer())),
+    (UNEQUAL, fxfuse.Method(coupling=WeightTransport())),
+    (UNEQUAL, fxfuse.Method(coupling=Zip())),
+    (EQUAL, fxfuse.Method(coupling=InPlace())),
+    (EQUAL, fxfuse.Method(coupling=WeightMatching())),
+    (EQUAL, fxfuse.Method(coupling=MergeMany())),
+    (EQUAL, fxfuse.Method(coupling=CycleConsistent())),
+    (UNEQUAL, fxfuse.Method(balancing=Shorten(), refit=MatchMoments())),
+]
+
+
+@pytest.mark.parametrize(("nets", "method"), COUPLINGS)
+def test_every_stage_that_may_take_long_says_how_far_it_is(nets, method):
+    nets, seen = [randomise(n, i) for i, n in enumerate(nets)], []
+    x = torch.randn(40, 6)
+    fxfuse.fuse(nets, x, method=method, progress=lambda *step: seen.append(step))
+    stages = [
+        *("trace and find spaces", "balance depths", "couple units", "emit"),
+        *(("measure units", "refit") if method.coupling.view else ()),
+    ]
+    for stage in stages:
+        shares = [share for name, share in seen if name == stage]
+        assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] <= 1.0
+        assert any(0 < share < 1 for share in shares) or stage in ("measure units", "refit"), stage
+
+
+def test_looking_at_one_network_says_how_far_it_is():
+    seen = []
+    fxfuse.inspect(mlp(6, 8, 3), torch.randn(2, 6), progress=lambda *step: seen.append(step))
+    shares = [share for _, share in seen]
+    assert {name for name, _ in seen} == {"trace and find spaces"}
+    assert shares == sorted(shares) and len(set(shares)) > 4
