@@ -104,7 +104,7 @@ SCALES = {
         },
         distil_epochs=1,
         maps=1,
-        shares=(0.05, 0.5, 0.95),
+        shares=(0.1, 0.7),
     ),
     "small": Scale(
         divisor=1,
