@@ -24,9 +24,8 @@ from .interpreter import OPEN
 from .ir import OUTPUTS, Axis
 from .moments import Moments, PairMoments
 from .network import Network
-from .statistics import Bypass, batch_size, walk
+from .statistics import Bypass, walk, working_batch
 
-BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 Key = tuple[str, str | None]  # a node, and the space if it is measured unit by unit there
 Pair = tuple[str, int, int]
 
@@ -173,7 +172,7 @@ def measure(
 
 def measuring_batch(networks: Sequence[Network]) -> int:
     """Return how many samples are measured at a time."""
-    return batch_size(networks, BATCH_BYTES, BATCH_SAMPLES)
+    return working_batch(networks)
 
 
 class _Meter:
