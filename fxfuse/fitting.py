@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .correction import Correction, Regression
+from .correction import STRETCH, Correction, Regression
 from .moments import Moments
 from .network import Network
 from .refit import gain_of, restate_norm, tensor_of
@@ -81,7 +81,8 @@ class Fit:
         gain = self._gain(wanted, found)
         self._scale(gain)
         shift = (wanted.mean - gain * found.mean) * self.biased
-        correction = self._correct(targets.sub_(self.values).sub_(_row(shift, targets)), whole)
+        left = targets.sub_(self.values).sub_(_row(shift, targets))
+        correction = self._correct(left, whole, acted is None or not steps)
         mean = wanted.mean
         if acted is not None:
             correction, mean = self._descend(acted, correction, mean, steps)
@@ -109,20 +110,23 @@ class Fit:
         regression's curvature, which bounds that of the loss, descends.
         """
         self.whole = moments_of_rows(acted)
-        for _ in range(steps):
+        for step in range(steps):
             shift = (mean - moments_of_rows(self.values).mean) * self.biased
             value = self.values + _row(shift, self.values)
             if self.task.rest is not None:
                 value += self.task.rest
             left = acted - self.task.activation(value)
             mean = mean + moments_of_rows(left).mean * self.biased
-            correction = self._correct(left, self.whole)
+            correction = self._correct(left, self.whole, step == steps - 1)
             if correction.weight is None:
                 break
         return correction, mean
 
-    def _correct(self, left: Tensor, whole: Moments) -> Correction:
-        """Fit what is left to explain, unless that is nothing but rounding."""
+    def _correct(self, left: Tensor, whole: Moments, last: bool) -> Correction:
+        """Fit what is left to explain, unless that is nothing but rounding.
+
+        After the last correction, values are followed only where their spread still counts.
+        """
         least = ROUNDING**2 * float((whole.power**2).sum())
         rest = units_as_rows(left, self.producer.affine.groups)
         correction = self.regression.correct(rest, self.ridges, least)
@@ -130,7 +134,8 @@ class Fit:
             weight = tensor_of(self.network, self.producer.weight)
             added = rows_as_weight(correction.weight, self.producer.affine)
             weight.data.add_((added.T if self.producer.turned else added).to(weight))
-            self.values += self._given(correction.weight.to(self.values))
+            if self.aim.swing or not last:
+                self.values += self._given(correction.weight)
         return correction
 
     def _given(self, weight: Tensor) -> Tensor:
@@ -154,7 +159,8 @@ class Fit:
 
     def _complete(self, wanted: Moments, mean: np.ndarray) -> None:
         """Give the units a mean, and the target's spread where that counts."""
-        producer, found = self.producer, moments_of_rows(self.values)
+        producer = self.producer
+        found = moments_of_rows(self.values)  # not of the last, their mean is the same: nothing
         gain = self._gain(wanted, found) if self.aim.swing else np.ones_like(found.mean)
         if producer.norm is not None:
             found.shift = found.shift + self._offset().to(found.shift)
@@ -185,7 +191,10 @@ class Fit:
 def moments_of_rows(rows: Tensor) -> Moments:
     """Return the moments of units `(positions, units)`."""
     moments = Moments()
-    moments.add(rows.T)
+    moments.count, moments.shift = len(rows), rows[:STRETCH].float().mean(0)
+    shifted = rows - moments.shift
+    moments.total = shifted.sum(0).double()
+    moments.squares = shifted.square_().sum(0).double()
     return moments
 
 
