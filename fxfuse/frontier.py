@@ -221,5 +221,6 @@ class Track:
     def _set_out(self) -> None:
         self._batches = self._batches or self.data.chunks(self._size)
         inputs, count = next(self._batches), self.sizes[len(self._runs)]
-        run = Run(self.network, tuple(t[:count] for t in inputs), self.bypass, self.order)
+        own = tuple(t[:count].clone() for t in inputs)  # batches may be parts of one tensor
+        run = Run(self.network, own, self.bypass, self.order)
         self._runs.append((run, 0))

@@ -98,7 +98,11 @@ def reads_at(x: Tensor, affine: Affine, at: Tensor) -> Tensor:
         taps = (taps[:, None] * size + torch.arange(k, device=x.device) * d).flatten()
     flat = x.movedim(1, -1).reshape(-1, x.shape[1])  # a unit beside the other: copied at a stroke
     seen: Tensor = flat.index_select(0, (sample[:, None] + taps).flatten())
-    seen = seen.view(len(at), len(taps), affine.groups, -1).permute(2, 0, 1, 3).flatten(2)
+    seen = (
+        seen.view(len(at), len(taps), affine.groups, affine.weight.shape[1])
+        .permute(2, 0, 1, 3)
+        .flatten(2)
+    )
     return seen
 
 
