@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .data import Batch, Calibration
+from .errors import DataError
 from .network import Network
 from .statistics import Bypass, Run
 
@@ -136,9 +137,12 @@ class Frontier:
         start = free.pop() if free else self._end
         self._end = max(self._end, start + size)
         raw = _bytes_of(storage).cpu().numpy().data
-        self._file.seek(start)
-        while raw:  # one call may write less than all
-            raw = raw[self._file.write(raw) :]
+        try:
+            self._file.seek(start)
+            while raw:  # one call may write less than all
+                raw = raw[self._file.write(raw) :]
+        except OSError as error:
+            raise _no_room(self._end, error) from error
         return _Place(start, size, storage.device)
 
     def _read(self, place: _Place) -> torch.UntypedStorage:
@@ -152,6 +156,15 @@ class Frontier:
             raw = raw[count:]
         self._free.setdefault(place.size, []).append(place.start)
         return torch.from_numpy(found).to(place.device).untyped_storage()
+
+
+def _no_room(size: int, error: OSError) -> DataError:
+    return DataError(
+        f"a temporary file of {size / 2**30:.1f} GiB that cannot be written ({error})",
+        where=f"{tempfile.gettempdir()}, for values of all samples between two layers",
+        expected="room for what exceeds the memory that the refit may take",
+        do="give more memory, LeastSquares(frontier=...), a larger disk, TMPDIR, or less samples",
+    )
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

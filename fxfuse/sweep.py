@@ -217,8 +217,10 @@ class _Sweep:
         if not all(fits):
             return None
         joined = goal.sample.joined
+        read = joined(inputs)
+        inputs.clear()
         return Task(
-            joined(inputs),
+            read,
             joined(goal.values),
             joined(goal.acted) if goal.acted else None,
             joined(rests) if rests else None,

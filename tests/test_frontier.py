@@ -6,6 +6,7 @@ from nets import mlp, outputs, randomise, residual
 from torch import nn
 
 from fxfuse.data import Calibration
+from fxfuse.errors import DataError
 from fxfuse.frontier import Frontier, Track
 from fxfuse.network import Network
 from fxfuse.statistics import Run
@@ -116,3 +117,21 @@ def test_kinds_of_values_come_back_as_they_were():
     parts, [ones, seven], nothing = back["parts"]
     assert torch.equal(parts, torch.arange(3)) and torch.equal(ones, torch.ones(2))
     assert seven == 7 and nothing is None
+
+
+def test_a_disk_without_room_is_said_to_be_one(monkeypatch):
+    class Full:
+        def seek(self, *where):
+            return 0
+
+        def write(self, raw):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: Full())
+    way, frontier = track(randomise(mlp(6, 8, 3)), torch.randn(4, 6), 0)
+    with torch.no_grad(), frontier, pytest.raises(DataError, match="No space left"):
+        way.go(0, 2)
+        way.rest(0)
