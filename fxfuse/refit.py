@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from .data import Calibration
-from .emit import NormPlan, WeightPlan
+from .emit import NormPlan, WeightPlan, outputs_to_settle
 from .ir import LayerFit
 from .measuring import measuring_batch
 from .mixing import Mixer
@@ -56,15 +56,10 @@ class Outcome:
 
 
 class Refit(Protocol):
-    """How a freshly emitted network is corrected on the data.
+    """How a freshly emitted network is corrected on the data."""
 
-    Attributes:
-        wants_moments: Whether it asks for the moments of the parents' outputs, node by node.
-    """
-
-    @property
-    def wants_moments(self) -> bool:
-        """Whether it asks for the moments of the parents' outputs, node by node."""
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments it asks of the networks, with their feature axis."""
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""
@@ -100,10 +95,9 @@ class MatchMoments:
 
     keep: bool = False
 
-    @property
-    def wants_moments(self) -> bool:
-        """Whether the parents' moments are needed."""
-        return not self.keep
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments are wanted."""
+        return {} if self.keep else outputs_to_settle(mixer.balanced.networks[mixer.anchor])
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once."""
@@ -169,7 +163,7 @@ def start(
 def settle_norm(network: Network, plan: NormPlan, found: Moments, keep: bool) -> None:
     """Let a norm compute what its plan says of values of some moments; or keep the function."""
     gain, shift = plan.scale, plan.scale * found.mean + plan.shift
-    if not keep:
+    if not keep and plan.target is not None:
         wanted = gain_of(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
     restate_norm(network, network.book.norms[plan.node], found, gain, shift)

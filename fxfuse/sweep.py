@@ -18,14 +18,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .composition import Affine
 from .data import Calibration
-from .emit import NormPlan, WeightPlan
+from .emit import NormPlan, WeightPlan, outputs_to_settle
 from .fitting import Fit, Task
 from .frontier import Frontier, Track
 from .interpreter import OPEN
@@ -72,7 +72,13 @@ class LeastSquares:
     steps: int = 1
     frontier: int = 1 << 30
     gram: int = 1 << 26
-    wants_moments: ClassVar[bool] = True
+
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments are wanted: those that are not refitted."""
+        network = mixer.balanced.networks[mixer.anchor]
+        _, aims = self._aims(network, Targets(mixer))
+        refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
+        return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once: any number."""
@@ -88,9 +94,8 @@ class LeastSquares:
         tick: Callable[[float], None] | None = None,
     ) -> Outcome:
         """Refit in place; see `refit.Refit`."""
-        order, aims = aims_of(fused)
         targets = Targets(mixer)
-        aims = {n: a for n, a in aims.items() if self._can(fused, a, targets)}
+        order, aims = self._aims(fused, targets)
         size = working_batch([fused, *mixer.balanced.networks])
         given = data, samples, size
         with torch.no_grad(), Frontier(self.frontier) as frontier:
@@ -104,9 +109,15 @@ class LeastSquares:
             divergence = sweep.finish()
             return Outcome(tuple(sweep.layers), divergence)
 
-    def _can(self, fused: Network, aim: Aim, targets: Targets) -> bool:
-        joint = aim.producer.joint
-        return all(targets.fits(node, aim.axis_in(fused)) for node in (aim.at, joint))
+    def _aims(self, network: Network, targets: Targets) -> tuple[list[fx.Node], dict[str, Aim]]:
+        """Return the order of the sweep, and what can be refitted."""
+
+        def can(aim: Aim) -> bool:
+            ends = aim.at, aim.producer.joint
+            return all(targets.fits(node, aim.axis_in(network)) for node in ends)
+
+        order, aims = aims_of(network)
+        return order, {name: aim for name, aim in aims.items() if can(aim)}
 
     def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Sample:
         """Choose at which positions of a contraction it is fitted; see `sampling.sample`."""
