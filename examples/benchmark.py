@@ -1,10 +1,14 @@
-"""Time and memory of `fuse`, stage by stage, for ResNet-34 + ResNet-18 on 32x32 images.
+"""Time and memory of `fuse`, stage by stage, against plain forward passes.
 
-The constraints leave this pair a single alignment, so `fuse` measures no layer costs; `align`,
-which always does, is timed beside it. Each case runs in a process of its own.
-Times are in seconds and as ratios to a plain forward pass of all samples through both networks.
+Each number of images is fused in a process of its own, so that peak memory is its own. Times are
+also given as ratios to a forward pass of all images through both networks, in batches of 64, the
+smallest of three. Images are random: what is measured does not depend on them.
 
-    python examples/benchmark.py [--samples 200] [--threads 2] [--width 64] [--refit moments]
+    python examples/benchmark.py [--case 32+20] [--images 200 1000 10000] [--threads 1]
+
+Cases: CIFAR's ResNet-32 + ResNet-20 (`32+20`); ResNet-34 + ResNet-18 on 32x32 images, of `--width`
+64, with BatchNorm (`34+18`) or without any norm, the networks of the CLAFusion paper (`plain`).
+ResNet-34 + ResNet-18 has a single possible alignment, so `fuse` measures no layer costs there.
 """
 
 from __future__ import annotations
@@ -17,45 +21,53 @@ import sys
 import time
 
 import torch
-from networks import CifarResNet, predict
+from networks import CifarResNet, cifar_resnet, predict
 
-CASES = {"without norms (the paper's networks)": False, "with BatchNorm": True}
+CASES = ("32+20", "34+18", "plain")
 
 
-def run_case(norm: bool, samples: int, threads: int, width: int, refit: str) -> dict:
+def parents_of(case: str, width: int) -> list[torch.nn.Module]:
+    """Return the two networks of a case, untrained where there is no checkpoint."""
+    if case == "32+20":
+        return [cifar_resnet(32), cifar_resnet(20)]
+    torch.manual_seed(0)
+    blocks = [3, 4, 6, 3], [2, 2, 2, 2]
+    return [CifarResNet(b, width, "conv", case == "34+18").eval() for b in blocks]
+
+
+def run_case(case: str, images: int, threads: int, width: int, refit: str) -> dict:
     """Fuse one pair and return seconds by stage, peak memory over the start, and a yardstick."""
     import fxfuse
     from fxfuse.refit import MatchMoments
-
-    method = fxfuse.Method(refit=MatchMoments()) if refit == "moments" else fxfuse.presets.best
+    from fxfuse.sweep import LeastSquares
 
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    parents = [
-        CifarResNet(blocks, width, "conv", norm).eval() for blocks in ([3, 4, 6, 3], [2, 2, 2, 2])
-    ]
-    x = torch.randn(samples, 3, 32, 32)
-    before = _peak()
-    start = time.perf_counter()
+    parents, x = parents_of(case, width), torch.randn(images, 3, 32, 32)
+    method = fxfuse.Method(refit=MatchMoments() if refit == "moments" else LeastSquares())
+    fxfuse.fuse(parents, x[:4], method=method)  # what is imported and built once
+    before, start, used = _peak(), time.perf_counter(), time.process_time()
     fused = fxfuse.fuse(parents, x, method=method)
-    total = time.perf_counter() - start
-    peak = _peak() - before
-    start = time.perf_counter()
-    fxfuse.align(parents, x)
-    alone = time.perf_counter() - start
-    start = time.perf_counter()
-    for net in parents:
-        predict(net, x, 50)
-    forward = time.perf_counter() - start
-    seconds = fused.meta["fxfuse"].seconds
+    total, used, peak = time.perf_counter() - start, time.process_time() - used, _peak() - before
     return {
-        "align": alone,
         "total": total,
-        "forward": forward,
+        "used": used,
+        "forward": _forward(parents, x),
+        "with fused": _forward([*parents, fused.eval()], x),
         "peak": peak,
         "before": before,
-        "stages": seconds,
+        "stages": fused.meta["fxfuse"].seconds,
     }
+
+
+def _forward(nets: list[torch.nn.Module], x: torch.Tensor) -> list[float]:
+    """Return the seconds of forward passes, and of the processor for them."""
+    found = []
+    for _ in range(3):
+        start, used = time.perf_counter(), time.process_time()
+        for net in nets:
+            predict(net, x, 64)
+        found.append((time.perf_counter() - start, time.process_time() - used))
+    return [min(seconds) for seconds in zip(*found)]
 
 
 def _peak() -> float:
@@ -64,39 +76,43 @@ def _peak() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--case", choices=CASES, nargs="+", default=["32+20"])
+    parser.add_argument("--images", type=int, nargs="+", default=[200, 1000, 10000])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="the fastest counts")
     parser.add_argument("--refit", choices=["least-squares", "moments"], default="least-squares")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case is not None:
-        options = args.samples, args.threads, args.width, args.refit
-        print(json.dumps(run_case(CASES[args.case], *options)))
+    if args.here:
+        options = args.images[0], args.threads, args.width, args.refit
+        print(json.dumps(run_case(args.case[0], *options)))
         return
-    for case in CASES:
-        runs = [_in_process(case, args) for _ in range(args.repeats)]
-        _show(case, sorted(runs, key=lambda r: r["total"])[len(runs) // 2], args)
+    for case in args.case:
+        print(f"\n{case}, {args.threads} thread(s), {args.refit}; seconds (forward passes)")
+        for images in args.images:
+            runs = [_in_process(case, images, args) for _ in range(args.repeats)]
+            _show(images, min(runs, key=lambda r: r["total"]))
 
 
-def _in_process(case: str, args: argparse.Namespace) -> dict:
-    options = [f"--{k}={getattr(args, k)}" for k in ("samples", "threads", "width", "refit")]
-    command = [sys.executable, __file__, *options, "--case", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def _in_process(case: str, images: int, args: argparse.Namespace) -> dict:
+    options = [f"--{k}={getattr(args, k)}" for k in ("threads", "width", "refit")]
+    command = [sys.executable, __file__, *options, "--case", case, "--images", str(images)]
+    done = subprocess.run([*command, "--here"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def _show(case: str, run: dict, args: argparse.Namespace) -> None:
-    print(f"\nResNet-34 + ResNet-18 {case}, width {args.width}, {args.samples} samples, ", end="")
-    print(f"{args.threads} threads, {args.refit}, median of {args.repeats}")
-    print(f"  {'stage':28s} seconds   forward passes")
-    for stage, seconds in [*run["stages"].items(), ("all of fuse", run["total"])]:
-        print(f"  {stage:28s} {seconds:7.2f}   {seconds / run['forward']:7.2f}")
-    print(f"  {'align alone, costs measured':28s} {run['align']:7.2f}   ", end="")
-    print(f"{run['align'] / run['forward']:7.2f}")
-    print(f"  one forward pass of both     {run['forward']:7.2f}")
-    print(f"  peak memory over the start   {run['peak']:7.0f} MB (start: {run['before']:.0f} MB)")
+def _show(images: int, run: dict) -> None:
+    (wall, used), three = run["forward"], run["with fused"][1]
+    print(f"  {images} images")
+    for name, seconds in [*run["stages"].items(), ("all of fuse", run["total"])]:
+        print(f"    {name:22s} {seconds:7.2f} ({seconds / wall:.2f})")
+    print(f"    {'processor time':22s} {run['used']:7.2f} ({run['used'] / used:.2f}), ", end="")
+    print(f"{run['used'] / three:.2f} with the fused network's forward pass")
+    print(f"    {'forward, both networks':22s} {wall:7.2f}")
+    print(
+        f"    peak memory {run['peak']:.0f} MB over the start's {run['before']:.0f} MB", flush=True
+    )
 
 
 if __name__ == "__main__":

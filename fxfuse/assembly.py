@@ -10,7 +10,7 @@ from .budget import distances, widened
 from .checks import lint
 from .coupling import CouplingMethod
 from .data import Calibration
-from .emit import emit, outputs_to_settle
+from .emit import emit
 from .errors import ModelError
 from .intake import Clock
 from .measuring import Measurements, measure
@@ -50,7 +50,7 @@ def assemble(
     networks, anchor = mixer.balanced.networks, mixer.anchor
     clock.start("measure units")
     samples = min(data.samples, refit.samples(networks))
-    outputs = outputs_to_settle(networks[anchor]) if refit.wants_moments else {}
+    outputs = refit.settles(mixer)
     measured = measure(
         mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
     )

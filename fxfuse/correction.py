@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 HELD = 4  # every fourth sample chooses the ridge
+STRETCH = 4096  # rows whose products are added up in their own precision
+BLOCK = 128  # columns of a symmetric product that are formed at a time
 
 
 class Sums:
@@ -27,6 +29,7 @@ class Sums:
     def __init__(self, centred: bool) -> None:
         self.centred, self.count = centred, 0
         self.xx = self.xr = self.rr = self.x = self.r = torch.zeros(())
+        self._factors: dict[float, Tensor | None] = {}  # of the inputs, by ridge
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add inputs `(groups, rows, inputs)` and what is left to explain `(groups, rows, out)`."""
@@ -35,14 +38,15 @@ class Sums:
 
     def add_inputs(self, x: Tensor) -> None:
         """Add inputs; what they leave to explain comes by `add_rest`."""
-        if x.shape[1]:
-            self.count += x.shape[1]
-            self._add(xx=x.mT @ x, x=x.sum(1, keepdim=True))
+        self._factors = {}
+        for part in x.split(STRETCH, 1) if x.shape[1] else ():
+            self.count += part.shape[1]
+            self._add(xx=products(part), x=part.sum(1, keepdim=True))
 
     def add_rest(self, x: Tensor, r: Tensor) -> None:
         """Add what inputs that were added leave to explain."""
-        if x.shape[1]:
-            self._add(xr=x.mT @ r, rr=(r * r).sum(1), r=r.sum(1, keepdim=True))
+        for a, b in zip(x.split(STRETCH, 1), r.split(STRETCH, 1)) if x.shape[1] else ():
+            self._add(xr=a.mT @ b, rr=(b * b).sum(1), r=b.sum(1, keepdim=True))
 
     def _add(self, **parts: Tensor) -> None:
         for name, part in parts.items():
@@ -52,32 +56,46 @@ class Sums:
         """Return the sums of the inputs alone."""
         alone = Sums(self.centred)
         alone.count, alone.xx, alone.x = self.count, self.xx, self.x
+        alone._factors = self._factors
         return alone
 
     def __add__(self, other: Sums) -> Sums:
         """Return the sums of both sets of rows."""
         both = Sums(self.centred)
-        for name in ("count", "xx", "xr", "rr", "x", "r"):
+        for name in ("count", "xx", "x"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.take_rests(self, other)
         return both
+
+    def take_rests(self, one: Sums, other: Sums) -> None:
+        """Take what two sets of rows leave to explain, whose inputs are already here."""
+        for name in ("xr", "rr", "r"):
+            setattr(self, name, getattr(one, name) + getattr(other, name))
 
     def solve(self, ridges: Sequence[float]) -> list[Tensor | None]:
         """Return the correction `(groups, inputs, out)` at each ridge, None where it has none.
 
         A ridge is relative to the mean variance of the inputs (mean square, without a bias).
         """
-        xx, xr = self.xx / self.count, self.xr / self.count
+        xr = self.xr / self.count
         if self.centred:
-            x, r = self.x / self.count, self.r / self.count
-            xx, xr = xx - x.mT @ x, xr - x.mT @ r
-        power = xx.diagonal(dim1=1, dim2=2).mean(1)
-        power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # groups that hardly vary
-        found = []
-        for ridge in ridges:
+            xr = xr - (self.x / self.count).mT @ (self.r / self.count)
+        factors = [self._factor(ridge) for ridge in ridges]
+        return [None if f is None else torch.cholesky_solve(xr, f) for f in factors]
+
+    def _factor(self, ridge: float) -> Tensor | None:
+        """Return the Cholesky factor of the inputs' second moments with a ridge, if it has one."""
+        if ridge not in self._factors:
+            xx = self.xx / self.count
+            if self.centred:
+                x = self.x / self.count
+                xx = xx - x.mT @ x
+            power = xx.diagonal(dim1=1, dim2=2).mean(1)
+            power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # some hardly vary
             added = (ridge * power)[:, None].expand(xx.shape[:2])
             factor, failed = torch.linalg.cholesky_ex(xx + torch.diag_embed(added))
-            found.append(None if bool(failed.any()) else torch.cholesky_solve(xr, factor))
-        return found
+            self._factors[ridge] = None if bool(failed.any()) else factor
+        return self._factors[ridge]
 
     def error(self, other: Sums, correction: Tensor | None) -> float:
         """Return the mean squared error on these rows of a correction fitted to others.
@@ -98,6 +116,19 @@ class Sums:
         return max(float(total) / self.count, 0.0)
 
 
+def products(x: Tensor) -> Tensor:
+    """Return `x.mT @ x`, of which only the lower half is computed."""
+    inputs = x.shape[2]
+    if inputs < 2 * BLOCK or len(x) > 1:
+        return x.mT @ x
+    found = x.new_empty(inputs, inputs)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        torch.mm(x[0, :, start:stop].T, x[0, :, :stop], out=found[start:stop, :stop])
+        found[:start, start:stop] = found[start:stop, :start].T
+    return found[None]
+
+
 @dataclass(frozen=True, eq=False)
 class Correction:
     """A correction of weights.
@@ -113,16 +144,19 @@ class Correction:
     error: float
 
 
-def corrected(fit: Sums, held: Sums, ridges: Sequence[float]) -> Correction:
+def corrected(
+    fit: Sums, held: Sums, ridges: Sequence[float], everything: Sums | None = None
+) -> Correction:
     """Choose the ridge by the held-out error and fit with it to everything.
 
     Args:
         fit: Sums over the samples to fit to.
         held: Sums over the others; if there are none, the weights stay.
         ridges: The ridges to choose from, beside the infinite one.
+        everything: Sums over both, if they are known.
     """
+    everything = fit + held if everything is None else everything
     if not fit.count or not held.count:
-        everything = fit + held
         return Correction(None, float("inf"), everything.error(everything, None))
     tried = [(held.error(fit, None), float("inf"))]
     for ridge, weight in zip(ridges, fit.solve(ridges)):
@@ -131,7 +165,7 @@ def corrected(fit: Sums, held: Sums, ridges: Sequence[float]) -> Correction:
     error, ridge = min(tried)
     if ridge == float("inf"):
         return Correction(None, ridge, error)
-    return Correction((fit + held).solve([ridge])[0], ridge, error)
+    return Correction(everything.solve([ridge])[0], ridge, error)
 
 
 def corrected_from_rows(
@@ -199,44 +233,42 @@ class Regression:
     """Corrections of one contraction's weight, again and again, from the same inputs.
 
     Args:
-        parts: Batches of inputs `(groups, rows, inputs)`, each with `(rows,)` which rows are held
-            out of the first fits.
+        x: Inputs `(groups, rows, inputs)`.
+        fit: How many of the rows, the first ones, the ridge's choice is fitted to.
         centred: Whether there is a bias.
-        by_rows: Solve with one equation for each row, not for each input.
+        thin: If above 0, solve with one equation for each of every so many rows; otherwise with
+            one for each input.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[Tensor, Tensor]], centred: bool, by_rows: bool
-    ) -> None:
-        self.centred, self.groups = centred, [(~held, held) for _, held in parts]
-        self.split = [(x[:, ~held], x[:, held]) for x, held in parts]
-        self.sums = [Sums(centred), Sums(centred)]
+    def __init__(self, x: Tensor, fit: int, centred: bool, thin: int = 0) -> None:
+        self.centred, self.thin, self.parts = centred, thin, (slice(fit), slice(fit, None))
         self.products: Tensor | None = None
-        if by_rows:
-            self.held = torch.cat([held for _, held in parts])
-            self.x = torch.cat([x for x, _ in parts], 1)
-            self.products, self.split = (self.x @ self.x.mT).double(), []
-        for both in self.split:
-            for sums, x in zip(self.sums, both):
-                sums.add_inputs(x)
+        if thin:
+            self.x = x[:, ::thin]
+            self.held = (torch.arange(x.shape[1]) >= fit)[::thin]
+            self.products = (self.x @ self.x.mT).double()
+            return
+        self.x, self.sums = x, [Sums(centred), Sums(centred)]
+        for sums, part in zip(self.sums, self.parts):
+            sums.add_inputs(x[:, part])
+        self.sums.append(self.sums[0] + self.sums[1])
 
-    def correct(self, rests: Sequence[Tensor], ridges: Sequence[float], least: float) -> Correction:
+    def correct(self, rest: Tensor, ridges: Sequence[float], least: float) -> Correction:
         """Return the correction that explains best what is left.
 
         Args:
-            rests: What is left to explain, `(groups, rows, out)`, batch by batch.
+            rest: What is left to explain, `(groups, rows, out)`.
             ridges: The ridges to choose from, beside the infinite one.
             least: Mean square, summed over the units, that is not worth correcting.
         """
-        count = sum(rest.shape[1] for rest in rests)
-        power = sum(float(rest.double().square().sum()) for rest in rests) / max(count, 1)
+        power = float(rest.double().square().sum()) / max(rest.shape[1], 1)
         if power <= least:
             return Correction(None, float("inf"), power)
         if self.products is not None:
-            rest = torch.cat(list(rests), 1)
+            rest = rest[:, :: self.thin]
             return corrected_from_rows(self.x, rest, self.held, self.centred, ridges, self.products)
-        fits = [sums.of_inputs() for sums in self.sums]
-        for both, groups, rest in zip(self.split, self.groups, rests):
-            for fit, x, group in zip(fits, both, groups):
-                fit.add_rest(x, rest[:, group])
-        return corrected(fits[0], fits[1], ridges)
+        fit, held, both = (sums.of_inputs() for sums in self.sums)
+        for sums, part in zip((fit, held), self.parts):
+            sums.add_rest(self.x[:, part], rest[:, part])
+        both.take_rests(fit, held)
+        return corrected(fit, held, ridges, both)

@@ -44,14 +44,14 @@ class NormPlan:
         reads: The node before it.
         scale: `(units,)`.
         shift: `(units,)`.
-        target: Moments its output should have.
+        target: Moments its output should have, if they were measured.
     """
 
     node: str
     reads: str
     scale: np.ndarray
     shift: np.ndarray
-    target: Target
+    target: Target | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def _norm_plan(
         base.inputs_of(nodes[node])[0].name,
         mixer.mix(statistics, [s.scales[node] for s in states]),
         mixer.mix(statistics, [s.shifts[node] for s in states]),
-        _target(mixer, statistics, 0, moments or [None] * len(states)),
+        None if moments is None else _target(mixer, statistics, 0, moments),
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .correction import products
 from .costs import euclidean
 from .errors import DataError
 from .moments import Moments, PairMoments
@@ -120,17 +121,19 @@ class LinearCKA:
         unbiased: Estimate these products without bias (HSIC_1), so that they do not depend on the
             size of batches; otherwise one batch gives the biased estimate of the paper's code.
         batch: Samples compared at a time; less where memory is short.
+        samples: How many of the first samples are looked at, in whole batches.
     """
 
     unbiased: bool = False
     batch: int = 256
+    samples: int = 512
 
     def __call__(self, rows: Views, columns: Views) -> Meter:
         """Return what compares the layers of two networks."""
         return _Kernels(len(rows), len(columns), self)
 
 
-#: The default: of one batch of up to 256 samples, or sums over such batches.
+#: The default: of one batch of up to 256 samples, or sums over two such batches.
 linear_cka = LinearCKA()
 
 
@@ -138,7 +141,7 @@ def gram(x: Tensor) -> Tensor:
     """Return the centred Gram matrix `(n, n)` of `n` samples, every other axis a feature."""
     flat = x.flatten(1).float()
     flat = flat - flat.mean(0)
-    return (flat @ flat.T).double()
+    return products(flat.T[None])[0].double()
 
 
 def unbiased_gram(x: Tensor) -> Tensor:
@@ -165,6 +168,7 @@ class _Kernels(Meter):
         self.own = np.zeros(rows), np.zeros(columns)
         self.largest, self.least = 0, 4 if cost.unbiased else 1
         self.together = cost.batch
+        self.wanted = cost.samples
         self.gram = unbiased_gram if cost.unbiased else gram
 
     def reduce(self, x: Tensor) -> Tensor:

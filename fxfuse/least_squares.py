@@ -153,25 +153,21 @@ class Refit:
         return replace(self.affine, weight=weight, bias=offset.flatten() if bias else None)
 
 
-def patches(x: Tensor, affine: Affine, at: Tensor | None = None) -> Tensor:
+def patches(x: Tensor, affine: Affine) -> Tensor:
     """Return what each output of a map sees, `(groups, positions, in / groups * kernel)`.
 
     Args:
         x: What the map reads.
         affine: The map; of its weight only the shape counts.
-        at: `(positions,)` which of the outputs, numbered sample by sample; all if None.
     """
     if not affine.kernel:
-        flat = x.reshape(-1, x.shape[-1])
-        return (flat if at is None else flat[at])[None]
+        return x.reshape(-1, x.shape[-1])[None]
     n = len(affine.kernel)
     x = F.pad(x, [p for p in reversed(affine.padding) for _ in range(2)])
     for axis, (k, s, d) in enumerate(zip(affine.kernel, affine.stride, affine.dilation)):
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]
     x = x.movedim(1, 1 + n)  # samples, places, channels, kernel: a view, copied only below
-    places = x.shape[: 1 + n]
-    x = x.flatten(0, n) if at is None else x[torch.unravel_index(at, places)]
-    seen: Tensor = x.unflatten(1, (affine.groups, -1)).flatten(2).transpose(0, 1)
+    seen: Tensor = x.flatten(0, n).unflatten(1, (affine.groups, -1)).flatten(2).transpose(0, 1)
     return seen
 
 

@@ -2,7 +2,7 @@
 
 Units are compared by their pre-activations (after every contraction, the value behind its norm and
 residual add) or by what their activations make of these. Layers that a network has only as neutral
-ones are not run.
+ones are not run. Of many samples no more are run than tell how alike units are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .interpreter import OPEN
 from .ir import OUTPUTS, Axis
 from .moments import Moments, PairMoments
 from .network import Network
-from .statistics import Bypass, batch_size, walk
+from .statistics import Bypass, walk, working_batch
 
-BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
+ENOUGH_SAMPLES, ENOUGH_POSITIONS = 512, 1 << 15  # more hardly change how alike units are
 Key = tuple[str, str | None]  # a node, and the space if it is measured unit by unit there
 Pair = tuple[str, int, int]
 
@@ -166,6 +166,10 @@ def measure(
         seen += len(batch[0])
         if seen == samples:
             kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
+        fewest = min((m.positions for m in meters.values()), default=0)
+        told = seen >= ENOUGH_SAMPLES and fewest >= ENOUGH_POSITIONS
+        if told and (seen >= samples or not outputs):
+            break
     pairs = _pairs(visits, meters)
     _require_finite(pairs, networks)
     return Measurements(pairs, kept)
@@ -173,7 +177,7 @@ def measure(
 
 def measuring_batch(networks: Sequence[Network]) -> int:
     """Return how many samples are measured at a time."""
-    return batch_size(networks, BATCH_BYTES, BATCH_SAMPLES)
+    return working_batch(networks)
 
 
 class _Meter:
@@ -182,6 +186,11 @@ class _Meter:
     def __init__(self, networks: int) -> None:
         self.moments: list[Moments | None] = [None] * networks
         self.pairs: dict[tuple[int, int], PairMoments] = {}
+
+    @property
+    def positions(self) -> int:
+        """How many values of each unit it has seen."""
+        return max((m.count for m in self.moments if m is not None), default=0)
 
     def add(self, values: list[Tensor | None], pairs: set[tuple[int, int]]) -> None:
         shifted: list[Tensor | None] = [None] * len(values)

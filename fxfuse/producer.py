@@ -13,9 +13,7 @@ from .data import Calibration
 from .errors import PassError
 from .moments import Moments
 from .network import Network
-from .statistics import batch_size, record
-
-BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
+from .statistics import record, working_batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +129,7 @@ def restate(network: Network, producer: Producer, data: Calibration) -> None:
     roles, moments = producer.roles, Moments()
     if "weight" not in roles:
         return
-    for batch in data.chunks(batch_size([network], BATCH_BYTES, BATCH_SAMPLES)):
+    for batch in data.chunks(working_batch([network])):
         value = record(network, batch, {producer.node: lambda v: v.movedim(1, 0)})
         moments.add(value[producer.node])
     mean, variance = (torch.as_tensor(m) for m in (moments.mean, moments.variance))

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor, fx
 
 from .data import Calibration
-from .emit import NormPlan, WeightPlan
+from .emit import NormPlan, WeightPlan, outputs_to_settle
 from .ir import LayerFit
 from .measuring import measuring_batch
 from .mixing import Mixer
 from .moments import Moments
 from .network import Network
-from .statistics import Bypass, Run, batch_size
+from .statistics import Bypass, Run, batch_size, working_batch
 
-BATCH_BYTES, BATCH_SAMPLES = 1 << 24, 128
 LARGEST_GAIN = 10.0  # a unit that the average silenced is not blown up beyond this
 FRONTIER_BYTES = 1 << 29  # memory for the live values of all samples together
 
@@ -57,15 +56,10 @@ class Outcome:
 
 
 class Refit(Protocol):
-    """How a freshly emitted network is corrected on the data.
+    """How a freshly emitted network is corrected on the data."""
 
-    Attributes:
-        wants_moments: Whether it asks for the moments of the parents' outputs, node by node.
-    """
-
-    @property
-    def wants_moments(self) -> bool:
-        """Whether it asks for the moments of the parents' outputs, node by node."""
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments it asks of the networks, with their feature axis."""
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""
@@ -101,10 +95,9 @@ class MatchMoments:
 
     keep: bool = False
 
-    @property
-    def wants_moments(self) -> bool:
-        """Whether the parents' moments are needed."""
-        return not self.keep
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments are wanted."""
+        return {} if self.keep else outputs_to_settle(mixer.balanced.networks[mixer.anchor])
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once."""
@@ -126,10 +119,13 @@ class MatchMoments:
             for node in fused.module.graph.nodes if waiting else ():
                 plan = by_node.get(node.name)
                 if isinstance(plan, NormPlan):
-                    settle_norm(fused, plan, [r.value_of(plan.reads) for r in runs], self.keep)
+                    found = moments_of([r.value_of(plan.reads) for r in runs], 1)
+                    settle_norm(fused, plan, found, self.keep)
                 values = [run.step(node) for run in runs]
                 if isinstance(plan, WeightPlan):
-                    settle_weight(fused, plan, values)
+                    change = settle_weight(fused, plan, moments_of(values, plan.axis))
+                    for value in values:
+                        _rescale(value, plan.axis, *change)
                 waiting.discard(node.name)
                 if plan is not None and tick is not None:
                     tick(1 - len(waiting) / len(by_node))
@@ -157,18 +153,17 @@ def start(
         beside: Networks that run on batches of the same size.
     """
     runs, count = [], 0
-    for batch in data.chunks(batch_size([network, *beside], BATCH_BYTES, BATCH_SAMPLES)):
+    for batch in data.chunks(working_batch([network, *beside])):
         if count < samples:
             runs.append(Run(network, tuple(t[: samples - count] for t in batch), bypass, order))
             count += len(batch[0])
     return runs
 
 
-def settle_norm(network: Network, plan: NormPlan, values: list[Tensor], keep: bool) -> None:
-    """Let a norm compute what its plan says of the values it reads; or only keep the function."""
-    found = moments_of(values, 1)
+def settle_norm(network: Network, plan: NormPlan, found: Moments, keep: bool) -> None:
+    """Let a norm compute what its plan says of values of some moments; or keep the function."""
     gain, shift = plan.scale, plan.scale * found.mean + plan.shift
-    if not keep:
+    if not keep and plan.target is not None:
         wanted = gain_of(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
     restate_norm(network, network.book.norms[plan.node], found, gain, shift)
@@ -193,11 +188,30 @@ def restate_norm(
     _fill(network, str(roles["running_var"]), variance)
 
 
-def settle_weight(network: Network, plan: WeightPlan, values: list[Tensor]) -> None:
-    """Scale a contraction's rows, and move its bias; without a bias, match second moments."""
-    found, target = moments_of(values, plan.axis), plan.target
+def describe_norm(network: Network, roles: dict[str, str | float], found: Moments) -> None:
+    """Give a norm the moments of what it reads as its statistics; its function stays."""
+    if "weight" in roles:  # otherwise the statistics are the function
+        parts = [
+            tensor_of(network, str(roles[name])).detach().double().cpu().numpy()
+            for name in ("weight", "bias", "running_mean", "running_var")
+        ]
+        weight, bias, mean, variance = parts
+        scale = weight / np.sqrt(variance + float(roles["eps"]))
+        restate_norm(network, roles, found, scale, bias + scale * (found.mean - mean))
+
+
+def settle_weight(
+    network: Network, plan: WeightPlan, found: Moments
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale a contraction's rows, and move its bias; without a bias, match second moments.
+
+    Returns:
+        What to multiply the units of its values by, and what to add then.
+    """
+    target = plan.target
     if plan.bias is None:
-        gain, shift = gain_of(target.power, found.power, np.ones_like(found.spread)), 0.0
+        gain = gain_of(target.power, found.power, np.ones_like(found.spread))
+        shift = np.zeros_like(gain)
     else:
         gain = gain_of(target.spread, found.spread, np.ones_like(found.spread))
         shift = target.mean - gain * found.mean
@@ -206,11 +220,14 @@ def settle_weight(network: Network, plan: WeightPlan, values: list[Tensor]) -> N
     weight = tensor_of(network, plan.weight)
     along = [-1 if d == plan.dim else 1 for d in range(weight.dim())]
     weight.data.mul_(torch.as_tensor(gain).to(weight).view(along))
-    for value in values:
-        across = [-1 if d == plan.axis else 1 for d in range(value.dim())]
-        moved = torch.as_tensor(np.broadcast_to(shift, gain.shape).copy())
-        value.mul_(torch.as_tensor(gain).to(value).view(across))
-        value.add_(moved.to(value).view(across))
+    return gain, shift
+
+
+def _rescale(value: Tensor, axis: int, gain: np.ndarray, shift: np.ndarray) -> None:
+    """Scale and move the units along an axis, in place."""
+    across = [-1 if d == axis else 1 for d in range(value.dim())]
+    value.mul_(torch.as_tensor(gain).to(value).view(across))
+    value.add_(torch.as_tensor(shift).to(value).view(across))
 
 
 def gain_of(wanted: np.ndarray, found: np.ndarray, default: np.ndarray) -> np.ndarray:

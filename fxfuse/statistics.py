@@ -19,6 +19,8 @@ from .network import Network
 from .tracing import Interpreter, device_of, tensors_in
 
 Bypass = Mapping[str, tuple[str, bool]]
+CACHED_BYTES = 1 << 22  # of the largest value of a batch: what fits a cache is worked on faster
+BATCH_BYTES, BATCH_SAMPLES, FEWEST = 1 << 24, 128, 4
 
 
 def record(
@@ -27,7 +29,7 @@ def record(
     """Run one batch and return what the reducer of each named node makes of its value."""
     found: dict[str, Any] = {}
     waiting = set(reducers)
-    size = batch_size([network], 1 << 24, 128)  # convolutions run faster on what caches hold
+    size = working_batch([network])
     runs = [Run(network, part) for part in zip(*(t.split(size) for t in batch))] if waiting else []
     with torch.no_grad():
         for node in network.module.graph.nodes if runs else ():
@@ -48,6 +50,14 @@ def batch_size(networks: Sequence[Network], budget: int, most: int, least: int =
         sizes = [math.prod(s) for s in network.book.shapes.values() if s]
         largest = max(largest, 4 * max(sizes) // samples)
     return max(least, min(most, budget // largest))
+
+
+def working_batch(networks: Sequence[Network]) -> int:
+    """Return how many samples are run at a time where the size of batches does not matter."""
+    if any(device_of(network.module).type != "cpu" for network in networks):
+        return batch_size(networks, BATCH_BYTES, BATCH_SAMPLES)
+    fewest = batch_size(networks, BATCH_BYTES, FEWEST)
+    return batch_size(networks, CACHED_BYTES, BATCH_SAMPLES, fewest)
 
 
 def walk(
@@ -80,7 +90,7 @@ def relative_error_on(data: Calibration, model: Network, other: Network) -> floa
     for network in (model, other):
         network.module.eval()
     with torch.no_grad():
-        for batch in data.chunks(batch_size([model, other], 1 << 24, 128)):
+        for batch in data.chunks(working_batch([model, other])):
             inputs = [t.to(device) for t in batch]
             pair = [tensors_in(n.module(*inputs)) for n in (model, other)]
             for a, b in zip(*pair):
@@ -149,6 +159,15 @@ class Run(Interpreter):
     def is_live(self, name: str) -> bool:
         """Tell whether the value of a node is known and still to be read."""
         return any(node.name == name for node in self.env)
+
+    def values(self) -> list[Any]:
+        """Return all that is held."""
+        return [*self.env.values(), *self.held.values()]
+
+    def exchange(self, other: Callable[[Any], Any]) -> None:
+        """Hold something else for each value."""
+        self.env = {node: other(value) for node, value in self.env.items()}
+        self.held = {name: other(value) for name, value in self.held.items()}
 
     def peek(self, node: fx.Node) -> Any:
         """Return what a node would give now, without stepping over it."""

@@ -240,7 +240,14 @@ class Targets:
                 return False
         return all(len(n.book.shapes.get(node, ())) > dim for n in networks)
 
-    def mix(self, node: str, weight: str, dim: int, values: Sequence[Tensor | None]) -> Tensor:
+    def mix(
+        self,
+        node: str,
+        weight: str,
+        dim: int,
+        values: Sequence[Tensor | None],
+        axis: int | None = None,
+    ) -> Tensor:
         """Return the target at a node.
 
         A layer that a network lacks has no say inside a branch, unless it stands for writing
@@ -251,15 +258,18 @@ class Targets:
             weight: The weight of the contraction whose target it is.
             dim: The feature axis.
             values: Each network's value there, None where it has none.
+            axis: The axis of the values that holds the features, if not that one.
         """
+        axis = dim if axis is None else axis
         shares, total = self._shares(node, weight, values), None
         for k, (share, value) in enumerate(zip(shares, values)):
             if share and value is not None:
-                part = _apply(self._map(node, dim, k), value, dim).mul_(share)
+                part = _apply(self._map(node, dim, k), value, axis).mul_(share)
                 total = part if total is None else total.add_(part)
         assert total is not None, "some network has a share"
         mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
-        return total.div_(mass.view([-1 if d == dim else 1 for d in range(total.dim())]))
+        along = axis % total.dim()
+        return total.div_(mass.view([-1 if d == along else 1 for d in range(total.dim())]))
 
     def _map(self, node: str, dim: int, k: int) -> Tensor:
         """Return the map into the fused network's units; an index where it only picks units."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .data import Batch, Calibration
 from .mixing import Mixer
 from .network import Network
-from .statistics import batch_size
+from .statistics import working_batch
 from .tracing import device_of, tensors_in
 
 HELD = 4  # every fourth sample judges
@@ -88,7 +88,7 @@ def _distance(voices: list[tuple[float, Network]], network: Network, data: Calib
     networks = [*(other for _, other in voices), network]
     wrong = power = 0.0
     with torch.no_grad():
-        for batch in data.chunks(batch_size(networks, 1 << 24, 128)):
+        for batch in data.chunks(working_batch(networks)):
             outputs = [_outputs(n, batch) for n in networks]
             own = outputs.pop()
             mean = [sum(w * t for (w, _), t in zip(voices, each)) for each in zip(*outputs)]

@@ -8,7 +8,7 @@ from conftest import EXACT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.correction import Regression, Sums, corrected, corrected_from_rows
+from fxfuse.correction import Regression, Sums, corrected, corrected_from_rows, products
 
 RIDGES = (1e-4, 1e-2, 1.0)
 
@@ -111,11 +111,27 @@ def test_rows_give_what_sums_give(groups, count, inputs, centred, signal, seed):
 @given(st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_one_regression_corrects_one_rest_after_another(groups, batches, centred, by_rows, seed):
     x, r = rows_of(groups, 20 * batches, 6, 3, seed)
-    held = torch.arange(len(x[0])) % 4 == 3
-    regression = Regression(list(zip(x.split(20, 1), held.split(20))), centred, by_rows)
+    held = torch.arange(len(x[0])) >= 15 * batches
+    regression = Regression(x, 15 * batches, centred, int(by_rows))
     for rest in (r, r.flip(1) + 2 * x[:, :, :3]):
         fits = [sums_of(x[:, part], rest[:, part], centred) for part in (~held, held)]
-        wanted, found = corrected(*fits, RIDGES), regression.correct(rest.split(20, 1), RIDGES, 0.0)
+        wanted, found = corrected(*fits, RIDGES), regression.correct(rest, RIDGES, 0.0)
         assert found.ridge == wanted.ridge and found.error == pytest.approx(wanted.error, rel=1e-6)
         assert wanted.weight is None or close(found.weight, wanted.weight, 1e-6)
-    assert regression.correct([torch.zeros_like(r)], RIDGES, 0.0).weight is None
+    assert regression.correct(torch.zeros_like(r), RIDGES, 0.0).weight is None
+
+
+@given(st.integers(1, 4), st.integers(1, 30))
+def test_one_equation_for_each_of_every_few_rows(thin, seed):
+    x, r = rows_of(1, 40, 6, 3, seed)
+    held = torch.arange(40) >= 30
+    parts = x[:, ::thin], r[:, ::thin], held[::thin]
+    wanted = corrected_from_rows(*parts, True, RIDGES)
+    found = Regression(x, 30, True, thin).correct(r, RIDGES, 0.0)
+    assert found.ridge == wanted.ridge and found.error == pytest.approx(wanted.error)
+
+
+@pytest.mark.parametrize("groups, inputs", [(1, 3), (1, 256), (1, 300), (2, 300)])
+def test_products_are_formed_by_halves(groups, inputs):
+    x, _ = rows_of(groups, 20, inputs, 1)
+    assert close(products(x), x.mT @ x)

@@ -161,7 +161,7 @@ def test_norms_without_affine_parameters_are_settled_too():
 
 def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
     monkeypatch.setattr("fxfuse.refit.FRONTIER_BYTES", 1 << 16)
-    monkeypatch.setattr("fxfuse.measuring.BATCH_BYTES", 1 << 14)
+    monkeypatch.setattr("fxfuse.statistics.CACHED_BYTES", 1 << 14)
     net, x = build("batch norm")
     found = network(net, x)
     assert frontier_samples([found]) % measuring_batch([found]) == 0

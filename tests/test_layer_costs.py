@@ -361,6 +361,15 @@ def test_data_are_read_until_enough_is_seen_and_held_in_parts():
     assert sizes == [256] * 4, "two segments, two batches"
 
 
+def test_cka_looks_at_its_samples_only():
+    nets = perceptrons()
+    first, all_of_them = VECTORS.clone(), LinearCKA(batch=8, samples=len(VECTORS))
+    first[16:] += 1.0  # beyond the samples
+    few = LinearCKA(batch=8, samples=16)
+    assert np.array_equal(costs_of(few, nets, VECTORS), costs_of(few, nets, first))
+    assert not np.allclose(costs_of(few, nets, VECTORS), costs_of(all_of_them, nets, VECTORS))
+
+
 @pytest.mark.parametrize(
     ("cost", "fault"),
     [

@@ -36,14 +36,6 @@ def test_patches_are_what_each_output_sees(case):
     assert torch.allclose(seen @ weight.mT + bias, rows(affine(x), affine), atol=EXACT)
 
 
-@given(maps(), st.lists(st.integers(0, 1000), max_size=9))
-def test_some_patches_are_those_of_their_positions(case, at):
-    affine, x = case
-    whole = patches(x, affine)
-    at = torch.tensor(at, dtype=torch.long) % whole.shape[1]
-    assert torch.equal(patches(x, affine, at), whole[:, at])
-
-
 @given(maps(), st.booleans())
 def test_a_map_is_found_again_from_what_it_computes(case, bias):
     affine, _ = case

@@ -138,3 +138,17 @@ def test_transport_takes_what_it_needs_of_a_view_of_everything():
         for view in (View(), View(everything=True))
     ]
     assert gap(*fused, x) < 1e-6
+
+
+@pytest.mark.parametrize("enough, expected", [((16, 100), 16), ((8, 2000), 32), ((100, 100), 40)])
+def test_no_more_samples_are_run_than_tell_how_alike_units_are(enough, expected, monkeypatch):
+    monkeypatch.setattr("fxfuse.measuring.ENOUGH_SAMPLES", enough[0])
+    monkeypatch.setattr("fxfuse.measuring.ENOUGH_POSITIONS", enough[1])
+    monkeypatch.setattr("fxfuse.statistics.BATCH_SAMPLES", 8)
+    net = nn.Sequential(conv(3, 4), conv(4, 5), nn.Conv2d(5, 2, 1))
+    balanced, match, data = prepared([randomise(net, s) for s in (1, 1)], images())
+    node = next(n.name for n in balanced.networks[0].module.graph.nodes if n.op == "call_module")
+    for outputs, seen in (({}, expected), ({node: 1}, 40)):
+        found = measure(balanced, match, data, View(), outputs, 40)
+        counts = {m.a.count for places in found.pairs.values() for m in places.values()}
+        assert counts == {64 * seen}

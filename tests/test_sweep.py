@@ -1,6 +1,7 @@
 """The sweep: nearer to the parents than moments alone, never much worse, exact where it must be."""
 
 import math
+import tempfile
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from nets import (
 from torch import nn
 
 import fxfuse
+from fxfuse.frontier import Frontier
 from fxfuse.refit import MatchMoments
 from fxfuse.sweep import LeastSquares
 
@@ -153,18 +155,15 @@ def test_with_little_room_for_products_few_positions_are_fitted():
     assert error(nets, fused[1], new) < error(nets, fused[0], new)
 
 
-@pytest.mark.parametrize(
-    "choice", [{"ridges": (0.5,)}, {"rows": 2}, {"steps": 0}, {"frontier": 1 << 14}]
-)
-def test_each_option_changes_the_result(choice, monkeypatch):
-    monkeypatch.setattr("fxfuse.measuring.BATCH_BYTES", 1 << 14)
+@pytest.mark.parametrize("choice", [{"ridges": (0.5,)}, {"rows": 2}, {"steps": 0}])
+def test_each_option_changes_the_result(choice):
     nets, x = pair_of("residual"), draw("residual", 60)
     other = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(**choice)))
     assert moved(fxfuse.fuse(nets, x), other)
 
 
 def test_networks_of_other_widths_run_on_the_same_batches(monkeypatch):
-    monkeypatch.setattr("fxfuse.refit.BATCH_BYTES", 1 << 13)
+    monkeypatch.setattr("fxfuse.statistics.BATCH_BYTES", 1 << 13)
     nets = [randomise(stages([c], [c], [8]), c) for c in (4, 12)]
     for anchor in (0, 1):
         fused = fxfuse.fuse(nets, draw("stages", 30), anchor=anchor)
@@ -214,3 +213,46 @@ def test_projections_beside_a_block_are_refitted_without_its_branch():
         error(nets, fxfuse.fuse(nets, x, method=method), new) for method in (None, MOMENTS)
     )
     assert swept < 0.8 * settled
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_that_lie_in_a_file_give_the_same_network_bit_for_bit(name, monkeypatch):
+    monkeypatch.setattr("fxfuse.statistics.CACHED_BYTES", 1 << 12)
+    nets, x = pair_of(name), draw(name, 60)
+    plain = fxfuse.fuse(nets, x)
+    files, real = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **k: files.append(real(**k)) or files[-1])
+    for budget in (0, 1 << 14):
+        other = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(frontier=budget)))
+        states = plain.state_dict(), other.state_dict()
+        assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+        assert plain.meta["fxfuse"].divergence == other.meta["fxfuse"].divergence
+    assert files and all(file.closed for file in files)
+
+
+def test_what_is_in_memory_at_rest_is_within_the_budget(monkeypatch):
+    monkeypatch.setattr("fxfuse.statistics.CACHED_BYTES", 1 << 12)
+    nets, x, most = pair_of("residual"), draw("residual", 60), [0, 0]
+    rest = Frontier.rest
+
+    def seen(frontier, run):
+        rest(frontier, run)
+        held = {id(s): s.nbytes() for r in frontier._kept for s in frontier._storages(r).values()}
+        away = [s for r in frontier._away for s in frontier._storages(r).values()]
+        most[0], most[1] = max(most[0], sum(held.values())), max(most[1], len(away))
+
+    monkeypatch.setattr(Frontier, "rest", seen)
+    for budget in (1 << 14, 1 << 18):
+        most[0] = 0
+        fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(frontier=budget)))
+        assert 0 < most[0] <= budget and most[1] == 0
+
+
+def test_the_file_is_closed_after_an_error(monkeypatch):
+    files, real = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **k: files.append(real(**k)) or files[-1])
+    monkeypatch.setattr("fxfuse.sweep.Fit.__call__", lambda *a: 1 / 0)
+    nets, x = pair_of("residual"), draw("residual", 60)
+    with pytest.raises(ZeroDivisionError):
+        fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(frontier=0)))
+    assert files and all(file.closed for file in files)
