@@ -27,6 +27,7 @@ from .network import Network
 from .refit import Refit
 from .report import report_on
 from .segments import partition
+from .solvers import TwinsFirst
 from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes
 from .transport import Transport
@@ -52,7 +53,7 @@ class Method:
     aligner: Aligner = monotone
     layer_cost: LayerCost = linear_cka
     balancing: Balancing = deepen
-    coupling: CouplingMethod = Transport()
+    coupling: CouplingMethod = Transport(solver=TwinsFirst())
     refit: Refit = LeastSquares()
     absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] | None = None

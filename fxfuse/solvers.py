@@ -234,7 +234,7 @@ def _require_converged(
         )
 
 
-def _require_positive(solver: Sinkhorn | UnbalancedSinkhorn, *names: str) -> None:
+def _require_positive(solver: Solver, *names: str) -> None:
     for name in names:
         value = getattr(solver, name)
         if not (value > 0 and np.isfinite(value)):
@@ -262,3 +262,75 @@ def _require_sound(cost: np.ndarray, a: np.ndarray, b: np.ndarray, balanced: boo
             expected="positive masses, the same on both sides",
             do="divide both marginals by their sums, or use solvers.UnbalancedSinkhorn()",
         )
+
+
+@dataclass(frozen=True)
+class TwinsFirst:
+    """Couple units that are the same one to one, and what is left by entropic transport.
+
+    The exact plan says which units are twins, so that a copy, shuffled or widened, is coupled
+    exactly. The others are spread over those that are like them, after a fixed number of scalings:
+    the masses of the first side are met, those of the second nearly.
+
+    Attributes:
+        regularisation: Weight of the entropy, relative to the mean absolute cost.
+        iterations: Number of scalings.
+        same: Largest cost of twins, relative to the mean absolute cost.
+        least: Entries below this share of their unit's mass are left out.
+
+    Example:
+        >>> cost = np.array([[0.0, 0.9, 0.9], [0.9, 0.2, 0.3], [0.9, 0.3, 0.2]])
+        >>> plan = TwinsFirst(0.1)(cost, np.ones(3) / 3, np.ones(3) / 3)
+        >>> (3 * plan).toarray().round(2).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 0.88, 0.12], [0.0, 0.12, 0.88]]
+    """
+
+    regularisation: float = 0.05
+    iterations: int = 50
+    same: float = 1e-3
+    least: float = 1e-3
+    soft: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options that no problem can be solved with."""
+        _require_positive(self, "regularisation", "iterations", "same", "least")
+
+    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
+        """Return the plan `(n, m)` of masses `a` `(n,)`, and `b` `(m,)` nearly.
+
+        Raises:
+            SolverError: As of `Exact`.
+        """
+        exact = Exact()(cost, a, b)
+        pairs, scale = exact.tocoo(), float(np.abs(cost).mean())
+        twins = cost[pairs.row, pairs.col] <= self.same * scale
+        places = pairs.row[twins], pairs.col[twins]
+        kept = csr_array((pairs.data[twins], places), shape=cost.shape)
+        left = a - kept.sum(1), b - kept.sum(0)
+        rows, columns = (np.flatnonzero(m > 1e-9 * w) for m, w in zip(left, (a, b)))
+        if not len(rows) or not len(columns):
+            return exact
+        masses = left[0][rows], left[1][columns]
+        plan = self._spread(cost[np.ix_(rows, columns)] / (self.regularisation * scale), *masses)
+        i, j = np.nonzero(plan)
+        rest = csr_array((plan[i, j], (rows[i], columns[j])), shape=cost.shape)
+        return csr_array(kept + rest)
+
+    def _spread(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Return the entropic plan of weight 1 after some scalings."""
+        import ot
+
+        near = cost - cost.min(1, keepdims=True)
+        near -= near.min(0)  # every unit has somebody, however far
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not converged
+            plan: np.ndarray = ot.sinkhorn(
+                *(a, b * (a.sum() / b.sum()), near, 1.0),
+                method="sinkhorn",
+                numItermax=self.iterations,
+                stopThr=0.0,
+                warn=False,
+            )
+        plan[plan < self.least * plan.sum(1, keepdims=True)] = 0.0
+        scaled: np.ndarray = plan * (a / plan.sum(1))[:, None]
+        return scaled
