@@ -42,14 +42,15 @@ def cosine(places: Sequence[PairMoments]) -> np.ndarray:
 
 
 def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.ndarray:
-    """Mean over places of one minus Pearson correlation.
+    """Mean over places of one minus Pearson correlation; none where neither of two units varies.
 
     Units that correlate equally (units that never vary, above all) are told apart by their mean
     and spread, which enter with the small weight `tie_break` relative to the average spread.
     """
     total: np.ndarray | float = 0.0
     for m in places:
-        total = total + (1.0 - pearson(m)) + tie_break * distance(m)
+        quiet = np.outer(~varies(m.a), ~varies(m.b))
+        total = total + np.where(quiet, 0.0, 1.0 - pearson(m)) + tie_break * distance(m)
     found: np.ndarray = np.maximum(total / len(places), 0.0)
     return found
 

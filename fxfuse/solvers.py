@@ -269,8 +269,9 @@ class TwinsFirst:
     """Couple units that are the same one to one, and what is left by entropic transport.
 
     The exact plan says which units are twins, so that a copy, shuffled or widened, is coupled
-    exactly. The others are spread over those that are like them, after a fixed number of scalings:
-    the masses of the first side are met, those of the second nearly.
+    exactly; it stands as well for strangers, whose best match is no nearer than the mean (units
+    that never vary, above all). The others are spread over those that are like them, after a fixed
+    number of scalings: the masses of the first side are met, those of the second nearly.
 
     Attributes:
         regularisation: Weight of the entropy, relative to the mean absolute cost.
@@ -303,9 +304,9 @@ class TwinsFirst:
         """
         exact = Exact()(cost, a, b)
         pairs, scale = exact.tocoo(), float(np.abs(cost).mean())
-        twins = cost[pairs.row, pairs.col] <= self.same * scale
-        places = pairs.row[twins], pairs.col[twins]
-        kept = csr_array((pairs.data[twins], places), shape=cost.shape)
+        matched = cost[pairs.row, pairs.col]
+        sure = (matched <= self.same * scale) | (matched >= scale)
+        kept = csr_array((pairs.data[sure], (pairs.row[sure], pairs.col[sure])), shape=cost.shape)
         left = a - kept.sum(1), b - kept.sum(0)
         rows, columns = (np.flatnonzero(m > 1e-9 * w) for m, w in zip(left, (a, b)))
         if not len(rows) or not len(columns):

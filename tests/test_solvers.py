@@ -216,9 +216,14 @@ def test_widened_copies_are_coupled_exactly():
     np.testing.assert_allclose(plan, (cost == 0) / 15, atol=1e-12)
 
 
-def test_nothing_alike_is_still_coupled():
-    plan = TwinsFirst()(np.ones((3, 4)), np.full(3, 1 / 3), np.full(4, 1 / 4)).toarray()
-    np.testing.assert_allclose(plan, 1 / 12, atol=1e-6)
+def test_strangers_are_coupled_as_the_exact_plan_says():
+    masses = np.full(3, 1 / 3), np.full(4, 1 / 4)
+    plan = TwinsFirst()(np.ones((3, 4)), *masses).toarray()
+    np.testing.assert_allclose(plan, Exact()(np.ones((3, 4)), *masses).toarray())
+    cost = np.array([[0.2, 0.3, 0.9], [0.3, 0.2, 0.9], [0.9, 0.9, 0.9]])
+    plan = TwinsFirst()(cost, *[np.full(3, 1 / 3)] * 2).toarray()
+    np.testing.assert_allclose(plan[2], [0, 0, 1 / 3])
+    assert (plan[:2, :2] > 0.01).all()
 
 
 @pytest.mark.parametrize("option", ["regularisation", "iterations", "same", "least"])

@@ -35,7 +35,8 @@ def test_chosen_weights_are_nearer_to_the_ensemble_than_equal_ones(make):
     weights = chosen.meta["fxfuse"].weights
     assert sum(weights) == pytest.approx(1) and max(weights) == weights[0] >= 1 / len(nets)
     assert all(w == pytest.approx(weights[1]) for w in weights[1:])
-    assert divergence(nets, chosen, x) < divergence(nets, equal, x)
+    if weights[0] > 1 / len(nets):  # equal ones may be the best
+        assert divergence(nets, chosen, x) < divergence(nets, equal, x)
     assert chosen.meta["fxfuse"].divergence == pytest.approx(divergence(nets, chosen, x), rel=1e-3)
 
 
