@@ -56,6 +56,8 @@ def assemble(
     )
     clock.start("couple units")
     apart = distances(mixer, measured) if width > 1 else {}
+    if width > 1:
+        coupling = getattr(coupling, "firm", coupling)
     coupling(mixer, measured, clock.tick)
     kept: dict[str, str] = {}
     if width > 1:

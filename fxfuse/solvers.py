@@ -291,6 +291,7 @@ class TwinsFirst:
     same: float = 1e-3
     least: float = 1e-3
     soft: ClassVar[bool] = True
+    firm: ClassVar[Exact] = Exact()  # where what is unlike gets a place of its own instead
 
     def __post_init__(self) -> None:
         """Refuse options that no problem can be solved with."""

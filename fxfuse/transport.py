@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class Transport:
     solver: Solver = Exact()
     maps: Maps = two_maps
     view: View = View()
+
+    @property
+    def firm(self) -> Transport:
+        """The same with one match for each unit, where those unlike theirs get places of their own."""
+        return replace(self, solver=getattr(self.solver, "firm", self.solver))
 
     def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
