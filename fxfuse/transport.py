@@ -40,7 +40,7 @@ class Transport:
 
     @property
     def firm(self) -> Transport:
-        """The same with one match for each unit, where those unlike theirs get places of their own."""
+        """The same with one match for each unit, for where some get places of their own."""
         return replace(self, solver=getattr(self.solver, "firm", self.solver))
 
     def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
