@@ -76,15 +76,17 @@ def stated(records: Sequence[Record]) -> str:
     one = records[0]
     data, train = one["data"], one["recipes"]["train"]
     epochs = max(len(row.get("epochs", ())) for row in one["rows"])
+    trained = f"; {train['epochs']} epochs for the parents, {epochs} after each start" * bool(
+        epochs
+    )
     machine = one["hardware"]
     versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
     seconds = sum(record["processor_seconds"] for record in records)
     return (
         f"Pair `{one['pair']}` at scale `{one['scale']}`, "
-        f"seeds {', '.join(str(r['seed']) for r in records)}: accuracy in % on "
+        f"seeds {', '.join(str(r['seed']) for r in records)}: {'accuracy in % on ' * bool(epochs)}"
         f"{data['test']:,} test images of {data['source']} at {data['size']}x{data['size']}, "
-        f"{data['train']:,} training images; {train['epochs']} epochs for the parents, "
-        f"{epochs} after each start. "
+        f"{data['train']:,} training images{trained}. "
         f"{machine['processor']}, accelerator {machine['accelerator']}, {versions}; "
         f"{seconds / 60:.1f} minutes of processor time, less what earlier records had trained."
     )
