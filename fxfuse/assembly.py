@@ -55,8 +55,9 @@ def assemble(
         mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
     )
     clock.start("couple units")
-    apart = distances(mixer, measured) if width > 1 else {}
+    apart = {}
     if width > 1:
+        apart = distances(mixer, measured)
         coupling = getattr(coupling, "firm", coupling)
     coupling(mixer, measured, clock.tick)
     kept: dict[str, str] = {}
