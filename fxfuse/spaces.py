@@ -63,8 +63,12 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
 def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
     graph = trace(module)
     inputs = as_example(example, device_of(graph))
-    run_once(graph, inputs, "the model")
-    return graph, spaces_of(label_network(graph, inputs))
+    try:
+        book = label_network(graph, inputs)
+    except Exception:  # a plain run says what is wrong with the batch, or cuts off what refuses it
+        run_once(graph, inputs, "the model")
+        book = label_network(graph, inputs)
+    return graph, spaces_of(book)
 
 
 def rearrange(
