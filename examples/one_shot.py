@@ -64,7 +64,7 @@ ABLATION = {
     "`steps=0`, no corrections behind activations": fxfuse.Method(refit=LeastSquares(steps=0)),
     "`steps=2`": fxfuse.Method(refit=LeastSquares(steps=2)),
     "`ridges=(1e-2,)`, none chosen": fxfuse.Method(refit=LeastSquares(ridges=(1e-2,))),
-    "units coupled by `Transport()`, exactly": fxfuse.Method(coupling=Transport()),
+    "`Transport()`, a full say also where units do not agree": fxfuse.Method(coupling=Transport()),
     "units coupled by `Zip()`": fxfuse.Method(coupling=Zip()),
     "units coupled by `Sinkhorn()`": fxfuse.Method(coupling=Transport(solver=Sinkhorn())),
 }

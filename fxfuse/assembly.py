@@ -58,7 +58,6 @@ def assemble(
     apart = {}
     if width > 1:
         apart = distances(mixer, measured)
-        coupling = getattr(coupling, "firm", coupling)
     coupling(mixer, measured, clock.tick)
     kept: dict[str, str] = {}
     if width > 1:

@@ -6,6 +6,9 @@ share is here: from ground costs to plans, and from plans to maps. A residual st
 and gets one coupling from all its places together. Spaces inside blocks (groups, heads) are coupled
 in two steps: blocks by the cost of their best inner match, then units inside matched blocks.
 Blocks, and units that no weight reads (queries, keys), are not mixed: soft solvers leave them out.
+The mean of two units that have little in common is neither of them, and what reads it gets neither.
+A network may therefore have the less of a say in a fused unit, the less its units agree with the
+base network's there; where they do not, the base network's unit stays.
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -32,6 +35,8 @@ from .progress import Tick, silent
 from .solvers import Assignment, Exact, Solver
 
 Costs = dict[tuple[str, int], np.ndarray]
+SAME = 1e-3  # relative cost of units that agree but for rounding
+LEAST = 0.03  # agreement of units that have nothing in common: what they give counts if alone
 Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
 
@@ -75,6 +80,24 @@ def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
     return scaled
 
 
+def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) -> np.ndarray:
+    """Return how far a network's units agree with the base network's, `(fused units,)`.
+
+    It is one minus the cost of what a fused unit is given, relative to the mean cost: of
+    correlations, the correlation. 1 means that they are the same.
+
+    Args:
+        cost: Ground cost `(fused units, units)`.
+        project: What the units give to the fused ones; rows sum to 1.
+        blocks: The block of each fused unit, if they lie in blocks, which agree as a whole.
+    """
+    missed = np.asarray(project.multiply(cost).sum(1)).ravel() / (np.abs(cost).mean() or 1.0)
+    if blocks is not None:
+        missed = (np.bincount(blocks, missed) / np.bincount(blocks))[blocks]
+    agreed: np.ndarray = np.where(missed <= SAME, 1.0, np.clip(1.0 - missed, LEAST, 1.0))
+    return agreed
+
+
 @dataclass(frozen=True, eq=False)
 class Plans:
     """Solves the plan of each space between the base network and one other, given ground costs.
@@ -85,6 +108,8 @@ class Plans:
         maps: Plan to project and unproject.
         couplings: The maps found so far.
         plans: The plans found so far.
+        agreement: Power of the agreement that a network's say in a fused unit is; see
+            `transport.Transport`.
     """
 
     match: Correspondence
@@ -92,6 +117,7 @@ class Plans:
     maps: Maps
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
+    agreement: float = 0.0
 
     def settle_given(self) -> list[tuple[str, int]]:
         """Settle what needs no solving; return the spaces and networks that are left."""
@@ -125,7 +151,12 @@ class Plans:
         plan = _solve(cost, base, space, outer, solver)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
-        self.couplings[name, k] = Coupling(*self.maps(plan), total)
+        project, unproject = self.maps(plan)
+        if self.agreement:
+            agreed = agreements(cost, project, base.blocks)
+            project = csr_array(project.multiply((agreed**self.agreement)[:, None]))
+            unproject = csr_array(unproject.multiply(agreed[None]))
+        self.couplings[name, k] = Coupling(project, unproject, total)
 
     def _solver_of(self, name: str) -> Solver:
         """Return an exact solver where mixing units would mix heads or groups, or products.

@@ -27,7 +27,6 @@ from .network import Network
 from .refit import Refit
 from .report import report_on
 from .segments import partition
-from .solvers import TwinsFirst
 from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes
 from .transport import Transport
@@ -42,7 +41,7 @@ class Method:
         layer_cost: How unlike two layers are (see `layer_costs`).
         balancing: How networks of different depth get one structure: `deepen`, which is exact, or
             `Shorten(...)`.
-        coupling: How the units of the networks find each other.
+        coupling: How the units of the networks find each other, and how far each has a say.
         refit: How the fused network is corrected on the data: `LeastSquares(...)`, or by its
             moments alone.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
@@ -53,7 +52,7 @@ class Method:
     aligner: Aligner = monotone
     layer_cost: LayerCost = linear_cka
     balancing: Balancing = deepen
-    coupling: CouplingMethod = Transport(solver=TwinsFirst())
+    coupling: CouplingMethod = Transport(agreement=4.0)
     refit: Refit = LeastSquares()
     absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] | None = None
@@ -61,6 +60,9 @@ class Method:
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
         return fuse(models, data, method=self, **options)
+
+
+FAIR = Method(coupling=Transport())  # every network has its full say in every unit
 
 
 @plain_modes()
@@ -93,7 +95,7 @@ def fuse(
             and heads, which keep their width.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
-        method: The choices along the way; the default is the best one known.
+        method: The choices along the way; the default is the best one known (with heads, `FAIR`).
         heads: For networks of different tasks: fuse them up to a layer only, and keep a head for
             each (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
         progress: Called with the name of a stage and the share of it that is done.
@@ -122,19 +124,14 @@ def fuse(
         >>> [tuple(p.shape) for p in fused.parameters() if p.dim() == 2]
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
-    method, clock = method or Method(), Clock(progress)
+    method, clock = method or (Method() if heads is None else FAIR), Clock(progress)
     automatic = _automatic(weights, heads)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width, heads is not None)
     ready = _prepare(models, data, alignment, anchor, method, clock, heads)
+    choices = ready.data, method.coupling, method.refit, clock
     module, mixer, outcome, kept = assemble(
-        ready.mixer(shares, method),
-        ready.data,
-        method.coupling,
-        method.refit,
-        clock,
-        width=width,
-        weigh=automatic,
+        ready.mixer(shares, method), *choices, width=width, weigh=automatic
     )
     fused = copy_modes(models[ready.anchor], module)
     notes: tuple[str, ...] = ()

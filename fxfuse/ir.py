@@ -316,8 +316,9 @@ class Coupling:
     """The two maps between a space of one network and the same space of the fused network.
 
     Attributes:
-        project: `(fused units, units)`, acts on what is written. Rows sum to 1, or 0 where the
-            network gives nothing to a unit; of a zip, the shares times these sums add up to 1.
+        project: `(fused units, units)`, acts on what is written. Rows sum to 1, to less where the
+            network has less of a say in a unit, to 0 where it has none; of a zip, the shares times
+            these sums add up to 1.
         unproject: `(units, fused units)`, acts on what is read; rows sum to 1, or 0 as above.
         cost: Mean ground cost per unit of mass, None where nothing was measured.
     """

@@ -18,6 +18,8 @@ from .correspondence import Correspondence, absent_tensors
 from .errors import PairingError
 from .ir import OUTPUTS, Axis, Coupling, Spaces
 
+LESS = 0.999  # rows of maps that sum to less are of networks that have less of a say there
+
 
 @dataclass(frozen=True, eq=False)
 class Mixer:
@@ -78,7 +80,7 @@ class Mixer:
         return total
 
     def _mass(self, name: str, dim: int, shares: Sequence[float]) -> np.ndarray | None:
-        """Return what the maps give to each written position, where a network gives nothing.
+        """Return what the maps give to each written position, where a network gives less.
 
         Where all give, with their usual shares, the scale is the coupling method's own.
         """
@@ -89,7 +91,7 @@ class Mixer:
         usual = np.allclose(shares, self.weights)
         for space, axis in written:
             given = np.array([self.couplings[space, k].given for k in range(len(shares))])
-            short = (given == 0).any(0) if usual else True
+            short = (given < LESS).any(0) if usual else True
             here = shares @ given
             mass[axis.index] = np.where(short & (here > 0), here, 1.0)[:, None]
         return mass if (mass != 1.0).any() else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from .correspondence import Correspondence
 from .costs import correlation
 from .coupling import Costs, Maps, Plans, two_maps
+from .errors import ArgumentError
 from .measuring import Measurements, View
 from .mixing import Mixer
 from .moments import PairMoments
@@ -31,21 +33,33 @@ class Transport:
         solver: Ground cost and marginals to a transport plan.
         maps: Plan to project and unproject.
         view: Where units are compared.
+        agreement: Where a network's units agree less with the base network's (see
+            `coupling.agreements`), its weight counts less: times this power of the agreement. What
+            reads the fused units in its place reads them as far as they agree. With 0 every
+            network has its full say everywhere.
     """
 
     ground_cost: GroundCost = correlation
     solver: Solver = Exact()
     maps: Maps = two_maps
     view: View = View()
+    agreement: float = 0.0
 
-    @property
-    def firm(self) -> Transport:
-        """The same with one match for each unit, for where some get places of their own."""
-        return replace(self, solver=getattr(self.solver, "firm", self.solver))
+    def __post_init__(self) -> None:
+        """Refuse what is no power."""
+        if not 0 <= self.agreement < math.inf:
+            raise ArgumentError(
+                f"agreement {self.agreement}",
+                where="transport.Transport",
+                expected="a power that is not negative",
+                do="use 0 for a full say everywhere, 4 for that of the default method",
+            )
 
     def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
         """Fill in the coupling of every space and network."""
-        plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
+        plans = Plans(
+            mixer.match, self.solver, self.maps, mixer.couplings, agreement=self.agreement
+        )
         costs = ground_costs(mixer.match, measured, self.ground_cost, part(tick, 0.0, 0.5))
         solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
 

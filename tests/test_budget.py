@@ -12,7 +12,6 @@ import fxfuse
 from fxfuse.errors import ArgumentError
 from fxfuse.layerwise import LayerByLayer
 from fxfuse.refit import MatchMoments
-from fxfuse.transport import Transport
 from fxfuse.zipping import Zip
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
@@ -127,10 +126,3 @@ def test_widths_that_cannot_be_are_refused(options, words):
     with pytest.raises(ArgumentError, match=words) as caught:
         fxfuse.fuse(nets, X, **options)
     assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
-
-
-def test_units_are_matched_one_to_one_where_there_is_room():
-    nets = [randomise(mlp(6, 9, 9, 4), 0), randomise(mlp(6, 9, 9, 4), 1)]
-    exact = fxfuse.Method(coupling=Transport())
-    assert gap(fxfuse.fuse(nets, X, width=1.3), exact(nets, X, width=1.3), X) < 1e-6
-    assert gap(fxfuse.fuse(nets, X), exact(nets, X), X) > 1e-4

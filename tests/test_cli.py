@@ -19,7 +19,7 @@ from nets import mlp, outputs, randomise
 from safetensors.torch import load_file, save_file
 
 import fxfuse
-from fxfuse import cli, presets
+from fxfuse import assembly, cli, presets
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -142,12 +142,15 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
-    found = []
-    options = ["--weights 0.9,0.1", "--weights auto", "--width 1.5", "--samples 10"]
-    for extra in ([], *(o.split() for o in options), ["--method", "clafusion"]):
+    found, chosen = [], []
+    monkeypatch.setattr(assembly, "nearest", lambda mixer, *_: chosen.append(mixer) or mixer)
+    options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
+    for extra in ([], *(o.split() for o in options)):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0
-        found.append(load_file("out/fused.safetensors")["0.weight"].clone())
+        found.append(load_file("out/fused.safetensors")["6.weight"].clone())
     assert all(x.shape != found[0].shape or not torch.equal(x, found[0]) for x in found[1:])
+    assert not chosen
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--weights", "auto") == 0 and chosen
 
 
 @pytest.mark.parametrize(

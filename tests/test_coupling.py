@@ -1,5 +1,7 @@
 """Plans, the two maps made of them, and what they do to spaces with and without blocks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from widening import widened
 
 import fxfuse
 from fxfuse.costs import correlation
-from fxfuse.coupling import one_map, two_maps
+from fxfuse.coupling import agreements, one_map, two_maps
+from fxfuse.errors import ArgumentError
 from fxfuse.ir import Coupling
 from fxfuse.measuring import measure
 from fxfuse.mixing import Mixer
@@ -70,6 +73,52 @@ def test_correlation_tells_units_that_never_vary_apart_by_their_level():
     moments = PairMoments()
     moments.add(levels[:, None].expand(4, 20), levels.flip(0)[:, None].expand(4, 20))
     assert correlation([moments]).argmin(1).tolist() == [3, 2, 1, 0]
+
+
+# --- a say as far as units agree ------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
+def test_agreement_is_one_minus_the_cost_relative_to_the_mean(rows, columns, seed):
+    cost = np.random.default_rng(seed).random((rows, columns)) + 0.1
+    project = two_maps(plan_of(rows, columns, seed))[0]
+    agreed = agreements(cost, project, None)
+    expected = 1 - (project.toarray() * cost).sum(1) / cost.mean()
+    assert np.allclose(agreed, np.clip(expected, agreed.min(), 1), atol=1e-9)
+    assert (agreed > 0).all() and (agreed <= 1).all()
+    assert np.allclose(agreements(7 * cost, project, None), agreed)
+
+
+def test_units_of_a_block_agree_as_a_whole_and_the_same_ones_fully():
+    cost = np.array([[0.0, 1, 1, 1], [1, 0.4, 1, 1], [1, 1, 1e-9, 1], [1, 1, 1, 0.0]])
+    eye = csr_array(np.eye(4))
+    agreed = agreements(cost, eye, np.array([0, 0, 1, 1]))
+    assert agreed[0] == agreed[1] < 1 and (agreed[2:] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens", "shuffle"])
+def test_where_nothing_agrees_the_first_network_stays(name):
+    net, x = build(name)
+    other, data = randomise(build(name)[0], 5), torch.randn(64, *data_shape(name))
+    loose = fxfuse.Method(coupling=Transport(agreement=400.0), refit=MatchMoments(keep=True))
+    fused = fxfuse.fuse([net, other], data, method=loose, anchor=0)
+    full = fxfuse.fuse([net, other], data, method=replace(loose, coupling=Transport()), anchor=0)
+    inner = [n for n, p in net.named_parameters() if p.dim() > 1][:-1]
+    own, near, far = (m.state_dict() for m in (net, fused, full))
+    missed = [sum(float((own[n] - m[n]).square().sum()) for n in inner) for m in (near, far)]
+    assert missed[0] < 0.3 * missed[1]
+
+
+def test_weight_decides_where_nobody_else_has_any():
+    nets, x = [randomise(mlp(6, 9, 9, 4), s) for s in (1, 2)], torch.randn(300, 6)
+    fused = fxfuse.fuse(nets, x, weights=[0, 1])
+    assert gap(nets[1], fused, x) < 0.02
+
+
+@pytest.mark.parametrize("power", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_power_of_agreement_is_refused(power):
+    with pytest.raises(ArgumentError, match="agreement"):
+        Transport(agreement=power)
 
 
 # --- soft plans -----------------------------------------------------------------------------------

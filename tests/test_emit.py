@@ -21,6 +21,7 @@ from fxfuse.mixing import Mixer
 from fxfuse.network import Network
 from fxfuse.refit import MatchMoments, frontier_samples
 from fxfuse.tracing import trace
+from fxfuse.transport import Transport
 
 
 def network(module, x):
@@ -127,8 +128,9 @@ def test_the_joint_pass_measures_what_numpy_measures():
 
 def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
     nets, x = [randomise(stages([6, 6], [8]), s) for s in (1, 2)], images(64)
-    fused = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=MatchMoments()))
-    plain = fxfuse.fuse(nets, x, method=fxfuse.Method(refit=MatchMoments(keep=True)))
+    refits = MatchMoments(), MatchMoments(keep=True)
+    methods = [fxfuse.Method(coupling=Transport(), refit=refit) for refit in refits]
+    fused, plain = (fxfuse.fuse(nets, x, method=method) for method in methods)
     spreads = []
     for net in (*nets, fused, plain):
         recorded = {}

@@ -8,6 +8,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import assembly
+from fxfuse.transport import Transport
 
 
 def net(width, affine=True, bias=False):
@@ -34,11 +35,11 @@ def test_filters_get_their_size_back_and_the_function_stays(seed, affine, bias):
     parents = net(6, affine, bias), net(5, affine, bias)
     with torch.no_grad():
         parents[1][0].weight.mul_(7)
-    data = torch.randn(32, 3, 6, 6)
+    data, method = torch.randn(32, 3, 6, 6), fxfuse.Method(coupling=Transport())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "rescale", lambda fused, mixer: None)
-        plain = fxfuse.fuse(parents, data)
-    fused = fxfuse.fuse(parents, data)
+        plain = fxfuse.fuse(parents, data, method=method)
+    fused = fxfuse.fuse(parents, data, method=method)
     torch.testing.assert_close(fused(data), plain(data), rtol=1e-4, atol=1e-4)
     for place in ("0", "3"):
         own = sum(sizes(p, place).square().mean() for p in parents) / 2

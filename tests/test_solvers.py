@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from fxfuse.errors import ArgumentError, SolverError
-from fxfuse.solvers import Assignment, Exact, Sinkhorn, TwinsFirst, UnbalancedSinkhorn
+from fxfuse.errors import SolverError
+from fxfuse.solvers import Assignment, Exact, Sinkhorn, UnbalancedSinkhorn
 
 SOLVERS = [Exact(), Assignment()]
 SOFT = [Sinkhorn(), UnbalancedSinkhorn()]
@@ -193,40 +193,3 @@ def test_equal_costs_are_spread_evenly(solver):
     for cost in (np.zeros((3, 4)), np.ones((3, 4))):
         plan = solver(cost, np.full(3, 1 / 3), np.full(4, 1 / 4)).toarray()
         assert np.allclose(plan, plan.mean()) and plan.mean() > 0
-
-
-@given(st.integers(0, 2**31), st.integers(2, 9), st.integers(0, 9))
-def test_twins_are_coupled_exactly_and_the_masses_of_the_first_side_are_met(seed, n, others):
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n + others)
-    cost = rng.uniform(0.5, 1.5, (n + others, n + others))
-    twins = np.arange(n)
-    cost[twins, order[:n]] = 1e-5 * rng.random(n)
-    masses = np.full(n + others, 1 / (n + others))
-    plan = TwinsFirst()(cost, masses, masses).toarray()
-    np.testing.assert_allclose(plan.sum(1), masses, rtol=1e-9)
-    np.testing.assert_allclose(plan[twins, order[:n]], masses[0], rtol=1e-9)
-    assert np.count_nonzero(plan[:n]) == n
-
-
-def test_widened_copies_are_coupled_exactly():
-    rng = np.random.default_rng(0)
-    cost = np.repeat(np.where(np.eye(5), 0.0, rng.uniform(0.5, 1.5, (5, 5))), 3, axis=1)
-    plan = TwinsFirst()(cost, np.full(5, 1 / 5), np.full(15, 1 / 15)).toarray()
-    np.testing.assert_allclose(plan, (cost == 0) / 15, atol=1e-12)
-
-
-def test_strangers_are_coupled_as_the_exact_plan_says():
-    masses = np.full(3, 1 / 3), np.full(4, 1 / 4)
-    plan = TwinsFirst()(np.ones((3, 4)), *masses).toarray()
-    np.testing.assert_allclose(plan, Exact()(np.ones((3, 4)), *masses).toarray())
-    cost = np.array([[0.2, 0.3, 0.9], [0.3, 0.2, 0.9], [0.9, 0.9, 0.9]])
-    plan = TwinsFirst()(cost, *[np.full(3, 1 / 3)] * 2).toarray()
-    np.testing.assert_allclose(plan[2], [0, 0, 1 / 3])
-    assert (plan[:2, :2] > 0.01).all()
-
-
-@pytest.mark.parametrize("option", ["regularisation", "iterations", "same", "least"])
-def test_twins_first_refuses_what_makes_no_sense(option):
-    with pytest.raises(ArgumentError, match=option):
-        TwinsFirst(**{option: 0})

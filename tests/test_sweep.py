@@ -28,6 +28,7 @@ import fxfuse
 from fxfuse.frontier import Frontier
 from fxfuse.refit import MatchMoments
 from fxfuse.sweep import LeastSquares
+from fxfuse.transport import Transport
 
 MOMENTS = fxfuse.Method(refit=MatchMoments())
 
@@ -122,7 +123,8 @@ def test_layers_reported_cover_the_contractions_and_the_divergence_is_what_it_sa
 
 def test_the_report_warns_of_what_is_poorly_explained():
     nets = [randomise(stages([6], [8, 8], [8]), s) for s in (1, 2)]
-    report = fxfuse.fuse(nets, torch.randn(60, 3, 8, 8)).meta["fxfuse"]
+    method = fxfuse.Method(coupling=Transport())  # means of units that have nothing in common
+    report = fxfuse.fuse(nets, torch.randn(60, 3, 8, 8), method=method).meta["fxfuse"]
     assert report.poor and str(report).count("\n  ") == len(report.poor)
     same = fxfuse.fuse([nets[0]] * 2, torch.randn(60, 3, 8, 8)).meta["fxfuse"]
     assert not same.poor and "warning" not in str(same)

@@ -8,8 +8,10 @@ from nets import gap, mlp, outputs, randomise, residual
 
 import fxfuse
 from fxfuse.errors import ArgumentError
+from fxfuse.transport import Transport
 from fxfuse.weighing import _between
 
+FULL_SAY = fxfuse.Method(coupling=Transport())  # so that weights matter where units have no match
 X = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +33,7 @@ def divergence(nets, fused, x):
 def test_chosen_weights_are_nearer_to_the_ensemble_than_equal_ones(make):
     nets, x = make()
     nets = [randomise(net, seed) for seed, net in enumerate(nets)]
-    chosen, equal = fxfuse.fuse(nets, x, weights="auto"), fxfuse.fuse(nets, x)
+    chosen, equal = (FULL_SAY(nets, x, weights=weights) for weights in ("auto", None))
     weights = chosen.meta["fxfuse"].weights
     assert sum(weights) == pytest.approx(1) and max(weights) == weights[0] >= 1 / len(nets)
     assert all(w == pytest.approx(weights[1]) for w in weights[1:])
@@ -53,7 +55,7 @@ def test_few_samples_judge_themselves():
 
 def test_outputs_that_are_no_classes_are_compared_by_their_errors():
     nets = [randomise(mlp(6, *[9] * depth, 1), depth) for depth in (3, 1)]
-    fused, equal = (fxfuse.fuse(nets, X, weights=w) for w in ("auto", None))
+    fused, equal = (FULL_SAY(nets, X, weights=w) for w in ("auto", None))
     mean = sum(outputs(n, X) for n in nets) / 2
     wrong = [float((outputs(f, X) - mean).square().mean()) for f in (fused, equal)]
     assert wrong[0] < wrong[1]
