@@ -126,14 +126,14 @@ class LinearCKA:
 
     unbiased: bool = False
     batch: int = 256
-    samples: int = 512
+    samples: int = 256
 
     def __call__(self, rows: Views, columns: Views) -> Meter:
         """Return what compares the layers of two networks."""
         return _Kernels(len(rows), len(columns), self)
 
 
-#: The default: of one batch of up to 256 samples, or sums over two such batches.
+#: The default: of one batch of up to 256 samples.
 linear_cka = LinearCKA()
 
 

@@ -68,7 +68,7 @@ class LeastSquares:
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    rows: int = 64
+    rows: int = 16
     steps: int = 1
     frontier: int = 1 << 29
     gram: int = 1 << 26
