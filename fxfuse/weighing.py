@@ -20,7 +20,7 @@ from .statistics import working_batch
 from .tracing import device_of, tensors_in
 
 HELD = 4  # every fourth sample judges
-STARTS, REFINEMENTS = (0.7, 0.85, 0.95, 1.0), 2  # shares of the anchor; between the best ones
+STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the anchor; between the best ones
 
 Make = Callable[[Mixer, Calibration], Network]
 
