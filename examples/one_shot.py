@@ -322,21 +322,21 @@ def skill_table(args: argparse.Namespace, training: MNIST, test: MNIST) -> None:
     rows = []
     for kind, x in inputs.items():
         redrawn = list(with_samples(pairs, args, training))
-        found = np.mean([mnist.transfer(best, p, x, test.targets) for p in redrawn], 0)
+        found = [mnist.transfer(best, p, x, test.targets) for p in redrawn]
         rows.append([kind, "`best`", *weighed(found)])
         found = [[mnist.ensemble(p, w, x, test.targets) for w in mnist.WEIGHTS] for p in pairs]
-        rows.append([kind, "ensemble, mean of probabilities", *weighed(np.mean(found, 0))])
+        rows.append([kind, "ensemble, mean of probabilities", *weighed(found)])
     for kind in ("add", "merge_sum", "merge_avg"):
         official = np.array(mnist.OFFICIAL["table13"][kind]["seeds"])[[p.seed for p in pairs]]
-        rows.append(
-            ["normalised", f"the paper's code, {kind}, 400 images", *weighed(official.mean(0))]
-        )
-    head = ["tested on pixels", "method", *(f"{w:.1f}" for w in mnist.WEIGHTS), "best of the means"]
+        rows.append(["normalised", f"the paper's code, {kind}, 400 images", *weighed(official)])
+    head = ["tested on pixels", "method", *(f"{w:.1f}" for w in mnist.WEIGHTS), "mean of the bests"]
     print(lines(head, rows), flush=True)
 
 
-def weighed(values: np.ndarray) -> list[str]:
-    return [f"{v:.1f}" for v in values] + [f"{values.max():.1f}"]
+def weighed(found: Sequence[Sequence[float]]) -> list[str]:
+    """Return the mean at each weight, and that of what each pair of networks has at its best."""
+    values = np.array(found)
+    return [f"{v:.1f}" for v in [*values.mean(0), values.max(1).mean()]]
 
 
 def with_samples(

@@ -36,6 +36,7 @@ from .solvers import Assignment, Exact, Solver
 
 Costs = dict[tuple[str, int], np.ndarray]
 SAME = 1e-3  # relative cost of units that agree but for rounding
+ALIKE = 0.5  # mean cost, at least, that others are relative to
 LEAST = 0.03  # agreement of units that have nothing in common: what they give counts if alone
 Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
@@ -84,14 +85,15 @@ def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) 
     """Return how far a network's units agree with the base network's, `(fused units,)`.
 
     It is one minus the cost of what a fused unit is given, relative to the mean cost: of
-    correlations, the correlation. 1 means that they are the same.
+    correlations, the correlation. 1 means that they are the same. A mean cost below one half says
+    that all units are alike, or that there is but one, and is no measure.
 
     Args:
         cost: Ground cost `(fused units, units)`.
         project: What the units give to the fused ones; rows sum to 1.
         blocks: The block of each fused unit, if they lie in blocks, which agree as a whole.
     """
-    missed = np.asarray(project.multiply(cost).sum(1)).ravel() / (np.abs(cost).mean() or 1.0)
+    missed = np.asarray(project.multiply(cost).sum(1)).ravel() / max(np.abs(cost).mean(), ALIKE)
     if blocks is not None:
         missed = (np.bincount(blocks, missed) / np.bincount(blocks))[blocks]
     agreed: np.ndarray = np.where(missed <= SAME, 1.0, np.clip(1.0 - missed, LEAST, 1.0))

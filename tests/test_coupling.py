@@ -80,13 +80,18 @@ def test_correlation_tells_units_that_never_vary_apart_by_their_level():
 
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
 def test_agreement_is_one_minus_the_cost_relative_to_the_mean(rows, columns, seed):
-    cost = np.random.default_rng(seed).random((rows, columns)) + 0.1
+    cost = np.random.default_rng(seed).random((rows, columns)) + 0.5
     project = two_maps(plan_of(rows, columns, seed))[0]
     agreed = agreements(cost, project, None)
     expected = 1 - (project.toarray() * cost).sum(1) / cost.mean()
     assert np.allclose(agreed, np.clip(expected, agreed.min(), 1), atol=1e-9)
     assert (agreed > 0).all() and (agreed <= 1).all()
     assert np.allclose(agreements(7 * cost, project, None), agreed)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_where_all_units_are_alike_they_agree(size):
+    assert (agreements(np.full((size, size), 1e-7), csr_array(np.eye(size)), None) == 1).all()
 
 
 def test_units_of_a_block_agree_as_a_whole_and_the_same_ones_fully():
