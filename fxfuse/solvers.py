@@ -234,7 +234,7 @@ def _require_converged(
         )
 
 
-def _require_positive(solver: Solver, *names: str) -> None:
+def _require_positive(solver: Sinkhorn | UnbalancedSinkhorn, *names: str) -> None:
     for name in names:
         value = getattr(solver, name)
         if not (value > 0 and np.isfinite(value)):
