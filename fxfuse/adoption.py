@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -72,8 +73,16 @@ def _take_settings(own: fx.Node, node: fx.Node) -> None:
         ]
         (mine, layout), (theirs, other) = pair
         if alike and layout == other:
-            leaves = [b if isinstance(b, fx.Node) else a for a, b in zip(mine, theirs)]
+            leaves = [_setting(a, b) for a, b in zip(mine, theirs)]
             node.args, node.kwargs = tree_unflatten(leaves, other)
+
+
+def _setting(own: Any, known: Any) -> Any:
+    """Return an argument with the literals of one and the nodes of another, also in slices."""
+    if isinstance(own, slice) and isinstance(known, slice):
+        ends = zip((own.start, own.stop, own.step), (known.start, known.stop, known.step))
+        return slice(*(_setting(a, b) for a, b in ends))
+    return known if isinstance(own, fx.Node) or isinstance(known, fx.Node) else own
 
 
 def _fetch(module: nn.Module, path: str) -> object:

@@ -76,12 +76,18 @@ class WeightPlan:
 
 
 def outputs_to_settle(network: Network) -> dict[str, int]:
-    """Return the nodes whose output moments can be corrected, with their feature axis."""
+    """Return the nodes whose output moments can be corrected, with their feature axis.
+
+    A bias that is put together from several tensors, or from one of another size, cannot be.
+    """
+    shapes = {name: tuple(t.shape) for name, t in tensors_of(network.module)}
     found = dict.fromkeys(network.book.norms, 1)
     taken = set(folds(network).values())
-    for node in producers(network):
+    for node, (weight, dim) in producers(network).items():
         axes = {a.dim for a in network.book.features.get(node, [])}
-        if node not in taken and len(axes) == 1:
+        biases = {shapes.get(t) for t in network.book.tensors[node] if t != weight}
+        plain = biases <= {shapes[weight][dim : dim + 1]}
+        if node not in taken and len(axes) == 1 and plain:
             found[node] = axes.pop()
     return found
 

@@ -40,8 +40,10 @@ from fxfuse.errors import (
 from fxfuse.gates import sign_of_sum
 from fxfuse.layer_costs import OfActivations
 from fxfuse.measuring import View
+from fxfuse.refit import MatchMoments
 from fxfuse.shortening import Shorten
 from fxfuse.solvers import Assignment, Sinkhorn, UnbalancedSinkhorn
+from fxfuse.sweep import LeastSquares
 from fxfuse.transport import Transport
 from fxfuse.universe import CycleConsistent
 from fxfuse.weight_matching import MergeMany, WeightMatching
@@ -569,3 +571,42 @@ def test_choices_that_make_no_sense_are_refused_with_the_reason(case):
         method = chosen.pop("method", fxfuse.presets.best)
         method(nets, images(12) if make is DENSE else X, **chosen)
     assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
+
+
+class Cropped(nn.Module):
+    """Cuts what it padded by sizes that it asks its input for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        height, width = x.shape[2], x.shape[3]
+        x = torch.relu(self.first(nn.functional.pad(x, (0, 4, 0, 4))))
+        return self.last(x[:, :, :height, :width].mean((2, 3)))
+
+
+class Pieced(nn.Module):
+    """Reads a weight with a bias that is put together from two."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+        self.one, self.other = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        bias = torch.cat([self.one, self.other])
+        x = nn.functional.linear(x.mean((2, 3)), self.weight, bias)
+        return self.last(torch.relu(x))
+
+
+@pytest.mark.parametrize("make", [Cropped, Pieced])
+@pytest.mark.parametrize("refit", [LeastSquares(), MatchMoments()])
+def test_sizes_asked_for_and_biases_in_pieces(make, refit):
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = randomise(make(), 1)
+    copy_ = fxfuse.permute(net, x[:1], seed=1)
+    fused = fxfuse.fuse([net, copy_], x, method=fxfuse.Method(refit=refit))
+    assert gap(net, fused, x) < FUNCTION
+    assert all(bool(p.isfinite().all()) for p in fused.parameters())
