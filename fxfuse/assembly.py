@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -31,6 +32,7 @@ def assemble(
     *,
     width: float = 1.0,
     weigh: bool = False,
+    leads: Sequence[int] = (),
 ) -> tuple[fx.GraphModule, Mixer, Outcome, dict[str, str]]:
     """Make the fused network.
 
@@ -42,38 +44,54 @@ def assemble(
         clock: Told what is being done.
         width: Of the fused network, relative to its anchor's.
         weigh: Choose the weights of the units by how near the outputs come to the ensemble's.
+        leads: Other networks whose units the fused ones may be instead, if that is chosen, too.
 
     Returns:
         The network, the maps it was made with, how near it came, and the spaces that kept their
         width though more was asked for, with the reason.
     """
-    networks, anchor = mixer.balanced.networks, mixer.anchor
-    clock.start("measure units")
-    samples = min(data.samples, refit.samples(networks))
-    outputs = refit.settles(mixer)
-    measured = measure(
-        mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
-    )
-    clock.start("couple units")
-    apart = {}
-    if width > 1:
-        apart = distances(mixer, measured)
-    coupling(mixer, measured, clock.tick)
-    kept: dict[str, str] = {}
-    if width > 1:
-        clock.start("make room")
-        mixer, kept = widened(mixer, width, apart)
+    mixer, measured, kept = _coupled(mixer, data, coupling, refit, clock, width)
     if weigh:
+        others = [mixer.match.led_by(k) for k in leads] if width == 1 else []
+        options = [mixer]
+        for match in filter(None, others):
+            other = replace(mixer, match=match, couplings={})
+            options.append(_coupled(other, data, coupling, refit, clock, width)[0])
         clock.start("choose weights")
 
         def made(shares: Mixer, part: Calibration) -> Network:
             return _made(shares, measured, part, refit, Clock(None))[0]
 
-        mixer = nearest(mixer, anchor, made, data, clock.tick)
+        mixer = nearest(options, made, data, clock.tick)
     fused, outcome = _made(mixer, measured, data, refit, clock)
     rescale(fused, mixer)
     require_sound(fused)
     return cleaned(fused.module), mixer, outcome, kept
+
+
+def _coupled(
+    mixer: Mixer,
+    data: Calibration,
+    coupling: CouplingMethod,
+    refit: Refit,
+    clock: Clock,
+    width: float,
+) -> tuple[Mixer, Measurements, dict[str, str]]:
+    """Couple the units and make room; return what was measured, too, and what kept its width."""
+    clock.start("measure units")
+    samples = min(data.samples, refit.samples(mixer.balanced.networks))
+    outputs = refit.settles(mixer)
+    measured = measure(
+        mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
+    )
+    clock.start("couple units")
+    apart = distances(mixer, measured) if width > 1 else {}
+    coupling(mixer, measured, clock.tick)
+    if width > 1:
+        clock.start("make room")
+        mixer, kept = widened(mixer, width, apart)
+        return mixer, measured, kept
+    return mixer, measured, {}
 
 
 def _made(

@@ -112,7 +112,7 @@ def widened(
         mixer,
         balanced=balanced,
         anchor=last,
-        match=_without_last(match),
+        match=_without_last(match, mixer.match.lead),
         weights=(*weights, 0.0),
         couplings=couplings,
         ensemble=(*outputs, 0.0),
@@ -204,10 +204,10 @@ def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     )
 
 
-def _without_last(match: Correspondence) -> Correspondence:
+def _without_last(match: Correspondence, lead: int) -> Correspondence:
     """Let the last network have no say, only a structure."""
     present = {name: (*here[:-1], False) for name, here in match.present.items()}
-    return replace(match, present=present)
+    return replace(match, present=present, lead=lead)
 
 
 def _elsewhere(space: Space, found: int, wanted: int) -> FuseError:

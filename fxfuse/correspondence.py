@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .balancing import Absent, Balanced
 from .errors import PairingError
@@ -21,11 +21,24 @@ class Correspondence:
         spaces: Space name -> the space in each network (names are those of the anchor); of size 0
             where a network has none in these places.
         present: Space name -> whether each network really has it.
+        lead: The network whose units the fused units are wherever it has them.
     """
 
     base: dict[str, int]
     spaces: dict[str, tuple[Space, ...]]
     present: dict[str, tuple[bool, ...]]
+    lead: int
+
+    def led_by(self, k: int) -> Correspondence | None:
+        """Return the same in the units of another network, where it has them.
+
+        None if it has more or fewer of them anywhere, as the fused network's widths are given.
+        """
+        sizes = {name: found[self.base[name]].size for name, found in self.spaces.items()}
+        own = [name for name, here in self.present.items() if here[k]]
+        if any(self.spaces[name][k].size != sizes[name] for name in own):
+            return None
+        return replace(self, base=self.base | dict.fromkeys(own, k), lead=k)
 
 
 def correspond(balanced: Balanced, anchor: int) -> Correspondence:
@@ -59,7 +72,7 @@ def correspond(balanced: Balanced, anchor: int) -> Correspondence:
         same = [k for k, s in enumerate(found) if present[name][k] and s.size == found[anchor].size]
         base[name] = anchor if present[name][anchor] or not same else same[0]
     _require_equal_sizes(networks, anchor)
-    return Correspondence(base, spaces, present)
+    return Correspondence(base, spaces, present, anchor)
 
 
 def _has(own: Space, space: Space, contracted: set[str], gone: set[str]) -> bool:

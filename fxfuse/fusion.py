@@ -88,7 +88,8 @@ def fuse(
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
             "auto" the outputs are to be the equal ensemble's, and the shares in the units before
-            them are those that come nearest to it on samples held out.
+            them are those that come nearest to it on samples held out; unless the anchor is given,
+            the units may then be those of another network as wide.
         width: Of the fused network, relative to the anchor's. Where there is room, units that are
             least like their matches get places of their own; with room for all, `float("inf")`,
             the outputs are the mean of the networks' exactly, but for norms over units, groups
@@ -130,8 +131,9 @@ def fuse(
     require_width(width, heads is not None)
     ready = _prepare(models, data, alignment, anchor, method, clock, heads)
     choices = ready.data, method.coupling, method.refit, clock
+    leads = [k for k in range(len(models)) if k != ready.anchor and anchor is None]
     module, mixer, outcome, kept = assemble(
-        ready.mixer(shares, method), *choices, width=width, weigh=automatic
+        ready.mixer(shares, method), *choices, width=width, weigh=automatic, leads=leads
     )
     fused = copy_modes(models[ready.anchor], module)
     notes: tuple[str, ...] = ()

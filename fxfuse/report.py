@@ -59,7 +59,7 @@ class Report:
 
     Attributes:
         alignment: The layers that were matched.
-        anchor: Index of the network whose widths and coordinates the result has.
+        anchor: Index of the network whose depth and widths the result has.
         weights: Share of each network.
         spaces: Sizes, coupling costs and confidences.
         frozen: What stayed in place, and why.
@@ -77,6 +77,7 @@ class Report:
             did.
         narrow: The spaces that kept their width though more was asked for, with the reason.
         memory: Peak resident bytes of the process so far, at the end of each stage.
+        lead: Index of the network whose units the fused ones are, wherever it has them.
         maps: `(space, network)` to what its units give `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
@@ -97,6 +98,7 @@ class Report:
     removed: tuple[frozenset[str], ...] = ()
     narrow: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict, compare=False)
+    lead: int | None = None
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
     )
@@ -114,14 +116,16 @@ class Report:
         Args:
             space: Its name, one of `spaces`.
             path: A file ending in .png, .svg or .pdf.
-            network: Index of the network; the first that is not the anchor if not given.
+            network: Index of the network; the first whose units are not those of the fused one if
+                not given.
 
         Raises:
             ArgumentError: If the coupling is not known or was too large to keep, or the ending is
                 of no known format.
         """
-        others = (k for k in range(len(self.weights)) if k != self.anchor)
-        k = next(others, self.anchor) if network is None else network
+        lead = self.anchor if self.lead is None else self.lead
+        others = (k for k in range(len(self.weights)) if k != lead)
+        k = next(others, lead) if network is None else network
         found = self.maps.get((space, k))
         if found is None:
             known = sorted({s for s, other in self.maps if other == k})
@@ -159,7 +163,9 @@ class Report:
         save_page(self, path, accuracy or {}, facts or {})
 
     def __str__(self) -> str:
-        lines = [f"widths of network {self.anchor}, {len(self.spaces)} spaces"]
+        led = self.lead not in (None, self.anchor)
+        units = f", units of network {self.lead}" if led else ""
+        lines = [f"widths of network {self.anchor}{units}, {len(self.spaces)} spaces"]
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
             lines.append(
@@ -212,6 +218,7 @@ def report_on(
         memory=dict(clock.memory),
         maps=_kept({key: c for key, c in mixer.couplings.items() if key[1] < count}),
         narrow=kept or {},
+        lead=mixer.match.lead,
     )
 
 

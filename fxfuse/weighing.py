@@ -1,13 +1,14 @@
 """Choose the networks' weights by how near the fused network comes to their ensemble.
 
-Units are mixed with the chosen weights, outputs stay those of the ensemble. A fused network of the
-anchor's widths computes what the anchor does at no loss, and anything between the networks at some:
-on samples that nothing is fitted to, the best place between the two shows.
+Units are mixed with the chosen weights, outputs stay those of the ensemble. A fused network in the
+units of one network, the lead, computes what this one does at no loss, and anything between the
+networks at some: on samples that nothing is fitted to, the best place between the two shows, and
+whose units are the best to lead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,44 +21,59 @@ from .statistics import working_batch
 from .tracing import device_of, tensors_in
 
 HELD = 4  # every fourth sample judges
-STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the anchor; between the best ones
+STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead; between the best ones
+CLEARLY = 0.75  # of what the first lead misses: ratios above it say nothing on other samples
 
 Make = Callable[[Mixer, Calibration], Network]
 
 
 def nearest(
-    mixer: Mixer,
-    anchor: int,
+    options: Sequence[Mixer],
     make: Make,
     data: Calibration,
     tick: Callable[[float], None] | None = None,
 ) -> Mixer:
     """Return the networks with the weights that bring the fused one nearest to their ensemble.
 
-    The anchor's weight is searched for between its share of the ensemble and all; the others keep
-    their proportions.
+    Of several options the first is taken, unless another comes clearly nearer with the ensemble's
+    weights. Then the weight of the lead is searched for between its share of the ensemble and all;
+    the others keep their proportions.
 
     Args:
-        mixer: The networks and their maps; its weights are those of the ensemble.
-        anchor: The network of whose units the fused ones are.
+        options: The networks and their maps, in the units of one network or another; the weights
+            are those of the ensemble.
         make: Makes the fused network from some of the data.
         data: Calibration inputs; every fourth is held out, unless there are less than four.
         tick: Called with the share of the search that is done.
     """
     fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
-    mixer = replace(mixer, ensemble=mixer.output_weights)
-    voices = [(w, n) for w, n in zip(mixer.output_weights, mixer.balanced.networks) if w]
-    start = mixer.output_weights[anchor]
-    found: dict[float, float] = {}
-    shares = [start, *(share for share in STARTS if share > start)]
-    total = len(shares) + REFINEMENTS
-    for _ in range(total):
-        share = shares[len(found)] if len(found) < len(shares) else _between(found)
-        network = make(_with_share(mixer, anchor, share), fit)
-        found[share] = _distance(voices, network, held)
+    given = options[0].output_weights
+    voices = [(w, n) for w, n in zip(given, options[0].balanced.networks) if w]
+    most, done = len(options) + len(STARTS) + REFINEMENTS, 0
+
+    def missed(mixer: Mixer, share: float) -> float:
+        nonlocal done
+        network = make(_with_share(mixer, share), fit)
+        done += 1
         if tick is not None:
-            tick(len(found) / total)
-    return _with_share(mixer, anchor, min(found, key=found.__getitem__))
+            tick(done / most)
+        return _distance(voices, network, held)
+
+    options = [replace(mixer, ensemble=given) for mixer in options]
+    first = [missed(mixer, given[mixer.match.lead]) for mixer in options]
+    best = first.index(min(first))
+    if first[best] > CLEARLY * first[0]:
+        best = 0
+    mixer = options[best]
+    found = {given[mixer.match.lead]: first[best]}
+    for share in [s for s in STARTS if s not in found and s > min(found)]:
+        found[share] = missed(mixer, share)
+    for _ in range(REFINEMENTS):
+        share = _between(found)
+        found[share] = missed(mixer, share)
+    if tick is not None:
+        tick(1.0)
+    return _with_share(mixer, min(found, key=found.__getitem__))
 
 
 def _between(found: dict[float, float]) -> float:
@@ -68,14 +84,14 @@ def _between(found: dict[float, float]) -> float:
     return (order[best] + min(beside, key=found.__getitem__, default=order[best] / 2)) / 2
 
 
-def _with_share(mixer: Mixer, anchor: int, share: float) -> Mixer:
-    """Return the networks with a weight of the anchor, the others in proportion."""
-    given = mixer.output_weights
-    rest = sum(given) - given[anchor]
+def _with_share(mixer: Mixer, share: float) -> Mixer:
+    """Return the networks with a weight of the lead, the others in proportion."""
+    given, lead = mixer.output_weights, mixer.match.lead
+    rest = sum(given) - given[lead]
     scale = (1 - share) / rest if rest > 0 else 0.0
-    weights = [share if k == anchor else w * scale for k, w in enumerate(given)]
+    weights = [share if k == lead else w * scale for k, w in enumerate(given)]
     if rest <= 0:
-        weights[anchor] = 1.0
+        weights[lead] = 1.0
     return replace(mixer, weights=tuple(weights))
 
 

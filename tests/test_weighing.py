@@ -48,6 +48,31 @@ def test_networks_that_agree_may_have_any_weights():
     assert gap(net, fused, X) < 1e-4
 
 
+def quiet_and_loud(*widths):
+    """Return a deep network that says little and a shallow one that the ensemble follows."""
+    nets = [randomise(mlp(6, *[width] * depth, 4), depth) for width, depth in zip(widths, (3, 2))]
+    for net, loudness in zip(nets, (0.05, 4.0)):
+        with torch.no_grad():
+            net[-1].weight.mul_(loudness)
+            net[-1].bias.mul_(loudness)
+    return nets
+
+
+def test_the_units_may_be_those_of_another_network_as_wide():
+    nets = quiet_and_loud(9, 9)
+    free, bound = (fxfuse.fuse(nets, X, weights="auto", anchor=anchor) for anchor in (None, 0))
+    reports = [fused.meta["fxfuse"] for fused in (free, bound)]
+    assert [r.anchor for r in reports] == [0, 0] and [r.lead for r in reports] == [1, 0]
+    assert "units of network 1" in str(reports[0]) and "units" not in str(reports[1])
+    assert divergence(nets, free, X) < 0.5 * divergence(nets, bound, X)
+    nets[0].load_state_dict(free.state_dict(), strict=True)
+
+
+def test_units_of_other_numbers_cannot_lead():
+    nets = quiet_and_loud(9, 8)
+    assert fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"].lead == 0
+
+
 def test_few_samples_judge_themselves():
     nets = [randomise(mlp(6, 9, 4), seed) for seed in (1, 2)]
     assert bool(outputs(fxfuse.fuse(nets, X[:3], weights="auto"), X).isfinite().all())
