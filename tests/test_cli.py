@@ -143,7 +143,7 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     found, chosen = [], []
-    monkeypatch.setattr(assembly, "nearest", lambda mixer, *_: chosen.append(mixer) or mixer)
+    monkeypatch.setattr(assembly, "nearest", lambda found, *_: chosen.append(found) or found[0])
     options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
     for extra in ([], *(o.split() for o in options)):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0
