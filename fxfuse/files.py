@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,23 +35,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def _write_beside(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    # named before it is there: an interrupt between the two would else leave it behind
+    temporary = path.with_name(f".{path.stem}-{secrets.token_urlsafe(6)}{path.suffix}")
     try:
-        os.close(handle)
-        write(Path(name))
-        with open(name, "rb+") as whole:
+        temporary.open("xb").close()  # with the rights of any new file
+        write(temporary)
+        with open(temporary, "rb+") as whole:
             os.fsync(whole.fileno())  # some file systems rename before they write
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
