@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from .labels import FIXED, Ledger
+from .labels import FIXED, Ledger, distinct
 
 CROSSED = "its blocks cross others"
 
@@ -104,7 +104,7 @@ def _merge(unit: np.ndarray, rows: Sets) -> tuple[np.ndarray, Sets, np.ndarray]:
     while True:
         owner, member = unit[rows.owner], unit[rows.member]
         stuck = owner[rows.index[member <= FIXED]]
-        code = np.unique(rows.index[member > FIXED] * len(unit) + member[member > FIXED])
+        code = distinct(rows.index[member > FIXED] * len(unit) + member[member > FIXED])
         index, member = np.divmod(code, len(unit))
         row, start, count = np.unique(index, return_index=True, return_counts=True)
         name = np.add.reduceat(draw[member], start) if len(start) else draw[:0]
@@ -181,14 +181,14 @@ def _straighten(
     axes = _axes_of(book, unit, tables)
     for table, found in zip(tables, axes):
         movable = [
-            len(np.unique(own[~frozen[own]]))
-            for own in (sets.owner[np.unique(table.row)], sets.owner[np.unique(table.column)])
+            len(distinct(own[~frozen[own]]))
+            for own in (sets.owner[distinct(table.row)], sets.owner[distinct(table.column)])
         ]
         ways = [(movable[1], table), (movable[0], table.turned)]
         for count, way in sorted(ways, key=lambda w: -w[0]):
             if count > 1 and all(_in_order(way, units) for units in found):
                 pairs.append(np.stack([way.units, sets.owner[way.column]], axis=1))
-                stay.extend(sets.owner[np.unique(way.row)].tolist())
+                stay.extend(sets.owner[distinct(way.row)].tolist())
                 break
     return np.concatenate(pairs), stay
 
@@ -218,7 +218,7 @@ def _table(units: np.ndarray, one: np.ndarray, two: np.ndarray) -> _Table | None
     columns = np.union1d(two[one == one[0]], one[two == one[0]])
     turned = np.isin(one, columns)
     row, column = np.where(turned, two, one), np.where(turned, one, two)
-    rows, columns = np.unique(row), np.unique(column)
+    rows, columns = distinct(row), distinct(column)
     full = (
         len(units) == len(rows) * len(columns) == len(np.unique(np.stack([row, column]), axis=1).T)
     )
@@ -235,7 +235,7 @@ def _axes_of(book: Ledger, unit: np.ndarray, tables: list[_Table]) -> list[list[
     found: list[list[np.ndarray]] = [[] for _ in tables]
     for axis in book.axes if tables else ():
         units = unit[axis.labels]
-        for i in np.unique(owner[units]):
+        for i in distinct(owner[units]):
             if i >= 0:
                 found[i].append(units[owner[units] == i])
     return found
@@ -282,7 +282,7 @@ def parents(sets: Sets, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parent[u] = virtual.setdefault(key, -2 - len(virtual))
         crossed.append(sets.owner[list(key)])
     crossed.append(_in_circles(parent))
-    return parent, np.unique(np.concatenate(crossed))
+    return parent, distinct(np.concatenate(crossed))
 
 
 def _mixed(sets: Sets, kind: np.ndarray) -> np.ndarray:

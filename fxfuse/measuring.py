@@ -157,7 +157,7 @@ def measure(
                 moved = [None] * len(values)
                 for pair in measured:
                     for k, axis in zip((pair.base, pair.network), pair.axes):
-                        moved[k] = _unit_by_unit(values[k], axis)
+                        moved[k] = _unit_by_unit(values[k], axis, pair.across)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     around = bypasses(balanced)
@@ -208,28 +208,48 @@ class _Meter:
 
 @dataclass(frozen=True, eq=False)
 class _Visit:
-    """A space of two networks to be compared at a node."""
+    """A space of two networks to be compared at a node.
+
+    Attributes:
+        space: The space.
+        base: One network.
+        network: The other.
+        axes: Where the units lie in each.
+        across: Axes of the value along which other units lie, in an order of each network's own.
+    """
 
     space: str
     base: int
     network: int
     axes: tuple[Axis, Axis]
+    across: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Tell whether each unit is one position, and the other axes are the same in both."""
+        return self.axes[0].index.shape[1] == 1 and not self.across
 
 
 def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, list[_Visit]]:
     points = measuring_points(balanced.networks[0], view)
     fed = balanced.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
+    dims: dict[str, set[int]] = {}
+    for node, dim in balanced.networks[0].spaces.shown:
+        dims.setdefault(node, set()).add(dim)
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in match.spaces.items():
         for i, k in _compared(match, name, view):
             own = {a.tensor: a for a in spaces[k].features}
             both = [(a, own[a.tensor]) for a in spaces[i].features if a.tensor in own]
             both = [p for p in both if p[0].tensor in fed - gone[k] - gone[i]]
-            for axes in [p for p in both if p[0].tensor in points] or both[:1]:
-                single = axes[0].index.shape[1] == 1
-                key = (axes[0].tensor, None if single else name)
-                visits.setdefault(key, []).append(_Visit(name, i, k, axes))
+            found = [
+                _Visit(name, i, k, p, tuple(dims[p[0].tensor] - {p[0].dim}))
+                for p in [p for p in both if p[0].tensor in points] or both[:1]
+            ]
+            for visit in [v for v in found if not v.across] or found:
+                key = (visit.axes[0].tensor, None if visit.plain else name)
+                visits.setdefault(key, []).append(visit)
     if view.outputs and OPEN not in balanced.networks[0].module.graph.output_node().meta:
         node, dim, size = last_contraction(balanced.networks[0])
         axis = Axis(node, dim, np.arange(size)[:, None])
@@ -268,8 +288,13 @@ def _pairs(
     return found
 
 
-def _unit_by_unit(value: Tensor, axis: Axis) -> Tensor:
-    """Return values `(units, positions)` where a unit occurs several times along the axis."""
+def _unit_by_unit(value: Tensor, axis: Axis, across: tuple[int, ...]) -> Tensor:
+    """Return values `(units, positions)`; of other units, `across`, no more than their mean.
+
+    Unlike samples and places, these are not the same from one network to the other.
+    """
+    if across:
+        value = value.mean(across, keepdim=True)
     moved = value.movedim(axis.dim, 0).flatten(1)
     return moved[axis.index.reshape(-1)].reshape(len(axis.index), -1)
 

@@ -11,7 +11,15 @@ from torch import Tensor, fx, nn
 from .interpreter import label_network
 from .ir import Axis, Space, Spaces
 from .ties import spaces_of
-from .tracing import Example, as_example, copy_modes, device_of, plain_modes, run_once, trace
+from .tracing import (
+    Example,
+    as_example,
+    copy_modes,
+    device_of,
+    plain_modes,
+    run_once,
+    trace_sharing,
+)
 
 
 @plain_modes()
@@ -61,7 +69,7 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
 
 
 def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
-    graph = trace(module)
+    graph = trace_sharing(module)
     inputs = as_example(example, device_of(graph))
     try:
         book = label_network(graph, inputs)

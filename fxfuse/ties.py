@@ -11,7 +11,7 @@ import numpy as np
 
 from .blocks import CROSSED, parents, solve
 from .ir import Axis, Frozen, Space, Spaces
-from .labels import FIXED, KERNEL, Ledger, TensorAxis
+from .labels import FIXED, KERNEL, Ledger, TensorAxis, distinct
 
 
 def spaces_of(book: Ledger) -> Spaces:
@@ -48,7 +48,7 @@ def _refine_by_blocks(
 
     A block with a fixed member stays (marked in `frozen`); its members may move inside it.
     """
-    live = np.unique(unit)
+    live = distinct(unit)
     inside = live[parent[live] >= 0]
     while not frozen[parent[inside[frozen[inside]]]].all():
         frozen[parent[inside[frozen[inside]]]] = True
@@ -80,7 +80,7 @@ def _build(
     book: Ledger, unit: np.ndarray, cls: np.ndarray, parent: np.ndarray, frozen: np.ndarray
 ) -> tuple[Space, ...]:
     wide = [a for a in book.axes if len(a.labels) > 1]  # an axis of one position has no symmetry
-    parametric = np.unique(np.concatenate([unit[a.labels] for a in wide] + [[0]]))
+    parametric = distinct(np.concatenate([unit[a.labels] for a in wide] + [[0]]))
     members_of: dict[int, list[int]] = {}
     for u in _with_blocks(parametric, parent):
         if u > 1 and not frozen[u]:
@@ -109,7 +109,7 @@ def _with_blocks(units: np.ndarray, parent: np.ndarray) -> np.ndarray:
     """Add the blocks of some units, and the blocks of those blocks."""
     while True:
         outer = parent[units]
-        more = np.unique(np.concatenate([units, outer[outer > FIXED]]))
+        more = distinct(np.concatenate([units, outer[outer > FIXED]]))
         if len(more) == len(units):
             return more
         units = more
@@ -120,14 +120,14 @@ def _locate(
 ) -> list[tuple[int, Axis]]:
     """Return, for each space on an axis, the positions of its units in unit order."""
     units = unit[axis.labels]
+    at = np.flatnonzero(where[units] >= 0)
+    at = at[np.lexsort((position[units[at]], where[units[at]]))]
     found = []
-    for c in np.unique(where[units]):
-        if c < 0:
-            continue
-        at = np.flatnonzero(where[units] == c)
-        order = np.lexsort((at, position[units[at]]))
-        index = at[order].reshape(len(np.unique(units[at])), -1)
-        found.append((int(c), Axis(axis.tensor, axis.dim, index, reads, axis.groups)))
+    for part in np.split(at, np.flatnonzero(np.diff(where[units[at]])) + 1):
+        if len(part):
+            index = part.reshape(-1, np.count_nonzero(units[part] == units[part[0]]))
+            space = int(where[units[part[0]]])
+            found.append((space, Axis(axis.tensor, axis.dim, index, reads, axis.groups)))
     return found
 
 
@@ -139,12 +139,14 @@ def _name(
     where: np.ndarray,
     position: np.ndarray,
 ) -> tuple[Space, ...]:
+    outer_of = {c: _outer(units[0], parent, where) for c, units in members.items()}
+    within: dict[int, list[str]] = {c: [] for c in (*members, -1)}
+    for c, outer in outer_of.items():
+        within[outer] += [a.tensor for a in axes[c]]
     names: dict[int, str] = {}
     for c in sorted(members, key=lambda c: members[c][0]):
         writers = [a.tensor for a in axes[c] if not a.reads] or [a.tensor for a in axes[c]]
-        inner = [
-            a.tensor for d in members if axes[d] for a in axes[d] if _inside(d, c, members, parent)
-        ]
+        inner = within[c]
         module, _, leaf = (writers or inner or ["blocks"])[0].rpartition(".")
         base = module or leaf
         taken, n = set(names.values()), 2
@@ -155,7 +157,7 @@ def _name(
     spaces = []
     for c, units in members.items():
         block = parent[units]
-        outer = int(where[block[0]]) if block[0] >= 0 else -1
+        outer = outer_of[c]
         blocks = None
         if outer >= 0:
             blocks = position[block]
@@ -170,8 +172,9 @@ def _name(
     return tuple(sorted(spaces, key=lambda s: _depth(s, depth)))
 
 
-def _inside(c: int, outer: int, members: dict[int, list[int]], parent: np.ndarray) -> bool:
-    return int(parent[members[c][0]]) in members[outer]
+def _outer(unit: int, parent: np.ndarray, where: np.ndarray) -> int:
+    """Return the space of the block that a unit lies in, -1 if that block moves with nothing."""
+    return int(where[parent[unit]]) if parent[unit] >= 0 else -1
 
 
 def _depth(space: Space, by_name: dict[str, Space]) -> int:

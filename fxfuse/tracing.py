@@ -90,6 +90,15 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
         TraceError: If the model cannot be traced.
         ModelError: If it is no module or its weights are not finite.
     """
+    return copy_modes(model, copy.deepcopy(trace_sharing(model, name)))
+
+
+def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+    """Write a model down as `trace` does, but around the model's own parameters.
+
+    For who only reads them: they are most of a large model, and copying them most of the time that
+    tracing takes. What a forward may write to, the buffers, is the graph's own.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"a {type(model).__name__} instead of a network",
@@ -103,7 +112,6 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
     graph = _live_graph(shell, name)
     module = fx.GraphModule(shell, graph, type(model).__name__)
     _hide_constants(model, module)
-    module = copy.deepcopy(module)
     return copy_modes(model, module)
 
 
@@ -193,8 +201,8 @@ def _require_finite(model: nn.Module, name: str) -> None:
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """Copy the modules but share the tensors: tracing must not touch the model, nor double it."""
-    memo: dict[int, Any] = {id(t): t for _, t in _tensors(model)}
+    """Copy all but the parameters: tracing must not touch the model, nor double it."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

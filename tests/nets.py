@@ -239,6 +239,25 @@ class Tokens(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+class States(nn.Module):
+    """Places are summed up in a few states, channels are mixed there, and it goes back to places.
+
+    A value in between has free units along two axes: the channels and the states.
+    """
+
+    def __init__(self, width=6, states=5):
+        super().__init__()
+        self.pick = nn.Conv1d(width, 2 * states, 1)
+        self.inner, self.outer = nn.Conv1d(width, width + 1, 1), nn.Conv1d(width + 1, width, 1)
+
+    def forward(self, x):
+        x = x.flatten(2)
+        read, write = self.pick(x).chunk(2, dim=1)
+        state = x @ read.softmax(-1).transpose(1, 2)
+        state = self.outer(F.relu(self.inner(state)))
+        return (x + state @ write.tanh()).mean(-1)
+
+
 def mlp(*widths, norm=False, act=nn.ReLU, bias=True):
     """Linear layers of the given widths, each but the last with its activation behind it."""
     parts = []
@@ -322,6 +341,10 @@ NETS = {
     ),
     # stream, MLP; heads, and inside them query/key and value/output units
     "tokens": Net(Tokens, IMAGE, (2, 8, 8, 8, 12)),
+    # states, stream, inside
+    "states": Net(
+        lambda: nn.Sequential(conv(3, 6), States(6, 5), nn.Linear(6, 3)), IMAGE, (5, 6, 7)
+    ),
 }
 
 

@@ -77,10 +77,12 @@ def test_a_wider_copy_computes_the_same(name, factor):
     wide = fxfuse.net2wider(net, x, factor=factor)
     assert gap(net, wide, torch.randn(3, *data_shape(name))) <= 1e-5
     lint(wide)
-    report, outer = wide.meta["fxfuse"], {s.parent for s in fxfuse.find_spaces(net, x)}
+    report, stays = wide.meta["fxfuse"], {s.parent for s in fxfuse.find_spaces(net, x)}
+    if name == "states":
+        stays.add("1.pick")  # two activations are summed over it: no weight shares out the copies
     for space, (old, new) in report.sizes.items():
-        assert new == (old if space in outer else factor * old), space
-        assert (space in report.kept) == (space in outer)
+        assert new == (old if space in stays else factor * old), space
+        assert (space in report.kept) == (space in stays)
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 

@@ -18,7 +18,7 @@ from fxfuse import tracing
 from fxfuse.checks import lint
 from fxfuse.errors import DataError, ModelError, TraceError
 from fxfuse.modes import merge
-from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace
+from fxfuse.tracing import Mode, as_example, device_of, run_once, tensors_in, trace, trace_sharing
 
 
 def varies(module, x):
@@ -88,6 +88,28 @@ def test_nothing_is_shared_with_the_model():
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
     assert torch.equal(outputs(net, x), expected)
     assert {id(m) for m in net.modules()}.isdisjoint(id(m) for m in graph.modules())
+
+
+class Counting(nn.Module):
+    """Counts its calls, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.linear(x)
+
+
+def test_around_the_models_own_parameters_no_buffer_is_shared():
+    net, x = Counting().eval(), torch.randn(2, 4)
+    graph = trace_sharing(net)
+    assert graph.linear.weight is net.linear.weight and not graph.training
+    assert torch.equal(graph(x), net(x)) and graph.calls == net.calls == 1
+    fxfuse.find_spaces(net, x)
+    assert net.calls == 1
 
 
 def test_the_model_is_left_in_its_modes_and_can_be_forgotten():
