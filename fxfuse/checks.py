@@ -15,28 +15,42 @@ from .tracing import Example, Interpreter, as_example, run_once, trace
 
 TOLERANCE = 1e-4  # relative, of the largest output, in float32
 
-_SIZES = {  # attribute of a torch.nn module -> the size of its weight that it repeats
-    nn.Linear: {"out_features": (0, 1), "in_features": (1, 1)},
-    nn.modules.batchnorm._NormBase: {"num_features": (0, 1)},
-    nn.GroupNorm: {"num_channels": (0, 1)},
+_SHAPED = (nn.LayerNorm, nn.RMSNorm)
+_SIZES = {  # attribute of a torch.nn module -> the tensor and the axis whose size it repeats
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Bilinear: {
+        "out_features": ("weight", 0),
+        "in1_features": ("weight", 1),
+        "in2_features": ("weight", 2),
+    },
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
+    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
 }
 
 
 def sizes_of(module: nn.Module) -> dict[str, Any]:
     """Return the size attributes of a torch.nn module as its parameters imply them."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     weight = getattr(module, "running_mean", None) if weight is None else weight
-    if weight is None:
-        return {}
     if isinstance(module, nn.modules.conv._ConvNd):
         out, inner = ("in", "out") if module.transposed else ("out", "in")
         sizes = {f"{out}_channels": weight.shape[0]}
         return sizes | {f"{inner}_channels": weight.shape[1] * module.groups}
-    if isinstance(module, nn.LayerNorm):
-        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, _SHAPED):
+        return {} if weight is None else {"normalized_shape": tuple(weight.shape)}
+    if getattr(module, "proj_size", 0):  # an LSTM that hands on less than it holds
+        return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
     for kind, sizes in _SIZES.items():
         if isinstance(module, kind):
-            return {name: weight.shape[d] * f for name, (d, f) in sizes.items()}
+            held = {
+                n: weight if t == "weight" else getattr(module, t) for n, (t, _) in sizes.items()
+            }
+            return {n: held[n].shape[d] for n, (_, d) in sizes.items() if held[n] is not None}
     return {}
 
 
@@ -63,17 +77,17 @@ def lint(module: fx.GraphModule) -> None:
 
 def _vectors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the tensors of a module that hold one value per unit it writes."""
-    if not sizes_of(module) or isinstance(module, nn.LayerNorm):
+    if _outputs(module) is None:
         return []
     names = ("weight", "bias", "running_mean", "running_var")
     found = [(name, getattr(module, name, None)) for name in names]
     return [(name, t) for name, t in found if t is not None and t.dim() == 1]
 
 
-def _outputs(module: nn.Module) -> int:
+def _outputs(module: nn.Module) -> int | None:
     sizes = sizes_of(module)
     keys = ("out_channels", "out_features", "num_features", "num_channels")
-    return int(next(sizes[key] for key in keys if key in sizes))
+    return next((sizes[key] for key in keys if key in sizes), None)
 
 
 def _wrong(path: str, what: str) -> PassError:

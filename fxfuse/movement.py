@@ -43,13 +43,13 @@ def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
     layers: list[list[Tensor]] = [[] for _ in range(count)]
     for layer in known.layers:
         moved = _rerun(op, key, layer, shape)
-        for kept, part in zip(layers, moved if many else [moved]):
-            kept.extend(_kept(run, [collapse(part)]))
-    outputs = [Labels(tuple(kept), known.fill, known.sources) for kept in layers]
+        for own, part in zip(layers, moved if many else [moved]):
+            own.extend(alive(run, [collapse(part)]))
+    outputs = [Labels(tuple(own), known.fill, known.sources) for own in layers]
     return outputs if many else outputs[0]
 
 
-def _kept(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
+def alive(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
     """Return the layers that still vary; note that a unit taken out alone is unlike the others."""
     for layer in layers:
         if layer.numel() and not varying(layer):
@@ -177,4 +177,4 @@ def lookup(run: LabelRun, op: Op) -> Labels:
     run.freeze(stay, "rows of a table picked by number")
     going = [x.expand(tensor.shape) for x in known.layers if absent(x, stay)]
     moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in going]
-    return Labels(tuple(_kept(run, moved)), known.fill, known.sources)
+    return Labels(tuple(alive(run, moved)), known.fill, known.sources)

@@ -7,7 +7,6 @@ runs the operator itself on the labels; an operator without a rule freezes what 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .along import gather, ordered, reduction, softmax, spatial
 from .calls import Op, fixed, unknown
-from .contraction import along_same_axes, contract, extents, joint, merge, rows_over
-from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, varying
+from .contraction import along_same_axes, contract, extents, joint, merge
+from .labels import FIXED, KERNEL, NOTHING, LabelRun, Labels, absent, collapse, varying
 from .movement import (
     VIEWS,
+    alive,
     cat,
     constant,
     copied,
@@ -104,7 +105,7 @@ def _describe(op: Op) -> tuple[Any, ...] | None:
         return (rule, op.name)  # its numbers scale with widths, as in attention
     if rule in ("softmax", "reduction", "cat", "stack"):
         return (rule, op.name, op.dims(op.tensors[0].dim()))
-    if "pool" in op.name or rule == "pointwise":
+    if "pool" in op.name or rule in ("pointwise", "ordered", "gather", "glu"):
         numbers = [v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float))]
         return (rule, op.name, *numbers)
     return (rule, op.name)
@@ -118,43 +119,17 @@ def pointwise(run: LabelRun, op: Op) -> Labels:
     return merge(run, [(run.of(t), extents(t)) for t in op.tensors], op.out.dim())
 
 
-def reduction(run: LabelRun, op: Op) -> Labels | list[Labels]:
-    """A symmetric sum over units forgets them; over part of a layout it leaves their blocks."""
-    tensor = op["self"]
-    dims, kept = op.dims(tensor.dim()), []
-    for layer in run.of(tensor).layers:
-        axes = set(varying(layer))
-        if not axes & set(dims):
-            kept.append(layer)
-        elif axes - set(dims):
-            kept.append(rows_over(run, layer, tuple(sorted(axes - set(dims)))))
-    out = op.out if isinstance(op.out, Tensor) else op.out[0]
-    if out.dim() != tensor.dim():
-        stay = [d for d in range(tensor.dim()) if d not in dims]
-        kept = [x.reshape([x.shape[d] for d in stay]) for x in kept]
-    labels = Labels(tuple(kept), run.of(tensor).fill, run.of(tensor).sources)
-    return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
-
-
-def softmax(run: LabelRun, op: Op) -> Labels:
-    """Normalising over units treats all of them alike; units of several rows form blocks."""
-    tensor = op["self"]
-    for layer in run.of(tensor).layers:
-        rest = set(varying(layer)) - set(op.dims(tensor.dim()))
-        if rest and rest != set(varying(layer)):
-            rows_over(run, layer, tuple(sorted(rest)))
-    return run.of(tensor)
-
-
-def spatial(run: LabelRun, op: Op) -> Labels | list[Labels]:
-    """Pooling and resampling act on the trailing axes, where units may not vary."""
-    tensor = op.tensors[0]
-    known, rank = run.of(tensor), tensor.dim()
-    count = next(int(n) for n in re.findall(r"(\d)d", op.name))
-    mixed = [x for x in known.layers if max(varying(x)) >= rank - count]
-    run.freeze(mixed, "units laid out along a pooled axis")
-    labels = Labels(tuple(x for x in known.layers if absent(x, mixed)), known.fill)
-    return labels if isinstance(op.out, Tensor) else [labels] * len(op.out)
+def glu(run: LabelRun, op: Op) -> Labels:
+    """Units of the first half meet their gates in the second."""
+    tensor, known = op["self"], run.of(op["self"])
+    dim = -1 if op["dim"] is None else op["dim"]
+    halves: list[list[Tensor]] = [[], []]
+    for layer in known.layers:
+        for layers, half in zip(halves, layer.expand(tensor.shape).chunk(2, dim)):
+            layers += alive(run, [collapse(half)])
+    shape = tuple(op.out.shape)
+    sides = [(Labels(tuple(layers), known.fill, known.sources), shape) for layers in halves]
+    return merge(run, sides, op.out.dim())
 
 
 def convolution(run: LabelRun, op: Op) -> Labels:
@@ -274,14 +249,13 @@ def linear(run: LabelRun, op: Op) -> Labels:
 SILENT = {"detach", "alias", "clone", "contiguous", "lift_fresh", "t", "_to_copy"} | VIEWS
 
 ARITHMETIC = {"add", "sub", "rsub", "mul", "div"}
-
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [*VIEWS, "permute", "transpose", "t", "expand", "select", "slice", "split", "squeeze"]
         + ["split_with_sizes", "chunk", "unbind", "unsqueeze", "flip", "roll", "repeat", "narrow"]
         + ["index_select", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "unfold"]
         + ["channel_shuffle", "movedim", "flatten", "tile", "native_channel_shuffle"]
-        + ["unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk"],
+        + ["unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "rot90"],
         move,
     ),
     **dict.fromkeys(
@@ -297,14 +271,22 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["empty", "empty_like", "new_empty", "arange", "linspace"], opaque),
     **dict.fromkeys(
         ["mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "prod"]
-        + ["linalg_vector_norm", "logsumexp"],
+        + ["linalg_vector_norm", "logsumexp", "nansum", "any", "all"],
         reduction,
     ),
+    **dict.fromkeys(
+        ["max", "min", "median", "nanmedian", "mode", "argmax", "argmin", "sort", "argsort", "topk"]
+        + ["cumsum", "cumprod", "logcumsumexp"],
+        ordered,
+    ),
+    "gather": gather,
+    "glu": glu,
     **dict.fromkeys(
         ["max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"]
         + ["_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "avg_pool1d"]
         + ["adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_bilinear2d", "mkldnn_max_pool2d"]
         + ["upsample_nearest2d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d"]
+        + ["_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"]
         + ["upsample_nearest1d", "upsample_linear1d", "upsample_nearest3d", "reflection_pad1d"]
         + ["reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d"]
         + ["replication_pad3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"],

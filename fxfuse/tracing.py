@@ -45,12 +45,11 @@ class Interpreter(fx.Interpreter):
 def _thawed(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _thawed(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [_thawed(v) for v in value]
-        if isinstance(value, list):
-            return parts
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
+    if isinstance(value, list):
+        return [_thawed(v) for v in value]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_thawed, value))
+    return tuple(map(_thawed, value)) if type(value) is tuple else value  # torch has tuples, too
 
 
 class _Tracer(fx.Tracer):

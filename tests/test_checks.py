@@ -30,6 +30,13 @@ LAYERS = [
     nn.InstanceNorm2d(5, affine=True),
     nn.GroupNorm(2, 6),
     nn.LayerNorm([3, 4]),
+    nn.RMSNorm(5),
+    nn.Bilinear(3, 4, 5),
+    nn.PReLU(4),
+    nn.Embedding(5, 3),
+    nn.GRU(3, 4, 2),
+    nn.LSTM(3, 4, proj_size=2),
+    nn.LSTMCell(3, 4),
 ]
 
 

@@ -24,7 +24,7 @@ LEVELS = {
             "aligners correction costs data encoding labels least_squares options page references "
             "solvers tracing values",
             "blocks calls checks contraction decoding evaluation layer_costs sampling",
-            "movement norms passes ties",
+            "along movement norms passes ties",
             "operators",
             "interpreter",
             "canonical network spaces",

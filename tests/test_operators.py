@@ -221,6 +221,28 @@ CASES = {
     "std_mean": vectors(lambda net, x: x - _pair(torch.std_mean(x, 1, keepdim=True))[1]),
     "logsumexp": vectors(lambda net, x: x - x.logsumexp(1, keepdim=True)),
     "norm": vectors(lambda net, x: x / (1 + torch.linalg.vector_norm(x, dim=1, keepdim=True))),
+    "nansum": images(lambda net, x: x - x.nansum((2, 3), keepdim=True)),
+    # --- by order and by number
+    "max of pixels": images(lambda net, x: x * torch.max(x, 2, keepdim=True)[0]),
+    "min of pixels by name": images(lambda net, x: x - x.min(3, keepdim=True).values),
+    "max of units": vectors(lambda net, x: x - torch.max(x, 1, keepdim=True)[0], 0),
+    "max of everything": vectors(lambda net, x: x / (1 + x.max().abs())),
+    "max of pixels, axis gone": images(lambda net, x: x * x.flatten(2).max(2)[0][:, :, None, None]),
+    "where the largest unit is": vectors(lambda net, x: x + x.argmax(1, keepdim=True), 0),
+    "where the largest pixel is": images(lambda net, x: x + x.argmax(3, keepdim=True)),
+    "median": images(lambda net, x: x - x.median(3, keepdim=True)[0]),
+    "sort": images(lambda net, x: x.sort()[0]),
+    "sorted units": vectors(lambda net, x: x.sort()[0], 0),
+    "topk": images(lambda net, x: x.topk(3, 2)[0]),
+    "topk of units": vectors(lambda net, x: _pair(x.topk(4, 1))[0], 0, outputs=4),
+    "cumsum": images(lambda net, x: x.cumsum(2)),
+    "cumsum of units": vectors(lambda net, x: x.cumsum(1), 0),
+    "gather": images(lambda net, x: x.gather(3, x.argsort(3)[..., :4])),
+    "gathered units": vectors(lambda net, x: x.gather(1, x.argsort(1)), 0),
+    "gather from fewer": images(lambda net, x: x.gather(3, x[:1].argsort(3)), 0),
+    "glu": images(lambda net, x: F.glu(torch.cat([x, 1 - x], 1), 1)),
+    "glu of two halves": vectors(lambda net, x: F.glu(x), 4, outputs=4),
+    "glu of pixels": images(lambda net, x: F.glu(x, 3)),
     "sum of everything": vectors(lambda net, x: x * x.sum().tanh()),
     "softmax": vectors(lambda net, x: x.softmax(1)),
     "softmax over pixels": images(lambda net, x: x.flatten(2).softmax(2).unflatten(2, (6, 6))),
@@ -228,6 +250,10 @@ CASES = {
     "log_softmax": vectors(lambda net, x: x.log_softmax(1)),
     # --- pooling and resampling
     "max_pool": images(**kept(lambda: nn.MaxPool2d(2))),
+    "nearest-exact": images(
+        lambda net, x: F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    ),
+    "rot90": images(lambda net, x: x.rot90(1, (2, 3))),
     "avg_pool": images(**kept(lambda: nn.AvgPool2d(3, 1, 1))),
     "adaptive pools": images(
         lambda net, x: F.adaptive_avg_pool2d(x, 2) + F.adaptive_max_pool2d(x, 2)
@@ -411,11 +437,6 @@ CASES = {
     "index units": vectors(lambda net, x: x[:, [3, 1, 2]], outputs=3),
     "index rows": tokens(lambda net, x: x + net.a[torch.tensor([0, 0, 1, 2, 1])], a=table(3, 8)),
     # --- operators without a rule
-    "cumsum": vectors(lambda net, x: x.cumsum(1), free=0),
-    "sort": vectors(lambda net, x: _pair(x.sort(1))[0], free=0),
-    "topk": vectors(lambda net, x: _pair(x.topk(4, 1))[0], outputs=4, free=0),
-    "gather": vectors(lambda net, x: x.gather(1, (x > 0.5).long()), free=0),
-    "argmax": vectors(lambda net, x: x * x.argmax(1, keepdim=True), free=0),
     "fft": vectors(lambda net, x: torch.fft.rfft(x, dim=1).abs(), outputs=5, free=0),
 }
 
