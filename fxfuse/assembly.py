@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import fx
 
@@ -20,7 +21,7 @@ from .network import Network
 from .refit import Outcome, Refit, finite
 from .rescaling import rescale
 from .tracing import run_once
-from .weighing import nearest
+from .weighing import CLEARLY, Way, nearest
 
 
 def assemble(
@@ -43,7 +44,8 @@ def assemble(
         refit: How the fused network is corrected.
         clock: Told what is being done.
         width: Of the fused network, relative to its anchor's.
-        weigh: Choose the weights of the units by how near the outputs come to the ensemble's.
+        weigh: Choose the weights of the units, and the variant of the refit, by how near the
+            outputs come to the ensemble's.
         leads: Other networks whose units the fused ones may be instead, if that is chosen, too.
 
     Returns:
@@ -52,17 +54,19 @@ def assemble(
     """
     mixer, measured, kept = _coupled(mixer, data, coupling, refit, clock, width)
     if weigh:
-        others = [mixer.match.led_by(k) for k in leads] if width == 1 else []
-        options = [mixer]
-        for match in filter(None, others):
-            other = replace(mixer, match=match, couplings={})
-            options.append(_coupled(other, data, coupling, refit, clock, width)[0])
+        ways = [(mixer, refit)]
+        if width == 1:
+            ways += [(mixer, variant) for variant in getattr(refit, "variants", ())]
+            for match in filter(None, (mixer.match.led_by(k) for k in leads)):
+                other = replace(mixer, match=match, couplings={})
+                ways.append((_coupled(other, data, coupling, refit, clock, width)[0], refit))
         clock.start("choose weights")
-
-        def made(shares: Mixer, part: Calibration) -> Network:
-            return _made(shares, measured, part, refit, Clock(None))[0]
-
-        mixer = nearest(options, made, data, clock.tick)
+        found = [
+            Way(m, partial(_network, measured, r), CLEARLY if m is not mixer else 1.0)
+            for m, r in ways
+        ]
+        chosen, mixer = nearest(found, data, clock.tick)
+        refit = ways[chosen][1]
     fused, outcome = _made(mixer, measured, data, refit, clock)
     rescale(fused, mixer)
     require_sound(fused)
@@ -107,6 +111,10 @@ def _made(
     clock.start("refit")
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
     return fused, refit(fused, mixer, plans, data, samples, clock.tick)
+
+
+def _network(measured: Measurements, refit: Refit, mixer: Mixer, data: Calibration) -> Network:
+    return _made(mixer, measured, data, refit, Clock(None))[0]
 
 
 def require_sound(fused: Network) -> None:

@@ -88,8 +88,9 @@ def fuse(
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
             "auto" the outputs are to be the equal ensemble's, and the shares in the units before
-            them are those that come nearest to it on samples held out; unless the anchor is given,
-            the units may then be those of another network as wide.
+            them are those that come nearest to it on samples held out; so are, if there is no more
+            width, a last layer that is fitted or just mixed and, unless the anchor is given, the
+            units of the anchor or of another network as wide.
         width: Of the fused network, relative to the anchor's. Where there is room, units that are
             least like their matches get places of their own; with room for all, `float("inf")`,
             the outputs are the mean of the networks' exactly, but for norms over units, groups

@@ -49,10 +49,12 @@ class Outcome:
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data, where
             outputs are 2-D.
+        mixed: Whether what writes the outputs was left as it was mixed, for the rest was refitted.
     """
 
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None
+    mixed: bool = False
 
 
 class Refit(Protocol):

@@ -78,6 +78,7 @@ class Report:
         narrow: The spaces that kept their width though more was asked for, with the reason.
         memory: Peak resident bytes of the process so far, at the end of each stage.
         lead: Index of the network whose units the fused ones are, wherever it has them.
+        mixed: Whether `weights="auto"` left what writes the outputs as it was mixed.
         maps: `(space, network)` to what its units give `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
@@ -99,6 +100,7 @@ class Report:
     narrow: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict, compare=False)
     lead: int | None = None
+    mixed: bool = False
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
     )
@@ -168,9 +170,9 @@ class Report:
         lines = [f"widths of network {self.anchor}{units}, {len(self.spaces)} spaces"]
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
-            lines.append(
-                f"{len(self.layers)} layers refitted, mean R^2 {mean:.2f} on held-out data"
-            )
+            told = f"mean R^2 {mean:.2f} on held-out data"
+            left = "; outputs as mixed" if self.mixed else ""
+            lines.append(f"{len(self.layers)} layers refitted, {told}{left}")
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
         if self.poor:
@@ -219,6 +221,7 @@ def report_on(
         maps=_kept({key: c for key, c in mixer.couplings.items() if key[1] < count}),
         narrow=kept or {},
         lead=mixer.match.lead,
+        mixed=outcome.mixed,
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,7 @@ class LeastSquares:
         gram: Bytes for the products of the inputs of one contraction with each other: of 2,896 by
             default. Where there are more, or more than positions, the products of that many
             positions are taken instead. Eight times this for the inputs themselves.
+        outputs: Fit what writes the outputs, too. If not, it stays as it was mixed.
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -72,11 +73,17 @@ class LeastSquares:
     steps: int = 1
     frontier: int = 1 << 29
     gram: int = 1 << 26
+    outputs: bool = True
+
+    @property
+    def variants(self) -> tuple[LeastSquares, ...]:
+        """The same without a fit of the outputs: they hold what is learned by heart, too."""
+        return (replace(self, outputs=False),) if self.outputs else ()
 
     def settles(self, mixer: Mixer) -> dict[str, int]:
         """Return the nodes whose moments are wanted: those that are not refitted."""
         network = mixer.balanced.networks[mixer.anchor]
-        _, aims = self._aims(network, Targets(mixer))
+        _, aims = replace(self, outputs=True)._aims(network, Targets(mixer))
         refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
         return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
 
@@ -107,13 +114,15 @@ class LeastSquares:
                 if tick is not None:
                     tick((done + 1) / len(order))
             divergence = sweep.finish()
-            return Outcome(tuple(sweep.layers), divergence)
+            return Outcome(tuple(sweep.layers), divergence, not self.outputs)
 
     def _aims(self, network: Network, targets: Targets) -> tuple[list[fx.Node], dict[str, Aim]]:
         """Return the order of the sweep, and what can be refitted."""
 
         def can(aim: Aim) -> bool:
             ends = aim.at, aim.producer.joint
+            if aim.producer.node in targets.outputs and not self.outputs:
+                return False
             return all(targets.fits(node, aim.axis_in(network)) for node in ends)
 
         order, aims = aims_of(network)

@@ -9,7 +9,7 @@ whose units are the best to lead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,56 +24,65 @@ HELD = 4  # every fourth sample judges
 STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead; between the best ones
 CLEARLY = 0.75  # of what the first lead misses: ratios above it say nothing on other samples
 
-Make = Callable[[Mixer, Calibration], Network]
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to fuse networks.
+
+    Attributes:
+        mixer: The networks and their maps; the weights are those of the ensemble.
+        make: Makes the fused network of these, with other weights, and some of the data.
+        margin: The way is taken only if it leaves less than this share of what the first one does.
+    """
+
+    mixer: Mixer
+    make: Callable[[Mixer, Calibration], Network]
+    margin: float = 1.0
 
 
 def nearest(
-    options: Sequence[Mixer],
-    make: Make,
-    data: Calibration,
-    tick: Callable[[float], None] | None = None,
-) -> Mixer:
-    """Return the networks with the weights that bring the fused one nearest to their ensemble.
+    ways: Sequence[Way], data: Calibration, tick: Callable[[float], None] | None = None
+) -> tuple[int, Mixer]:
+    """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
 
-    Of several options the first is taken, unless another comes clearly nearer with the ensemble's
-    weights. Then the weight of the lead is searched for between its share of the ensemble and all;
-    the others keep their proportions.
+    Of several ways the first is taken, unless another comes nearer by its margin with the
+    ensemble's weights. Then the weight of the lead is searched for between its share of the
+    ensemble and all; the others keep their proportions.
 
     Args:
-        options: The networks and their maps, in the units of one network or another; the weights
-            are those of the ensemble.
-        make: Makes the fused network from some of the data.
+        ways: What there is to choose from.
         data: Calibration inputs; every fourth is held out, unless there are less than four.
         tick: Called with the share of the search that is done.
+
+    Returns:
+        Which way it is, and its networks with the weights.
     """
     fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
-    given = options[0].output_weights
-    voices = [(w, n) for w, n in zip(given, options[0].balanced.networks) if w]
-    most, done = len(options) + len(STARTS) + REFINEMENTS, 0
+    given = ways[0].mixer.output_weights
+    voices = [(w, n) for w, n in zip(given, ways[0].mixer.balanced.networks) if w]
+    most, done = len(ways) + len(STARTS) + REFINEMENTS, 0
 
-    def missed(mixer: Mixer, share: float) -> float:
+    def missed(way: Way, share: float) -> float:
         nonlocal done
-        network = make(_with_share(mixer, share), fit)
+        network = way.make(_with_share(replace(way.mixer, ensemble=given), share), fit)
         done += 1
         if tick is not None:
             tick(done / most)
         return _distance(voices, network, held)
 
-    options = [replace(mixer, ensemble=given) for mixer in options]
-    first = [missed(mixer, given[mixer.match.lead]) for mixer in options]
-    best = first.index(min(first))
-    if first[best] > CLEARLY * first[0]:
-        best = 0
-    mixer = options[best]
+    first = [missed(way, given[way.mixer.match.lead]) for way in ways]
+    able = [i for i, way in enumerate(ways) if not i or first[i] < way.margin * first[0]]
+    best = min(able, key=first.__getitem__)
+    way, mixer = ways[best], replace(ways[best].mixer, ensemble=given)
     found = {given[mixer.match.lead]: first[best]}
     for share in [s for s in STARTS if s not in found and s > min(found)]:
-        found[share] = missed(mixer, share)
+        found[share] = missed(way, share)
     for _ in range(REFINEMENTS):
         share = _between(found)
-        found[share] = missed(mixer, share)
+        found[share] = missed(way, share)
     if tick is not None:
         tick(1.0)
-    return _with_share(mixer, min(found, key=found.__getitem__))
+    return best, _with_share(mixer, min(found, key=found.__getitem__))
 
 
 def _between(found: dict[float, float]) -> float:

@@ -143,7 +143,9 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     found, chosen = [], []
-    monkeypatch.setattr(assembly, "nearest", lambda found, *_: chosen.append(found) or found[0])
+    monkeypatch.setattr(
+        assembly, "nearest", lambda ways, *_: chosen.append(1) or (0, ways[0].mixer)
+    )
     options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
     for extra in ([], *(o.split() for o in options)):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0

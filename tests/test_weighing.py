@@ -1,5 +1,9 @@
 """Weights that are chosen: never farther from the ensemble than the anchor, on what judged them."""
 
+from collections import namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +11,12 @@ from hypothesis import strategies as st
 from nets import gap, mlp, outputs, randomise, residual
 
 import fxfuse
+from fxfuse import weighing
+from fxfuse.data import Calibration
 from fxfuse.errors import ArgumentError
+from fxfuse.sweep import LeastSquares
 from fxfuse.transport import Transport
-from fxfuse.weighing import _between
+from fxfuse.weighing import Way, _between, nearest
 
 FULL_SAY = fxfuse.Method(coupling=Transport())  # so that weights matter where units have no match
 X = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
@@ -71,6 +78,51 @@ def test_the_units_may_be_those_of_another_network_as_wide():
 def test_units_of_other_numbers_cannot_lead():
     nets = quiet_and_loud(9, 8)
     assert fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"].lead == 0
+
+
+@dataclass(frozen=True)
+class Shares:
+    """All that the search sees of networks and their maps."""
+
+    weights: tuple[float, ...] = (0.5, 0.5)
+    ensemble: tuple[float, ...] | None = None
+    match: tuple = namedtuple("Match", "lead")(0)
+    balanced: tuple = namedtuple("Balanced", "networks")(("a", "b"))
+
+    @property
+    def output_weights(self):
+        return self.ensemble or self.weights
+
+
+@pytest.mark.parametrize(
+    ("missed", "chosen"), [((1.0, 0.9, 0.8), 1), ((1.0, 1.1, 0.8), 0), ((1.0, 0.9, 0.7), 2)]
+)
+def test_another_way_is_taken_if_it_is_nearer_by_its_margin(monkeypatch, missed, chosen):
+    monkeypatch.setattr(weighing, "_distance", lambda voices, way, data: missed[way])
+    margins = (1.0, 1.0, 0.75)
+    ways = [Way(Shares(), lambda *_, i=i: i, m) for i, m in enumerate(margins)]
+    way, shares = nearest(ways, Calibration(X))
+    assert way == chosen and shares.output_weights == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_last_layer_may_stay_as_it_was_mixed(monkeypatch, fitted):
+    """Whichever comes nearer, as told here by the norm of its weights."""
+    nets = [randomise(mlp(6, 9, 9, 4), 1), randomise(mlp(6, 8, 4), 2)]
+
+    def distance(voices, network, data):
+        return float(network.module.get_parameter("4.weight").detach().norm()) * (
+            1 if fitted else -1
+        )
+
+    both = [fxfuse.Method(refit=LeastSquares(outputs=o))(nets, X) for o in (True, False)]
+    larger = distance(None, SimpleNamespace(module=both[0]), None) > distance(
+        None, SimpleNamespace(module=both[1]), None
+    )
+    monkeypatch.setattr(weighing, "_distance", distance)
+    report = fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"]
+    assert report.mixed == larger and ("as mixed" in str(report)) == larger
+    assert ("_4" in {layer.node for layer in report.layers}) != larger
 
 
 def test_few_samples_judge_themselves():
