@@ -235,7 +235,7 @@ def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, 
     fed = balanced.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
     dims: dict[str, set[int]] = {}
-    for node, dim in balanced.networks[0].spaces.shown:
+    for node, dim in (place for n in balanced.networks for place in n.spaces.shown):
         dims.setdefault(node, set()).add(dim)
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in match.spaces.items():
