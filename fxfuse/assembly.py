@@ -20,6 +20,7 @@ from .mixing import Mixer
 from .network import Network
 from .refit import Outcome, Refit, finite
 from .rescaling import rescale
+from .room import Room, deepest_first
 from .tracing import run_once
 from .weighing import CLEARLY, Way, nearest
 
@@ -32,6 +33,7 @@ def assemble(
     clock: Clock,
     *,
     width: float = 1.0,
+    room: Room = deepest_first,
     weigh: bool = False,
     leads: Sequence[int] = (),
 ) -> tuple[fx.GraphModule, Mixer, Outcome, dict[str, str]]:
@@ -44,6 +46,7 @@ def assemble(
         refit: How the fused network is corrected.
         clock: Told what is being done.
         width: Of the fused network, relative to its anchor's.
+        room: Which spaces get how much of it.
         weigh: Choose the weights of the units, and the variant of the refit, by how near the
             outputs come to the ensemble's.
         leads: Other networks whose units the fused ones may be instead, if that is chosen, too.
@@ -52,14 +55,14 @@ def assemble(
         The network, the maps it was made with, how near it came, and the spaces that kept their
         width though more was asked for, with the reason.
     """
-    mixer, measured, kept = _coupled(mixer, data, coupling, refit, clock, width)
+    mixer, measured, kept = _coupled(mixer, data, coupling, refit, clock, width, room)
     if weigh:
         ways = [(mixer, refit)]
         if width == 1:
             ways += [(mixer, variant) for variant in getattr(refit, "variants", ())]
             for match in filter(None, (mixer.match.led_by(k) for k in leads)):
                 other = replace(mixer, match=match, couplings={})
-                ways.append((_coupled(other, data, coupling, refit, clock, width)[0], refit))
+                ways.append((_coupled(other, data, coupling, refit, clock)[0], refit))
         clock.start("choose weights")
         found = [
             Way(m, partial(_network, measured, r), CLEARLY if m is not mixer else 1.0)
@@ -79,7 +82,8 @@ def _coupled(
     coupling: CouplingMethod,
     refit: Refit,
     clock: Clock,
-    width: float,
+    width: float = 1.0,
+    room: Room = deepest_first,
 ) -> tuple[Mixer, Measurements, dict[str, str]]:
     """Couple the units and make room; return what was measured, too, and what kept its width."""
     clock.start("measure units")
@@ -93,7 +97,7 @@ def _coupled(
     coupling(mixer, measured, clock.tick)
     if width > 1:
         clock.start("make room")
-        mixer, kept = widened(mixer, width, apart)
+        mixer, kept = widened(mixer, width, apart, room)
         return mixer, measured, kept
     return mixer, measured, {}
 

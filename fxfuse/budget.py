@@ -23,10 +23,11 @@ from .measuring import Measurements
 from .mixing import Mixer
 from .network import Network
 from .reshaping import by_halves, reshaped
+from .room import Owner, Room
 from .stands import normed
 from .transport import ground_costs
 
-Owner = tuple[int, int]  # a network and one of its units
+MULTIPLES = (1, 2, 4, 8)  # of which numbers of units are tried
 LEAST = 1e-6  # share of a network in units that it has in common with others, at least
 
 
@@ -69,14 +70,15 @@ def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.
 
 
 def widened(
-    mixer: Mixer, width: float, costs: Mapping[tuple[str, int], np.ndarray]
+    mixer: Mixer, width: float, costs: Mapping[tuple[str, int], np.ndarray], room: Room
 ) -> tuple[Mixer, dict[str, str]]:
     """Widen the fused network and split off the units that are least like what they are matched to.
 
     Args:
         mixer: The networks and their maps.
-        width: Of the fused network, relative to its anchor's, space by space.
+        width: Of the fused network, relative to its anchor's.
         costs: How unlike units are, where that is known.
+        room: Which spaces get how much of it.
 
     Returns:
         The networks with a last one of no weight, whose structure the fused one takes, and the
@@ -92,8 +94,9 @@ def widened(
             expected="a coupling that gives each space one pair of maps",
             do="use fxfuse.transport.Transport(), or leave the width out",
         )
-    apart = {name: _split_off(mixer, name, width, costs) for name in _able(mixer)}
-    host, kept = _host(mixer.balanced.networks[mixer.anchor], {n: len(o) for n, o in apart.items()})
+    base = mixer.balanced.networks[mixer.anchor]
+    apart = room(base, width, {name: _unlike(mixer, name, costs) for name in _able(mixer)})
+    host, kept = _host(base, {name: len(owners) for name, owners in apart.items()})
     old = mixer.balanced
     balanced = Balanced((*old.networks, host), (*old.absent, ()), (*old.errors, 0.0))
     last = len(old.networks)
@@ -135,10 +138,8 @@ def _able(mixer: Mixer) -> list[str]:
     ]
 
 
-def _split_off(
-    mixer: Mixer, name: str, width: float, costs: Mapping[tuple[str, int], np.ndarray]
-) -> list[Owner]:
-    """Return the units to get places of their own, the least alike first."""
+def _unlike(mixer: Mixer, name: str, costs: Mapping[tuple[str, int], np.ndarray]) -> list[Owner]:
+    """Return the units that could have places of their own, the least alike first."""
     spaces, base = mixer.match.spaces[name], mixer.match.base[name]
     found: list[tuple[float, Owner]] = []
     for k, space in enumerate(spaces):
@@ -148,19 +149,26 @@ def _split_off(
         plan = mixer.couplings[name, k].project.toarray()
         mean = (plan * cost).sum(0) / np.maximum(plan.sum(0), 1e-12)
         found += [(-float(c), (k, unit)) for unit, c in enumerate(mean)]
-    room = spaces[mixer.anchor].size * (width - 1)
-    return [owner for _, owner in sorted(found)][: round(min(room, len(found)))]
+    return [owner for _, owner in sorted(found)]
 
 
 def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
-    """Return a network of the anchor's structure with more units, and what could not have more."""
-    found, wanted = [base], [name for name, extra in more.items() if extra]
+    """Return a network of the anchor's structure with more units, and what could not have more.
+
+    Where sizes come in equal parts, not every number of units can be had: those that cannot be
+    given as many as they should are given as many as a multiple of 2, 4 or 8 allows.
+    """
+    found, sizes = [base], {s.name: s.size for s in base.spaces}
+    kept, room = dict.fromkeys((name for name, extra in more.items() if extra), ""), dict(more)
 
     def widen(names: set[str]) -> None:
-        sizes = {s.name: s.size + (more[s.name] if s.name in names else 0) for s in base.spaces}
-        found[:] = [_sized(base, sizes)]
+        found[:] = [_sized(base, sizes | {n: base.spaces[n].size + room[n] for n in names})]
 
-    kept = by_halves(wanted, widen)
+    for step in MULTIPLES:
+        room |= {name: room[name] - room[name] % step for name in kept}
+        before, kept = kept, by_halves([name for name in kept if room[name]], widen)
+        kept |= {name: why for name, why in before.items() if not room[name]}
+        sizes |= {name: base.spaces[name].size + room[name] for name in before if name not in kept}
     return found[0], kept
 
 

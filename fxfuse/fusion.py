@@ -26,6 +26,7 @@ from .mixing import Mixer
 from .network import Network
 from .refit import Refit
 from .report import report_on
+from .room import Room, deepest_first
 from .segments import partition
 from .sweep import LeastSquares
 from .tracing import copy_modes, plain_modes
@@ -44,6 +45,8 @@ class Method:
         coupling: How the units of the networks find each other, and how far each has a say.
         refit: How the fused network is corrected on the data: `LeastSquares(...)`, or by its
             moments alone.
+        room: Where the units of a wider network get their places: `room.deepest_first`, or
+            `room.evenly` if it is to have the widths of an architecture.
         absent_as_zero: Let layers that a network lacks pull the others' towards zero.
         anchor: Which network's widths the fused one takes, when the caller does not say: from all
             depths to an index. None for the deepest, or the widest if the coupling asks for it.
@@ -54,6 +57,7 @@ class Method:
     balancing: Balancing = deepen
     coupling: CouplingMethod = Transport(agreement=4.0)
     refit: Refit = LeastSquares()
+    room: Room = deepest_first
     absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] | None = None
 
@@ -91,10 +95,11 @@ def fuse(
             them are those that come nearest to it on samples held out; so are, if there is no more
             width, a last layer that is fitted or just mixed and, unless the anchor is given, the
             units of the anchor or of another network as wide.
-        width: Of the fused network, relative to the anchor's. Where there is room, units that are
-            least like their matches get places of their own; with room for all, `float("inf")`,
-            the outputs are the mean of the networks' exactly, but for norms over units, groups
-            and heads, which keep their width.
+        width: Of the fused network, relative to the anchor's: it takes at most the multiply-adds of
+            the anchor with all layers made so much wider. Units that are least like their matches
+            get places of their own, the deepest layers first (`Method(room=)`); with room for all,
+            `float("inf")`, the outputs are the mean of the networks' exactly, but for norms over
+            units, groups and heads, which keep their width.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
         method: The choices along the way; the default is the best one known (with heads, `FAIR`).
@@ -134,7 +139,12 @@ def fuse(
     choices = ready.data, method.coupling, method.refit, clock
     leads = [k for k in range(len(models)) if k != ready.anchor and anchor is None]
     module, mixer, outcome, kept = assemble(
-        ready.mixer(shares, method), *choices, width=width, weigh=automatic, leads=leads
+        ready.mixer(shares, method),
+        *choices,
+        width=width,
+        room=method.room,
+        weigh=automatic,
+        leads=leads,
     )
     fused = copy_modes(models[ready.anchor], module)
     notes: tuple[str, ...] = ()

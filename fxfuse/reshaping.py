@@ -74,9 +74,9 @@ def reshaped(network: Network, sizes: dict[str, int]) -> fx.GraphModule:
     Raises:
         PassError: If a node takes no sizes that fit.
     """
-    module, growth = copy.deepcopy(network.module).eval(), _growth(network, sizes, False)
+    module, shapes = copy.deepcopy(network.module).eval(), shapes_at(network, sizes)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        shape = _shape(network, name, tuple(tensor.shape), growth)
+        shape = shapes[name]
         if shape != tuple(tensor.shape):
             _replace(
                 module, name, torch.full(shape, 0.01, dtype=tensor.dtype, device=tensor.device)
@@ -87,6 +87,18 @@ def reshaped(network: Network, sizes: dict[str, int]) -> fx.GraphModule:
         _Fitter(network, module, sizes).run(*network.example)
     module.recompile()
     return module
+
+
+def shapes_at(network: Network, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters and buffers at other numbers of units.
+
+    Args:
+        network: The network.
+        sizes: Space name -> number of units.
+    """
+    growth, module = _growth(network, sizes, False), network.module
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: _shape(network, name, tuple(t.shape), growth) for name, t in tensors}
 
 
 def by_halves(names: Sequence[str], change: Callable[[set[str]], None]) -> dict[str, str]:

@@ -5,13 +5,25 @@ import torch
 from conftest import FUNCTION
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Tokens, gap, mlp, moved, outputs, randomise, residual, stages
+from nets import (
+    PaddedShortcut,
+    Tokens,
+    conv,
+    gap,
+    mlp,
+    moved,
+    outputs,
+    randomise,
+    residual,
+    stages,
+)
 from torch import nn
 
 import fxfuse
 from fxfuse.errors import ArgumentError
 from fxfuse.layerwise import LayerByLayer
 from fxfuse.refit import MatchMoments
+from fxfuse.room import deepest_first, evenly
 from fxfuse.zipping import Zip
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
@@ -85,15 +97,29 @@ def test_units_that_are_alike_share_a_place_before_those_that_are_not():
     assert relative(outputs(fused, x), mean_of(nets, x)) < FUNCTION
 
 
-def test_a_network_of_another_width_still_loads_and_trains():
+def test_a_network_that_is_evenly_wider_still_loads_and_trains():
     nets, x = pair("depths")
-    fused = fxfuse.fuse(nets, x, width=1.5)
+    fused = fxfuse.fuse(nets, x, width=1.5, method=fxfuse.Method(room=evenly))
     wide = mlp(6, 12, 12, 12, 3)
     assert fused.get_submodule("0").out_features == 12
     wide.load_state_dict(fused.state_dict())
     assert gap(fused, wide, x) == 0
     fused.train()(x).sum().backward()
     assert all(p.grad is not None for p in fused.parameters())
+
+
+@pytest.mark.parametrize("width", [1.3, 1.5, 1.7, 1.9])
+@pytest.mark.parametrize("room", [evenly, deepest_first])
+def test_sizes_that_come_in_equal_parts_are_rounded_not_left_as_they_were(width, room):
+    nets = [
+        randomise(nn.Sequential(conv(3, 8), PaddedShortcut(8, 16), PaddedShortcut(16, 32)), s)
+        for s in (1, 2)
+    ]
+    nets = [
+        nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)) for net in nets
+    ]
+    fused = fxfuse.fuse(nets, IMAGES, width=width, method=fxfuse.Method(room=room))
+    assert not fused.meta["fxfuse"].narrow
 
 
 def test_norms_over_units_keep_their_width_and_what_is_inside_grows():
