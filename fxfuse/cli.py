@@ -189,7 +189,8 @@ def fuse_command(
         str | None, typer.Option(help="Shares of the models, such as 0.7,0.3, or auto; else equal.")
     ] = None,
     width: Annotated[
-        float | None, typer.Option(help="How many times the anchor's, in multiply-adds; from 1.")
+        float | None,
+        typer.Option(help="Of the fused network, relative to the anchor's, on the whole; from 1."),
     ] = None,
     anchor: Annotated[
         int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
