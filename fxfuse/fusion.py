@@ -17,9 +17,8 @@ from .correspondence import Correspondence, correspond
 from .coupling import CouplingMethod
 from .cutting import Head, cut_networks, trunk_segments
 from .data import Calibration
-from .errors import ArgumentError
 from .heads import Heads, require_heads
-from .intake import Clock, Progress, anchor_of, shares_of, take_in
+from .intake import Clock, Progress, anchor_of, is_automatic, shares_of, take_in
 from .ir import Alignment
 from .layer_costs import LayerCost, linear_cka
 from .mixing import Mixer
@@ -132,7 +131,7 @@ def fuse(
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
     method, clock = method or (Method() if heads is None else FAIR), Clock(progress)
-    automatic = _automatic(weights, heads)
+    automatic = is_automatic(weights, heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width, heads is not None)
     ready = _prepare(models, data, alignment, anchor, method, clock, heads)
@@ -202,18 +201,6 @@ def _prepare(
     balanced = method.balancing(networks, alignment, calibration, clock.tick)
     match = correspond(balanced, target)
     return _Prepared(calibration, target, alignment, balanced, match, behind)
-
-
-def _automatic(weights: Sequence[float] | str | None, heads: Heads | None) -> bool:
-    """Tell whether the weights are to be chosen; refuse words that mean nothing."""
-    if isinstance(weights, str) and (weights != "auto" or heads is not None):
-        raise ArgumentError(
-            f"weights '{weights}'" + (" for networks of different tasks" if heads else ""),
-            where="the argument `weights`",
-            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
-            do="give one number for each model, or leave them out for equal weights",
-        )
-    return weights == "auto"
 
 
 def _seeds(method: Method) -> dict[str, int]:

@@ -156,6 +156,26 @@ def _require_same_outputs(outputs: list[list[torch.Tensor]], names: list[str]) -
             )
 
 
+def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
+    """Tell whether the weights are to be chosen.
+
+    Args:
+        weights: As for `fuse`.
+        apart: Whether the networks are of different tasks.
+
+    Raises:
+        ArgumentError: If they are a word that means nothing.
+    """
+    if isinstance(weights, str) and (weights != "auto" or apart):
+        raise ArgumentError(
+            f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
+            where="the argument `weights`",
+            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
+            do="give one number for each model, or leave them out for equal weights",
+        )
+    return weights == "auto"
+
+
 def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
     """Return the share of each model, sum 1; refuse what is no weights."""
     count = len(models) if isinstance(models, Sequence) else 0

@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from statistics import fmean
@@ -47,11 +48,12 @@ def evenly(base: Network, width: float, unlike: Unlike) -> dict[str, Sequence[Ow
 
 
 def deepest_first(base: Network, width: float, unlike: Unlike) -> dict[str, Sequence[Owner]]:
-    """Give room to the deepest spaces first.
+    """Give room to the deepest spaces first, of one network after the other.
 
     There is as much of it as keeps the network's multiply-adds within those it would have if it
     were made wider `evenly`, in all its spaces. A space is as deep as its values lie on average: a
-    residual stream is half as deep as the last layer.
+    residual stream is half as deep as the last layer. One network that has all its units says more
+    than two that have half, so that with the fewest comes first.
 
     Args:
         base: The network that is to be wider.
@@ -64,7 +66,11 @@ def deepest_first(base: Network, width: float, unlike: Unlike) -> dict[str, Sequ
     own = {space.name: space.size for space in base.spaces}
     depths = _depths(base)
     deepest = sorted(unlike, key=depths.__getitem__, reverse=True)
-    order = [(name, owner) for name in deepest for owner in unlike[name]]
+    needs = Counter(k for owners in unlike.values() for k, _ in owners)
+    first_come = sorted(needs, key=lambda k: (needs[k], k))
+    order = [
+        (n, owner) for k in first_come for n in deepest for owner in unlike[n] if owner[0] == k
+    ]
     most = max((1 + len(owners) / own[name] for name, owners in unlike.items()), default=1.0)
     work = _Work(base)
     limit = work.at(own | {name: round(own[name] * min(width, most)) for name in unlike})

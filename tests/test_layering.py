@@ -30,7 +30,7 @@ LEVELS = {
             "canonical network spaces",
             "folding intake pairing segments sizing statistics widening",
             "adoption alignment inspection neutral producer reshaping",
-            "frontier removal rewrites sockets",
+            "frontier removal rewrites room sockets",
             "balancing merging",
             "correspondence cutting refitting transfer",
             "measuring mixing shortening",

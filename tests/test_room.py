@@ -85,6 +85,16 @@ def test_a_stream_is_half_as_deep_as_the_last_layer():
     assert inner[-1] in full and not found[inner[0]]
 
 
+@pytest.mark.parametrize("smaller", [1, 2])
+def test_the_network_that_needs_least_room_comes_first(smaller):
+    base = network(mlp(6, 8, 8, 8, 3), X)
+    needs = {k: 3 if k == smaller else 8 for k in (1, 2)}
+    unlike = {s.name: [(k, u) for k in (1, 2) for u in range(needs[k])] for s in base.spaces}
+    for width, whole in ((1.2, False), (1.7, True)):
+        found = [k for owners in deepest_first(base, width, unlike).values() for k, _ in owners]
+        assert found.count(smaller) == 9 if whole else set(found) == {smaller}
+
+
 @pytest.mark.parametrize("room", [evenly, deepest_first])
 @pytest.mark.parametrize("width", [3.0, 7.5, math.inf])
 def test_with_room_for_all_everybody_gets_some(room, width):
