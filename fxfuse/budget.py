@@ -158,17 +158,18 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
     Where sizes come in equal parts, not every number of units can be had: those that cannot be
     given as many as they should are given as many as a multiple of 2, 4 or 8 allows.
     """
-    found, sizes = [base], {s.name: s.size for s in base.spaces}
+    own = {s.name: s.size for s in base.spaces}
+    found, sizes = [base], dict(own)
     kept, room = dict.fromkeys((name for name, extra in more.items() if extra), ""), dict(more)
 
     def widen(names: set[str]) -> None:
-        found[:] = [_sized(base, sizes | {n: base.spaces[n].size + room[n] for n in names})]
+        found[:] = [_sized(base, sizes | {n: own[n] + room[n] for n in names})]
 
     for step in MULTIPLES:
         room |= {name: room[name] - room[name] % step for name in kept}
         before, kept = kept, by_halves([name for name in kept if room[name]], widen)
         kept |= {name: why for name, why in before.items() if not room[name]}
-        sizes |= {name: base.spaces[name].size + room[name] for name in before if name not in kept}
+        sizes |= {name: own[name] + room[name] for name in before if name not in kept}
     return found[0], kept
 
 
