@@ -7,6 +7,8 @@ Heterogeneous Neural Networks via Cross-Layer Alignment) for a pair of networks:
     resnet-plain  the same without norms, as in the paper
     resnet-half   ResNet-34 and ResNet-18 of half the width, without norms: teacher and student
     vgg           VGG-13 of double and VGG-11 of half the width, without norms: teacher and student
+    cifar         He et al.'s ResNet-32 (A) and ResNet-20 (B), at every scale as wide as they are:
+                  for networks trained elsewhere, `--parents A.safetensors B.safetensors`
 
     python examples/SCRIPT.py [--pairs resnet ...] [--scale tiny|small|paper] [--seeds 0 1 2]
                               [--data folder:PATH | cifar10:PATH | cifar100:PATH]
@@ -45,7 +47,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.checkpoints import load_weights
-from fxfuse.errors import FuseError
+from fxfuse.errors import ArgumentError, FuseError
 from fxfuse.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -86,6 +88,7 @@ _RESNET = Recipe(300, 0.1, 256, 1e-4, cuts=(150, 250))
 _RESNET_TUNE = Recipe(120, 0.1, 256, 1e-4, cuts=(20, 40, 60, 80, 100), factor=2)
 _VGG = Recipe(300, 0.05, 128, 5e-4, cuts=tuple(range(30, 300, 30)), factor=2)
 _VGG_TUNE = replace(_VGG, epochs=120, rate=0.01, cuts=(20, 40, 60, 80, 100))
+_CIFAR = Recipe(200, 0.1, 128, 1e-4, cuts=(100, 150))  # of He et al.'s networks
 
 SCALES = {
     "tiny": Scale(
@@ -93,14 +96,16 @@ SCALES = {
         small_images=16,
         counts=(4000, 1000, 2000),
         train={
-            "normed": Recipe(14, 0.2, decay=5e-4),
-            "resnet": Recipe(14, 0.1, decay=5e-4, clip=1.0),
-            "vgg": Recipe(14, 0.05, decay=5e-4, clip=1.0),
+            "normed": Recipe(24, 0.1, 64, 5e-4),
+            "resnet": Recipe(24, 0.2, 64, 5e-4, clip=1.0),
+            "vgg": Recipe(24, 0.05, 64, 5e-4, clip=1.0),
+            "cifar": Recipe(24, 0.1, 64, 5e-4),
         },
         tune={
-            "normed": Recipe(3, 0.01, decay=5e-4),
-            "resnet": Recipe(3, 0.01, decay=5e-4, clip=1.0),
-            "vgg": Recipe(3, 0.01, decay=5e-4, clip=1.0),
+            "normed": Recipe(2, 0.01, 64, 5e-4),
+            "resnet": Recipe(2, 0.01, 64, 5e-4, clip=1.0),
+            "vgg": Recipe(2, 0.01, 64, 5e-4, clip=1.0),
+            "cifar": Recipe(1, 0.003, 64, 5e-4),
         },
         distil_epochs=1,
         maps=1,
@@ -114,11 +119,13 @@ SCALES = {
             "normed": Recipe(30, 0.2, 256, 5e-4),
             "resnet": Recipe(30, 0.1, 256, 5e-4, clip=1.0),
             "vgg": Recipe(30, 0.05, 128, 5e-4, clip=1.0),
+            "cifar": Recipe(30, 0.1, 128, 5e-4),
         },
         tune={
             "normed": Recipe(12, 0.05, 256, 5e-4),
             "resnet": Recipe(12, 0.03, 256, 5e-4, clip=1.0),
             "vgg": Recipe(12, 0.02, 128, 5e-4, clip=1.0),
+            "cifar": Recipe(12, 0.02, 128, 5e-4),
         },
         distil_epochs=4,
         maps=2,
@@ -128,8 +135,13 @@ SCALES = {
         divisor=1,
         small_images=32,
         counts=(0, 1, 0),
-        train={"normed": _RESNET, "resnet": _RESNET, "vgg": _VGG},
-        tune={"normed": _RESNET_TUNE, "resnet": _RESNET_TUNE, "vgg": _VGG_TUNE},
+        train={"normed": _RESNET, "resnet": _RESNET, "vgg": _VGG, "cifar": _CIFAR},
+        tune={
+            "normed": _RESNET_TUNE,
+            "resnet": _RESNET_TUNE,
+            "vgg": _VGG_TUNE,
+            "cifar": _RESNET_TUNE,
+        },
         distil_epochs=120,
         maps=5,
     ),
@@ -158,6 +170,10 @@ def _resnet(blocks: Sequence[int], width: int, norm: bool, divisor: int, classes
     return CifarResNet(blocks, max(4, width // divisor), "conv", norm, classes)
 
 
+def _cifar(blocks: int, divisor: int, classes: int) -> nn.Module:
+    return CifarResNet([blocks] * 3, classes=classes)
+
+
 def _vgg(plan: Sequence[int], divisor: int, classes: int) -> nn.Module:
     return Vgg([width // divisor for width in plan], norm=False, classes=classes)
 
@@ -174,6 +190,7 @@ PAIRS = {
         partial(_resnet, _34, 64, False), partial(_resnet, _18, 32, False), "resnet", 3
     ),
     "vgg": Pair(partial(_vgg, _13), partial(_vgg, _11), "vgg", 5),
+    "cifar": Pair(partial(_cifar, 5), partial(_cifar, 3), "cifar", 2),
 }
 
 
@@ -211,6 +228,13 @@ class Lab:
         """Return A (0) or B (1), trained here or with the weights of a file."""
         network, name = self.untrained(which, seed), "AB"[which]
         if self.checkpoints:
+            if seed != self.seed:
+                raise ArgumentError(
+                    "one A and one B, and a question that asks for more",
+                    where="--parents",
+                    expected="a question about two networks",
+                    do="leave --parents out; the networks are trained here",
+                )
             load_weights(network, self.checkpoints[which])
             return Run(network.eval(), self.score(network))
         recipe = self.scale.train[self.pair.recipe]
@@ -359,6 +383,7 @@ def _circumstances(lab: Lab, precision: str) -> dict[str, Any]:
     recipe = lab.pair.recipe
     return {
         "recipes": {k: asdict(getattr(lab.scale, k)[recipe]) for k in ("train", "tune")},
+        "parents": [path.name for path in lab.checkpoints],
         "data": lab.data.described(),
         "versions": {"fxfuse": fxfuse.__version__, "torch": torch.__version__},
         "hardware": hardware() | {"precision": precision},

@@ -22,7 +22,7 @@ from fxfuse.files import write_atomically, write_text
 
 Record = dict[str, Any]
 Table = Callable[[Sequence[Record]], str]
-QUESTIONS = "initialisation many transfer teacher_student distillation cost".split()  # noqa: SIM905
+QUESTIONS = "initialisation wider many transfer teacher_student distillation cost".split()  # noqa: SIM905
 
 #: Rows to accuracies before and after fine-tuning, by number of classes, as the paper gives them.
 Paper = Mapping[int, Mapping[str, tuple[float | None, float | None]]]
@@ -76,9 +76,9 @@ def stated(records: Sequence[Record]) -> str:
     one = records[0]
     data, train = one["data"], one["recipes"]["train"]
     epochs = max(len(row.get("epochs", ())) for row in one["rows"])
-    trained = f"; {train['epochs']} epochs for the parents, {epochs} after each start" * bool(
-        epochs
-    )
+    files, starts = " and ".join(one.get("parents", ())), f"{epochs} after each start"
+    parents = f"parents from {files}" if files else f"{train['epochs']} epochs for the parents"
+    trained = f"; {parents}, {starts}" * bool(epochs)
     machine = one["hardware"]
     versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
     seconds = sum(record["processor_seconds"] for record in records)
@@ -100,9 +100,13 @@ def groups(folder: Path, question: str) -> dict[str, list[Record]]:
         grouped.setdefault(f"{question}-{record['pair']}-{record['scale']}", []).append(record)
     for records in grouped.values():
         records.sort(key=lambda record: record["seed"])
-        same = [r for r in records if r["data"]["sha256"] == records[0]["data"]["sha256"]]
-        records[:] = same  # figures on other images do not belong into one mean
+        # Figures on other images, from other parents or recipes do not belong into one mean.
+        records[:] = [r for r in records if _basis(r) == _basis(records[0])]
     return grouped
+
+
+def _basis(record: Record) -> tuple[Any, ...]:
+    return record["data"]["sha256"], record.get("parents", []), record.get("recipes")
 
 
 def _read(path: Path) -> Record:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import fxfuse
 from fxfuse import presets
+from fxfuse.errors import ArgumentError
 
 
 @pytest.fixture
@@ -108,6 +109,20 @@ def test_parents_come_from_files(small, tmp_path):
         save_file(parent.network.state_dict(), path)
     given = replace(lab, checkpoints=paths)
     assert given.first.before == lab.first.after
+    with pytest.raises(ArgumentError, match="one A and one B"):
+        given.parent(0, 1)
+
+
+def untrained(name, images, tmp_path) -> Lab:
+    pair = experiment.PAIRS[name]
+    data = experiment.load(f"folder:{images}", pair.size(SCALES["tiny"]), tmp_path, (24, 8, 8))
+    lab = Lab(pair, SCALES["tiny"], 0, experiment.Trainer(data, tmp_path / "work", "cpu"))
+    lab.first, lab.second = (experiment.Run(lab.untrained(i, 0).eval()) for i in (0, 1))
+    return lab
+
+
+def shapes(network):
+    return sorted(tuple(p.shape) for p in network.parameters())
 
 
 @pytest.mark.sweep
@@ -115,20 +130,24 @@ def test_parents_come_from_files(small, tmp_path):
 def test_students_keep_their_widths(name, small, tmp_path):
     from teacher_student import students
 
-    pair = experiment.PAIRS[name]
-    data = experiment.load(f"folder:{small}", pair.size(SCALES["tiny"]), tmp_path, (24, 8, 8))
-    trainer = experiment.Trainer(data, tmp_path / "work", "cpu")
-    lab = Lab(pair, SCALES["tiny"], 0, trainer)
-    untrained = [lab.untrained(which, 0).eval() for which in (0, 1)]
-    lab.first, lab.second = (experiment.Run(net) for net in untrained)
-    deeper = students(lab)
-    shapes = [
-        sorted(tuple(p.shape) for p in deeper[k].parameters())
-        for k in ("`best`", "`clafusion`", "B, as deep as A")
-    ]
-    assert shapes[0] == shapes[1] == shapes[2]
-    x = data.inputs(data.test.images)
-    torch.testing.assert_close(deeper["B, as deep as A"](x), untrained[1](x), rtol=1e-4, atol=1e-4)
+    lab = untrained(name, small, tmp_path)
+    fused = students(lab)
+    deeper = fused["B, as deep as A"]
+    assert shapes(fused["`best`"]) == shapes(fused["`clafusion`"]) == shapes(deeper)
+    x = lab.data.inputs(lab.data.test.images)
+    torch.testing.assert_close(deeper(x), lab.second.network(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_made_wider_has_the_widths_of_what_is_fused_with_room(small, tmp_path):
+    from wider import starts
+
+    lab = untrained("resnet-half", small, tmp_path)
+    found = starts(lab)
+    fused, wider = (found[k] for k in ("`best`, `width=1.5`", "A, as wide"))
+    assert shapes(fused) == shapes(wider) != shapes(found["`best`"])
+    x = lab.data.inputs(lab.data.test.images)
+    aim = lab.first.network(x)
+    assert 0 < (wider(x) - aim).std() < 0.1 * aim.std()  # the same but for a little noise
 
 
 def test_the_share_is_chosen_on_images_held_out():

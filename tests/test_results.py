@@ -53,8 +53,23 @@ def test_pairs_and_scales_get_tables_of_their_own(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.md")) == names
 
 
-def test_records_of_other_images_are_left_out(tmp_path):
-    write(tmp_path, record(0), record(1, 90.0, digest="y"))
+def test_a_table_says_where_parents_come_from(tmp_path):
+    write(tmp_path, record(0, parents=["a.safetensors", "b.safetensors"]))
+    results.render(tmp_path, "asked", "What?", TABLE)
+    text = (tmp_path / "asked-p-tiny.md").read_text()
+    assert "parents from a.safetensors and b.safetensors, 2 after each start" in text
+
+
+OTHER = {
+    "images": {"digest": "y"},
+    "parents": {"parents": ["a.safetensors", "b.safetensors"]},
+    "recipes": {"recipes": {"train": {"epochs": 9}, "tune": {"epochs": 2}}},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_records_of_another_basis_are_left_out(what, tmp_path):
+    write(tmp_path, record(0), record(1, 90.0, **OTHER[what]))
     results.render(tmp_path, "asked", "What?", TABLE)
     text = (tmp_path / "asked-p-tiny.md").read_text()
     assert "seeds 0:" in text
