@@ -9,6 +9,7 @@ mean and the population standard deviation.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -23,6 +24,9 @@ from fxfuse.files import write_atomically, write_text
 Record = dict[str, Any]
 Table = Callable[[Sequence[Record]], str]
 QUESTIONS = "initialisation wider many transfer teacher_student distillation cost".split()  # noqa: SIM905
+
+#: Pairs that the paper does not have.
+OWN_PAIRS = ("cifar",)
 
 #: Rows to accuracies before and after fine-tuning, by number of classes, as the paper gives them.
 Paper = Mapping[int, Mapping[str, tuple[float | None, float | None]]]
@@ -53,15 +57,17 @@ def cells(records: Sequence[Record], name: str, key: str) -> list[Any]:
 
 
 def starts(records: Sequence[Record], paper: Paper) -> str:
-    """Return the table of starts: accuracy before and after training, and the paper's."""
-    lines = ["| start | parameters | before | after | paper, before | paper, after |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    """Return the table of starts: accuracy before and after training, and the paper's if any."""
+    beside = bool(paper) and records[0]["pair"] not in OWN_PAIRS
     theirs = paper.get(records[0]["data"]["classes"], {})
+    head = ["start", "parameters", "before", "after"] + ["paper, before", "paper, after"] * beside
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name in names_of(records):
         size = next((c for c in cells(records, name, "parameters") if c), None)
         row = [name, f"{size:,}" if size else ""]
         row += [found(cells(records, name, key)) for key in ("before", "after")]
-        row += ["" if f is None else f"{f:.1f}" for f in theirs.get(name, (None, None))]
+        if beside:
+            row += ["" if f is None else f"{f:.1f}" for f in theirs.get(name, (None, None))]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -76,9 +82,10 @@ def stated(records: Sequence[Record]) -> str:
     one = records[0]
     data, train = one["data"], one["recipes"]["train"]
     epochs = max(len(row.get("epochs", ())) for row in one["rows"])
-    files, starts = " and ".join(one.get("parents", ())), f"{epochs} after each start"
-    parents = f"parents from {files}" if files else f"{train['epochs']} epochs for the parents"
-    trained = f"; {parents}, {starts}" * bool(epochs)
+    files = " and ".join(one.get("parents", ()))
+    parents = f"from {files}" if files else f"trained for {train['epochs']} epochs"
+    starts = f"every start for {epochs} epoch{'s' * (epochs > 1)}"
+    trained = f"; parents {parents}, {starts}" * bool(epochs)
     machine = one["hardware"]
     versions = ", ".join(f"{k} {v}" for k, v in one["versions"].items())
     seconds = sum(record["processor_seconds"] for record in records)
@@ -133,6 +140,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     if any(len(cells([records[0]], name, "name")) > 1 for name in names_of(records)):
         axes.set_title("mean of all settings of each start", fontsize="medium")
+    dashes = itertools.cycle(["--", ":", "-."])
     for name in names_of(records):
         rows = [r for record in records for r in record["rows"] if r["name"] == name]
         curves = [[r["before"], *(e["test"] for e in r["epochs"])] for r in rows if r.get("epochs")]
@@ -141,7 +149,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
             axes.plot(range(len(means)), means, marker="o", markersize=3, label=name)
         elif rows and rows[0].get("before") is not None:
             level = statistics.mean(r["before"] for r in rows)
-            axes.axhline(level, linestyle="--", color="grey", label=name)
+            axes.axhline(level, linestyle=next(dashes), color="grey", label=name)
     axes.set(xlabel="epochs after the start", ylabel="test accuracy in %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

@@ -4,7 +4,7 @@ ResNet-34 (A) and ResNet-18 (B), fused into a network that may cost what A costs
 1.5 times as wide; beside it A in the same widths, its units duplicated (Chen et al., Net2Net: the
 same function, with a little noise so that training can tell copies apart).
 
-    python examples/wider.py [--pairs resnet-plain] [--scale tiny]
+    python examples/wider.py [--pairs resnet resnet-plain] [--scale tiny]
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rows(lab: Lab) -> list[dict[str, Any]]:
 
 QUESTION = Question(
     "wider",
-    ["resnet-plain"],
+    ["resnet", "resnet-plain"],
     rows,
     "What a wider network starts from: two networks fused with room, one made wider",
     starts_beside({}),

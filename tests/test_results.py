@@ -57,7 +57,14 @@ def test_a_table_says_where_parents_come_from(tmp_path):
     write(tmp_path, record(0, parents=["a.safetensors", "b.safetensors"]))
     results.render(tmp_path, "asked", "What?", TABLE)
     text = (tmp_path / "asked-p-tiny.md").read_text()
-    assert "parents from a.safetensors and b.safetensors, 2 after each start" in text
+    assert "parents from a.safetensors and b.safetensors, every start for 2 epochs" in text
+
+
+def test_pairs_that_the_paper_does_not_have_stand_alone(tmp_path):
+    write(tmp_path, record(0, pair=results.OWN_PAIRS[0]))
+    path = results.render(tmp_path, "asked", "What?", TABLE)[-1]
+    assert "| A | 1,234 | 40.0 | 50.0 |\n" in path.read_text()
+    assert "paper" not in path.read_text()
 
 
 OTHER = {
