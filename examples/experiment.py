@@ -238,7 +238,7 @@ class Lab:
             load_weights(network, self.checkpoints[which])
             return Run(network.eval(), self.score(network))
         recipe = self.scale.train[self.pair.recipe]
-        return self.trainer.fit(f"train {name}, seed {seed}", network, recipe, seed)
+        return self.trainer.fit(f"train {name}, seed {seed}", network, recipe, seed, curve=False)
 
     def tune(self, name: str, start: nn.Module) -> Run:
         """Train on from a start, with the same budget for all."""

@@ -97,7 +97,8 @@ class Run:
     Attributes:
         network: On the CPU, in eval mode.
         before: Accuracy in percent on the test images before the first epoch.
-        epochs: Of each one: `loss`, `test` and `valid` accuracy in percent, `seconds` of training.
+        epochs: Of each one: `loss`, `seconds` of training, `test` and `valid` accuracy in percent;
+            without a curve, accuracies of the last one only.
     """
 
     network: nn.Module
@@ -157,8 +158,9 @@ class Trainer:
     # --- one run ------------------------------------------------------------------------------
 
     def fit(
-        self, name: str, start: nn.Module, recipe: Recipe, seed: int, teacher: Teacher | None = None
-    ) -> Run:
+        self, name: str, start: nn.Module, recipe: Recipe, seed: int,
+        teacher: Teacher | None = None, curve: bool = True,
+    ) -> Run:  # fmt: skip
         """Train a copy of a network, or go on where an earlier run of the same kind stopped.
 
         Args:
@@ -167,12 +169,14 @@ class Trainer:
             recipe: How.
             seed: Of order, crops and flips.
             teacher: What to learn from beside the labels.
+            curve: Measure accuracy after every epoch, not after the last one only.
 
         Raises:
             OutOfTime: If the deadline passes before the last epoch.
             DataError: If what is kept of the run cannot be read.
         """
-        path = self.folder / f"{self.fingerprint(start, recipe, seed, teacher)}.pt"
+        kind = "" if curve else "-last"
+        path = self.folder / f"{self.fingerprint(start, recipe, seed, teacher)}{kind}.pt"
         network = copy.deepcopy(start).to(self.accelerator.device)
         network = network.to(memory_format=torch.channels_last)
         run, kept = Run(network), self._kept(path)
@@ -180,11 +184,11 @@ class Trainer:
             network.load_state_dict(kept["network"])
             run.before, run.epochs = kept["before"], kept["epochs"]
         if len(run.epochs) < recipe.epochs:
-            self._train(name, run, recipe, seed, teacher, path, kept)
+            self._train(name, run, recipe, seed, teacher, curve, path, kept)
         run.network = run.network.cpu().to(memory_format=torch.contiguous_format).eval()
         return run
 
-    def _train(self, name, run, recipe, seed, teacher, path, kept) -> None:
+    def _train(self, name, run, recipe, seed, teacher, curve, path, kept) -> None:
         inner = run.network
         optimiser = torch.optim.SGD(
             inner.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.decay
@@ -207,10 +211,11 @@ class Trainer:
             begin = time.perf_counter()
             loss = self._epoch(network, optimiser, recipe, seed, done, teacher)
             row = {"loss": loss, "seconds": time.perf_counter() - begin}
-            for part in ("valid", "test"):
+            last = done + 1 == recipe.epochs
+            for part in ("valid", "test") if curve or last else ():
                 row[part] = self.accuracy(network, getattr(self.data, part))
             run.epochs.append(row)
-            self._keep(path, inner, optimiser, run, last=len(run.epochs) == recipe.epochs)
+            self._keep(path, inner, optimiser, run, last)
             self.accelerator.wait_for_everyone()  # nobody looks for the file before it is whole
         self.watch(name, recipe.epochs, recipe.epochs)
 

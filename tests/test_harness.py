@@ -60,6 +60,14 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(trainer, tmp_path):
     assert state_digest(run.network) == state_digest(whole.network)
 
 
+def test_without_a_curve_a_run_ends_the_same(trainer):
+    whole = trainer.fit("a", net(), RECIPE, 0)
+    run = trainer.fit("a", net(), RECIPE, 0, curve=False)
+    assert ["test" in epoch for epoch in run.epochs] == [False, False, False, True]
+    assert figures(run)[-1] == figures(whole)[-1]
+    assert state_digest(run.network) == state_digest(whole.network)
+
+
 def test_a_finished_run_is_not_done_again(trainer):
     first = trainer.fit("a", net(), RECIPE, 0)
     again = replace(trainer, deadline=-math.inf).fit("a", net(), RECIPE, 0)
