@@ -121,19 +121,21 @@ def load(source: str | None, size: int, cache: Path, counts: tuple[int, int, int
     source = source or f"folder:{_shared(cache)}"
     kind, _, path = source.partition(":")
     if kind == "folder":
-        train, test, classes = _folders(Path(path).expanduser(), size)
+        train, test = _folders(Path(path).expanduser())
     elif kind in ("cifar10", "cifar100"):
-        train, test, classes = _cifar(kind, Path(path).expanduser(), size)
+        train, test = _cifar(kind, Path(path).expanduser())
     else:
         raise _nothing(source, "folder:PATH, cifar10:PATH or cifar100:PATH")
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     chosen, rest = drawn[: counts[1]], drawn[counts[1] :]
+    if not len(rest):
+        raise _nothing(f"{len(train)} training images", f"more than {counts[1]} to choose on")
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     return Images(
-        train.part(rest[: counts[0] or None]),
-        train.part(chosen),
-        test.part(rows[: counts[2] or None]),
-        classes,
+        _read(train, rest[: counts[0] or None], size),
+        _read(train, chosen, size),
+        _read(test, rows[: counts[2] or None], size),
+        len(train.classes),
         kind if "shared" not in source else "the JPEG copy of CIFAR-10",
     )
 
@@ -150,7 +152,7 @@ def _shared(cache: Path) -> Path:
     return folder
 
 
-def _folders(path: Path, size: int) -> tuple[Split, Split, int]:
+def _folders(path: Path) -> list[datasets.VisionDataset]:
     tests = [path / name for name in ("test", "val") if (path / name).is_dir()]
     if not (path / "train").is_dir() or not tests:
         raise _nothing(str(path), "a folder with train/CLASS/* and test/CLASS/* (or val/)")
@@ -162,25 +164,24 @@ def _folders(path: Path, size: int) -> tuple[Split, Split, int]:
             raise _nothing(f"{folder}: {error}", "folders of classes with images in them") from None
     if found[0].classes != found[1].classes:
         raise _nothing(str(path), "the same classes in both folders")
-    return _read(found[0], size), _read(found[1], size), len(found[0].classes)
+    return found
 
 
-def _cifar(kind: str, path: Path, size: int) -> tuple[Split, Split, int]:
+def _cifar(kind: str, path: Path) -> list[datasets.VisionDataset]:
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
     try:
-        train, test = (dataset(str(path), train=part) for part in (True, False))
+        return [dataset(str(path), train=part) for part in (True, False)]
     except RuntimeError as error:
         raise _nothing(
             f"{path}: {error}", f"the files of {kind} as torchvision reads them"
         ) from None
-    return _read(train, size), _read(test, size), len(train.classes)
 
 
-def _read(dataset: datasets.VisionDataset, size: int) -> Split:
-    """Return all images as bytes; a size that is smaller than theirs averages pixels."""
+def _read(dataset: datasets.VisionDataset, rows: Tensor, size: int) -> Split:
+    """Return some images as bytes; a size that is smaller than theirs averages pixels."""
     fit = v2.Compose([v2.ToImage(), v2.Resize([size, size])])
-    pairs = [(fit(image.convert("RGB")), label) for image, label in dataset]
-    images = torch.stack([image for image, _ in pairs])
+    pairs = [dataset[row] for row in rows.tolist()]
+    images = torch.stack([fit(image.convert("RGB")) for image, _ in pairs])
     return Split(images.as_subclass(Tensor), torch.tensor([label for _, label in pairs]))
 
 

@@ -63,6 +63,12 @@ def test_what_is_not_there_is_refused(source, said, tmp_path, monkeypatch):
         load(source, 8, tmp_path, (0, 0, 0))
 
 
+def test_too_few_images_are_refused(tmp_path):
+    source = f"folder:{folder(tmp_path)}"
+    with pytest.raises(DataError, match="to choose on"):
+        load(source, 8, tmp_path, (4, 1000, 4))
+
+
 def test_folders_of_different_classes_are_refused(tmp_path):
     folder(tmp_path, splits=["train"])
     folder(tmp_path, ("a", "c"), ["test"])
