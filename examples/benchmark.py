@@ -38,8 +38,7 @@ def parents_of(case: str, width: int) -> list[torch.nn.Module]:
 def run_case(case: str, images: int, threads: int, width: int, refit: str) -> dict:
     """Fuse one pair and return seconds by stage, peak memory over the start, and a yardstick."""
     import fxfuse
-    from fxfuse.refit import MatchMoments
-    from fxfuse.sweep import LeastSquares
+    from fxfuse.refit import LeastSquares, MatchMoments
 
     torch.set_num_threads(threads)
     parents, x = parents_of(case, width), torch.randn(images, 3, 32, 32)

@@ -46,9 +46,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.checkpoints import load_weights
+from fxfuse._files import write_text
 from fxfuse.errors import ArgumentError, FuseError
-from fxfuse.files import write_text
+from fxfuse.io import load_weights
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FEW, MANY = 200, 1000  # samples of the papers' methods, and of the default

@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from images import Images, Split, augmented
 from torch import Tensor, nn
 
+from fxfuse._files import write_atomically
 from fxfuse.errors import ArgumentError, DataError
-from fxfuse.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from results import starts_beside
 
 import fxfuse
 from fxfuse import presets
-from fxfuse.aligners import Monotone, Random, same_index
+from fxfuse.alignment import Random, same_index
+from fxfuse.alignment.aligners import Monotone
 
 PAPER = {  # tables 1 and 12, means of five seeds
     10: {

@@ -27,14 +27,11 @@ from torch import Tensor, nn
 from torchvision.datasets import MNIST
 
 import fxfuse
-from fxfuse.aligners import Monotone
-from fxfuse.balancing import Deepen
-from fxfuse.gates import average_of_signs, sign_of_sum
-from fxfuse.layer_costs import Wasserstein, linear_cka, neuron_counts
-from fxfuse.layerwise import LayerByLayer
-from fxfuse.measuring import View
+from fxfuse.alignment import Wasserstein, linear_cka, neuron_counts
+from fxfuse.alignment.aligners import Monotone
+from fxfuse.coupling import LayerByLayer, View
+from fxfuse.depth import Deepen, Shorten, average_of_signs, sign_of_sum
 from fxfuse.presets import best, clafusion
-from fxfuse.shortening import Shorten
 
 FOLDER = SHARED / "checkpoints/mnist_mlp"
 DEEP, SHALLOW = (784, 400, 200, 100, 50, 25, 10), (784, 400, 200, 100, 10)

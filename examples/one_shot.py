@@ -40,13 +40,11 @@ from torchvision.datasets import MNIST
 from training import cached, distil, train
 
 import fxfuse
-from fxfuse.files import write_atomically
+from fxfuse._files import write_atomically
+from fxfuse.coupling import Transport, Zip
 from fxfuse.presets import average, best
-from fxfuse.refit import MatchMoments
+from fxfuse.refit import LeastSquares, MatchMoments
 from fxfuse.solvers import Sinkhorn
-from fxfuse.sweep import LeastSquares
-from fxfuse.transport import Transport
-from fxfuse.zipping import Zip
 
 GROUPS = ("32+20", "56+20", "56+32+20")
 WIDTHS = (1.0, 1.25, 1.5, 1.75, math.inf)

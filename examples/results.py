@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fxfuse._files import write_atomically, write_text
 from fxfuse.errors import DataError
-from fxfuse.files import write_atomically, write_text
 
 Record = dict[str, Any]
 Table = Callable[[Sequence[Record]], str]

@@ -19,7 +19,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse import presets
-from fxfuse.balancing import Deepen
+from fxfuse.depth import Deepen
 
 MAPS = ([1, 4], [2, 3], [2, 4])  # beside [1, 3], which the alignment finds
 PAPER = {  # tables 18 (means of five seeds) and 11

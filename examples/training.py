@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fxfuse.files import write_atomically
+from fxfuse._files import write_atomically
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,25 +1,16 @@
 """fxfuse: fuse trained PyTorch networks of different depth and width into one."""
 
-from .interrupts import stop_at_once
-
-stop_at_once()  # before torch is loaded, which takes a while
-
-# ruff: noqa: E402
-from . import heads, presets
-from .barrier import barrier
-from .checks import verify
-from .display import draw
+from . import presets
+from .alignment import Inspection, inspect
 from .errors import FuseError
-from .fusion import Method, align, balance, fuse
-from .inspection import Inspection, inspect
+from .fusion import Method, align, balance, barrier, fuse, heads, net2deeper, transfer
+from .graph import debug, verify
+from .io import load, save
 from .ir import Alignment, Space, Spaces
-from .net2net import narrow, net2deeper, net2wider
-from .passes import debug
-from .report import Report
-from .saving import load, save
+from .report import Report, draw
 from .spaces import find_spaces, permute
-from .transfer import transfer
 from .version import __version__
+from .width import narrow, net2wider
 
 __all__ = [
     "Alignment",
@@ -49,4 +40,3 @@ __all__ = [
     "transfer",
     "verify",
 ]
-del stop_at_once

@@ -6,18 +6,24 @@ compared, copied and written to a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from .alignment_json import Written
 from .errors import ArgumentError
-from .views import LayerFacts, Views
+
+if TYPE_CHECKING:
+    import networkx as nx
+
 
 Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
+
+
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
 
 
@@ -264,7 +270,22 @@ class SegmentAlignment:
 
 
 @dataclass(frozen=True)
-class Alignment(Written, Views):
+class LayerFacts:
+    """What pictures and graphs say of a layer.
+
+    Attributes:
+        kind: What it is made of (`Layer.kind`).
+        width: Number of its units.
+        parameters: Number of its parameters.
+    """
+
+    kind: str
+    width: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Alignment:
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:
@@ -309,6 +330,95 @@ class Alignment(Written, Views):
         for s in self.segments:
             for row in s.slots:
                 yield from row
+
+    # What follows only hands over to the packages that draw and write. They know this module, so
+    # it knows them no earlier than when it is asked.
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Return a directed graph of all layers: chains, and aligned pairs with their costs.
+
+        Nodes are called `network index:layer name`, inserted ones `network index:+layer name`. They
+        have `network`, `index`, `segment`, `label`, `slot`, `layer` and `inserted`, and where known
+        `width`, `kind` and `parameters`. Edges have `relation`, "chain" or "aligned", the latter
+        with `cost`.
+        """
+        from .report.graphs import graph_of
+
+        return graph_of(self)
+
+    def to_dot(self) -> str:
+        """Return the graph in the DOT language, segments as clusters."""
+        from .report.graphs import dot_of
+
+        return dot_of(self)
+
+    def save_dot(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph in the DOT language."""
+        from .report.graphs import save_dot
+
+        save_dot(self, path)
+
+    def save_graphml(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph as GraphML."""
+        from .report.graphs import save_graphml
+
+        save_graphml(self, path)
+
+    def draw(self, path: str | os.PathLike[str], removed: Sequence[Collection[str]] = ()) -> None:
+        """Write a picture of it, .svg, .png or .pdf; see `fxfuse.draw`."""
+        from .report.alignment_picture import draw
+
+        draw(self, path, removed)
+
+    def draw_costs(self, path: str | os.PathLike[str]) -> None:
+        """Write heat maps of the measured layer costs with the chosen path, per segment.
+
+        Raises:
+            ArgumentError: If no costs were measured, or the ending is not .svg, .png or .pdf.
+        """
+        from .report.plots import draw_costs
+
+        draw_costs(self, path)
+
+    def to_json(self) -> str:
+        """Return the alignment as JSON, one line for each slot, to be read and edited by hand."""
+        from .io.alignment_file import to_json
+
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Alignment:
+        """Return the alignment that `to_json` wrote, whether edited by hand or not.
+
+        Whether the networks have these layers is checked where it is used.
+
+        Raises:
+            ArgumentError: If it is no such JSON, or a slot, a layer or a cost is out of place.
+        """
+        from .io.alignment_file import from_json
+
+        return from_json(text)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the alignment as JSON, in one step.
+
+        Raises:
+            WriteError: If the file cannot be written.
+        """
+        from .io.alignment_file import save_alignment
+
+        save_alignment(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Alignment:
+        """Return the alignment of a file.
+
+        Raises:
+            ArgumentError: If it cannot be read, or is no alignment.
+        """
+        from .io.alignment_file import load_alignment
+
+        return load_alignment(path)
 
 
 @dataclass(frozen=True, eq=False)

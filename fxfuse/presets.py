@@ -12,18 +12,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from .aligners import same_index
-from .costs import euclidean
-from .coupling import one_map
+from .alignment.aligners import same_index
+from .calibration.moments import euclidean
+from .coupling.c2m3 import CycleConsistent
+from .coupling.plans import one_map
+from .coupling.transport import InPlace, LayerByLayer
+from .coupling.weight_matching import WeightMatching
+from .coupling.zipit import Zip
 from .errors import ArgumentError
-from .fusion import Method, align
-from .inplace import InPlace
-from .layerwise import LayerByLayer
-from .refit import MatchMoments
-from .transfer import transfer
-from .universe import CycleConsistent
-from .weight_matching import WeightMatching
-from .zipping import Zip
+from .fusion.fuse import Method, align
+from .fusion.transfer import transfer
+from .refit.moments import MatchMoments
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,10 @@ class Transfer:
 #: The best one known.
 best = Method()
 
+
 #: Weights of one name averaged, with the layers that a network lacks left to the others.
 average = Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+
 
 #: OTFusion (Singh and Jaggi) on activations, as its scripts run it; layers match in order.
 otfusion = Method(
@@ -79,6 +80,7 @@ otfusion = Method(
     refit=MatchMoments(keep=True),
     absent_as_zero=True,
 )
+
 
 #: CLAFusion (Nguyen et al.) by adding layers, as its scripts run it: Euclidean ground metric on raw
 #: pre-activations, a plan for each layer's output and for the network's, one map for both sides,
@@ -90,17 +92,22 @@ clafusion = Method(
     anchor=lambda depths: depths.index(min(depths)),
 )
 
+
 #: Heterogeneous model transfer (Wang et al.) alone; see `Transfer` for what may follow.
 hmt = Transfer()
+
 
 #: Git Re-Basin (Ainsworth et al.): weights matched without data, which only the norms still need.
 git_rebasin = Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
 
+
 #: ZipIt (Stoica et al.): the units most alike are merged, some within a network.
 zipit = Method(coupling=Zip(alpha=0.3, beta=0.125), refit=MatchMoments(keep=True))
 
+
 #: Elastic zip (Xu et al.): budgets in proportion to the widths.
 elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=MatchMoments(keep=True))
+
 
 #: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
 c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())

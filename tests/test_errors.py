@@ -1,3 +1,5 @@
+"""None"""
+
 import copy
 import inspect
 import pickle
@@ -8,6 +10,8 @@ from fxfuse import errors
 from fxfuse.errors import ArgumentError, FuseError, NotEquivalent, PassError
 
 KINDS = [k for k in vars(errors).values() if inspect.isclass(k) and issubclass(k, FuseError)]
+
+
 PARTS = dict(where="layer 'a.b'", expected="a sum", do="add one")
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fxfuse._files import sha256_of, write_atomically
 from fxfuse.errors import WriteError
-from fxfuse.files import sha256_of, write_atomically
 
 FORK = "fork" in multiprocessing.get_all_start_methods()
 

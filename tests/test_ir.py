@@ -1,3 +1,5 @@
+"""None"""
+
 import copy
 import dataclasses
 import json

@@ -1,50 +1,23 @@
 """The papers' methods against what the papers' own code gives on the same networks and samples."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nets import gap, mlp, outputs, randomise, residual
 from safetensors.torch import load_file
 from torch import nn
 
 import fxfuse
 from fxfuse.errors import ArgumentError
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-FOLDER = SHARED / "checkpoints" / "mnist_mlp"
-needs_networks = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason="needs ../shared/checkpoints/mnist_mlp"
-)
+from tests.support.nets import gap, mlp, outputs, randomise, residual
+from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
 
 
 def test_clafusion_takes_the_shallow_networks_widths_and_one_map():
     nets = [mlp(6, 8, 7, 5, 3), mlp(6, 6, 4, 3)]
     fused = fxfuse.presets.clafusion(nets, torch.randn(50, 6))
     assert [p.shape[0] for p in fused.parameters() if p.dim() == 2] == [6, 6, 4, 3]
-
-
-def mnist(train):
-    from torchvision.datasets import MNIST
-
-    data = MNIST(SHARED / "data", train=train)
-    return ((data.data.float() / 255 - 0.1307) / 0.3081).flatten(1), data.targets
-
-
-def parents(seed):
-    pair = [
-        mlp(784, 400, 200, 100, 50, 25, 10, bias=False),
-        mlp(784, 400, 200, 100, 10, bias=False),
-    ]
-    for net, letter in zip(pair, "AB"):
-        state = load_file(FOLDER / f"depth_seed{seed}_{letter}.safetensors")
-        linear = [m for m in net if isinstance(m, torch.nn.Linear)]
-        linear[-1].bias = None
-        for module, weight in zip(linear, state.values()):
-            module.weight.data.copy_(weight)
-    return pair
 
 
 @needs_networks

@@ -5,17 +5,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import mlp, randomise
 
 import fxfuse
-from fxfuse.inplace import InPlace
-from fxfuse.layerwise import LayerByLayer
-from fxfuse.progress import counted, in_parts, part, rounds, silent
-from fxfuse.refit import MatchMoments
-from fxfuse.shortening import Shorten
-from fxfuse.universe import CycleConsistent
-from fxfuse.weight_matching import MergeMany, WeightMatching, WeightTransport
-from fxfuse.zipping import Zip
+from fxfuse._progress import counted, in_parts, part, rounds, silent
+from fxfuse.coupling.c2m3 import CycleConsistent
+from fxfuse.coupling.transport import InPlace, LayerByLayer
+from fxfuse.coupling.weight_matching import MergeMany, WeightMatching, WeightTransport
+from fxfuse.coupling.zipit import Zip
+from fxfuse.depth.shorten import Shorten
+from fxfuse.refit.moments import MatchMoments
+from tests.support.nets import mlp, randomise
 
 
 @given(st.lists(st.integers(0, 5), max_size=6))
@@ -44,7 +43,11 @@ def test_a_part_lies_where_it_is_said_to(start, end, share):
 
 
 EQUAL = [mlp(6, 8, 7, 3), mlp(6, 8, 7, 3)]
+
+
 UNEQUAL = [mlp(6, 8, 8, 7, 3), mlp(6, 6, 4, 3)]
+
+
 COUPLINGS = [
     (UNEQUAL, fxfuse.Method()),
     (UNEQUAL, fxfuse.Method(coupling=LayerByLayer())),

@@ -1,9 +1,10 @@
+"""None"""
+
 import dataclasses
 
 import numpy as np
 import ot
 import pytest
-from conftest import EXACT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -11,9 +12,14 @@ from scipy.sparse import csr_array
 
 from fxfuse.errors import SolverError
 from fxfuse.solvers import Assignment, Exact, Sinkhorn, UnbalancedSinkhorn
+from tests.support.tolerances import EXACT
 
 SOLVERS = [Exact(), Assignment()]
+
+
 SOFT = [Sinkhorn(), UnbalancedSinkhorn()]
+
+
 seeds, counts = st.integers(0, 9999), st.integers(1, 8)
 
 

@@ -3,22 +3,15 @@
 The default run takes one small network of each mechanism; `pytest -m sweep` takes all.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import FUNCTION, PERMUTATION
 from torchvision import models
 
 import fxfuse
 from fxfuse.errors import PairingError
-from fxfuse.refit import MatchMoments
-
-EXAMPLE = Path(__file__).parents[1] / "examples/coverage.py"
-_spec = importlib.util.spec_from_file_location("fxfuse_examples_coverage", EXAMPLE)
-coverage = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(coverage)
+from fxfuse.refit.moments import MatchMoments
+from tests.support.coverage import coverage
+from tests.support.tolerances import FUNCTION, PERMUTATION
 
 # Units that can be exchanged, at least. For googlenet and inception_v3 these are all there are:
 # every convolution and linear layer, the auxiliary heads included, but for the outputs.
@@ -47,6 +40,8 @@ FREE = {
     "swin_v2_t": 34_080,
     "maxvit_t": 45_280,
 }
+
+
 QUICK = {
     "resnet18",  # batch norm, residual streams
     "squeezenet1_1",  # joins
@@ -59,6 +54,8 @@ QUICK = {
     "convnext_tiny",  # layer norm, layer scale
     "swin_t",  # shifted windows, heads, tables of relative positions
 }
+
+
 QUICK_FUSED = {
     "resnet18",
     "squeezenet1_1",
@@ -66,8 +63,14 @@ QUICK_FUSED = {
     "shufflenet_v2_x1_0",
     "googlenet",
 }
+
+
 REFUSED = {"vit_b_16+vit_b_32", "resnet18+vgg11", "mobilenet_v3_small+mobilenet_v3_large"}
+
+
 DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
+
+
 QUICK_PAIRS = {
     "resnet18+resnet34",
     "shufflenet_v2_x0_5+shufflenet_v2_x1_0",

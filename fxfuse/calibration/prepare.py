@@ -1,0 +1,104 @@
+"""What a caller hands in: models and data made ready, weights and anchor checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._progress import TRACED, Clock, Tick, in_parts, part, silent
+from ..errors import ArgumentError, ModelError
+from ..graph._modes import cut_to, evaluating_part
+from ..graph.passes import canonical
+from ..graph.trace import Example, as_example, device_of, run_once, trace
+from ..spaces.network import Network
+from .data import Calibration
+
+
+def take_in(
+    models: Sequence[nn.Module], data: Any, clock: Clock, apart: bool = False
+) -> tuple[list[Network], Calibration]:
+    """Trace and analyse models that have the same inputs and outputs.
+
+    Args:
+        models: The networks; not modified.
+        data: What they are calibrated on.
+        clock: Told what is being done.
+        apart: Outputs may differ; what training alone computes is left out.
+
+    Raises:
+        ArgumentError: If there are no models.
+        TraceError: If a model cannot be traced.
+        ModelError: If weights are not finite, or outputs differ in shape.
+        DataError: If the data are empty or refused by a model.
+    """
+    if not isinstance(models, Sequence) or not len(models):
+        raise ArgumentError(
+            "no models" if isinstance(models, Sequence) else f"a {type(models).__name__}",
+            where="the argument `models`",
+            expected="a list of one or more networks",
+            do="pass them as a list: fxfuse.fuse([a, b], data)",
+        )
+    clock.start("read data")
+    calibration = data if isinstance(data, Calibration) else Calibration(data)
+    clock.start("trace and find spaces")
+    names = _names(models)
+    graphs = []
+    for model, name in zip(models, names):
+        graphs.append(trace(model, name))
+        clock.tick(TRACED * len(graphs) / len(models))
+    example = calibration.example()
+    inputs = [as_example(example, device_of(g)) for g in graphs]
+    outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
+    if not apart:
+        _require_same_outputs(outputs, names)
+    _agree_on_heads(graphs, apart)
+    networks = []
+    steps = in_parts(list(zip(names, inputs)), part(clock.tick, TRACED, 1.0))
+    for (name, x), tick in steps:  # giants: hold no second copy of more than one network
+        networks.append(Network.of(name, canonical(graphs.pop(0), x), x, tick))
+    clock.tick(1.0)
+    return networks, calibration
+
+
+def analysed(model: nn.Module, example: Example, name: str, tick: Tick = silent) -> Network:
+    """Trace and analyse one model; `tick` is called with the share that is done.
+
+    Raises:
+        TraceError: If the model cannot be traced.
+        DataError: If it refuses the example.
+    """
+    graph = trace(model, name)
+    inputs = as_example(example, device_of(graph))
+    tick(TRACED)
+    run_once(graph, inputs, name)
+    return Network.of(name, canonical(graph, inputs), inputs, part(tick, TRACED, 1.0))
+
+
+def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:
+    """Leave out heads that exist in training mode only where not all networks share such."""
+    parts = [evaluating_part(g) for g in graphs]
+    if apart or not all(parts):
+        for graph, part in zip(graphs, parts):
+            if part is not None:
+                cut_to(graph, part)
+
+
+def _names(models: Sequence[nn.Module]) -> list[str]:
+    kinds = [type(m).__name__ for m in models]
+    return [f"{kind} {i}" if kinds.count(kind) > 1 else kind for i, kind in enumerate(kinds)]
+
+
+def _require_same_outputs(outputs: list[list[torch.Tensor]], names: list[str]) -> None:
+    shapes = [[tuple(t.shape[1:]) for t in out] for out in outputs]
+    for other, name in zip(shapes, names):
+        if other != shapes[0]:
+            raise ModelError(
+                f"outputs of shape {shapes[0]} and {other}",
+                where=f"{names[0]} and {name}",
+                expected="networks with the same outputs",
+                do="keep a head for each, heads=fxfuse.heads.Separate(), or give one the labels "
+                "of all, heads=fxfuse.heads.Union(labels=[...])",
+            )

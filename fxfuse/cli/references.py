@@ -1,0 +1,195 @@
+"""What the command line calls models and data by.
+
+A model is `package.module:factory[?key=value&...][@checkpoint]`, the checkpoint a file of
+`safetensors` or `torch.save`; data are
+`imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import parse_qsl
+
+from torch import Tensor, nn
+
+from .._files import sha256_of
+from ..errors import DataError, FuseError, ReferenceFormatError
+from ..io.checkpoints import load_weights
+
+_LARGEST = 1 << 28  # numbers in one sample
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def load_model(reference: str) -> nn.Module:
+    """Build a model from its reference, in eval mode, with its checkpoint's weights if given.
+
+    Raises:
+        ReferenceFormatError: If the reference cannot be resolved.
+        CheckpointError: If the checkpoint cannot be read or does not fit.
+    """
+    spec, _, checkpoint = reference.partition("@")
+    model = _call(spec, reference)
+    if not isinstance(model, nn.Module):
+        raise _unresolved(reference, f"the factory returned a {type(model).__name__}")
+    if checkpoint:
+        load_weights(model, checkpoint)
+    return model.eval()
+
+
+def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
+    """Return calibration data from its reference: batches whose first entry is the input.
+
+    Samples of image folders and MNIST come in an order drawn with `seed`.
+
+    Raises:
+        ReferenceFormatError: If the reference cannot be resolved.
+        DataError: If there is nothing to read where it points.
+    """
+    kind, _, rest = reference.partition(":")
+    makers = {"imagefolder": _image_folder, "mnist": _mnist}
+    if kind not in makers:
+        return _call(reference, reference)
+    import torch
+    from torch.utils.data import DataLoader
+
+    path, options = _split_options(rest, reference)
+    try:
+        dataset = makers[kind](path, **options)
+    except FuseError:
+        raise
+    except TypeError as error:
+        raise _unresolved(reference, str(error)) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"data that cannot be read: {error}",
+            where=reference,
+            expected="a folder of class folders of images, or torchvision's MNIST folder",
+            do="check the path",
+        ) from error
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, batch, shuffle=True, generator=order, collate_fn=_collate)
+
+
+def load_example(reference: str, samples: int = 2) -> Tensor:
+    """Make an input from its shape without the batch axis, such as `3x224x224` or `77:int64`.
+
+    Floating-point inputs are drawn with a fixed seed, others are zero.
+
+    Raises:
+        ReferenceFormatError: If it is no shape, or too large to be one.
+    """
+    import torch
+
+    sizes, _, kind = reference.partition(":")
+    try:
+        shape = [int(size) for size in sizes.split("x")]
+        dtype = getattr(torch, kind or "float32")
+        if min(shape) < 1 or math.prod(shape) > _LARGEST or not isinstance(dtype, torch.dtype):
+            raise ValueError(reference)
+        if not dtype.is_floating_point:
+            return torch.zeros(samples, *shape, dtype=dtype)
+        numbers = torch.Generator().manual_seed(0)
+        return torch.randn(samples, *shape, generator=numbers).to(dtype)
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise ReferenceFormatError(
+            f"an input that cannot be made: '{reference}'",
+            where="--input",
+            expected="sizes with an x between them, and a type if it is not float32",
+            do="leave the batch axis out: 3x224x224, or 77:int64 for token numbers",
+        ) from error
+
+
+def file_hashes(references: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of each checkpoint that references of models name, by its path."""
+    paths = [reference.partition("@")[2] for reference in references]
+    return {path: sha256_of(path) for path in paths if path}
+
+
+def _call(spec: str, reference: str) -> Any:
+    path, options = _split_options(spec, reference)
+    module_name, colon, factory_name = path.partition(":")
+    if not colon or not module_name or not factory_name:
+        raise _unresolved(reference, "it has no 'package.module:factory'")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules in the current folder, as `python -m` has it
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # the module's own code runs here
+        raise _unresolved(reference, f"{type(error).__name__}: {error}") from error
+    if isinstance(found, nn.Module) or not callable(found):
+        if options:
+            raise _unresolved(reference, f"{factory_name} takes no options, it is no factory")
+        return found
+    try:
+        return found(**options)
+    except (Exception, SystemExit) as error:
+        raise _unresolved(reference, f"{factory_name} failed: {error}") from error
+
+
+def _split_options(spec: str, reference: str) -> tuple[str, dict[str, Any]]:
+    path, _, query = spec.partition("?")
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise _unresolved(reference, str(error)) from error
+    return path, {key: _literal(value) for key, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes that escape nothing
+            return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _unresolved(reference: str, why: str) -> ReferenceFormatError:
+    return ReferenceFormatError(
+        f"a reference that cannot be resolved: {why}",
+        where=f"'{reference}'",
+        expected="package.module:factory[?key=value&...][@checkpoint.safetensors], "
+        "and for data also imagefolder:PATH or mnist:PATH",
+        do="try the import in Python; quote '?' and '&' in the shell",
+    )
+
+
+def _image_folder(
+    path: str, size: int | None = None, mean: Any = _IMAGENET["mean"], std: Any = _IMAGENET["std"]
+) -> Any:
+    from torchvision import datasets, transforms
+
+    steps = [] if size is None else [transforms.Resize(size), transforms.CenterCrop(size)]
+    steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return datasets.ImageFolder(path, transforms.Compose(steps))
+
+
+def _mnist(path: str) -> Any:
+    from torchvision import datasets, transforms
+
+    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    return datasets.MNIST(path, train=True, transform=transforms.Compose(steps))
+
+
+def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    import torch
+
+    shapes = {tuple(image.shape) for image, _ in samples}
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of different sizes: {sorted(shapes)[:3]}",
+            where="the image folder",
+            expected="images of one size",
+            do="give a size: imagefolder:PATH?size=224",
+        )
+    return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])

@@ -1,0 +1,22 @@
+"""Which units correspond, and the maps between them: one file per method."""
+
+from .c2m3 import CycleConsistent
+from .measure import View
+from .plans import one_map, two_maps
+from .transport import InPlace, LayerByLayer, Transport
+from .weight_matching import MergeMany, WeightMatching, WeightTransport
+from .zipit import Zip
+
+__all__ = [
+    "CycleConsistent",
+    "InPlace",
+    "LayerByLayer",
+    "MergeMany",
+    "Transport",
+    "View",
+    "WeightMatching",
+    "WeightTransport",
+    "Zip",
+    "one_map",
+    "two_maps",
+]

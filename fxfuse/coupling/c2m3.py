@@ -1,0 +1,233 @@
+"""Match all networks jointly, through units of a universe that belong to none of them.
+
+References:
+    Crisostomi et al. 2024 (C2M3), equations 5 to 8. Differences: the step along a segment is the
+    exact maximum of the polynomial that the objective is there; what is rounded at the end is then
+    raised further, network by network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial import Polynomial
+from numpy.polynomial.polynomial import polyadd
+from scipy.sparse import csr_array
+
+from .._progress import Tick, counted, part, silent
+from ..ir import Coupling
+from ..solvers import Assignment
+from ._weights import Weights, cross, unit_rows
+from .measure import Measurements, View
+from .mixing import Correspondence, Mixer, apply_along
+from .plans import Plans, two_maps
+from .weight_matching import (
+    Free,
+    Start,
+    families,
+    follow,
+    forward,
+    inner,
+    join,
+    members,
+    merge_in_turn,
+    require_equal_widths,
+    spaces_to_join,
+)
+
+Maps = dict[tuple[str, int], csr_array]
+
+
+Gains = dict[tuple[str, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CycleConsistent:
+    """Match all networks at once so that their weights are most alike in a common universe.
+
+    The sum over pairs of networks and tensors of inner products, all axes mapped to the universe,
+    is raised by Frank-Wolfe steps over all maps together, then each map is rounded to the nearest
+    permutation. Maps between networks are consistent around cycles, since all lead over the
+    universe, and the order of the networks does not matter. Networks of equal width only.
+
+    Attributes:
+        start: Permutations to start from, each network against those before it.
+        inward: How far to move from these to the maps that share every unit out evenly. At the
+            permutations themselves, what other networks now show counts for all.
+        iterations: Limit of the steps.
+        tolerance: Relative to the objective, what still counts as a gain.
+        polish: Rounds of matching each rounded network to the sum of the others.
+        seed: Of the order in these rounds.
+        folded: Compare weights with norms folded in.
+        view: Nothing is measured.
+    """
+
+    start: Start = forward
+    inward: float = 0.5
+    iterations: int = 100
+    tolerance: float = 1e-4
+    polish: int = 100
+    seed: int = 0
+    folded: bool = False
+    view: View | None = None
+
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+        """Fill in the coupling of every space and network.
+
+        Raises:
+            PairingError: If the networks differ in width.
+        """
+        require_equal_widths(mixer.match, type(self).__name__)
+        weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
+        free = spaces_to_join(mixer)
+        join(weights, free, self.start, part(tick, 0.0, 0.2))
+        _soften(weights, free, self.inward)
+        for _ in counted(range(self.iterations), part(tick, 0.2, 0.8)):
+            if not _step(weights, free, self.tolerance):
+                break
+        here = {key: mixer.couplings[key].project.toarray() for key in _keys(free)}
+        _move(weights, _corner(weights, free, here))
+        merge_in_turn(weights, free, self.polish, 100, rng, part(tick, 0.8, 1.0))
+
+
+def _soften(weights: Weights, free: Free, share: float) -> None:
+    """Move all maps towards the even ones; no further than a space's blocks let its units go."""
+    if share:
+        known = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+        match = weights.mixer.match
+        parents = {s.name: s.parent for s in weights.anchor.spaces}
+        even = {key: csr_array(even_map(match, parents, *key)) for key in known}
+        _move(weights, {key: (1 - share) * known[key] + share * even[key] for key in known})
+
+
+def even_map(
+    match: Correspondence, parents: Mapping[str, str | None], name: str, k: int
+) -> np.ndarray:
+    """Return the mean of all permutations that a space allows, `(universe, units)`."""
+    base, own = match.spaces[name][match.base[name]], match.spaces[name][k]
+    if base.blocks is None or own.blocks is None:
+        return np.full((base.size, own.size), 1.0 / own.size)
+    parent, count = parents[name], int(own.blocks.max()) + 1
+    outer = even_map(match, parents, parent, k) if parent else np.eye(count)
+    even: np.ndarray = outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
+    return even
+
+
+def _step(weights: Weights, free: Free, tolerance: float) -> bool:
+    """Take one Frank-Wolfe step; return whether it gained anything."""
+    gains = slope(weights)
+    here = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+    corner = _corner(weights, free, gains)
+    curve = Polynomial(along(weights, corner))
+    room = sum(float((corner[key] - here[key]).multiply(g).sum()) for key, g in gains.items())
+    least = tolerance * abs(curve(0.0))
+    if room <= least:
+        return False
+    best = _highest(curve)
+    _move(weights, {key: (1 - best) * here[key] + best * corner[key] for key in here})
+    return bool(curve(best) - curve(0.0) > least)
+
+
+def _highest(curve: Polynomial) -> float:
+    """Return where in [0, 1] a polynomial is highest."""
+    roots: np.ndarray = curve.deriv().roots()
+    flat = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
+    return max([0.0, 1.0, *flat], key=curve)
+
+
+def along(weights: Weights, corner: Maps) -> np.ndarray:
+    """Return the coefficients, constant first, of the objective on the way to other maps.
+
+    A mapped tensor is a polynomial in the step, of the degree of its number of mapped axes.
+    """
+    other = weights.at({key: _coupling(project) for key, project in corner.items()})
+    total: np.ndarray = np.zeros(1)
+    for tensor in _tensors(weights):
+        curves = [_curve(weights, other, tensor, k) for k in weights.having(tensor)]
+        both = [sum(parts[1:], parts[0]) for parts in zip(*curves)]
+        for sign, curve in [(0.5, both), *((-0.5, c) for c in curves)]:
+            total = polyadd(total, sign * _square(curve))
+    return total
+
+
+def _curve(weights: Weights, other: Weights, tensor: str, k: int) -> list[np.ndarray]:
+    """Return the coefficients of a mapped tensor on the way from some maps to others."""
+    found = [weights.dense(tensor, k)]
+    for dim in weights.dims(tensor):
+        here, there = (w.axis_map(tensor, dim, k) for w in (weights, other))
+        low = [apply_along(here, t, dim) for t in found]
+        high = [apply_along(there, t, dim) for t in found]
+        steps = [b - a for a, b in zip(low, high)]
+        found = [low[0], *(a + b for a, b in zip(low[1:], steps)), steps[-1]]
+    return found
+
+
+def _square(curve: list[np.ndarray]) -> np.ndarray:
+    """Return the coefficients of the squared norm of a polynomial of tensors."""
+    total = np.zeros(2 * len(curve) - 1)
+    for i, a in enumerate(curve):
+        for j, b in enumerate(curve[i:], i):
+            total[i + j] += inner(a, b) * (1 if i == j else 2)
+    return total
+
+
+def objective(weights: Weights) -> float:
+    """Return the sum over tensors and pairs of networks of their inner product, mapped."""
+    value = 0.0
+    for tensor in _tensors(weights):
+        mapped = [weights.carried(tensor, k) for k in weights.having(tensor)]
+        total = sum(mapped[1:], mapped[0])
+        value += (inner(total, total) - sum(inner(t, t) for t in mapped)) / 2
+    return value
+
+
+def slope(weights: Weights) -> Gains:
+    """Return the derivative `(universe, units)` of the objective by each map."""
+    gains: Gains = {}
+    for tensor in _tensors(weights):
+        mapped = {k: weights.carried(tensor, k) for k in weights.having(tensor)}
+        total = sum(mapped.values())
+        for k, own in mapped.items():
+            for name, axis in weights.places(tensor):
+                found = cross(unit_rows(total - own, axis), weights.rows(name, axis, k))
+                gains[name, k] = gains[name, k] + found if (name, k) in gains else found
+    return gains
+
+
+def _tensors(weights: Weights) -> list[str]:
+    """Return the tensors with units on them that at least two networks have."""
+    names = dict.fromkeys(t for state in weights.states for t in state)
+    return [t for t in names if len(weights.having(t)) > 1 and weights.dims(t)]
+
+
+def _corner(weights: Weights, free: Free, gains: Gains) -> Maps:
+    """Return the permutations, in blocks where there are some, of the greatest linear gain."""
+    match = weights.mixer.match
+    plans = Plans(match, Assignment(), two_maps)
+    order = families(weights.anchor)
+    for k, names in free.items():
+        costs = {(n, i): -g * members(match, n) for (n, i), g in gains.items() if i == k}
+        for family in order:
+            moving = [name for name in family if name in names]
+            if any((name, k) in costs for name in moving):
+                follow(match, moving, k, costs)
+            for name in moving:
+                plans.solve(name, k, costs)
+    return {key: coupling.project for key, coupling in plans.couplings.items()}
+
+
+def _move(weights: Weights, maps: Maps) -> None:
+    for (name, k), project in maps.items():
+        weights.put(name, k, _coupling(project))
+
+
+def _coupling(project: csr_array) -> Coupling:
+    project = csr_array(project)
+    project.eliminate_zeros()
+    return Coupling(project, csr_array(project.T))
+
+
+def _keys(free: Free) -> list[tuple[str, int]]:
+    return [(name, k) for k, names in free.items() for name in names]

@@ -1,0 +1,269 @@
+"""Couple the units of each space: one (project, unproject) pair of maps per space and network.
+
+A coupling method is an object with an attribute `view` (what it wants to see of the units, None if
+only weights) and `__call__(mixer, measured)`, which fills in `mixer.couplings`. What all of them
+share is here: from ground costs to plans, and from plans to maps. A residual stream is one space
+and gets one coupling from all its places together. Spaces inside blocks (groups, heads) are coupled
+in two steps: blocks by the cost of their best inner match, then units inside matched blocks.
+Blocks, and units that no weight reads (queries, keys), are not mixed: soft solvers leave them out.
+The mean of two units that have little in common is neither of them, and what reads it gets neither.
+A network may therefore have the less of a say in a fused unit, the less its units agree with the
+base network's there; where they do not, the base network's unit stays.
+
+References:
+    Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
+    fused units` acts on what is written and `U = T' / mass of the units` on what is read; one map
+    for both scales a widened copy of a network by its width ratio at every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array, csr_array, eye_array
+
+from .._progress import Tick, silent
+from ..errors import PairingError
+from ..ir import Coupling, Space
+from ..solvers import Assignment, Exact, Solver
+from .measure import Measurements, View
+from .mixing import Correspondence, Mixer
+
+Costs = dict[tuple[str, int], np.ndarray]
+
+
+SAME = 1e-3  # relative cost of units that agree but for rounding
+
+
+ALIKE = 0.5  # mean cost, at least, that others are relative to
+
+
+LEAST = 0.03  # agreement of units that have nothing in common: what they give counts if alone
+
+
+Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
+
+
+class CouplingMethod(Protocol):
+    """How the units of the networks find each other.
+
+    Attributes:
+        view: What is to be measured of the units; None if only weights count.
+    """
+
+    @property
+    def view(self) -> View | None:
+        """What is to be measured of the units."""
+
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+        """Fill in the coupling of every space and network.
+
+        Args:
+            mixer: The networks; its couplings are filled in.
+            measured: What the joint pass over the data found; its pairs are used up.
+            tick: Called with the share that is done.
+        """
+
+
+def two_maps(plan: csr_array) -> tuple[csr_array, csr_array]:
+    """Turn a plan `(fused, own)` into project and unproject, each with rows that sum to 1."""
+    return _rows_to_one(plan), _rows_to_one(plan.T)
+
+
+def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
+    """Use the projection on both sides, as the published codes do (equal for permutations)."""
+    project = _rows_to_one(plan, floor=1e-7)
+    return project, csr_array(project.T)
+
+
+def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
+    """Divide each row by its sum; a permutation gets ones exactly, which `mixing` relies on."""
+    scaled = csr_array(matrix, copy=True)
+    scaled.eliminate_zeros()  # a row of zeros stays one: the unit takes part in nothing
+    scaled.data = scaled.data / (scaled.sum(1) + floor)[coo_array(scaled).row]
+    return scaled
+
+
+def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) -> np.ndarray:
+    """Return how far a network's units agree with the base network's, `(fused units,)`.
+
+    It is one minus the cost of what a fused unit is given, relative to the mean cost: of
+    correlations, the correlation. 1 means that they are the same. A mean cost below one half says
+    that all units are alike, or that there is but one, and is no measure.
+
+    Args:
+        cost: Ground cost `(fused units, units)`.
+        project: What the units give to the fused ones; rows sum to 1.
+        blocks: The block of each fused unit, if they lie in blocks, which agree as a whole.
+    """
+    missed = np.asarray(project.multiply(cost).sum(1)).ravel() / max(np.abs(cost).mean(), ALIKE)
+    if blocks is not None:
+        missed = (np.bincount(blocks, missed) / np.bincount(blocks))[blocks]
+    agreed: np.ndarray = np.where(missed <= SAME, 1.0, np.clip(1.0 - missed, LEAST, 1.0))
+    return agreed
+
+
+@dataclass(frozen=True, eq=False)
+class Plans:
+    """Solves the plan of each space between the base network and one other, given ground costs.
+
+    Attributes:
+        match: The spaces.
+        solver: Ground cost and marginals to a plan.
+        maps: Plan to project and unproject.
+        couplings: The maps found so far.
+        plans: The plans found so far.
+        agreement: Power of the agreement that a network's say in a fused unit is; see
+            `transport.Transport`.
+    """
+
+    match: Correspondence
+    solver: Solver
+    maps: Maps
+    couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
+    plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
+    agreement: float = 0.0
+
+    def settle_given(self) -> list[tuple[str, int]]:
+        """Settle what needs no solving; return the spaces and networks that are left."""
+        left = []
+        for name, spaces in self.match.spaces.items():
+            for k in range(len(spaces)):
+                if (name, k) in self.couplings:
+                    continue
+                if k == self.match.base[name]:
+                    self.keep(name, k)
+                elif not self.match.present[name][k]:
+                    self.drop(name, k)
+                else:
+                    left.append((name, k))
+        return left
+
+    def solve(self, name: str, k: int, costs: Costs) -> None:
+        """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
+        space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
+        cost, inner = costs.get((name, k)), self._children(name, k, costs)
+        solver = self._solver_of(name)
+        if inner:
+            blocks = _block_cost(base.size, space.size, inner, solver)
+            cost = blocks if cost is None else cost + blocks
+        if cost is None:
+            if base.size != space.size:
+                raise _unmeasured(name, base.size, space.size)
+            self.keep(name, k)
+            return
+        outer = self.plans.get((self._parent(name) or "", k))
+        plan = _solve(cost, base, space, outer, solver)
+        total = float(plan.multiply(cost).sum() / plan.sum())
+        self.plans[name, k] = plan
+        project, unproject = self.maps(plan)
+        if self.agreement:
+            agreed = agreements(cost, project, base.blocks)
+            project = csr_array(project.multiply((agreed**self.agreement)[:, None]))
+            unproject = csr_array(unproject.multiply(agreed[None]))
+        self.couplings[name, k] = Coupling(project, unproject, total)
+
+    def _solver_of(self, name: str) -> Solver:
+        """Return an exact solver where mixing units would mix heads or groups, or products.
+
+        No map on the reading side undoes there what a soft plan does: queries and keys meet each
+        other, not a weight.
+        """
+        soft = getattr(self.solver, "soft", False)
+        read = any(a.reads for s in self.match.spaces[name] for a in s.axes)
+        blocks = any(self._encloses(name, spaces) for spaces in self.match.spaces.values())
+        return Exact() if soft and (blocks or not read) else self.solver
+
+    def keep(self, name: str, k: int) -> None:
+        """Leave the units of a space where they are."""
+        size = self.match.spaces[name][self.match.base[name]].size
+        self.plans[name, k] = csr_array(eye_array(size) / size)
+        self.couplings[name, k] = Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
+
+    def drop(self, name: str, k: int) -> None:
+        """Take nothing from a network that does not have a space."""
+        fused, own = self.match.spaces[name][self.match.base[name]], self.match.spaces[name][k]
+        shape = fused.size, own.size
+        self.couplings[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
+
+    def _parent(self, name: str) -> str | None:
+        """Return the anchor's name of the space whose blocks a space lies in."""
+        inside = self.match.spaces[name]
+        return next((p for p in self.match.spaces if self._encloses(p, inside)), None)
+
+    def _encloses(self, name: str, inside: Sequence[Space]) -> bool:
+        pairs = zip(self.match.spaces[name], inside)
+        return all(child.parent == outer.name for outer, child in pairs if child.size)
+
+    def _children(self, name: str, k: int, costs: Costs) -> list[tuple[Space, Space, np.ndarray]]:
+        """Return the measured spaces inside a space's blocks: of the base, of `k`, their cost."""
+        found = []
+        for child, spaces in self.match.spaces.items():
+            if (child, k) in costs and self._encloses(name, spaces):
+                found.append((spaces[self.match.base[child]], spaces[k], costs[child, k]))
+        return found
+
+
+def _unmeasured(name: str, size: int, other: int) -> PairingError:
+    return PairingError(
+        f"a space of {size} and {other} units that nothing tells apart",
+        where=f"space '{name}'",
+        expected="equal sizes where units cannot be compared",
+        do="use networks of equal width in this place",
+    )
+
+
+def _members(space: Space) -> list[np.ndarray]:
+    blocks = space.blocks
+    assert blocks is not None, "a space inside blocks"
+    return [np.flatnonzero(blocks == b) for b in range(int(blocks.max()) + 1)]
+
+
+def _block_cost(
+    rows: int, columns: int, inner: list[tuple[Space, Space, np.ndarray]], solver: Solver
+) -> np.ndarray:
+    total = np.zeros((rows, columns))
+    for base, space, cost in inner:
+        ours, theirs = _members(base), _members(space)
+        for i, here in enumerate(ours):
+            for j, there in enumerate(theirs):
+                total[i, j] += _least(cost[np.ix_(here, there)], solver)
+    return total
+
+
+def _least(cost: np.ndarray, solver: Solver) -> float:
+    """Return the cost of the best plan; many small assignments are worth a shortcut."""
+    if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
+        return float(cost[linear_sum_assignment(cost)].mean())
+    return float(solver(cost, *uniform(cost)).multiply(cost).sum())
+
+
+def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return marginals that give every unit of a side the same mass."""
+    rows, columns = (np.full(n, 1.0 / n) for n in cost.shape)
+    return rows, columns
+
+
+def _solve(
+    cost: np.ndarray, base: Space, space: Space, outer: csr_array | None, solver: Solver
+) -> csr_array:
+    """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place)."""
+    if base.blocks is None:
+        return solver(cost, *uniform(cost))
+    ours, theirs = _members(base), _members(space)
+    if outer is None:
+        outer = csr_array(eye_array(len(ours)) / len(ours))
+    outer = coo_array(outer)
+    data, rows, columns = [], [], []
+    for i, j, mass in zip(outer.row, outer.col, outer.data):
+        part = cost[np.ix_(ours[i], theirs[j])]
+        plan = coo_array(solver(part, *uniform(part)))
+        rows.append(ours[i][plan.row])
+        columns.append(theirs[j][plan.col])
+        data.append(plan.data * mass)
+    where = (np.concatenate(rows), np.concatenate(columns))
+    return csr_array((np.concatenate(data), where), shape=cost.shape)

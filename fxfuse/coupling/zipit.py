@@ -1,0 +1,315 @@
+"""Couple units by zipping: merge the most alike, within a network too, until the width is reached.
+
+The units of all networks lie side by side; the two groups that correlate most are merged again and
+again. A fused unit is the mean of its group, weighted by the networks' shares, and whatever read a
+member reads the group.
+
+References:
+    Stoica et al. 2024 (ZipIt), section 4; Xu et al. 2025, elastic zip for unequal widths.
+    Differences: (1) a network's budget of inner merges binds from the first merge on; the published
+    code tests it after a merge, so that none still allows one; (2) a group counts as each of the
+    networks it holds, not as its first one's, so that an inner merge cannot pass for one between
+    networks; (3) the discount `alpha` never raises a similarity, negative ones included, and is not
+    taken for units that are the same; (4) what a network wider than the result has to lose is
+    always granted, and budgets are lifted where nothing else is left to merge (three networks and
+    more); (5) units that correlate equally are told apart by mean and spread, and dead units, all
+    of one constant value, are the same; (6) means are of weight sum 1, heads included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from .._progress import Tick, counted, part, silent
+from ..calibration.moments import PairMoments, correlation, distance, pearson, varies
+from ..errors import ArgumentError
+from ..ir import Coupling
+from ..solvers import Exact
+from .measure import Measurements, View
+from .mixing import Mixer
+from .plans import Plans, two_maps
+from .transport import ground_costs, solve_all
+
+FLOOR = 1e-7  # least product of two spreads that a correlation divides by
+
+
+TIE_BREAK, EQUAL = 1e-3, 1e-9  # weight of the distance of means and spreads; none to speak of
+
+
+SAME = 1.0  # similarity from which on two units are one
+
+
+DECIMALS = 4  # similarities are measured no finer: what differs by less is a tie
+
+
+@dataclass(frozen=True)
+class Zip:
+    """Zips every space whose units are measured, read by a weight, and in no blocks.
+
+    Other spaces (groups and heads and what is inside them, queries and keys, units that no node
+    shows) are matched with the base network's by exact transport, as `Transport` does it. The fused
+    width of a space is the anchor's, by default that of the widest network. Networks without a
+    share have no say in the grouping; their units join the group they resemble most.
+
+    Attributes:
+        alpha: In (0, 1]: factor on the similarity of groups at each merge; the smaller, the fewer
+            groups of more than two.
+        beta: In [0, 1]: share of its part of the merges that a network may spend on itself.
+        view: Where units are compared; must be of all networks with each other.
+    """
+
+    alpha: float = 0.3
+    beta: float = 0.125
+    view: View = View(activated=True, everything=True)
+    widest: ClassVar[bool] = True  # the anchor, if nobody says otherwise
+
+    def __post_init__(self) -> None:
+        """Refuse options out of range."""
+        _require_options(self.alpha, self.beta)
+        if not self.view.everything:
+            raise ArgumentError(
+                f"{self.view}",
+                where="Zip(view=...)",
+                expected="a view of all networks with each other and each with itself",
+                do="set View(everything=True)",
+            )
+
+    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+        """Fill in the coupling of every space and network."""
+        plans = Plans(mixer.match, Exact(), two_maps, mixer.couplings)
+        for name in counted(_to_zip(mixer, measured), part(tick, 0.0, 0.5)):
+            present = mixer.match.present[name]
+            own = [key for key in measured.pairs if key[0] == name]
+            places = {key[1:]: list(measured.pairs.pop(key).values()) for key in own}
+            for k in range(len(present)):
+                if not present[k]:
+                    plans.drop(name, k)
+            self._zip(mixer, name, places)
+        costs = ground_costs(mixer.match, measured, correlation)
+        solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
+
+    def _zip(
+        self, mixer: Mixer, name: str, places: dict[tuple[int, int], list[PairMoments]]
+    ) -> None:
+        spaces, base = mixer.match.spaces[name], mixer.match.base[name]
+        here = sorted({k for pair in places for k in pair}, key=lambda k: (k != base, k))
+        owners = np.repeat(here, [spaces[k].size for k in here])
+        alike = similarities(places, here)
+        shares = np.array(mixer.among(mixer.match.present[name]))
+        size = spaces[mixer.anchor].size
+        groups = self._group(alike, owners, shares[owners], min(size, len(owners)))
+        mass = np.bincount(groups, shares[owners])
+        for k in here:
+            own = owners == k
+            project, unproject = _maps(groups[own], np.where(mass > 0, mass, 1.0), size)
+            cost = _cost(alike[own], groups[own][:, None] == groups, np.flatnonzero(own))
+            mixer.couplings[name, k] = Coupling(project, unproject, cost)
+
+    def _group(
+        self, alike: np.ndarray, owners: np.ndarray, shares: np.ndarray, size: int
+    ) -> np.ndarray:
+        """Zip the units of networks that have a share, if they are enough; the others join them."""
+        voting = shares > 0 if (shares > 0).sum() >= size else shares >= 0
+        chosen = alike if voting.all() else alike[np.ix_(voting, voting)]
+        groups = np.empty(len(owners), dtype=int)
+        groups[voting] = greedy_zip(chosen, owners[voting], size, self.alpha, self.beta)
+        if not voting.all():
+            groups[~voting] = groups[voting][alike[np.ix_(~voting, voting)].argmax(1)]
+        return groups
+
+
+def similarities(
+    places: dict[tuple[int, int], list[PairMoments]], order: Sequence[int]
+) -> np.ndarray:
+    """Return how alike all networks' units are, `(units, units)`, as a mean over places.
+
+    Args:
+        places: Moments of each pair of networks `(i, k)`, `i <= k`, place by place.
+        order: The networks in the order in which their units are to lie.
+    """
+    rows = []
+    for i in order:
+        row = []
+        for k in order:
+            pair = places[min(i, k), max(i, k)]
+            alike = [_alike(m) for m in pair]
+            mean = sum(alike[1:], alike[0]) / len(pair)
+            row.append(mean if i <= k else mean.T)
+        rows.append(np.hstack(row))
+    return np.round(np.vstack(rows), DECIMALS)
+
+
+def _alike(m: PairMoments) -> np.ndarray:
+    """Correlate units; two that never vary are alike if they are of one value, and otherwise 0."""
+    apart = distance(m)
+    still = np.outer(~varies(m.a), ~varies(m.b)) & (apart < EQUAL)
+    return np.where(still, 1.0, np.clip(pearson(m, FLOOR), -1.0, 1.0)) - TIE_BREAK * apart
+
+
+def greedy_zip(
+    similarity: np.ndarray, owners: np.ndarray, size: int, alpha: float = 0.3, beta: float = 0.125
+) -> np.ndarray:
+    """Merge the two most similar groups of units again and again until `size` groups are left.
+
+    A merged group is as similar to another one as its less similar part, times `alpha` unless its
+    parts are the same (similarity 1). Ties go to the first pair of units.
+
+    Args:
+        similarity: `(units, units)`, symmetric and finite.
+        owners: `(units,)` the network of each unit.
+        size: Number of groups.
+        alpha: In (0, 1].
+        beta: In [0, 1]: of the merges, a network's part is in proportion to its width; this share
+            of it may join units of the network with each other.
+
+    Returns:
+        `(units,)` the group of each unit; groups are numbered by their first units.
+
+    Raises:
+        ArgumentError: If `alpha`, `beta` or `size` is out of range, or a similarity is not finite.
+
+    Example:
+        >>> alike = np.array([[1, 0.9, 0.2, 0.8], [0.9, 1, 0.7, 0], [0.2, 0.7, 1, 0.1],
+        ...                   [0.8, 0, 0.1, 1]])
+        >>> greedy_zip(alike, np.array([0, 0, 1, 1]), 2, beta=0).tolist()
+        [0, 1, 1, 0]
+        >>> greedy_zip(alike, np.array([0, 0, 1, 1]), 2, beta=1).tolist()
+        [0, 0, 1, 1]
+    """
+    _require_options(alpha, beta)
+    _require_problem(similarity, size)
+    _, owners = np.unique(owners, return_inverse=True)
+    widths = np.bincount(owners)
+    removed = len(owners) - size
+    budgets = np.floor(removed * widths / max(len(owners), 1) * beta + 1e-4)
+    budgets = np.maximum(budgets, widths - size)  # these merges cannot be spared
+    groups = _Groups(
+        np.minimum(similarity, similarity.T), owners[:, None] == np.arange(len(widths)), budgets
+    )
+    for _ in range(removed):
+        groups.merge(*groups.most_similar(), alpha)
+    return np.unique(groups.first, return_inverse=True)[1]
+
+
+class _Groups:
+    """Groups on their way, with the best partner of each.
+
+    Similarities only ever fall, so what was a group's best stays a bound, and a group is looked
+    through again only when this bound is the largest of all.
+    """
+
+    def __init__(self, similarity: np.ndarray, holds: np.ndarray, budgets: np.ndarray) -> None:
+        self.similarity = similarity.astype(float)
+        np.fill_diagonal(self.similarity, -np.inf)
+        self.holds, self.budgets = holds, budgets  # (groups, networks), (networks,)
+        self.first = np.arange(len(holds))  # the first unit of each unit's group
+        self.partner = np.zeros(len(holds), dtype=int)
+        self.best = np.full(len(holds), np.inf)
+        self.stale = np.ones(len(holds), dtype=bool)
+
+    def most_similar(self) -> tuple[int, int]:
+        """Return the first of the pairs `i < j` that are most similar among those allowed."""
+        while True:
+            i = int(self.best.argmax())
+            if self.best[i] == -np.inf:
+                self._lift()
+            elif self.stale[i]:
+                self._look(i)
+            else:
+                return i, int(self.partner[i])
+
+    def _look(self, i: int) -> None:
+        row = self.similarity[i]
+        spent = self.holds[i] & (self.budgets <= 0)
+        if spent.any():
+            row = np.where(self.holds[:, spent].any(1), -np.inf, row)
+        self.partner[i] = row.argmax()
+        self.best[i], self.stale[i] = row[self.partner[i]], False
+
+    def _lift(self) -> None:
+        """Allow every merge, as the groups that are left all share a network with each other."""
+        self.budgets[:] = np.inf
+        alive = np.unique(self.first)
+        self.best[alive], self.stale[alive] = np.inf, True
+
+    def merge(self, i: int, j: int, alpha: float) -> None:
+        """Put group `j` into group `i`."""
+        shared = self.holds[i] & self.holds[j]
+        self.budgets = self.budgets - shared
+        if (shared & (self.budgets <= 0)).any():
+            self.stale[:] = True
+        lower = np.minimum(self.similarity[i], self.similarity[j])
+        if self.similarity[i, j] < SAME:
+            lower = np.minimum(alpha * lower, lower)
+        self.similarity[i] = self.similarity[:, i] = lower
+        self.similarity[j] = self.similarity[:, j] = self.best[j] = -np.inf
+        self.stale |= (self.partner == i) | (self.partner == j)
+        self.stale[i] = True
+        self.holds[i] |= self.holds[j]
+        self.first[self.first == j] = i
+
+
+def _maps(groups: np.ndarray, mass: np.ndarray, size: int) -> tuple[csr_array, csr_array]:
+    """Return the maps of a network's units, given their groups and the shares in each group.
+
+    An anchor may be wider than all units of a layer that it lacks: groups then take several fused
+    units, all of the same value, and whatever reads a group reads its part of each.
+    """
+    units, places = np.arange(len(groups)), np.arange(size)
+    shape = len(groups), len(mass)
+    member = csr_array((np.ones(len(units)), (units, groups)), shape=shape)
+    copies = csr_array((np.ones(size), (places % len(mass), places)), shape=(len(mass), size))
+    project = copies.T @ (member.T.multiply(1.0 / mass[:, None]))
+    return csr_array(project), csr_array(member @ copies.multiply(1.0 / copies.sum(1)[:, None]))
+
+
+def _cost(alike: np.ndarray, same: np.ndarray, own: np.ndarray) -> float | None:
+    """Return how unlike units are to the others of their groups, None if all are alone."""
+    same[np.arange(len(own)), own] = False
+    return float(1.0 - alike[same].mean()) if same.any() else None
+
+
+def _to_zip(mixer: Mixer, measured: Measurements) -> list[str]:
+    """Return the spaces that are measured, read by a weight, and neither in blocks nor blocks."""
+    parents = {s.parent for spaces in mixer.match.spaces.values() for s in spaces}
+    found = []
+    for name, spaces in mixer.match.spaces.items():
+        blocks = any(s.blocks is not None or s.name in parents for s in spaces if s.size)
+        read = any(a.reads for s in spaces for a in s.axes)
+        here = [k for k, present in enumerate(mixer.match.present[name]) if present]
+        seen = all((name, i, k) in measured.pairs for i in here for k in here if i <= k)
+        if len(here) and seen and read and not blocks:
+            found.append(name)
+    return found
+
+
+def _require_options(alpha: float, beta: float) -> None:
+    if not (0 < alpha <= 1 and 0 <= beta <= 1):
+        raise ArgumentError(
+            f"alpha {alpha} and beta {beta}",
+            where="a zip",
+            expected="alpha in (0, 1] and beta in [0, 1]",
+            do="use Zip() for the published ones, Zip(alpha=1, beta=0) for neither",
+        )
+
+
+def _require_problem(similarity: np.ndarray, size: int) -> None:
+    if not 0 < size <= len(similarity):
+        raise ArgumentError(
+            f"{len(similarity)} units to be zipped into {size} groups",
+            where="greedy_zip",
+            expected="at least one group, and no more groups than all networks have units",
+            do="take a network of less width as the anchor, or ask for fewer groups",
+        )
+    if not np.isfinite(similarity).all():
+        raise ArgumentError(
+            "a similarity that is NaN or infinite",
+            where=f"a zip of {len(similarity)} units",
+            expected="finite similarities",
+            do="check the activations of the networks on the calibration data",
+        )

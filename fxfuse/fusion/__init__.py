@@ -1,0 +1,21 @@
+"""The way of the data from networks to a network: fuse, heads, choice of weights, barrier."""
+
+from .barrier import Barrier, barrier
+from .fuse import FAIR, Method, align, balance, fuse, fuse_along, net2deeper
+from .heads import Separate, Union
+from .transfer import transfer
+
+__all__ = [
+    "Barrier",
+    "FAIR",
+    "Method",
+    "Separate",
+    "Union",
+    "align",
+    "balance",
+    "barrier",
+    "fuse",
+    "fuse_along",
+    "net2deeper",
+    "transfer",
+]

@@ -1,0 +1,267 @@
+"""How well classifiers do on labelled data.
+
+Heat maps and curves: layer costs with the chosen path, couplings, fits, barriers.
+
+Loss and accuracy between two networks: fusions of all weights, from one analysis.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._progress import Progress, Tick, counted, silent
+from ..errors import ArgumentError, DataError
+from ..graph.trace import device_of, plain_modes
+from ..ir import Alignment
+from ..report._shared import require_picture, save_figure
+from ..report.plots import _ALIKE, _UNLIKE
+from .fuse import Method, fuse_along
+
+if TYPE_CHECKING:
+    pass
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such batches
+
+
+def compare(
+    models: Mapping[str, nn.Module], data: Any, samples: int, tick: Tick = silent
+) -> dict[str, tuple[float, float]]:
+    """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
+
+    Args:
+        models: What is compared, in eval mode; outputs `(n, classes)`.
+        data: Whatever a fusion is calibrated on.
+        samples: How many of the first samples to look at.
+        tick: Called with the share of the models that is done.
+    """
+    batches, seen = [], 0
+    for batch in data if isinstance(data, Iterable) and not isinstance(data, Tensor) else ():
+        try:
+            inputs, labels = _pair(batch)
+        except DataError:
+            return {}
+        batches.append((inputs[: samples - seen], labels[: samples - seen]))
+        seen += len(labels)
+        if seen >= samples:
+            break
+    if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
+        return {}
+    named = counted(models.items(), tick)
+    return {name: evaluate(model, batches) for name, model in named}
+
+
+def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
+    """Tell whether a model gives a score to each label."""
+    with torch.no_grad():
+        found = model(inputs[:2].to(device_of(model)))
+    fits = isinstance(found, Tensor) and found.dim() == 2 and labels.dim() == 1
+    return fits and 0 <= int(labels.min()) <= int(labels.max()) < found.shape[1]
+
+
+def evaluate(
+    model: nn.Module, labelled: Labelled, loss: Loss = nn.functional.cross_entropy
+) -> tuple[float, float]:
+    """Return the accuracy in percent and the mean loss of a classifier, in its present mode.
+
+    Args:
+        model: Its output is a tensor of scores `(n, classes, ...)`.
+        labelled: A pair of tensors (inputs, labels), or an iterable of such batches.
+        loss: Of outputs and labels, their mean over a batch.
+
+    Raises:
+        DataError: If the labelled data are empty or of another form.
+    """
+    device, right, total, count, samples = device_of(model), 0, 0.0, 0, 0
+    with torch.no_grad():
+        for batch in rereadable(labelled):
+            inputs, labels = _pair(batch)
+            scores, labels = model(inputs.to(device)), labels.to(device)
+            right += int((scores.argmax(1) == labels).sum())
+            total += float(loss(scores, labels)) * len(labels)
+            count, samples = count + labels.numel(), samples + len(labels)
+    if not samples:
+        raise _unlabelled("no samples")
+    return 100.0 * right / count, total / samples
+
+
+def rereadable(labelled: Labelled) -> Iterable[Any]:
+    """Return batches that can be read again and again."""
+    if isinstance(labelled, (tuple, list)) and len(labelled) == 2:
+        inputs, labels = labelled
+        if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and inputs.dim() > 1:
+            return list(zip(inputs.split(256), labels.split(256)))
+    if not isinstance(labelled, Iterable) or isinstance(labelled, (str, bytes, dict, Tensor)):
+        raise _unlabelled(f"labelled data of type {type(labelled).__name__}")
+    return list(labelled) if iter(labelled) is labelled else labelled
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    pair = tuple(batch.values()) if isinstance(batch, dict) else batch
+    if not isinstance(pair, (tuple, list)) or len(pair) < 2:
+        raise _unlabelled(f"a batch of type {type(batch).__name__}")
+    inputs, labels = pair[0], pair[1]
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or not labels.dim():
+        kinds = f"{type(inputs).__name__} and {type(labels).__name__}"
+        raise _unlabelled(f"a batch of {kinds}")
+    if labels.is_floating_point() or len(inputs) != len(labels):
+        raise _unlabelled(f"{len(inputs)} inputs with {len(labels)} labels of {labels.dtype}")
+    return inputs, labels
+
+
+def _unlabelled(met: str) -> DataError:
+    return DataError(
+        met,
+        where="the labelled data",
+        expected="a pair of tensors (inputs, integer labels), or an iterable of such batches",
+        do="pass (x, y), or a DataLoader over pairs",
+    )
+
+
+def draw_barrier(barrier: Barrier, path: str | os.PathLike[str]) -> None:
+    """Write loss and accuracy along the weights of two networks.
+
+    Raises:
+        ArgumentError: If the ending is of no known format.
+    """
+    from matplotlib.figure import Figure
+
+    target = require_picture(path)
+    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
+    curves = [("loss", barrier.losses, _UNLIKE), ("accuracy, %", barrier.accuracies, _ALIKE)]
+    for axes, (name, values, colour) in zip(figure.subplots(1, 2), curves):
+        axes.plot(barrier.weights, values, color=colour, marker="o", markersize=4)
+        ends = [values[0], values[-1]]
+        straight: Any = {"color": "#8b949d", "linewidth": 0.9, "linestyle": "--"}
+        axes.plot([barrier.weights[0], barrier.weights[-1]], ends, **straight)
+        label = f"weight of {barrier.names[1]} (the rest: {barrier.names[0]})"
+        axes.set_xlabel(label, size=9, parse_math=False)
+        axes.set_ylabel(name, size=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+    save_figure(figure, target)
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Loss and accuracy along the weights of two networks.
+
+    Attributes:
+        weights: Share of the second network in each fusion, from 0 to 1.
+        losses: Mean loss of each fusion.
+        accuracies: Accuracy of each fusion in percent.
+        names: How the networks are called.
+    """
+
+    weights: tuple[float, ...]
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    names: tuple[str, str]
+
+    @property
+    def height(self) -> float:
+        """How far the loss rises above the straight line between its ends, at most.
+
+        References:
+            Entezari et al. 2022, definition 2 of the error barrier.
+        """
+        first, last = self.losses[0], self.losses[-1]
+        straight = [(1 - t) * first + t * last for t in self.weights]
+        return max(loss - line for loss, line in zip(self.losses, straight))
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Write both curves, .svg, .png or .pdf.
+
+        Raises:
+            ArgumentError: If the ending is another.
+        """
+        draw_barrier(self, path)
+
+    def __str__(self) -> str:
+        lines = [f"weight of {self.names[1]} (the rest: {self.names[0]})"]
+        for t, loss, accuracy in zip(self.weights, self.losses, self.accuracies):
+            lines.append(f"  {t:.2f}  loss {loss:.4f}  accuracy {accuracy:.2f} %")
+        return "\n".join([*lines, f"barrier of the loss {self.height:.4f}"])
+
+
+@plain_modes()
+def barrier(
+    models: Sequence[nn.Module],
+    data: Any,
+    labelled: Labelled,
+    *,
+    weights: Sequence[float] | None = None,
+    alignment: Alignment | None = None,
+    anchor: int | None = None,
+    method: Method | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+    progress: Progress | None = None,
+) -> Barrier:
+    """Measure loss and accuracy along the weights between two networks.
+
+    The networks are traced, aligned and balanced once; what depends on the weights is done for each
+    of them, as `fuse` with these weights would.
+
+    Args:
+        models: Two networks; not modified.
+        data: Unlabelled calibration inputs, as for `fuse`.
+        labelled: What is measured on: a pair of tensors (inputs, labels), or an iterable of such
+            batches, such as a `DataLoader`.
+        weights: Shares of the second network, increasing; 0, 0.1 ... 1 if not given.
+        alignment: Which layers correspond; found once if not given.
+        anchor: As for `fuse`.
+        method: As for `fuse`.
+        loss: Of outputs and labels, their mean over a batch.
+        progress: Called with the name of a stage and the share of it that is done.
+
+    Raises:
+        ArgumentError: If there are not two models, or the weights are not increasing in 0 to 1.
+        DataError: If the labelled data are empty or of another form.
+
+    Example:
+        >>> import torch
+        >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
+        >>> x = torch.randn(60, 4)
+        >>> curve = barrier(nets, x, (x, nets[0](x).argmax(1)), weights=[0, 0.5, 1])
+        >>> curve.weights, curve.accuracies[0]
+        ((0.0, 0.5, 1.0), 100.0)
+    """
+    shares = tuple(i / 10 for i in range(11)) if weights is None else tuple(map(float, weights))
+    _require(models, shares)
+    batches = rereadable(labelled)
+    pairs, losses, accuracies, names = [(1.0 - t, t) for t in shares], [], [], ("", "")
+    choices: Any = {"alignment": alignment, "anchor": anchor, "method": method}
+    for fused in fuse_along(models, data, pairs, progress=progress, **choices):
+        names = fused.meta["fxfuse"].alignment.names
+        correct, mean = evaluate(fused.eval(), batches, loss)
+        losses.append(mean)
+        accuracies.append(correct)
+    return Barrier(shares, tuple(losses), tuple(accuracies), names)
+
+
+def _require(models: Sequence[nn.Module], shares: tuple[float, ...]) -> None:
+    if not isinstance(models, Sequence) or len(models) != 2:
+        met = f"{len(models)} models" if isinstance(models, Sequence) else type(models).__name__
+        raise ArgumentError(
+            met,
+            where="the argument `models` of barrier",
+            expected="two networks",
+            do="pass them as a list: fxfuse.barrier([a, b], data, labelled)",
+        )
+    inside = all(0 <= t <= 1 for t in shares)
+    if len(shares) < 2 or not inside or any(a >= b for a, b in zip(shares, shares[1:])):
+        raise ArgumentError(
+            f"weights {list(shares)}",
+            where="the argument `weights` of barrier",
+            expected="two or more increasing shares of the second network, from 0 to 1",
+            do="leave them out for 0, 0.1 ... 1",
+        )

@@ -1,0 +1,144 @@
+"""Choose the networks' weights by how near the fused network comes to their ensemble.
+
+Units are mixed with the chosen weights, outputs stay those of the ensemble. A fused network in the
+units of one network, the lead, computes what this one does at no loss, and anything between the
+networks at some: on samples that nothing is fitted to, the best place between the two shows, and
+whose units are the best to lead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..calibration.data import Batch, Calibration
+from ..calibration.run import working_batch
+from ..coupling.mixing import Mixer
+from ..graph.trace import device_of, tensors_in
+from ..spaces.network import Network
+
+HELD = 4  # every fourth sample judges
+
+
+STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead; between the best ones
+
+
+CLEARLY = 0.75  # of what the first lead misses: ratios above it say nothing on other samples
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to fuse networks.
+
+    Attributes:
+        mixer: The networks and their maps; the weights are those of the ensemble.
+        make: Makes the fused network of these, with other weights, and some of the data.
+        margin: The way is taken only if it leaves less than this share of what the first one does.
+    """
+
+    mixer: Mixer
+    make: Callable[[Mixer, Calibration], Network]
+    margin: float = 1.0
+
+
+def nearest(
+    ways: Sequence[Way], data: Calibration, tick: Callable[[float], None] | None = None
+) -> tuple[int, Mixer]:
+    """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
+
+    Of several ways the first is taken, unless another comes nearer by its margin with the
+    ensemble's weights. Then the weight of the lead is searched for between its share of the
+    ensemble and all; the others keep their proportions.
+
+    Args:
+        ways: What there is to choose from.
+        data: Calibration inputs; every fourth is held out, unless there are less than four.
+        tick: Called with the share of the search that is done.
+
+    Returns:
+        Which way it is, and its networks with the weights.
+    """
+    fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
+    given = ways[0].mixer.output_weights
+    voices = [(w, n) for w, n in zip(given, ways[0].mixer.balanced.networks) if w]
+    most, done = len(ways) + len(STARTS) + REFINEMENTS, 0
+
+    def missed(way: Way, share: float) -> float:
+        nonlocal done
+        network = way.make(_with_share(replace(way.mixer, ensemble=given), share), fit)
+        done += 1
+        if tick is not None:
+            tick(done / most)
+        return _distance(voices, network, held)
+
+    first = [missed(way, given[way.mixer.match.lead]) for way in ways]
+    able = [i for i, way in enumerate(ways) if not i or first[i] < way.margin * first[0]]
+    best = min(able, key=first.__getitem__)
+    way, mixer = ways[best], replace(ways[best].mixer, ensemble=given)
+    found = {given[mixer.match.lead]: first[best]}
+    for share in [s for s in STARTS if s not in found and s > min(found)]:
+        found[share] = missed(way, share)
+    for _ in range(REFINEMENTS):
+        share = _between(found)
+        found[share] = missed(way, share)
+    if tick is not None:
+        tick(1.0)
+    return best, _with_share(mixer, min(found, key=found.__getitem__))
+
+
+def _between(found: dict[float, float]) -> float:
+    """Return the middle between the best share and the better of its neighbours."""
+    order = sorted(found)
+    best = order.index(min(found, key=found.__getitem__))
+    beside = [order[i] for i in (best - 1, best + 1) if 0 <= i < len(order)]
+    return (order[best] + min(beside, key=found.__getitem__, default=order[best] / 2)) / 2
+
+
+def _with_share(mixer: Mixer, share: float) -> Mixer:
+    """Return the networks with a weight of the lead, the others in proportion."""
+    given, lead = mixer.output_weights, mixer.match.lead
+    rest = sum(given) - given[lead]
+    scale = (1 - share) / rest if rest > 0 else 0.0
+    weights = [share if k == lead else w * scale for k, w in enumerate(given)]
+    if rest <= 0:
+        weights[lead] = 1.0
+    return replace(mixer, weights=tuple(weights))
+
+
+def _distance(voices: list[tuple[float, Network]], network: Network, data: Calibration) -> float:
+    """Return how far outputs are from a weighted mean of networks' outputs.
+
+    That is the divergence of class probabilities, or the relative error of other outputs; what it
+    holds does not grow with the number of samples.
+    """
+    networks = [*(other for _, other in voices), network]
+    wrong = power = 0.0
+    with torch.no_grad():
+        for batch in data.chunks(working_batch(networks)):
+            outputs = [_outputs(n, batch) for n in networks]
+            own = outputs.pop()
+            mean = [sum(w * t for (w, _), t in zip(voices, each)) for each in zip(*outputs)]
+            a, b = _missed(mean, own)
+            wrong, power = wrong + a, power + b
+    return wrong / max(power, 1e-300)
+
+
+def _outputs(network: Network, batch: Batch) -> list[Tensor]:
+    module = network.module.eval()
+    found = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    return [t.double().cpu() for t in found]
+
+
+def _missed(wanted: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
+    """Return what outputs miss, summed over a batch, and what that is relative to."""
+    if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
+        mean, own = (t[0].log_softmax(1) for t in (wanted, found))
+        return float((mean.exp() * (mean - own)).sum()), float(len(mean))
+    pairs = list(zip(wanted, found))
+    return (
+        sum(float((a - b).square().sum()) for a, b in pairs),
+        sum(float(a.square().sum()) for a, _ in pairs),
+    )

@@ -1,0 +1,323 @@
+"""From a module to a `GraphModule` of its own: same function, live modes, no tie to the original.
+
+Symbolic tracing bakes `self.training` into functional calls (`F.dropout(x, p, self.training)`) and
+leaves out what only training computes. The model is therefore traced in both modes, and `modes`
+makes one graph of the two, with live flags and a live choice of outputs. Where that cannot be, the
+smallest module around the difference is kept as a leaf, and if that is the whole model, the graph
+is the one of eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import DataError, ModelError, TraceError
+from ._modes import Mode, cut_to, evaluating_part, merge
+
+Example = Tensor | tuple[Tensor, ...]
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave inference mode and autocast, which a caller may be in: they hide operators."""
+    cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+    with torch.inference_mode(False), cpu, cuda:
+        yield
+
+
+class Interpreter(fx.Interpreter):
+    """Run a graph as its own code does: with lists that the called function may write to."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a node's arguments as fresh lists and dictionaries instead of frozen ones."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return _thawed(args), _thawed(kwargs)
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _thawed(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_thawed(v) for v in value]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_thawed, value))
+    return tuple(map(_thawed, value)) if type(value) is tuple else value  # torch has tuples, too
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
+        super().__init__()
+        self.leaves, self.proxy_buffer_attributes = leaves, proxy_buffers
+        self.failed_in = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Mode) or module_qualified_name in self.leaves:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+    """Write a model down as a graph that shares nothing with it.
+
+    Args:
+        model: Any module that `torch.fx` can trace; not modified.
+        name: How to call it in errors.
+
+    Returns:
+        A `GraphModule` with the model's module names and state, in the model's mode. Heads that
+        exist in training only run in eval mode too, which costs their time and takes inputs that
+        they take; compilers leave them out again, as does `run_decompositions` after an export.
+
+    Raises:
+        TraceError: If the model cannot be traced.
+        ModelError: If it is no module or its weights are not finite.
+    """
+    return copy_modes(model, copy.deepcopy(trace_sharing(model, name)))
+
+
+def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+    """Write a model down as `trace` does, but around the model's own parameters.
+
+    For who only reads them: they are most of a large model, and copying them most of the time that
+    tracing takes. What a forward may write to, the buffers, is the graph's own.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a {type(model).__name__} instead of a network",
+            where=name,
+            expected="a torch.nn.Module",
+            do="build the model first and load its weights into it",
+        )
+    _require_finite(model, name)
+    _refuse_hooks(model, name)
+    shell = _shell(model)
+    graph = _live_graph(shell, name)
+    module = fx.GraphModule(shell, graph, type(model).__name__)
+    _hide_constants(model, module)
+    return copy_modes(model, module)
+
+
+def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
+    """Keep tensors that are no state of the model, which fx makes buffers, out of the state."""
+    known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        added = {name for name in part._buffers if prefix + name not in known}
+        part._non_persistent_buffers_set |= added
+
+
+def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+    """Put every part of a graph module into the mode of the model's part of that name.
+
+    The number that the part's class gives its state dictionary goes with it: loaders ask for it.
+    """
+    parts = dict(model.named_modules())
+    for path, part in module.named_modules():
+        owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
+        part.training = parts.get(owner, model).training
+        if path in parts and part._version != parts[path]._version:
+            part._version = parts[path]._version
+    return module
+
+
+def _refuse_hooks(model: nn.Module, name: str) -> None:
+    """Refuse forward hooks: they may change the function, and no graph shows them."""
+    for path, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise TraceError(
+                "a module with forward hooks",
+                where=f"'{path}' of {name}",
+                expected="modules whose function is their forward alone",
+                do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
+            )
+
+
+def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """Return the input tensors of one call as a tuple, moved to a device.
+
+    Raises:
+        DataError: If `example` is not a tensor or a tuple of tensors.
+    """
+    parts = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(parts, (tuple, list)) or not all(isinstance(p, Tensor) for p in parts):
+        raise DataError(
+            f"an example of type {type(example).__name__}",
+            where="the argument `example`",
+            expected="a tensor or a tuple of tensors, one for each input of the model",
+            do="pass a batch as the model takes it",
+        )
+    return tuple(p.to(device) for p in parts)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value; what its data classes hold counts."""
+    found: list[Tensor] = []
+    for part in tree_leaves(value):
+        if is_dataclass(part) and not isinstance(part, type):
+            found += tensors_in([getattr(part, field.name) for field in fields(part)])
+        elif isinstance(part, Tensor):
+            found.append(part)
+    return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model lives, the CPU if it has no tensors."""
+    first = next(iter(_tensors(model)), None)
+    return torch.device("cpu") if first is None else first[1].device
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    for path, tensor in _tensors(model):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite",
+                where=f"'{path}' of {name}",
+                expected="finite weights and statistics",
+                do="load a checkpoint that finished training",
+            )
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """Copy all but the parameters: tracing must not touch the model, nor double it."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied: {error}",
+            where=type(model).__name__,
+            expected="a module that copy.deepcopy accepts",
+            do="remove what cannot be copied (open files, locks, generators) from its attributes",
+        ) from error
+
+
+def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
+    """Trace in both modes until one graph serves both, keeping what differs as leaves."""
+    leaves: frozenset[str] = frozenset()
+    while True:
+        evaluating, error = _trace_in(shell, False, leaves)
+        if isinstance(evaluating, str):
+            raise _untraceable(shell, name, error) from error
+        training, _ = _trace_in(shell, True, leaves)
+        both = {training} if isinstance(training, str) else merge(shell, evaluating, training)
+        if isinstance(both, fx.Graph):
+            return both
+        if "" in both or both <= leaves:
+            return evaluating  # the model itself takes another way: keep the one of eval mode
+        leaves |= both | _alike(shell, both)
+
+
+def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
+    """Return the parts of the same kinds as those of some parts that hold no tensors.
+
+    One that drops paths is seldom alone, and each would cost two traces to be found.
+    """
+    empty = {path: m for path, m in shell.named_modules() if next(_tensors(m), None) is None}
+    kinds = {type(empty[path]) for path in paths & set(empty)}
+    return {path for path, m in empty.items() if type(m) in kinds}
+
+
+def _trace_in(
+    shell: nn.Module, training: bool, leaves: frozenset[str]
+) -> tuple[fx.Graph | str, Exception | None]:
+    """Return the graph of one mode, or the module that failed and why.
+
+    Buffers are read live where that traces; a forward that looks at their values needs them real.
+    """
+    for proxy_buffers in (True, False):
+        shell.train(training)  # a network that keeps computed values forgets them here
+        tracer = _Tracer(leaves, proxy_buffers)
+        try:
+            return _without_unused_reads(tracer.trace(shell)), None
+        except Exception as error:
+            failure = tracer.failed_in, error
+    return failure
+
+
+def _without_unused_reads(graph: fx.Graph) -> fx.Graph:
+    """Erase attributes that are read for nothing: they may differ between modes that are alike."""
+    for node in reversed(graph.nodes):
+        if node.target is getattr and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceError:
+    return TraceError(
+        f"torch.fx cannot trace it: {error}",
+        where=f"{name} ({type(shell).__name__})",
+        expected="a forward without control flow that depends on tensor values or shapes",
+        do="move the branch out of forward, or wrap the function with torch.fx.wrap",
+    )
+
+
+def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[Tensor]:
+    """Return the output tensors of one forward pass in eval mode.
+
+    Where only what training computes refuses the batch, as too small for its head, that part is cut
+    off the network in place: eval mode is what a network is fused for.
+
+    Raises:
+        DataError: If the model refuses the batch or computes values that are not finite.
+    """
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            out = _forward(module, example)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in example)
+        raise DataError(
+            f"the model refuses a batch of shape {shapes}: {error}",
+            where=name,
+            expected="data that every model takes as its input",
+            do="check the data's shape, type and order of axes against the models",
+        ) from error
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    tensors = tensors_in(out)
+    if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+        raise DataError(
+            "outputs that are NaN or infinite",
+            where=name,
+            expected="finite outputs on the calibration data",
+            do="check the data for NaN and the model for exploding activations",
+        )
+    return tensors
+
+
+def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    try:
+        return module.forward(*example)  # as a call of a graph prints what it raises
+    except Exception:
+        if not isinstance(module, fx.GraphModule):
+            raise
+        part = evaluating_part(module)
+        if part is None:
+            raise
+        out = part.eval().forward(*example)
+        cut_to(module, part)
+        return out

@@ -1,0 +1,195 @@
+"""Weights from files and to files, without running anything that is in them.
+
+Read are `.safetensors` files, and files of `torch.save` with `weights_only=True`: a state
+dictionary, or one nested under a usual key. Wrappers' prefixes are taken off its names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import write_atomically
+from ..errors import CheckpointError
+
+KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net", "weights")
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+
+
+State = dict[str, Tensor]
+
+
+def read_state(path: str | os.PathLike[str]) -> State:
+    """Return the state dictionary that a file holds.
+
+    Args:
+        path: A `.safetensors` file, or one of `torch.save`.
+
+    Raises:
+        CheckpointError: If it cannot be read, holds no weights, or needs code to be unpickled.
+    """
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    found = _unpickled(Path(path))
+    state = _state_in(found)
+    if state is None:
+        held = ", ".join(map(repr, found)) if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(
+            f"a checkpoint without weights, but with {shorten(held, 200, placeholder=' ...')}",
+            where=str(path),
+            expected="tensors by name, or such under one of the keys " + ", ".join(KEYS),
+            do="take the state dictionary out and save that: safetensors.torch.save_file(...)",
+        )
+    return state
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[State, dict[str, str]]:
+    """Return the tensors of a safetensors file, in memory of their own, and its metadata.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return state, file.metadata() or {}
+    except Exception as error:  # of the file system, the format, or a type torch does not know
+        raise _unreadable(path, error) from error
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a file into a model.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or its names or shapes are not the model's.
+    """
+    known = model.state_dict()
+    state = _without_prefix(read_state(path), set(known))
+    try:
+        try:
+            model.load_state_dict(state)  # fills in what older files lack, unlike a check of names
+        except ValueError:  # classes that want to know how old a file is, which not all files say
+            numbered = OrderedDict(state)
+            vars(numbered)["_metadata"] = getattr(known, "_metadata", None)
+            model.load_state_dict(numbered)
+    except Exception as error:
+        found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
+        raise CheckpointError(
+            f"a checkpoint that does not fit: {found or error}",
+            where=f"{path} into {type(model).__name__}",
+            expected="the names and shapes of the model's state_dict",
+            do="build the model with the options it was trained with: ?key=value",
+        ) from error
+
+
+def save_weights(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write tensors as safetensors, in one step: the old file stays until the new one is whole.
+
+    Raises:
+        WriteError: If the file cannot be written.
+    """
+    own = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+    def write(file: Path) -> None:
+        save_file(own, file, metadata)
+        _order_header(file)
+
+    write_atomically(Path(path), write)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which its writer lists in another order each time.
+
+    The same tensors and metadata then are the same bytes. The header keeps its length.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        facts = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
+        text = json.dumps(facts | header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(facts["__metadata__"]) > 1 and len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def _apart(tensors: State) -> State:
+    """Give tensors that share memory, which the format does not know, memory of their own."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes
+        seen.add(memory.data_ptr())
+        found[name] = tensor.clone() if shared else tensor
+    return found
+
+
+# --- files of torch.save --------------------------------------------------------------------------
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of storages that old files name
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
+        told = f"runs code when it is read: {named[1]}" if named else "is no file of torch.save"
+        raise CheckpointError(  # torch's own words end in the advice to run it all the same
+            f"a checkpoint that {told}",
+            where=str(path),
+            expected="tensors alone, in a state dictionary",
+            do="if its origin is trusted, load it where its code is, and save the weights alone: "
+            "safetensors.torch.save_file(model.state_dict(), path)",
+        ) from error
+    except Exception as error:  # what a broken archive or pickle makes torch raise is not fixed
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    reason = shorten(str(error), 300, placeholder=" ...")
+    return CheckpointError(
+        f"a checkpoint that cannot be read: {type(error).__name__}: {reason}",
+        where=str(path),
+        expected="a whole safetensors file, or one that torch.save wrote",
+        do="check the path, or get the file anew; convert others with safetensors.torch.save_file",
+    )
+
+
+def _state_in(found: Any) -> State | None:
+    """Return the state dictionary that an unpickled value is or holds."""
+    if not isinstance(found, dict) or not found:
+        return None
+    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        return found
+    nested = (_state_in(found[key]) for key in KEYS if key in found)
+    return next((state for state in nested if state is not None), None)
+
+
+def _without_prefix(state: State, names: set[str]) -> State:
+    """Take off prefixes that wrappers put before every name, until a name is the model's."""
+    while state and not names & set(state):
+        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None)
+        if prefix is None:
+            return state
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    return state

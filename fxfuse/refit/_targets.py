@@ -1,0 +1,439 @@
+"""The networks that are fused, on their way over the data together, and what they ask for.
+
+What each contraction of the fused network should give: the mean of the networks' own values.
+
+The target is taken where the effect of a contraction is complete: behind its norm, or, if it ends a
+branch, behind the sum with what is already there. Then the contraction has to give what is missing,
+and errors do not add up along a stream. Where an activation reads it, the mean of the networks'
+activations is wanted too: these are what the next layers mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..calibration.affine import Producer, folds, identify
+from ..calibration.data import Calibration
+from ..calibration.least_squares import Sample, rows_at
+from ..calibration.run import Frontier, Run, Track
+from ..coupling.measure import bypasses
+from ..coupling.mixing import Mixer, absent_tensors
+from ..graph.verify import TOLERANCE
+from ..spaces.network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What a contraction of the fused network has to give, at a sample of its positions.
+
+    Attributes:
+        sample: Which positions.
+        shapes: Of the value of each batch, without its units.
+        values: `(positions, units)` of each batch: the mean of the networks' values where the
+            contraction's effect is complete.
+        acted: The same of what the activation behind it makes of them; empty unless it alone
+            reads them.
+    """
+
+    sample: Sample
+    shapes: list[tuple[int, ...]]
+    values: list[Tensor]
+    acted: list[Tensor]
+
+
+class Parents:
+    """The networks on their way, a step ahead of the fused one where its targets ask for it.
+
+    Args:
+        targets: Mixes their values.
+        order: Of the fused network's nodes.
+        aims: What is to be refitted.
+        data: Calibration inputs.
+        samples: How many of the first ones.
+        size: How many of them are one batch.
+        frontier: Where they rest between stops.
+        draw: Chooses positions of a contraction, told how many one sample has, and the samples
+            of each batch.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        order: Sequence[fx.Node],
+        aims: dict[str, Aim],
+        data: Calibration,
+        samples: int,
+        size: int,
+        frontier: Frontier,
+        draw: Draw,
+    ) -> None:
+        self.targets, self.draw = targets, draw
+        mixer = targets.mixer
+        place = {node.name: i for i, node in enumerate(order)}
+        self.tracks: list[Track | None] = []
+        for k, (network, bypass) in enumerate(zip(mixer.balanced.networks, targets.bypasses)):
+            nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
+            given = network, data, samples, size, nodes, frontier, bypass
+            self.tracks.append(None if _silent(mixer, k) else Track(*given))
+        self.sizes = next(track.sizes for track in self.tracks if track is not None)
+        self.place = place
+        self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
+        self.caught: dict[str, Goal] = {}
+
+    def goal(self, aim: Aim) -> Goal:
+        """Return what is wanted of a contraction; it is forgotten."""
+        name = aim.producer.node
+        while name not in self.caught:
+            following = self.stops.pop(0)
+            self.caught[following.producer.node] = self._go(following)
+        return self.caught.pop(name)
+
+    def _go(self, aim: Aim) -> Goal:
+        """Go on to where a contraction meets its target."""
+        values: list[Tensor] = []
+        acted: list[Tensor] = []
+        chosen: Sample | None = None
+        shapes: list[tuple[int, ...]] = []
+        axis = aim.axis_in(self.targets.mixer.balanced.networks[0])
+        for batch, size in enumerate(self.sizes):
+            found = [
+                None if t is None else t.go(batch, self.place[aim.at] + 1) for t in self.tracks
+            ]
+            given = [None if f is None else f[1] for f in found]
+            one = next(value for value in given if value is not None)
+            if chosen is None:
+                chosen = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
+            shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
+            at = chosen.at[batch]
+            rows = [None if value is None else rows_at(value, axis, at) for value in given]
+            values.append(self._mixed(aim, rows))
+            if aim.through is not None:
+                runs = [None if f is None else f[0] for f in found]
+                through = [self._act(aim, *pair) for pair in zip(runs, rows)]
+                acted.append(self._mixed(aim, through))
+            for track in self.tracks:
+                if track is not None:
+                    track.rest(batch)
+        assert chosen is not None, "there is a batch"
+        return Goal(chosen, shapes, values, acted)
+
+    def _mixed(self, aim: Aim, rows: Sequence[Tensor | None]) -> Tensor:
+        axis = aim.axis_in(self.targets.mixer.balanced.networks[0])
+        return self.targets.mix(aim.at, aim.producer.weight, axis, rows, -1)
+
+    def _act(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
+        """Return what the activation behind a contraction makes of one network's values."""
+        if run is None or rows is None:
+            return None
+        node = next(n for n in run.network.module.graph.nodes if n.name == aim.through)
+        return run.apply(node, run.network.inputs_of(node)[0], rows)
+
+    def outputs(self, batch: int) -> list[Any]:
+        """Go to the end with a batch, and return what each network gives; None for a silent one."""
+        ends = [None if t is None else t.go(batch, len(t.order)) for t in self.tracks]
+        return [None if end is None else end[1] for end in ends]
+
+
+def _silent(mixer: Mixer, k: int) -> bool:
+    """Tell whether a network gives nothing, but a structure at most."""
+    gives = any(c.given.any() for (_, j), c in mixer.couplings.items() if j == k)
+    return not (mixer.weights[k] or mixer.output_weights[k] or gives)
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """A contraction of the fused network and where it meets its target.
+
+    Attributes:
+        producer: The contraction; its map has a shape but no values.
+        at: The node whose value is to be the networks' mean.
+        rest: If that is a sum, the node that is added to what the contraction gives.
+        through: The activation that is all that reads the target, if there is one.
+        swing: Whether its units need the target's spread, because no sum, concatenation or further
+            linear map reads them.
+    """
+
+    producer: Producer
+    at: str
+    rest: str | None
+    through: str | None
+    swing: bool
+
+    def axis_in(self, network: Network) -> int:
+        """Return the axis that holds the units, counted from the front."""
+        return self.producer.axis % len(network.book.shapes[self.producer.node])
+
+
+Draw = Callable[[Aim, int, Sequence[int]], Sample]
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A node that adds another node's value to that of a contraction."""
+
+    node: str
+    rest: str
+
+
+def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
+    """Return the order in which to refit a network, and what to refit.
+
+    Values are computed as early as possible, contractions level by level, so that of two that end
+    in one sum the one behind more others comes last.
+
+    Args:
+        network: The fused network, its weights of no matter.
+    """
+    nodes = list(network.module.graph.nodes)
+    producers, sums = _survey(network)
+    order = sweep_order(network, set(producers))
+    if not _same_function(network, order):
+        order = nodes
+    place = {node.name: i for i, node in enumerate(order)}
+    aims = {}
+    for name, producer in producers.items():
+        closing = sums.get(name)
+        if closing is not None and place[closing.rest] > place[name]:
+            closing = None
+        at = closing.node if closing else producer.joint
+        aims[name] = Aim(
+            producer,
+            at,
+            closing.rest if closing else None,
+            _activation(network, at),
+            closing is None and _swings(network, producer.joint),
+        )
+    return order, aims
+
+
+def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
+    """Order nodes so that contractions come level by level, all else as soon as it can."""
+    fed, graph = network.fed(), list(network.module.graph.nodes)
+    level: dict[fx.Node, int] = {}
+    for node in graph:
+        level[node] = max((level[n] for n in node.all_input_nodes), default=0)
+        level[node] += node.name in producers
+    constants = [n for n in graph if n.name not in fed and n.op != "output"]
+    order: dict[fx.Node, None] = dict.fromkeys(constants)  # some are made from others, in place
+    waiting = [n for n in graph if n not in order]
+    while waiting:
+        ready = (n for n in waiting if all(i in order for i in n.all_input_nodes))
+        best = min(ready, key=lambda n: (n.name in producers and level[n], n.op == "output"))
+        waiting.remove(best)
+        order[best] = None
+    return list(order)
+
+
+def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:
+    """Tell whether another order changes no value, which writing in place can do."""
+    values = []
+    for nodes in (list(network.module.graph.nodes), order):
+        run, found = Run(network, network.example, order=nodes), {}
+        with torch.no_grad():
+            for node in nodes:
+                value = run.step(node)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    found[node.name] = float(value.double().abs().sum())
+        values.append(found)
+    return all(abs(v - values[1][n]) <= TOLERANCE * abs(v) for n, v in values[0].items())
+
+
+def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
+    """Find what can be refitted, and which sums it ends in, in one run of the network's example."""
+    folded = {producer: norm for norm, producer in folds(network).items()}
+    run = Run(network, network.example)
+    producers: dict[str, Producer] = {}
+    ends: dict[str, str] = {}  # node -> the contraction whose value it holds and nothing else does
+    sums: dict[str, Sum] = {}
+    with torch.no_grad():
+        for node in network.module.graph.nodes:
+            inputs = network.inputs_of(node)
+            before = [run.value_of(n.name) for n in inputs]
+            if _is_sum(network, node):
+                before = [value.clone() for value in before]  # it may be written in place
+            value = run.step(node)
+            alone = [n.name for n in inputs if len(n.users) == 1]
+            if _able(network, node, before, value):
+                found = identify(network, node, before[0].double(), value.double())
+                if found is not None and found.norm == folded.get(node.name):
+                    producers[node.name] = _hollow(found)
+                    ends[node.name] = node.name
+            elif len(alone) == len(inputs) == 1 and alone[0] in ends:
+                if network.is_idle(node) or producers[ends[alone[0]]].norm == node.name:
+                    ends[node.name] = ends[alone[0]]
+            elif _is_sum(network, node) and _adds(before, value):
+                for part, other in (inputs, inputs[::-1]):
+                    if part.name in alone and part.name in ends:
+                        sums[ends[part.name]] = Sum(node.name, other.name)
+    joints = {p.joint for p in producers.values()}
+    reached = {ends[n] for n in ends if n in joints}
+    return producers, {name: found for name, found in sums.items() if name in reached}
+
+
+def _is_sum(network: Network, node: fx.Node) -> bool:
+    adds = {s[1] for s in network.steps(node) if s[0] == "pointwise"} == {"add"}
+    return adds and len(network.inputs_of(node)) == 2 and network.rules(node) == {"pointwise"}
+
+
+def _adds(parts: Sequence[Tensor], value: Tensor) -> bool:
+    if not all(part.shape == value.shape for part in parts):
+        return False
+    scale = max(float(t.abs().max()) for t in (*parts, value)) if value.numel() else 0.0
+    return bool((value - parts[0] - parts[1]).abs().max() <= TOLERANCE * scale)
+
+
+def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: object) -> bool:
+    """Tell whether a node may be refitted: it contracts, along one axis that holds its units.
+
+    A weight that is computed from a parameter is left alone.
+    """
+    tensors = [t for t in (*inputs, value) if isinstance(t, Tensor) and t.is_floating_point()]
+    if node.name not in network.book.weights or len(inputs) != 1 or len(tensors) != 2:
+        return False
+    assert isinstance(value, Tensor), "there is one input"
+    if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
+        return False
+    dims = {a.dim % value.dim() for a in network.book.features.get(node.name, ())}
+    return len(dims) <= 1
+
+
+def _hollow(producer: Producer) -> Producer:
+    """Forget the values of a producer's map: of wide networks they take gigabytes."""
+    empty = torch.zeros(()).expand(producer.affine.weight.shape)
+    return replace(producer, affine=replace(producer.affine, weight=empty, bias=None))
+
+
+def _activation(network: Network, name: str) -> str | None:
+    """Return the activation that is all that reads a node."""
+    node: fx.Node = next(n for n in network.module.graph.nodes if n.name == name)
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if network.is_activation(node):
+            return node.name
+        if not network.is_idle(node):
+            return None
+    return None
+
+
+def _swings(network: Network, joint: str) -> bool:
+    """Tell whether no sum, concatenation, norm or further contraction reads a node directly."""
+    waiting = [n for n in network.module.graph.nodes if n.name == joint]
+    while waiting:
+        for user in waiting.pop().users:
+            if network.is_idle(user):
+                waiting.append(user)
+            linear = {"cat", "stack"} & network.rules(user) or network.is_norm(user)
+            if linear or user.op == "output" or user.name in network.book.weights:
+                return False
+            adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
+            if adds and len(network.inputs_of(user)) > 1:
+                return False
+    return True
+
+
+class Targets:
+    """Mixes the networks' values at a node, each carried into the fused network's units.
+
+    Args:
+        mixer: The networks, their shares and maps.
+    """
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        balanced = mixer.balanced
+        pairs = list(zip(balanced.networks, balanced.absent))
+        self.gone = [absent_tensors(network, absent) for network, absent in pairs]
+        self.inner = [{n for a in absent for n in a.inner} for absent in balanced.absent]
+        self.bypasses = bypasses(balanced)
+        self.outputs = _behind_contractions(balanced.networks[mixer.anchor])
+        self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
+
+    def fits(self, node: str, dim: int) -> bool:
+        """Tell whether every network has the fused network's spaces along an axis of a node."""
+        networks, match = self.mixer.balanced.networks, self.mixer.match
+        found = [n.spaces.shown.get((node, dim), ()) for n in networks]
+        for k, theirs in enumerate(found):
+            wanted = [match.spaces[s.name][k] for s, _ in found[self.mixer.anchor]]
+            if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
+                return False
+        return all(len(n.book.shapes.get(node, ())) > dim for n in networks)
+
+    def mix(
+        self,
+        node: str,
+        weight: str,
+        dim: int,
+        values: Sequence[Tensor | None],
+        axis: int | None = None,
+    ) -> Tensor:
+        """Return the target at a node.
+
+        A layer that a network lacks has no say inside a branch, unless it stands for writing
+        nothing; where a value passes by such a layer, it counts.
+
+        Args:
+            node: The node.
+            weight: The weight of the contraction whose target it is.
+            dim: The feature axis.
+            values: Each network's value there, None where it has none.
+            axis: The axis of the values that holds the features, if not that one.
+        """
+        axis = dim if axis is None else axis
+        shares, total = self._shares(node, weight, values), None
+        for k, (share, value) in enumerate(zip(shares, values)):
+            if share and value is not None:
+                part = _apply(self._map(node, dim, k), value, axis).mul_(share)
+                total = part if total is None else total.add_(part)
+        assert total is not None, "some network has a share"
+        mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
+        along = axis % total.dim()
+        return total.div_(mass.view([-1 if d == along else 1 for d in range(total.dim())]))
+
+    def _map(self, node: str, dim: int, k: int) -> Tensor:
+        """Return the map into the fused network's units; an index where it only picks units."""
+        if (node, dim, k) not in self.maps:
+            self.maps = {key: m for key, m in self.maps.items() if key[0] == node}
+            matrix = self.mixer.feature_map(node, dim, k)
+            picks = (matrix.data == 1).all() and (np.diff(matrix.indptr) == 1).all()
+            self.maps[node, dim, k] = torch.as_tensor(matrix.indices if picks else matrix.toarray())
+        return self.maps[node, dim, k]
+
+    def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
+        silent = [node in inner and weight in gone for inner, gone in zip(self.inner, self.gone)]
+        last = node in self.outputs
+        weights = self.mixer.output_weights if last else self.mixer.weights
+        shares = [0.0 if s else w for s, w in zip(silent, weights)]
+        here = [v is not None and s > 0 for v, s in zip(values, shares)]
+        return shares if any(here) else [float(v is not None) for v in values]
+
+    def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
+        """Return the share of the networks that give something to the unit at each position."""
+        base = self.mixer.balanced.networks[self.mixer.anchor]
+        mass = np.full(base.book.shapes[node][dim], sum(shares))
+        for space, axis in base.spaces.shown.get((node, dim), ()):
+            couplings = [self.mixer.couplings[space.name, k] for k in range(len(shares))]
+            given = np.array(shares) @ np.array([c.given for c in couplings])
+            mass[axis.index] = np.where(given > 0, given, 1.0)[:, None]
+        return mass
+
+
+def _behind_contractions(network: Network) -> set[str]:
+    """Return the nodes whose values reach the outputs through no further contraction."""
+    before: set[fx.Node] = set()
+    for node in reversed(network.module.graph.nodes):
+        if node in before or node.name in network.book.weights:
+            before.update(node.all_input_nodes)
+    return {node.name for node in network.module.graph.nodes if node not in before}
+
+
+def _apply(units: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Return a copy of values in other units: picked by an index, or mixed by a matrix."""
+    if units.dim() == 1:
+        return value.index_select(dim, units.to(value.device))
+    return (value.movedim(dim, -1) @ units.T.to(value)).movedim(-1, dim)

@@ -1,0 +1,158 @@
+"""Emit the fused network, and say what its norms and outputs have to look like.
+
+Norms with running statistics are folded into the weights before mixing, because the scale of a raw
+filter is arbitrary; the fused network gets the anchor's norms again, to be settled by `refit`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import fx
+
+from .._progress import Tick, counted, silent
+from ..calibration.affine import FoldedState, fold, folds, producers, tensors_of
+from ..calibration.moments import Moments
+from ..coupling.mixing import Mixer
+from ..spaces.network import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The mean and spread `(units,)` that the parents ask of a node's output."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+
+    @property
+    def power(self) -> np.ndarray:
+        """`(units,)` root mean squares."""
+        found: np.ndarray = np.sqrt(self.mean**2 + self.spread**2)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class NormPlan:
+    """What a norm of the fused network has to compute: `scale * input + shift` before corrections.
+
+    Attributes:
+        node: The norm's node.
+        reads: The node before it.
+        scale: `(units,)`.
+        shift: `(units,)`.
+        target: Moments its output should have, if they were measured.
+    """
+
+    node: str
+    reads: str
+    scale: np.ndarray
+    shift: np.ndarray
+    target: Target | None
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPlan:
+    """A contraction without a norm behind it, whose output should have given moments.
+
+    Attributes:
+        node: Its node.
+        weight: Name of its weight.
+        dim: The axis the weight writes.
+        bias: Name of its bias, if it has one.
+        axis: Feature axis of its output.
+        target: Moments its output should have.
+    """
+
+    node: str
+    weight: str
+    dim: int
+    bias: str | None
+    axis: int
+    target: Target
+
+
+def outputs_to_settle(network: Network) -> dict[str, int]:
+    """Return the nodes whose output moments can be corrected, with their feature axis.
+
+    A bias that is put together from several tensors, or from one of another size, cannot be.
+    """
+    shapes = {name: tuple(t.shape) for name, t in tensors_of(network.module)}
+    found = dict.fromkeys(network.book.norms, 1)
+    taken = set(folds(network).values())
+    for node, (weight, dim) in producers(network).items():
+        axes = {a.dim for a in network.book.features.get(node, [])}
+        biases = {shapes.get(t) for t in network.book.tensors[node] if t != weight}
+        plain = biases <= {shapes[weight][dim : dim + 1]}
+        if node not in taken and len(axes) == 1 and plain:
+            found[node] = axes.pop()
+    return found
+
+
+def emit(
+    mixer: Mixer, outputs: dict[str, list[Moments | None]], tick: Tick = silent
+) -> tuple[fx.GraphModule, list[NormPlan | WeightPlan]]:
+    """Build the fused network and the plans that are left to settle.
+
+    Args:
+        mixer: The networks and their maps.
+        outputs: Per node to settle, the moments of each network's output; empty if none are asked
+            for.
+        tick: Called with the share that is done.
+
+    Returns:
+        The network, its norms still the anchor's, and one plan for each norm and node of
+        `outputs`.
+    """
+    base = mixer.balanced.networks[mixer.anchor]
+    folded = folds(base)
+    states = [fold(n, folded) for n in mixer.balanced.networks]
+    module = copy.deepcopy(base.module)
+    norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
+    for name, tensor in counted(tensors_of(module), tick):
+        if name not in norm_tensors:
+            mixed = mixer.mix(name, [s[name] for s in states])
+            tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))
+    norms = [_norm_plan(mixer, states, node, outputs.get(node)) for node in base.book.norms]
+    able = producers(base)
+    weights = [
+        _weight_plan(mixer, node, able[node], moments)
+        for node, moments in outputs.items()
+        if node not in base.book.norms
+    ]
+    return module, [*norms, *weights]
+
+
+def _norm_plan(
+    mixer: Mixer, states: Sequence[FoldedState], node: str, moments: list[Moments | None] | None
+) -> NormPlan:
+    base = mixer.balanced.networks[mixer.anchor]
+    statistics = str(base.book.norms[node]["running_mean"])
+    nodes = {n.name: n for n in base.module.graph.nodes}
+    return NormPlan(
+        node,
+        base.inputs_of(nodes[node])[0].name,
+        mixer.mix(statistics, [s.scales[node] for s in states]),
+        mixer.mix(statistics, [s.shifts[node] for s in states]),
+        None if moments is None else _target(mixer, statistics, 0, moments),
+    )
+
+
+def _weight_plan(
+    mixer: Mixer, node: str, writes: tuple[str, int], moments: list[Moments | None]
+) -> WeightPlan:
+    base, (weight, dim) = mixer.balanced.networks[mixer.anchor], writes
+    bias = next((t for t in base.book.tensors[node] if t != weight), None)
+    axis = base.book.features[node][0].dim
+    return WeightPlan(node, weight, dim, bias, axis, _target(mixer, weight, dim, moments))
+
+
+def _target(mixer: Mixer, tensor: str, dim: int, moments: list[Moments | None]) -> Target:
+    """Mix the parents' moments over the units that a tensor axis holds; no layer writes zero."""
+    sizes = [n.spaces.sizes[tensor, dim] for n in mixer.balanced.networks]
+    means = [np.zeros(n) if m is None else m.mean for m, n in zip(moments, sizes)]
+    spreads = [np.zeros(n) if m is None else m.spread for m, n in zip(moments, sizes)]
+    return Target(mixer.mix(tensor, means, dim), mixer.mix(tensor, spreads, dim))

@@ -1,0 +1,480 @@
+"""Fit one contraction of the fused network to what is wanted of it, at a sample of its positions.
+
+Weights are corrected by ridge least squares, first to the mean of the networks' values, then to
+that of their activations; then units get back the spread that averaging takes from them.
+
+Refit every contraction of the fused network in one forward sweep, by ridge least squares.
+
+All networks advance together. Each contraction is fitted to the mean of the parents' values on what
+the fused network really feeds it, corrected as it is up to there; then its units get back the
+spread that averaging takes from them, where something non-linear reads them.
+
+References:
+    Jin et al. 2023 (RegMean): least squares to the parents' own layers, on their own inputs.
+    Difference: inputs are the fused network's, targets the mean in matched units, and a layer that
+    writes a residual stream is fitted to what the stream is missing.
+    Jordan et al. 2023 (REPAIR) for the spread.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..calibration.affine import Affine
+from ..calibration.data import Calibration
+from ..calibration.least_squares import (
+    STRETCH,
+    Correction,
+    Regression,
+    Sample,
+    reads_at,
+    rows_as_weight,
+    rows_at,
+    sample,
+    units_as_rows,
+    weight_as_rows,
+)
+from ..calibration.moments import Moments
+from ..calibration.run import Frontier, Run, Track, working_batch
+from ..coupling.mixing import Mixer
+from ..ir import LayerFit
+from ..spaces.network import OPEN, Network
+from ._targets import Aim, Parents, Targets, aims_of
+from .emit import NormPlan, WeightPlan, outputs_to_settle
+from .moments import (
+    Outcome,
+    describe_norm,
+    gain_of,
+    restate_norm,
+    settle_norm,
+    settle_weight,
+    tensor_of,
+)
+
+ROUNDING = 1e-5  # a target met but for this share of its spread is met
+
+
+FAR = 0.5  # share of the variance of a unit's activation that its start may miss
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a contraction reads and what is wanted of it, at some positions.
+
+    Attributes:
+        x: What it reads, `(groups, positions, inputs)`; written to.
+        wanted: The mean of the networks' values, `(positions, units)`; written to.
+        acted: The mean of their activations, if one alone reads the values.
+        rest: What is added to the contraction's own value, if that is part of a sum.
+        activation: What that activation makes of values.
+        fit: How many of the positions, the first ones, may be fitted to for choosing a ridge.
+        thin: See `correction.Regression`.
+    """
+
+    x: Tensor
+    wanted: Tensor
+    acted: Tensor | None
+    rest: Tensor | None
+    activation: Callable[[Tensor], Tensor]
+    fit: int
+    thin: int
+
+
+class Fit:
+    """A contraction whose weight is being fitted, in place.
+
+    Args:
+        network: The fused network.
+        aim: The contraction.
+        task: What is wanted of it.
+        ridges: See `correction.corrected`.
+    """
+
+    def __init__(self, network: Network, aim: Aim, task: Task, ridges: Sequence[float]) -> None:
+        self.network, self.aim, self.task, self.ridges = network, aim, task, ridges
+        self.producer, self.biased = aim.producer, aim.producer.biased
+        self.origin = task.x.mean(1, keepdim=True) * self.biased
+        task.x.sub_(self.origin)
+        self.regression = Regression(task.x, task.fit, self.biased, task.thin)
+        self.values = self._given(self._weight())  # but for a constant
+
+    def __call__(self, steps: int) -> Correction:
+        """Fit; return the last correction.
+
+        Args:
+            steps: Corrections by the results of the activation, if there is one.
+        """
+        targets, acted, rest = self.task.wanted, self.task.acted, self.task.rest
+        if acted is not None:
+            self._revive(targets, acted)
+        self.whole = whole = moments_of_rows(targets)
+        if rest is not None:
+            targets = targets.sub_(rest)
+        wanted, found = moments_of_rows(targets), moments_of_rows(self.values)
+        gain = self._gain(wanted, found)
+        self._scale(gain)
+        shift = (wanted.mean - gain * found.mean) * self.biased
+        left = targets.sub_(self.values).sub_(_row(shift, targets))
+        correction = self._correct(left, whole, acted is None or not steps)
+        mean = wanted.mean
+        if acted is not None:
+            correction, mean = self._descend(acted, correction, mean, steps)
+        self._complete(wanted, mean)
+        return correction
+
+    def _revive(self, targets: Tensor, acted: Tensor) -> None:
+        """Start units within reach of what is wanted of them, in place.
+
+        The mean of a unit that never fires and one that does can be one that never fires.
+        """
+        missed = moments_of_rows(acted - self.task.activation(targets)).power ** 2
+        lost = np.flatnonzero(missed > FAR * moments_of_rows(acted).variance)
+        if len(lost):
+            units = torch.as_tensor(lost, device=targets.device)
+            targets.index_copy_(1, units, acted.index_select(1, units))
+
+    def _descend(
+        self, acted: Tensor, correction: Correction, mean: np.ndarray, steps: int
+    ) -> tuple[Correction, np.ndarray]:
+        """Correct further by what the activation's results lack, as the next layers read these.
+
+        An activation with slopes between 0 and 1 is the gradient of a convex function, so that to
+        meet its results is convex too (the loss matched to it), and each step by the plain
+        regression's curvature, which bounds that of the loss, descends.
+        """
+        self.whole = moments_of_rows(acted)
+        for step in range(steps):
+            shift = (mean - moments_of_rows(self.values).mean) * self.biased
+            value = self.values + _row(shift, self.values)
+            if self.task.rest is not None:
+                value += self.task.rest
+            left = acted - self.task.activation(value)
+            mean = mean + moments_of_rows(left).mean * self.biased
+            correction = self._correct(left, self.whole, step == steps - 1)
+            if correction.weight is None:
+                break
+        return correction, mean
+
+    def _correct(self, left: Tensor, whole: Moments, last: bool) -> Correction:
+        """Fit what is left to explain, unless that is nothing but rounding.
+
+        After the last correction, values are followed only where their spread still counts.
+        """
+        least = ROUNDING**2 * float((whole.power**2).sum())
+        rest = units_as_rows(left, self.producer.affine.groups)
+        correction = self.regression.correct(rest, self.ridges, least)
+        if correction.weight is not None:
+            weight = tensor_of(self.network, self.producer.weight)
+            added = rows_as_weight(correction.weight, self.producer.affine)
+            weight.data.add_((added.T if self.producer.turned else added).to(weight))
+            if self.aim.swing or not last:
+                self.values += self._given(correction.weight)
+        return correction
+
+    def _given(self, weight: Tensor) -> Tensor:
+        """Return what a weight `(groups, inputs, out / groups)` gives, `(positions, units)`."""
+        return (self.task.x @ weight.to(self.task.x)).transpose(0, 1).flatten(1)
+
+    def _weight(self) -> Tensor:
+        weight = tensor_of(self.network, self.producer.weight).detach()
+        return weight_as_rows(weight.T if self.producer.turned else weight, self.producer.affine)
+
+    def _scale(self, gain: np.ndarray) -> None:
+        """Scale the units that the contraction writes."""
+        weight = tensor_of(self.network, self.producer.weight)
+        factor = torch.as_tensor(gain).to(weight)
+        along = [1] * weight.dim()
+        along[int(self.producer.turned)] = -1
+        weight.data.mul_(factor.view(along))
+        if self.producer.bias is not None:
+            tensor_of(self.network, self.producer.bias).data.mul_(factor)
+        self.values.mul_(_row(gain, self.values))
+
+    def _complete(self, wanted: Moments, mean: np.ndarray) -> None:
+        """Give the units a mean, and the target's spread where that counts."""
+        producer = self.producer
+        found = moments_of_rows(self.values)  # not of the last, their mean is the same: nothing
+        gain = self._gain(wanted, found) if self.aim.swing else np.ones_like(found.mean)
+        if producer.norm is not None:
+            found.shift = found.shift + self._offset().to(found.shift)
+            restate_norm(self.network, producer.roles, found, gain, mean)
+            return
+        self._scale(gain)
+        if producer.bias is not None:
+            shift = mean - gain * found.mean
+            bias = tensor_of(self.network, producer.bias)
+            offset = self._offset() - bias.detach().double()
+            bias.data.copy_(torch.as_tensor(shift).to(offset) - offset)
+
+    def _offset(self) -> Tensor:
+        """Return what the contraction adds to the values held here, `(units,)`."""
+        moved = self.origin.double() @ self._weight().double()
+        offset = moved.transpose(0, 1).flatten()
+        if self.producer.bias is not None:
+            offset = offset + tensor_of(self.network, self.producer.bias).detach().double()
+        return offset
+
+    def _gain(self, wanted: Moments, found: Moments) -> np.ndarray:
+        one = np.ones_like(found.mean)
+        if self.biased:
+            return gain_of(wanted.spread, found.spread, one)
+        return gain_of(wanted.power, found.power, one)
+
+
+def moments_of_rows(rows: Tensor) -> Moments:
+    """Return the moments of units `(positions, units)`."""
+    moments = Moments()
+    moments.count, moments.shift = len(rows), rows[:STRETCH].float().mean(0)
+    shifted = rows - moments.shift
+    moments.total = shifted.sum(0).double()
+    moments.squares = shifted.square_().sum(0).double()
+    return moments
+
+
+def _row(units: np.ndarray, rows: Tensor) -> Tensor:
+    return torch.as_tensor(units).to(rows)
+
+
+FEWEST = 256  # positions whose moments are taken, where products are few
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Refit every contraction by ridge least squares while sweeping forward.
+
+    What is no single contraction of one weight (attention in one module, weights used twice) gets
+    the parents' moments as in `refit.MatchMoments`.
+
+    Attributes:
+        ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
+            variance of what they read; a held-out quarter of the samples chooses, and may choose
+            to leave the coupled weights as they are.
+        rows: Positions used per weight of a unit, at most; more cost time and change little.
+        steps: Corrections by the results of an activation, where one reads the values.
+        frontier: Bytes of memory for the values of all networks and samples that are still to be
+            read; beyond them these lie in a temporary file until they are.
+        gram: Bytes for the products of the inputs of one contraction with each other: of 2,896 by
+            default. Where there are more, or more than positions, the products of that many
+            positions are taken instead. Eight times this for the inputs themselves.
+        outputs: Fit what writes the outputs, too. If not, it stays as it was mixed.
+    """
+
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    rows: int = 16
+    steps: int = 1
+    frontier: int = 1 << 29
+    gram: int = 1 << 26
+    outputs: bool = True
+
+    @property
+    def variants(self) -> tuple[LeastSquares, ...]:
+        """The same without a fit of the outputs: they hold what is learned by heart, too."""
+        return (replace(self, outputs=False),) if self.outputs else ()
+
+    def settles(self, mixer: Mixer) -> dict[str, int]:
+        """Return the nodes whose moments are wanted: those that are not refitted."""
+        network = mixer.balanced.networks[mixer.anchor]
+        _, aims = replace(self, outputs=True)._aims(network, Targets(mixer))
+        refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
+        return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
+
+    def samples(self, networks: Sequence[Network]) -> int:
+        """Return how many samples may be live at once: any number."""
+        return sys.maxsize
+
+    def __call__(
+        self,
+        fused: Network,
+        mixer: Mixer,
+        plans: Sequence[NormPlan | WeightPlan],
+        data: Calibration,
+        samples: int,
+        tick: Callable[[float], None] | None = None,
+    ) -> Outcome:
+        """Refit in place; see `refit.Refit`."""
+        targets = Targets(mixer)
+        order, aims = self._aims(fused, targets)
+        size = working_batch([fused, *mixer.balanced.networks])
+        given = data, samples, size
+        with torch.no_grad(), Frontier(self.frontier) as frontier:
+            parents = Parents(targets, order, aims, *given, frontier, self.draw)
+            track = Track(fused, *given, order, frontier)
+            sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans})
+            for done, node in enumerate(order):
+                sweep.visit(done, node, aims.get(node.name))
+                if tick is not None:
+                    tick((done + 1) / len(order))
+            divergence = sweep.finish()
+            return Outcome(tuple(sweep.layers), divergence, not self.outputs)
+
+    def _aims(self, network: Network, targets: Targets) -> tuple[list[fx.Node], dict[str, Aim]]:
+        """Return the order of the sweep, and what can be refitted."""
+
+        def can(aim: Aim) -> bool:
+            ends = aim.at, aim.producer.joint
+            if aim.producer.node in targets.outputs and not self.outputs:
+                return False
+            return all(targets.fits(node, aim.axis_in(network)) for node in ends)
+
+        order, aims = aims_of(network)
+        return order, {name: aim for name, aim in aims.items() if can(aim)}
+
+    def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Sample:
+        """Choose at which positions of a contraction it is fitted; see `sampling.sample`."""
+        return sample(places, sizes, *self.rows_for(aim.producer.affine, places * sum(sizes)))
+
+    def rows_for(self, affine: Affine, positions: int) -> tuple[int, int]:
+        """Return how many positions to look at, and every how-manieth is one equation.
+
+        Args:
+            affine: The contraction.
+            positions: How many there are.
+
+        Returns:
+            The second is 0 where there is to be one equation for each input instead.
+        """
+        inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
+        held = 8 * budget // (4 * inputs)  # rows whose inputs can be held
+        if 8 * inputs**2 <= budget and inputs <= positions:
+            return min(self.rows * inputs, held, positions), 0
+        equations = max(min(math.isqrt(budget // 8), held, positions), 1)
+        looked = min(max(min(4 * equations, held), FEWEST), positions)
+        return looked, -(-looked // equations)
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """The fused network on its way."""
+
+    choice: LeastSquares
+    fused: Network
+    parents: Parents
+    track: Track
+    waiting: dict[str, NormPlan | WeightPlan]
+    layers: list[LayerFit] = field(default_factory=list)
+    read: dict[str, tuple[Aim, Moments]] = field(default_factory=dict)
+
+    def visit(self, place: int, node: fx.Node, aim: Aim | None) -> None:
+        """Refit or settle a node, before it is stepped over."""
+        plan = self.waiting.pop(node.name, None)
+        if aim is not None and self._refit(place, node, aim):
+            self.waiting.pop(aim.producer.joint, None)
+        elif isinstance(plan, NormPlan):
+            settle_norm(self.fused, plan, self._moments(place, plan), False)
+        elif plan is not None:
+            settle_weight(self.fused, plan, self._moments(place, plan))
+
+    def _go(self, place: int, show: Callable[[int, Run], None]) -> None:
+        """Take all batches to a place, and show each there."""
+        for batch in range(len(self.track.sizes)):
+            run, _ = self.track.go(batch, place, self._watch)
+            show(batch, run)
+            self.track.rest(batch)
+        for aim, moments in self.read.values():
+            describe_norm(self.fused, aim.producer.roles, moments)
+        self.read = {}
+
+    def _watch(self, node: fx.Node, value: Any) -> None:
+        """Take the moments of what a norm reads that is to have them as its statistics."""
+        if node.name in self.read:
+            aim, moments = self.read[node.name]
+            moments.add(value.movedim(aim.axis_in(self.fused), 0))
+
+    def _moments(self, place: int, plan: NormPlan | WeightPlan) -> Moments:
+        """Return the moments of what a node reads, if it is a norm, or gives."""
+        moments, node = Moments(), self.track.order[place]
+
+        def show(_: int, run: Run) -> None:
+            if isinstance(plan, NormPlan):
+                moments.add(run.value_of(plan.reads).movedim(1, 0))
+            else:
+                moments.add(run.peek(node).movedim(plan.axis, 0))
+
+        self._go(place, show)
+        return moments
+
+    def _refit(self, place: int, node: fx.Node, aim: Aim) -> bool:
+        """Refit one contraction; tell whether that could be done."""
+        task = self._task(place, node, aim)
+        if task is None:
+            return False
+        fit = Fit(self.fused, aim, task, self.choice.ridges)
+        correction = fit(self.choice.steps)
+        power = fit.whole.variance if aim.producer.biased else fit.whole.power**2
+        if power.sum() > 0:
+            explained = 1 - correction.error / float(power.sum())
+            self.layers.append(LayerFit(node.name, explained, correction.ridge))
+        if aim.producer.norm is not None:
+            self.read[node.name] = aim, Moments()
+        return True
+
+    def _task(self, place: int, node: fx.Node, aim: Aim) -> Task | None:
+        """Gather what a contraction reads; None if it gives values of another shape."""
+        goal, affine, axis = self.parents.goal(aim), aim.producer.affine, aim.axis_in(self.fused)
+        source = self.fused.inputs_of(node)[0].name
+        inputs: list[Tensor] = []
+        rests: list[Tensor] = []
+        fits: list[bool] = []
+
+        def show(batch: int, run: Run) -> None:
+            x, at = run.value_of(source), goal.sample.at[batch]
+            places = (len(x), *affine.places(tuple(x.shape[2:]))) if affine.kernel else x.shape[:-1]
+            fits.append(tuple(places) == goal.shapes[batch])
+            if fits[-1]:
+                inputs.append(reads_at(x, affine, at))
+                rests.extend([rows_at(run.value_of(aim.rest), axis, at)] if aim.rest else [])
+
+        self._go(place, show)
+        if not all(fits):
+            return None
+        joined = goal.sample.joined
+        read = joined(inputs)
+        inputs.clear()
+        return Task(
+            read,
+            joined(goal.values),
+            joined(goal.acted) if goal.acted else None,
+            joined(rests) if rests else None,
+            partial(self._act, place, aim),
+            sum(goal.sample.fit),
+            goal.sample.thin,
+        )
+
+    def _act(self, place: int, aim: Aim, value: Tensor) -> Tensor:
+        """Return what the activation behind a contraction makes of values."""
+        node = next(n for n in self.track.order if n.name == aim.through)
+        run, _ = self.track.go(0, place)
+        found = run.apply(node, self.fused.inputs_of(node)[0], value)
+        self.track.rest(0)
+        return found
+
+    def finish(self) -> float | None:
+        """Go to the end; return the mean divergence from the ensemble, if outputs can be logits."""
+        end, total = len(self.track.order) - 1, [0.0]
+        output, shares = self.track.order[end], self.parents.targets.mixer.output_weights
+        able = OPEN not in self.fused.module.graph.output_node().meta
+
+        def show(batch: int, run: Run) -> None:
+            own = run.peek(output)
+            if not able or not _logits(own) or math.isnan(total[0]):
+                total[0] = math.nan
+                return
+            found = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
+            mean = sum(w * t.double() for w, t in found).log_softmax(1)
+            total[0] += float((mean.exp() * (mean - own.double().log_softmax(1))).sum())
+
+        self._go(end, show)
+        return None if math.isnan(total[0]) else total[0] / sum(self.track.sizes)
+
+
+def _logits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1

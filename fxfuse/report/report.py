@@ -1,0 +1,192 @@
+"""One self-contained web page about a fusion: no file beside it, nothing asked of the network.
+
+Every text that comes from models, files or callers is escaped. A content policy in the page itself
+forbids whatever a browser might fetch.
+
+What a fusion did, in plain facts, and how to see them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scipy.sparse import csr_array
+
+from ..errors import ArgumentError
+from ..ir import Alignment, Frozen, LayerFit
+from ..version import versions
+
+Accuracy = float | tuple[float, float]
+
+
+POOR = 0.5
+
+
+@dataclass(frozen=True)
+class CouplingReport:
+    """How one network's units of a space met the fused ones.
+
+    Attributes:
+        kind: `identity`, `permutation`, `one to one` (some units to none), `merging` (several whole
+            units to one), `soft`, or `absent` if the network gives nothing.
+        mass: What it gives to a fused unit on average; 1 where it gives to all.
+        identity: Share of the mass that stays at the same index.
+    """
+
+    kind: str
+    mass: float
+    identity: float
+
+
+@dataclass(frozen=True)
+class SpaceReport:
+    """One space of the fused network: its size, and how well each network's units matched.
+
+    A network that does not have the space has no cost and no confidence.
+    """
+
+    name: str
+    size: int
+    costs: tuple[float | None, ...]
+    confidences: tuple[float | None, ...]
+    sizes: tuple[int, ...] = ()
+    couplings: tuple[CouplingReport, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a fusion did, kept in `fused.meta["fxfuse"]`.
+
+    Attributes:
+        alignment: The layers that were matched.
+        anchor: Index of the network whose depth and widths the result has.
+        weights: Share of each network.
+        spaces: Sizes, coupling costs and confidences.
+        frozen: What stayed in place, and why.
+        errors: Relative error of each network once depths were equal, zero if its layers stayed.
+        seconds: Wall time of each stage.
+        heads: How each network's own head reads the fused network, if there are such.
+        layers: How the contractions were refitted, in order.
+        divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
+            probabilities from those of the parents' mean logits, on the calibration data; None if
+            outputs are not 2-D.
+        versions: Of Python, this package and what it computes with.
+        files: SHA-256 of each file that a network came from, by its path.
+        seeds: Of what was drawn at random, by the choice that drew it.
+        removed: Per network, the layers that it lost when depths were made equal; empty if none
+            did.
+        narrow: The spaces that kept their width though more was asked for, with the reason.
+        memory: Peak resident bytes of the process so far, at the end of each stage.
+        lead: Index of the network whose units the fused ones are, wherever it has them.
+        mixed: Whether `weights="auto"` left what writes the outputs as it was mixed.
+        maps: `(space, network)` to what its units give `(fused units, units)`: those with the
+            fewest entries, up to a million entries in all. They are not saved with the network.
+    """
+
+    alignment: Alignment
+    anchor: int
+    weights: tuple[float, ...]
+    spaces: tuple[SpaceReport, ...]
+    frozen: tuple[Frozen, ...]
+    errors: tuple[float, ...]
+    seconds: dict[str, float] = field(compare=False)
+    heads: tuple[str, ...] = ()
+    layers: tuple[LayerFit, ...] = ()
+    divergence: float | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    files: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    removed: tuple[frozenset[str], ...] = ()
+    narrow: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict, compare=False)
+    lead: int | None = None
+    mixed: bool = False
+    maps: dict[tuple[str, int], csr_array] = field(
+        default_factory=dict, compare=False, repr=False, metadata={"written": False}
+    )
+
+    @property
+    def poor(self) -> tuple[LayerFit, ...]:
+        """The layers that explain less than half of their target."""
+        return tuple(layer for layer in self.layers if layer.explained < POOR)
+
+    def draw_coupling(
+        self, space: str, path: str | os.PathLike[str], network: int | None = None
+    ) -> None:
+        """Write heat maps of the coupling of a space, in place and with ordered rows.
+
+        Args:
+            space: Its name, one of `spaces`.
+            path: A file ending in .png, .svg or .pdf.
+            network: Index of the network; the first whose units are not those of the fused one if
+                not given.
+
+        Raises:
+            ArgumentError: If the coupling is not known or was too large to keep, or the ending is
+                of no known format.
+        """
+        lead = self.anchor if self.lead is None else self.lead
+        others = (k for k in range(len(self.weights)) if k != lead)
+        k = next(others, lead) if network is None else network
+        found = self.maps.get((space, k))
+        if found is None:
+            known = sorted({s for s, other in self.maps if other == k})
+            raise ArgumentError(
+                f"the coupling of '{space}' and network {k}, which is not kept",
+                where="Report.draw_coupling",
+                expected=f"one of {', '.join(known) or 'no space'}",
+                do="choose one of these; of very large ones nothing is kept",
+            )
+        title = f"{space}: {self.alignment.names[k]} to the fused network"
+        from .plots import draw_coupling
+
+        draw_coupling(found, path, title)
+
+    def draw_fits(self, path: str | os.PathLike[str]) -> None:
+        """Write a bar chart of how much of its target each refitted layer explains.
+
+        Raises:
+            ArgumentError: If nothing was refitted, or the ending is of no known format.
+        """
+        from .plots import draw_fits
+
+        draw_fits(self.layers, path, POOR)
+
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        accuracy: Mapping[str, Accuracy] | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write everything as one self-contained web page, which asks the network for nothing.
+
+        Args:
+            path: The file to write.
+            accuracy: Accuracy in percent of each network that is to be compared, by name, or
+                accuracy and loss.
+            facts: What else is known of the run: seeds, file hashes, the command line.
+        """
+        from .html import save_page
+
+        save_page(self, path, accuracy or {}, facts or {})
+
+    def __str__(self) -> str:
+        led = self.lead not in (None, self.anchor)
+        units = f", units of network {self.lead}" if led else ""
+        lines = [f"widths of network {self.anchor}{units}, {len(self.spaces)} spaces"]
+        if self.layers:
+            mean = sum(layer.explained for layer in self.layers) / len(self.layers)
+            told = f"mean R^2 {mean:.2f} on held-out data"
+            left = "; outputs as mixed" if self.mixed else ""
+            lines.append(f"{len(self.layers)} layers refitted, {told}{left}")
+        if self.divergence is not None:
+            lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
+        if self.poor:
+            found = (
+                "1 layer explains" if len(self.poor) == 1 else f"{len(self.poor)} layers explain"
+            )
+            lines.append(f"warning: {found} less than {POOR:g} of the target's variance:")
+            lines += [f"  {layer}" for layer in self.poor]
+        return "\n".join(lines)

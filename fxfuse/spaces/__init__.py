@@ -1,0 +1,10 @@
+"""Which units of a network are interchangeable, found by running it on labels."""
+
+from .network import Network
+from .spaces import find_spaces, permute
+
+__all__ = [
+    "Network",
+    "find_spaces",
+    "permute",
+]

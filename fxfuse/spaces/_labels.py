@@ -1,0 +1,520 @@
+"""Unit labels on tensors, the rules by which they meet, and the ledger of what a run finds.
+
+Every parameter axis starts with one fresh integer label per position. While the real network runs
+once, each operator is mirrored on labels (`operators`). A tensor carries zero or more *layers* of
+labels: integer tensors of its own rank, of size 1 along every axis on which labels do not vary. The
+label `NOTHING` marks places that hold zero (padding), `FIXED` places that must stay where they are.
+
+All ties come from two rules. `merge`: labels that meet at one place of an elementwise operator are
+the same unit. `contract`: axes that a product sums over, written with letters as in `einsum`, are
+the same units. The ledger of ties, freezes, blocks and places is all that `_solve` needs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+NOTHING, FIXED = 0, 1
+
+
+KERNEL = "a kernel position"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of the units in one tensor.
+
+    Attributes:
+        layers: Label tensors of the tensor's rank, collapsed where they do not vary.
+        fill: What lives where no layer speaks: `FIXED` (data) or `NOTHING` (one constant).
+        sources: The parameters a tensor was computed from; empty once activations are mixed in.
+    """
+
+    layers: tuple[Tensor, ...] = ()
+    fill: int = FIXED
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorAxis:
+    """One labelled axis of a parameter, buffer or node output.
+
+    Attributes:
+        tensor: Qualified name.
+        dim: The axis. With `groups > 1` it is the dense input axis of a grouped convolution.
+        labels: `(positions,)` one label per position.
+        groups: Number of groups the dense axis is cut into.
+    """
+
+    tensor: str
+    dim: int
+    labels: np.ndarray
+    groups: int = 1
+
+
+@dataclass
+class Facts:
+    """What a labelled run found that the later stages ask about.
+
+    Attributes:
+        features: Per node, the labelled axes of its output.
+        shapes: Per node, the shape of its output.
+        ops: Per node, descriptors of the operators it ran.
+        weights: Per node, the parameters it contracts with its input.
+        tensors: Per node, every parameter and buffer it touches.
+        norms: Per node that normalises by running statistics, the tensors by role and its epsilon.
+        unknown: Operators without a rule, as `(node, operator)`.
+    """
+
+    features: dict[str, list[TensorAxis]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ops: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+    norms: dict[str, dict[str, str | float]] = field(default_factory=dict)
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Ledger(Facts):
+    """Everything one labelled run wrote down, in the order in which it happened.
+
+    Beside the facts these are label arrays, which are large and of no use once spaces are found.
+
+    Attributes:
+        size: Number of labels given out so far.
+        ties: Pairs of label arrays that are the same units.
+        frozen: Label arrays that must stay in place, each with the node and the reason.
+        groups: `(blocks (b,), members (b, n))`: members of one row travel with their block.
+        places: Label arrays that share a tensor; units of one space occur in the same places.
+        reads: Labels of parameter axes that a contraction sums over; dense axes of grouped
+            convolutions, which carry the labels of what they read, all are such.
+        axes: The labelled axes of parameters and buffers.
+    """
+
+    size: int = 2
+    ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    frozen: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
+    groups: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    reads: list[np.ndarray] = field(default_factory=list)
+    axes: list[TensorAxis] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        """Return the facts alone."""
+        return Facts(*(getattr(self, f.name) for f in fields(Facts)))
+
+    def new(self, count: int) -> Tensor:
+        """Return `count` labels that no other unit has."""
+        self.size += count
+        return torch.arange(self.size - count, self.size)
+
+    def tie(self, a: Tensor, b: Tensor) -> Tensor:
+        """Say that labels at the same place are the same unit; return the label of each place."""
+        a, b = torch.broadcast_tensors(a, b)
+        met = (a != b) & (a != NOTHING) & (b != NOTHING)
+        if bool(met.any()):
+            base = 1 + int(b.max())
+            pairs = distinct((a[met] * base + b[met]).numpy())  # as one number: sorts faster
+            self.ties.append(np.divmod(pairs, base))
+        return torch.where(a == NOTHING, b, a)
+
+    def freeze(self, layer: Tensor, node: str, reason: str) -> None:
+        """Say that the units of a layer must stay where they are."""
+        self.frozen.append((distinct(layer.numpy()), node, reason))
+
+    def group(self, blocks: Tensor, members: Tensor) -> None:
+        """Say that the units of each row of `members` `(b, n)` travel with their block `(b,)`.
+
+        Places without a unit of their own are blocks that stay, each for itself.
+        """
+        stuck = blocks <= FIXED
+        if bool(stuck.any()):
+            blocks = torch.where(stuck, self.new(len(blocks)), blocks)
+            self.frozen.append((blocks[stuck].numpy(), "", "its block has no unit of its own"))
+        self.groups.append((blocks.numpy(), members.numpy()))
+
+    def gather(self, blocks: Tensor, members: Tensor) -> None:
+        """Say that each of `members` `(n,)` travels with its entry of `blocks` `(n,)`."""
+        order = torch.argsort(blocks, stable=True)
+        names, counts = torch.unique(blocks, return_counts=True)
+        rows = members[order].split(counts.tolist())
+        for count in torch.unique(counts):
+            same = [row for row in rows if len(row) == count]
+            self.group(names[counts == count], torch.stack(same))
+
+    def place(self, layer: Tensor) -> None:
+        """Note the units that share one tensor."""
+        self.places.append(layer.flatten().numpy())
+
+
+def distinct(numbers: np.ndarray) -> np.ndarray:
+    """Return the whole numbers that occur, ascending.
+
+    As `np.unique`, which hashes them: at a few thousand of them sorting takes a tenth of the time.
+    """
+    numbers = np.sort(numbers, axis=None)
+    found: np.ndarray = numbers[np.diff(numbers, prepend=numbers[:1] - 1) != 0]
+    return found
+
+
+def varying(layer: Tensor) -> tuple[int, ...]:
+    """Return the axes along which the labels of a collapsed layer vary."""
+    return tuple(d for d, n in enumerate(layer.shape) if n > 1)
+
+
+def absent(layer: Tensor, layers: Iterable[Tensor]) -> bool:
+    """Tell whether a layer is none of some others, by identity."""
+    return not any(layer is other for other in layers)
+
+
+def collapse(layer: Tensor) -> Tensor:
+    """Shrink to size 1 every axis along which the labels do not vary."""
+    for d in range(layer.dim()):
+        if layer.shape[d] > 1 and layer.stride(d) == 0:
+            layer = layer.narrow(d, 0, 1)
+    for d in range(layer.dim()):
+        head = layer.narrow(d, 0, 1) if layer.shape[d] else layer
+        if layer.shape[d] > 1 and torch.equal(layer, head.expand_as(layer)):
+            layer = head
+    return layer
+
+
+class LabelRun:
+    """The labels of every live tensor during one run of a network.
+
+    Args:
+        tensors: Parameters and buffers by qualified name; the floating-point ones get labels.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.book = Ledger()
+        self.node = ""
+        self._labels = WeakTensorKeyDictionary()
+        self._names = WeakTensorKeyDictionary()
+        self._dense_axes: dict[str, Tensor] = {}
+        self._placed: dict[int, Tensor] = {}
+        self._sharing: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and tensor not in self._names:
+                self._start(name, tensor)
+
+    def _start(self, name: str, tensor: Tensor) -> None:
+        layers = []
+        for d, n in enumerate(tensor.shape):
+            labels = self.book.new(n)
+            self.book.axes.append(TensorAxis(name, d, labels.numpy()))
+            layer = labels.view([-1 if e == d else 1 for e in range(tensor.dim())])
+            self._place(layer)
+            if n > 1:
+                layers.append(layer)
+        self._names[tensor] = name
+        self._labels[tensor] = Labels(tuple(layers), sources=(name,))
+
+    def open(self, tensor: Tensor, dim: int) -> None:
+        """Label the units along one axis of an input, which would otherwise have to stay."""
+        labels = self.book.new(tensor.shape[dim])
+        if len(labels) > 1:
+            layer = labels.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+            self.put(tensor, Labels((layer,)))
+
+    def _place(self, layer: Tensor) -> None:
+        if id(layer) not in self._placed:  # an elementwise operator hands its input's layer on
+            self._placed[id(layer)] = layer
+            self.book.place(layer)
+
+    def of(self, tensor: Any) -> Labels:
+        """Return what is known of a tensor; of an unknown one, that it must stay as it is."""
+        return self._labels.get(tensor) or Labels()
+
+    def put(self, tensor: Tensor, labels: Labels) -> None:
+        """Note the labels of an operator's output (parameters keep their own)."""
+        for layer in labels.layers:
+            self._place(layer)
+        if tensor not in self._names:
+            self._labels[tensor] = labels
+            shared = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
+            shared[:] = [r for r in shared if r() is not None and r() is not tensor]
+            shared.append(weakref.ref(tensor))
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer itself, not computed from one."""
+        return tensor in self._names
+
+    def written(self, tensor: Tensor, labels: Labels) -> None:
+        """Take note that a tensor was written in place: its views may now hold other units.
+
+        Writing that moves no unit (an activation in place) changes nothing. Otherwise whatever
+        shares the memory is fixed, and so is what was written.
+        """
+        known = self.of(tensor)
+        pairs = zip(known.layers, labels.layers)
+        alike = len(known.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
+        if alike and known.fill == labels.fill:
+            return
+        for reference in self._sharing.get(tensor.untyped_storage().data_ptr(), ()):
+            other = reference()
+            if other is not None and other is not tensor:
+                reason = "memory that is written through a view"
+                self.freeze([*self.of(other).layers, *labels.layers], reason)
+                self._labels[other] = Labels()
+
+    def freeze(self, layers: Sequence[Tensor], reason: str) -> None:
+        """Freeze the units of some layers, naming the node that runs."""
+        for layer in layers:
+            self.book.freeze(layer, self.node, reason)
+
+    def freeze_unused(self) -> None:
+        """Freeze the tensors that no operator took: values kept from before may hide them."""
+        used = {name for names in self.book.tensors.values() for name in names}
+        for axis in self.book.axes:
+            if axis.tensor not in used:
+                self.book.frozen.append((axis.labels, "", "a tensor that no operator takes"))
+
+    def dense_axis(self, weight: Tensor, dim: int, labels: Tensor, groups: int) -> None:
+        """Label the input axis of a grouped convolution with the units it reads.
+
+        A grouped weight stores `in / groups` positions; the units differ from group to group, so
+        the axis is kept in its dense form, one label per input channel.
+        """
+        name = self._names.get(weight)
+        if name is None:
+            self.freeze([labels], "read by a grouped convolution whose weight is computed")
+        elif name in self._dense_axes:
+            self.book.tie(self._dense_axes[name], labels)
+        else:
+            self._dense_axes[name] = labels
+            self.book.axes[:] = [a for a in self.book.axes if (a.tensor, a.dim) != (name, dim)]
+            self.book.axes.append(TensorAxis(name, dim, labels.numpy(), groups))
+            self._place(labels)
+
+    def uses(self, tensors: Iterable[Any], contracted: bool = False) -> None:
+        """Note the parameters that the running node touches, and whether it sums over them."""
+        for tensor in tensors:
+            notes = self.book.weights if contracted else self.book.tensors
+            for name in self.of(tensor).sources:
+                names = notes.setdefault(self.node, [])
+                if name not in names:
+                    names.append(name)
+
+
+Operand = tuple[Labels, tuple[int, ...]]
+
+
+def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
+    """Combine tensors place by place, broadcasting from the right.
+
+    Layers that vary along the same axes are tied. A layer whose axes refine those of another
+    operand's layer makes its units members of that layer's blocks. Along the axes where another
+    operand varies without labels, units stay in their rows; if these are all the axes of a layer,
+    it is frozen and not handed on.
+
+    Args:
+        run: The run.
+        operands: Labels and shape of each tensor.
+        rank: Rank of the result.
+    """
+    operands = [_align(labels, shape, rank) for labels, shape in operands]
+    operands, apart = _told_apart(run, operands)
+    by_axes: dict[tuple[int, ...], dict[int, Tensor]] = {}
+    for i, (labels, _) in enumerate(operands):
+        for layer in labels.layers:
+            by_axes.setdefault(varying(layer), {})[i] = layer
+    result = []
+    for axes, holders in by_axes.items():
+        layer = _tie_all(run, list(holders.values()))
+        others = [o for i, o in enumerate(operands) if i not in holders and o[0].fill == FIXED]
+        if all([_meet(run, layer, o) for o in others]):
+            coarser = any(set(varying(x)) > set(axes) for o in others for x in o[0].layers)
+            result += [] if coarser else [layer]  # the finer layer knows its blocks
+    fill = NOTHING if all(o[0].fill == NOTHING for o in operands) else FIXED
+    sources = [o[0].sources for o in operands]
+    return Labels((*result, *apart), fill, sum(sources, ()) if all(sources) else ())
+
+
+def _meet(run: LabelRun, layer: Tensor, other: Operand) -> bool:
+    """Let a layer meet an operand that has none along the same axes; tell whether it lives on."""
+    labels, shape = other
+    axes = set(varying(layer))
+    alone = {d for d in axes if shape[d] > 1}
+    for x in labels.layers:
+        if set(varying(x)) < axes:
+            run.book.group(x.flatten(), _rows(layer, varying(x)))
+        if set(varying(x)) < axes or set(varying(x)) > axes:
+            alone -= set(varying(x))
+    return hold(run, layer, alone, "meets values that vary along its axis without being its units")
+
+
+def hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
+    """Keep the units of a layer in their rows along some axes; tell whether any may move."""
+    if axes == set(varying(layer)):
+        run.freeze([layer], reason)
+    elif axes:
+        run.freeze([rows_over(run, layer, tuple(sorted(axes)))], reason)
+    return axes != set(varying(layer))
+
+
+def _told_apart(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand], list[Tensor]]:
+    """Join the layers along one axis of one operand, if others meet them; else set them apart."""
+    joined, apart = [], []
+    for i, (labels, shape) in enumerate(operands):
+        layers = []
+        for axes, found in along_same_axes(labels.layers).items():
+            others = [o for j, o in enumerate(operands) if j != i and o[0].fill == FIXED]
+            if len(found) == 1:
+                layers += found
+            elif any(o[1][d] > 1 for o in others for d in axes):
+                layers += [joint(run, found)]
+            else:
+                apart += found
+        joined.append((Labels(tuple(layers), labels.fill, labels.sources), shape))
+    return joined, apart
+
+
+def extents(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape, with size 1 along the axes that only repeat one value."""
+    return tuple(n if step else 1 for n, step in zip(tensor.shape, tensor.stride()))
+
+
+def along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+    """Sort layers by the axes along which they vary."""
+    found: dict[tuple[int, ...], list[Tensor]] = {}
+    for layer in layers:
+        found.setdefault(varying(layer), []).append(layer)
+    return found
+
+
+def joint(run: LabelRun, layers: Sequence[Tensor]) -> Tensor:
+    """Join layers along the same axes, as flattening makes them, into one.
+
+    Each combination of labels is a new unit, and each of the old labels a block of those.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    layers = torch.broadcast_tensors(*layers)
+    places = torch.stack([x.flatten() for x in layers])
+    combinations, which = torch.unique(places, dim=1, return_inverse=True)
+    units = run.book.new(combinations.shape[1])
+    units[(combinations == NOTHING).any(0)] = NOTHING
+    for labels in combinations:
+        run.book.gather(labels, units)
+    return units[which].view(layers[0].shape)
+
+
+def _align(labels: Labels, shape: tuple[int, ...], rank: int) -> Operand:
+    lead = (1,) * (rank - len(shape))
+    layers = tuple(x.view(lead + tuple(x.shape)) for x in labels.layers)
+    return Labels(layers, labels.fill, labels.sources), lead + tuple(shape)
+
+
+def _tie_all(run: LabelRun, layers: list[Tensor]) -> Tensor:
+    first = layers[0]
+    for other in layers[1:]:
+        tied = run.book.tie(first, other)
+        first = first if torch.equal(tied, first) else tied
+    return first
+
+
+def _rows(layer: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return the labels as `(places along axes, labels at each place)`."""
+    rest = [d for d in range(layer.dim()) if d not in axes]
+    return layer.permute(*axes, *rest).reshape(int(np.prod([layer.shape[d] for d in axes])), -1)
+
+
+def rows_over(run: LabelRun, layer: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Make a block of the units at each place along `axes`; return the layer of block labels.
+
+    Places with the same units (windows that repeat heads) are the same block.
+    """
+    known = run.rows.get((id(layer), axes))
+    if known is not None:
+        return known[1]
+    rows = _rows(layer, axes)
+    unique, inverse = np.unique(rows.numpy(), axis=0, return_inverse=True)
+    blocks = run.book.new(len(unique))
+    run.book.group(blocks, torch.from_numpy(unique))
+    shape = [n if d in axes else 1 for d, n in enumerate(layer.shape)]
+    found = blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
+    run.rows[id(layer), axes] = layer, found
+    return found
+
+
+def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
+    """Multiply two tensors and sum over the letters that `out` lacks.
+
+    Layers that vary along a summed letter are tied to each other; where both also vary along a
+    shared batch letter, each batch place is a block of what is summed there. The other layers
+    pass to the output, where they meet as in `merge`.
+
+    Args:
+        run: The run.
+        a: First operand.
+        la: A letter for each of its axes.
+        b: Second operand.
+        lb: A letter for each of its axes.
+        out: Letters of the result.
+    """
+    summed = [c for c in la if c in lb and c not in out]
+    letters = out + "".join(summed)
+    ka, pa = _split(run.of(a).layers, la, letters, summed)
+    kb, pb = _split(run.of(b).layers, lb, letters, summed)
+    _note_reads(run, a, b, ka, kb)
+    ka, kb = _one_each(run, ka), _one_each(run, kb)
+    blocks = []
+    for x in ka:
+        for y in kb:
+            run.book.tie(x, y)
+            blocks += _batch_blocks(run, x, y, len(out))
+    for layers, other, found in ((ka, b, kb), (kb, a, ka)):
+        if not found and run.of(other).fill == FIXED:
+            run.freeze(layers, "summed against values that are not its units")
+    operands = []
+    for tensor, names, passing in ((a, la, pa), (b, lb, pb)):
+        sizes = dict(zip(names, tensor.shape))
+        layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
+        operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
+    return merge(run, operands, len(out))
+
+
+def _one_each(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
+    found = along_same_axes(layers).values()
+    return [joint(run, same) for same in found]
+
+
+def _split(
+    layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Spread layers over all letters; part those that vary along a summed letter from the rest."""
+    inner: list[Tensor] = []
+    outer: list[Tensor] = []
+    for layer in layers:
+        sizes = dict(zip(names, layer.shape))
+        order = [names.index(c) for c in letters if c in names]
+        spread = layer.permute(order).reshape([sizes.get(c, 1) for c in letters])
+        (inner if any(sizes[c] > 1 for c in summed) else outer).append(spread)
+    return inner, outer
+
+
+def _note_reads(run: LabelRun, a: Tensor, b: Tensor, ka: list[Tensor], kb: list[Tensor]) -> None:
+    readers = kb if run.of(b).sources else ka if run.of(a).sources else []
+    run.book.reads.extend(x.flatten().numpy() for x in readers)
+
+
+def _batch_blocks(run: LabelRun, x: Tensor, y: Tensor, rank: int) -> list[Tensor]:
+    shared = tuple(d for d in varying(x) if d < rank and y.shape[d] > 1)
+    if not shared:
+        return []
+    return [rows_over(run, x, shared).reshape(_shape(x, shared, rank))]
+
+
+def _shape(layer: Tensor, axes: tuple[int, ...], rank: int) -> list[int]:
+    return [layer.shape[d] if d in axes else 1 for d in range(rank)]

@@ -1,0 +1,208 @@
+"""One real run of a traced network with every ATen operator mirrored on unit labels.
+
+The run goes node by node, so each operator, shape and label is known by the fx node it belongs to.
+Working below `torch.nn`, it sees the same few dozen operators however a network is written.
+
+A network under work: its graph, the example it is analysed on, its ledger and its spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._progress import Tick, counted, part, silent
+from ..graph._modes import is_choice
+from ..graph.trace import Interpreter, plain_modes, tensors_in
+from ..ir import Spaces
+from ._labels import Facts, LabelRun, Ledger, TensorAxis, varying
+from ._solve import spaces_of
+from .operators import mirror
+
+OPEN = "open"  # key of the meta of an output whose units are free; of an input, with their axis
+
+
+class _MirrorMode(TorchDispatchMode):
+    def __init__(self, run: LabelRun) -> None:
+        TorchDispatchMode.__init__(self)
+        self.run = run
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default wraps every call, which imports the whole compiler: 2 s, 300 MB
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        before = () if first is None else tuple(first.shape)
+        out = func(*args, **(kwargs or {}))
+        mirror(self.run, func, args, kwargs or {}, out, before)
+        return out
+
+
+class _NodeInterpreter(Interpreter):
+    """Name the running node, and keep what is known of its value for after the run."""
+
+    def __init__(self, module: fx.GraphModule, run: LabelRun, tick: Tick) -> None:
+        super().__init__(module)
+        self.steps = counted(range(len(module.graph.nodes)), tick)
+        self.graph_module, self.labelled = module, run
+        self.layers: dict[str, list[Tensor]] = {}
+        self.outputs: list[Tensor] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        run, shapes = self.labelled, self.labelled.book.shapes
+        run.node = n.name
+        next(self.steps)
+        value = super().run_node(n)
+        if n.op == "placeholder" and OPEN in n.meta:
+            run.open(value, n.meta[OPEN])
+        if n.op == "output" or is_choice(self.graph_module, n):  # given the outputs of both modes
+            given, _ = self.fetch_args_kwargs_from_env(n)
+            self.outputs += [layer for t in tensors_in(given) for layer in run.of(t).layers]
+        if n.op != "output" and isinstance(value, Tensor):
+            shapes[n.name] = tuple(value.shape)
+            self.layers[n.name] = [x for x in run.of(value).layers if len(varying(x)) == 1]
+        elif n.op != "output" and tensors_in(value):
+            shapes[n.name] = ()
+        return value
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Take the forms of attention and recurrent layers that show what they are made of."""
+    mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors
+    fastpath, fused = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    mkldnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        mkldnn.enabled = fused
+
+
+def label_network(
+    module: fx.GraphModule, example: tuple[Tensor, ...], tick: Tick = silent
+) -> Ledger:
+    """Run a traced network once, in eval mode, on labels and return the ledger.
+
+    The fused attention kernels hide their structure, so the run takes their plain forms. What the
+    network reads and returns is fixed, unless its graph says otherwise: the units of an output node
+    with `OPEN` in its meta are free, if they lie along one axis, and those of a placeholder with it
+    along the axis it gives.
+
+    Args:
+        module: Traced network; not modified, its modes are restored.
+        example: Input tensors.
+        tick: Called with the share of the nodes that is done.
+    """
+    modes = {m: m.training for m in module.modules()}
+    with plain_modes():
+        run = LabelRun([*module.named_parameters(), *module.named_buffers()])
+    module.eval()
+    try:
+        with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):
+            interpreter = _NodeInterpreter(module, run, tick)
+            interpreter.run(*example)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    _freeze_outputs(run, module, interpreter.outputs)
+    run.freeze_unused()
+    for node, layers in interpreter.layers.items():
+        axes = [TensorAxis(node, varying(x)[0], x.flatten().numpy()) for x in layers]
+        run.book.features[node] = axes
+    return run.book
+
+
+def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]) -> None:
+    """Freeze what a network returns; where it is cut, only units that are no single axis."""
+    if OPEN not in module.graph.output_node().meta:
+        run.freeze(outputs, "an output of the network")
+    elif len(outputs) > 1 or any(len(varying(layer)) > 1 for layer in outputs):
+        run.freeze(outputs, "laid out along several axes where the network is cut")
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One traced network with everything the stages ask about it.
+
+    Attributes:
+        name: How it is called in reports and errors.
+        module: Its graph, private to this library.
+        example: The inputs it was analysed on.
+        book: What the labelled run found.
+        spaces: Its unit spaces.
+    """
+
+    name: str
+    module: fx.GraphModule
+    example: tuple[Tensor, ...]
+    book: Facts
+    spaces: Spaces
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module: fx.GraphModule,
+        example: tuple[Tensor, ...],
+        tick: Tick = silent,
+    ) -> Network:
+        """Analyse a traced network; `tick` is called with the share that is done."""
+        book = label_network(module, example, part(tick, 0.0, 0.8))
+        return cls(name, module, example, book.facts(), spaces_of(book))
+
+    def inputs_of(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose tensors a node reads, parameters and sizes left out."""
+        return [n for n in node.all_input_nodes if self.carries_data(n)]
+
+    def carries_data(self, node: fx.Node) -> bool:
+        """Tell whether a node computes a tensor, or several, from the network's inputs."""
+        if node.op == "placeholder":
+            return True
+        return node.op not in ("get_attr", "output") and node.name in self.book.shapes
+
+    def fed(self) -> set[str]:
+        """Return the nodes that the network's inputs reach."""
+        found: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder" or found.intersection(node.all_input_nodes):
+                found.add(node)
+        return {n.name for n in found}
+
+    def steps(self, node: fx.Node | str) -> list[tuple[Any, ...]]:
+        """Return the descriptors of the operators that a node runs."""
+        return self.book.ops.get(node if isinstance(node, str) else node.name, [])
+
+    def rules(self, node: fx.Node | str) -> set[str]:
+        """Return the kinds of operators that a node runs."""
+        return {step[0] for step in self.steps(node)} - {"opaque"}
+
+    def is_norm(self, node: fx.Node) -> bool:
+        """Tell whether a node only normalises."""
+        rules = self.rules(node)
+        return bool(rules) and rules <= {"batch_norm", "layer_norm", "group_norm"}
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Tell whether a node applies a function to each value of one tensor, without weights."""
+        alone = len(self.inputs_of(node)) == 1 and node.name not in self.book.tensors
+        return alone and self.rules(node) == {"pointwise"}
+
+    def is_idle(self, node: fx.Node) -> bool:
+        """Tell whether a node does nothing in eval mode, as dropout does."""
+        return not self.rules(node) and node.op not in ("placeholder", "get_attr", "output")

@@ -1,0 +1,99 @@
+"""What `inspect` tells of a network."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.alignment.inspection import described, shortened
+from tests.support.nets import mlp, randomise, residual
+
+
+class Attention(nn.Module):
+    """One whose spaces lie in blocks, with names that are too long for a line."""
+
+    def __init__(self):
+        super().__init__()
+        self.the_attention_layer_of_the_only_block_of_this_network = nn.MultiheadAttention(
+            8, 2, batch_first=True
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        attend = self.the_attention_layer_of_the_only_block_of_this_network
+        return self.head(attend(x, x, x, need_weights=False)[0].mean(1))
+
+
+CASES = {
+    "mlp": (lambda: mlp(6, 8, 5, 3), (2, 6)),
+    "residual": (lambda: residual((6, 2), (8, 2)), (2, 3, 16, 16)),
+    "attention": (Attention, (2, 4, 8)),
+    "nothing": (nn.Identity, (2, 4)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, shape = CASES[request.param]
+    return randomise(make()), torch.randn(shape)
+
+
+def test_it_says_what_the_parts_say(case):
+    net, x = case
+    found = fxfuse.inspect(net, x)
+    spaces = fxfuse.find_spaces(net, x)
+    assert found.name == type(net).__name__
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.spaces.free_units == spaces.free_units
+    assert sorted(s.size for s in found.spaces) == sorted(s.size for s in spaces)
+    assert sum(map(len, found.reasons.values())) == len(found.frozen)
+    assert {x.kind for x in found.layers} == set(found.kinds)
+    if found.layers:
+        names = [x.name for x in found.layers]
+        pairs = fxfuse.align([net, net], x).pairs
+        assert names == [a for segment in pairs for a, _ in segment]
+        exits = {x.merge for x in found.layers}
+        assert exits <= set(found.chain) and found.chain[-1] == "output"
+
+
+def test_the_printed_form_names_everything_within_80_columns(case):
+    net, x = case
+    found = fxfuse.inspect(net, x)
+    text = str(found)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    squeezed = "".join(text.split())
+    for name in [s.name for s in found.spaces] + [x.name for x in found.layers]:
+        assert name in squeezed
+    assert all("".join(reason.split()) in squeezed for reason in found.reasons)
+
+
+def test_the_json_form_has_fixed_keys_and_all_facts(case):
+    net, x = case
+    found = fxfuse.inspect(net, x)
+    facts = json.loads(found.to_json())
+    assert list(facts) == [
+        *("name", "parameters", "free_units", "chain", "segments", "spaces", "frozen")
+    ]
+    assert facts["chain"] == list(found.chain)
+    layers = [layer for segment in facts["segments"] for layer in segment["layers"]]
+    assert [x["name"] for x in layers] == [x.name for x in found.layers]
+    assert all(list(x) == ["name", "kind", "block", "width", "nodes"] for x in layers)
+    assert [s["size"] for s in facts["spaces"]] == [s.size for s in found.spaces]
+    for space in facts["spaces"]:
+        assert list(space) == ["name", "size", "parent", "axes", "features"]
+    for fixed in facts["frozen"]:
+        assert list(fixed) == ["tensor", "dim", "count", "node", "reason"]
+
+
+def test_long_lists_of_fixed_places_are_cut_short():
+    fixed = fxfuse.inspect(mlp(6, 8, 3), torch.randn(2, 6)).frozen
+    assert described(fixed[:1]) == f"{fixed[0].count} of {fixed[0].tensor}[{fixed[0].dim}]"
+    assert described(fixed[:1] * 5).endswith("and 2 more places")
+
+
+def test_very_long_kinds_lose_their_middle_only():
+    kind = "linear, add, " * 50 + "[a43d32b3]"
+    assert len(shortened(kind)) < 240 and shortened(kind).endswith("[a43d32b3]")
+    assert shortened(kind[-200:]) == kind[-200:]

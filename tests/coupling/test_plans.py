@@ -1,0 +1,206 @@
+"""Plans, the two maps made of them, and what they do to spaces with and without blocks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+
+import fxfuse
+from fxfuse.calibration.moments import correlation
+from fxfuse.coupling.measure import measure
+from fxfuse.coupling.mixing import Mixer
+from fxfuse.coupling.plans import agreements, one_map, two_maps
+from fxfuse.coupling.transport import Transport
+from fxfuse.errors import ArgumentError
+from fxfuse.ir import Coupling
+from fxfuse.refit.moments import MatchMoments
+from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
+from tests.support.nets import build, data_shape, gap, mlp, randomise
+from tests.support.problems import prepared
+from tests.support.widening import widened
+
+
+def plan_of(rows, columns, seed):
+    cost = np.random.default_rng(seed).random((rows, columns))
+    return Exact()(cost, np.full(rows, 1 / rows), np.full(columns, 1 / columns))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_both_maps_have_rows_that_sum_to_one(rows, columns, seed):
+    project, unproject = two_maps(plan_of(rows, columns, seed))
+    assert project.shape == (rows, columns) and unproject.shape == (columns, rows)
+    for matrix in (project, unproject):
+        assert np.allclose(matrix.sum(1), 1.0, atol=1e-9) and matrix.data.min() >= 0
+
+
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_for_a_permutation_both_ways_agree(size, seed):
+    plan = plan_of(size, size, seed)
+    for two, one in zip(two_maps(plan), one_map(plan)):
+        assert np.allclose(two.toarray(), one.toarray(), atol=1e-5)
+
+
+def test_one_map_scales_a_duplicated_network_and_two_maps_do_not():
+    net, x = randomise(mlp(6, 5, 4, 3, bias=False)), torch.randn(50, 6)
+    pair = [widened(net, mlp(6, 10, 8, 3, bias=False), x[:2]), net]
+    factor = {}
+    for maps in (one_map, two_maps):
+        method = fxfuse.Method(coupling=Transport(maps=maps), refit=MatchMoments(keep=True))
+        fused = fxfuse.fuse(pair, x, weights=[1, 0], anchor=1, method=method)
+        factor[maps] = float((fused(x) / net(x)).median().detach())
+    assert factor[two_maps] == pytest.approx(1.0, abs=1e-4)
+    assert factor[one_map] != pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens", "shuffle"])
+def test_the_permutation_between_a_network_and_its_shuffled_copy_is_found(name):
+    net, x = build(name)
+    data = torch.randn(48, *data_shape(name))
+    report = fxfuse.fuse([net, fxfuse.permute(net, x, seed=4)], data).meta["fxfuse"]
+    for space in report.spaces:
+        assert space.confidences == (1.0, 1.0), space.name
+        assert space.costs[0] is None and space.costs[1] < 1e-4, space.name
+
+
+def test_correlation_tells_units_that_never_vary_apart_by_their_level():
+    from fxfuse.calibration.moments import PairMoments
+
+    levels = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    moments = PairMoments()
+    moments.add(levels[:, None].expand(4, 20), levels.flip(0)[:, None].expand(4, 20))
+    assert correlation([moments]).argmin(1).tolist() == [3, 2, 1, 0]
+
+
+# --- a say as far as units agree ------------------------------------------------------------------
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
+def test_agreement_is_one_minus_the_cost_relative_to_the_mean(rows, columns, seed):
+    cost = np.random.default_rng(seed).random((rows, columns)) + 0.5
+    project = two_maps(plan_of(rows, columns, seed))[0]
+    agreed = agreements(cost, project, None)
+    expected = 1 - (project.toarray() * cost).sum(1) / cost.mean()
+    assert np.allclose(agreed, np.clip(expected, agreed.min(), 1), atol=1e-9)
+    assert (agreed > 0).all() and (agreed <= 1).all()
+    assert np.allclose(agreements(7 * cost, project, None), agreed)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_where_all_units_are_alike_they_agree(size):
+    assert (agreements(np.full((size, size), 1e-7), csr_array(np.eye(size)), None) == 1).all()
+
+
+def test_units_of_a_block_agree_as_a_whole_and_the_same_ones_fully():
+    cost = np.array([[0.0, 1, 1, 1], [1, 0.4, 1, 1], [1, 1, 1e-9, 1], [1, 1, 1, 0.0]])
+    eye = csr_array(np.eye(4))
+    agreed = agreements(cost, eye, np.array([0, 0, 1, 1]))
+    assert agreed[0] == agreed[1] < 1 and (agreed[2:] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens", "shuffle"])
+def test_where_nothing_agrees_the_first_network_stays(name):
+    net, x = build(name)
+    other, data = randomise(build(name)[0], 5), torch.randn(64, *data_shape(name))
+    loose = fxfuse.Method(coupling=Transport(agreement=400.0), refit=MatchMoments(keep=True))
+    fused = fxfuse.fuse([net, other], data, method=loose, anchor=0)
+    full = fxfuse.fuse([net, other], data, method=replace(loose, coupling=Transport()), anchor=0)
+    inner = [n for n, p in net.named_parameters() if p.dim() > 1][:-1]
+    own, near, far = (m.state_dict() for m in (net, fused, full))
+    missed = [sum(float((own[n] - m[n]).square().sum()) for n in inner) for m in (near, far)]
+    assert missed[0] < 0.3 * missed[1]
+
+
+def test_weight_decides_where_nobody_else_has_any():
+    nets, x = [randomise(mlp(6, 9, 9, 4), s) for s in (1, 2)], torch.randn(300, 6)
+    fused = fxfuse.fuse(nets, x, weights=[0, 1])
+    assert gap(nets[1], fused, x) < 0.02
+
+
+@pytest.mark.parametrize("power", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_power_of_agreement_is_refused(power):
+    with pytest.raises(ArgumentError, match="agreement"):
+        Transport(agreement=power)
+
+
+# --- soft plans -----------------------------------------------------------------------------------
+
+
+def couplings_of(nets, x, solver):
+    balanced, match, data = prepared(nets, x)
+    mixer = Mixer(balanced, 0, match, (0.5, 0.5))
+    transport = Transport(solver=solver)
+    transport(mixer, measure(balanced, match, data, transport.view, {}, len(x)))
+    return mixer
+
+
+@pytest.mark.parametrize("solver", [Sinkhorn(0.3), UnbalancedSinkhorn(0.3)])
+@pytest.mark.parametrize("name", ["tokens", "grouped"])
+def test_soft_solvers_mix_units_but_neither_blocks_nor_products(name, solver):
+    nets = [build(name, seed)[0] for seed in (0, 5)]
+    x = torch.randn(40, *data_shape(name))
+    mixer = couplings_of(nets, x, solver)
+    spaces = mixer.balanced.networks[0].spaces
+    parents, soft = {s.parent for s in spaces}, 0
+    for space in spaces:
+        coupling = mixer.couplings[space.name, 1]
+        project = coupling.project.toarray()
+        hard = (project > 0).sum(1).max() == 1
+        read = any(a.reads for a in space.axes)
+        if space.name in parents or not read:
+            assert hard, space.name
+        soft += not hard
+        if space.blocks is not None:
+            outer = mixer.couplings[space.parent, 1].project.toarray()
+            crossed = project[outer[space.blocks][:, space.blocks] == 0]
+            assert not crossed.any(), "units of blocks that are not matched"
+    assert soft >= 2
+    fused = fxfuse.fuse(nets, x, method=fxfuse.Method(coupling=Transport(solver=solver)))
+    plain = fxfuse.fuse(nets, x)
+    assert gap(plain, fused, x) > 1e-3
+
+
+@pytest.mark.parametrize("maps", [one_map, two_maps])
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 99))
+def test_units_left_with_nothing_get_rows_of_zeros(maps, rows, columns, seed):
+    plan = np.random.default_rng(seed).random((rows, columns))
+    plan[0], plan[:, 1] = 0.0, 0.0
+    stored = csr_array(np.ones_like(plan))
+    stored.data[:] = plan.ravel()  # zeros that are stored count as none
+    for given_plan in (csr_array(plan), stored):
+        project, unproject = maps(given_plan)
+        for matrix in (project, unproject):
+            assert np.isfinite(matrix.toarray()).all()
+        assert not project.toarray()[0].any() and not unproject.toarray()[1].any()
+        assert np.allclose(project.sum(1)[1:], 1.0, atol=1e-5)
+        if maps is two_maps:
+            assert np.allclose(np.delete(unproject.sum(1), 1), 1.0, atol=1e-9)
+
+
+def test_a_fused_unit_that_a_network_gives_nothing_to_is_that_of_the_others():
+    nets, x = [randomise(mlp(4, 3, 2), s) for s in (1, 2)], torch.randn(30, 4)
+    mixer = couplings_of(nets, x, Exact())
+    space = next(iter(mixer.balanced.networks[0].spaces))
+    plan = np.eye(3) / 3
+    plan[1] = 0.0
+    mixer.couplings[space.name, 1] = Coupling(*two_maps(csr_array(plan)))
+    weights = [n.state_dict()["0.weight"].numpy() for n in nets]
+    mixed = mixer.mix("0.weight", weights)
+    assert np.allclose(mixed[[0, 2]], (weights[0] + weights[1])[[0, 2]] / 2, atol=1e-6)
+    assert np.allclose(mixed[1], weights[0][1], atol=1e-6)
+    heads = [n.state_dict()["2.weight"].numpy() for n in nets]
+    read = mixer.mix("2.weight", heads)
+    assert np.allclose(read[:, 1], heads[0][:, 1] / 2, atol=1e-6)
+
+
+def test_a_solver_changes_the_result():
+    nets = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2)]
+    x = torch.randn(40, 6)
+    fused = [
+        fxfuse.fuse(nets, x, method=fxfuse.Method(coupling=Transport(solver=s)))
+        for s in (Exact(), Sinkhorn(0.2), Sinkhorn(0.5), UnbalancedSinkhorn(0.2))
+    ]
+    assert all(gap(a, b, x) > 1e-3 for i, a in enumerate(fused) for b in fused[:i])

@@ -1,0 +1,175 @@
+"""Emission: folding, mixing and settling, against what the formulas say."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from scipy.sparse import csr_array
+
+import fxfuse
+from fxfuse.calibration.affine import fold, folds, producers
+from fxfuse.coupling.measure import View, measure, measuring_batch, measuring_points
+from fxfuse.coupling.mixing import Mixer, absent_tensors
+from fxfuse.coupling.plans import two_maps
+from fxfuse.coupling.transport import Transport
+from fxfuse.graph.trace import trace
+from fxfuse.ir import Coupling
+from fxfuse.refit.emit import outputs_to_settle
+from fxfuse.refit.moments import MatchMoments, frontier_samples
+from tests.support.nets import build, gap, outputs, random_nets, randomise, residual, stages
+from tests.support.problems import network, prepared
+from tests.support.tolerances import FUNCTION
+
+
+def images(count=40):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@settings(max_examples=10)
+@given(random_nets())
+def test_folding_keeps_what_is_in_front_of_the_norm_exact(net):
+    x = images(4)
+    found = network(net, x)
+    folded = folds(found)
+    state = fold(found, folded)
+    twin = trace(net)
+    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    for node, roles in found.book.norms.items():
+        variance = 1.0 - float(roles["eps"])
+        values = {"running_mean": 0.0, "running_var": variance}
+        values |= {"weight": state.scales[node], "bias": state.shifts[node]}
+        for role, value in values.items():
+            tensor = tensors[roles[role]]
+            tensor.data.copy_(torch.as_tensor(value).expand_as(tensor))
+    for name in state.factors:
+        tensors[name].data.copy_(torch.as_tensor(state[name]))
+    reference = outputs(net, x)
+    error = float((outputs(twin.eval(), x) - reference).abs().max())
+    assert error < FUNCTION * max(float(reference.abs().max()), 1e-3)
+
+
+def test_a_norm_behind_a_shared_convolution_is_not_folded():
+    net, x = build("shared")
+    found = network(net, x)
+    calls = [weights[0] for weights in found.book.weights.values()]
+    twice = {n for n, weights in found.book.weights.items() if calls.count(weights[0]) == 2}
+    assert len(twice) == 2 and not twice & set(producers(found))
+    assert folds(found) and not twice & set(folds(found).values())
+
+
+def test_a_tensor_is_mixed_as_the_formula_says():
+    nets, x = [randomise(stages([5, 6], [7]), s) for s in (1, 2)], images()
+    balanced, match, _ = prepared(nets, x)
+    rng = np.random.default_rng(0)
+    couplings, maps = {}, {}
+    for name, spaces in match.spaces.items():
+        for k in (0, 1):
+            p, u = (rng.random((spaces[k].size,) * 2) for _ in range(2))
+            maps[name, k] = (p, u)
+            couplings[name, k] = Coupling(csr_array(p), csr_array(u))
+    mixer = Mixer(balanced, 0, match, (0.3, 0.7), couplings)
+    weights = [n.state_dict()["0.1.0.weight"].numpy() for n in nets]
+    (first, second) = [s.name for s in balanced.networks[0].spaces][:2]
+    expected = sum(
+        share * np.einsum("Oo,oihw,iI->OIhw", maps[second, k][0], weights[k], maps[first, k][1])
+        for k, share in enumerate((0.3, 0.7))
+    )
+    assert np.allclose(mixer.mix("0.1.0.weight", weights), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_inside():
+    """The zeros that silence the block count, its other tensors belong to the other network."""
+    nets, x = (
+        [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 1)), 2)],
+        images(),
+    )
+    balanced, match, _ = prepared(nets, x)
+    gone = absent_tensors(balanced.networks[1], balanced.absent[1])
+    assert gone and not absent_tensors(balanced.networks[0], balanced.absent[0])
+    mixer = Mixer(balanced, 0, match, (0.4, 0.6))
+    inside = [n for n in gone if n.endswith("weight") and balanced.networks[0].book]
+    shares = {name: mixer.shares(name) for name in inside}
+    assert {tuple(s) for s in shares.values()} == {(1.0, 0.0)}
+    silent = {t for a in balanced.absent[1] for t in a.zeroed}
+    assert silent and all(mixer.shares(name) == [0.4, 0.6] for name in silent)
+    assert mixer.shares("0.0.weight") == [0.4, 0.6]
+
+
+def test_the_joint_pass_measures_what_numpy_measures():
+    nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
+    balanced, match, data = prepared(nets, x)
+    nodes = outputs_to_settle(balanced.networks[0])
+    found = measure(balanced, match, data, View(), nodes, 70)
+    point = next(iter(measuring_points(balanced.networks[0]) & set(nodes)))
+    for k, net in enumerate(nets):
+        recorded = {}
+        net[0][0][1].register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
+        outputs(net, x)
+        expected = recorded["out"].transpose(0, 1).flatten(1).double().numpy()
+        first = next(n for n in nodes if n in balanced.networks[0].book.norms)
+        assert np.allclose(found.outputs[first][k].mean, expected.mean(1), atol=1e-5)
+        assert np.allclose(found.outputs[first][k].spread, expected.std(1), atol=1e-5)
+    assert point
+
+
+def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
+    nets, x = [randomise(stages([6, 6], [8]), s) for s in (1, 2)], images(64)
+    refits = MatchMoments(), MatchMoments(keep=True)
+    methods = [fxfuse.Method(coupling=Transport(), refit=refit) for refit in refits]
+    fused, plain = (fxfuse.fuse(nets, x, method=method) for method in methods)
+    spreads = []
+    for net in (*nets, fused, plain):
+        recorded = {}
+        norm = dict(net.named_modules())["0.1.1"]
+        handle = norm.register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
+        outputs(net.eval(), x)
+        handle.remove()
+        spreads.append(recorded["out"].transpose(0, 1).flatten(1).std(1).sort().values)
+    wanted = (spreads[0].mean() + spreads[1].mean()) / 2
+    assert abs(float(spreads[2].mean() / wanted) - 1) < 0.02
+    assert float(spreads[3].mean() / wanted) < 0.95, "nothing was lost, so nothing is shown"
+
+
+def test_without_moments_the_norms_keep_the_mixed_function():
+    net, x = build("residual")
+    method = fxfuse.Method(refit=MatchMoments(keep=True))
+    fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], images(), method=method)
+    assert gap(net, fused, images()) < FUNCTION
+
+
+def test_norms_without_affine_parameters_are_settled_too():
+    net = randomise(stages([5], [6]))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight = module.bias = None
+            module.affine = False
+    fused = fxfuse.fuse([net, fxfuse.permute(net, images(2), seed=1)], images())
+    assert gap(net, fused, images()) < FUNCTION
+
+
+def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
+    monkeypatch.setattr("fxfuse.refit.moments.FRONTIER_BYTES", 1 << 16)
+    monkeypatch.setattr("fxfuse.calibration.run.CACHED_BYTES", 1 << 14)
+    net, x = build("batch norm")
+    found = network(net, x)
+    assert frontier_samples([found]) % measuring_batch([found]) == 0
+    data = images(100)
+    assert frontier_samples([found]) < 100
+    assert gap(net, fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data), data) < FUNCTION
+
+
+def test_a_buffer_without_axes_is_mixed_too():
+    class Scaled(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.body = stages([5], [6])
+            self.register_buffer("scale", torch.tensor(scale))
+
+        def forward(self, x):
+            return self.body(x * self.scale)
+
+    nets = [Scaled(0.5), Scaled(1.5)]
+    assert float(fxfuse.fuse(nets, images()).scale) == 1.0
+
+
+def test_couplings_made_of_plans_are_used_by_default():
+    assert fxfuse.Method().coupling.maps is two_maps

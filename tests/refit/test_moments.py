@@ -1,0 +1,65 @@
+"""None"""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxfuse
+from fxfuse.coupling.transport import Transport
+from fxfuse.fusion import assemble as assembly
+
+
+def net(width, affine=True, bias=False):
+    layers = []
+    for inner, outer in ((3, width), (width, width + 2)):
+        layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=bias)]
+        layers += [nn.BatchNorm2d(outer, affine=affine), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width + 2, 3))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def sizes(model, place):
+    return model.get_submodule(place).weight.detach().flatten(1).norm(dim=1)
+
+
+@settings(max_examples=4)
+@given(st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_filters_get_their_size_back_and_the_function_stays(seed, affine, bias):
+    torch.manual_seed(seed)
+    parents = net(6, affine, bias), net(5, affine, bias)
+    with torch.no_grad():
+        parents[1][0].weight.mul_(7)
+    data, method = torch.randn(32, 3, 6, 6), fxfuse.Method(coupling=Transport())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "rescale", lambda fused, mixer: None)
+        plain = fxfuse.fuse(parents, data, method=method)
+    fused = fxfuse.fuse(parents, data, method=method)
+    torch.testing.assert_close(fused(data), plain(data), rtol=1e-4, atol=1e-4)
+    for place in ("0", "3"):
+        own = sum(sizes(p, place).square().mean() for p in parents) / 2
+        assert 0.5 < float(sizes(fused, place).square().mean() / own) < 1.5
+
+
+def test_a_copy_of_another_scale_does_not_change_the_filters_of_a_network():
+    torch.manual_seed(0)
+    model = net(6)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for conv, norm in ((other[0], other[1]), (other[3], other[4])):
+            conv.weight.mul_(3)
+            norm.running_mean.mul_(3)
+            norm.running_var.copy_(9 * (norm.running_var + norm.eps) - norm.eps)
+    data = torch.randn(32, 3, 6, 6)
+    fused = fxfuse.fuse([model, other], data, weights=[0.5, 0.5])
+    torch.testing.assert_close(fused(data), model(data), rtol=1e-3, atol=1e-3)
+    for place in ("0", "3"):
+        expected = sizes(model, place) * (0.5 + 0.5 * 9) ** 0.5
+        torch.testing.assert_close(sizes(fused, place), expected, rtol=1e-2, atol=1e-3)

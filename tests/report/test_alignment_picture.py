@@ -1,0 +1,169 @@
+"""Where things are in the picture of an alignment.
+
+Scenes as SVG.
+
+Pictures of alignments."""
+
+import itertools
+import re
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxfuse.errors import ArgumentError
+from fxfuse.report._shared import clean
+from fxfuse.report.alignment_picture import (
+    LETTER,
+    LONGEST,
+    SMALL,
+    TEXT,
+    clipped,
+    count_of,
+    draw,
+    lay_out,
+    render,
+    shades,
+    shortened,
+)
+from tests.support.alignments import EXAMPLE, alignments, layers_of
+
+
+def boxes(scene, *kinds):
+    return [b for b in scene.boxes if b.kind in kinds]
+
+
+@given(alignments())
+def test_every_layer_has_one_box_and_none_overlap_or_leave_the_picture(alignment):
+    scene = lay_out(alignment)
+    shown = boxes(scene, "layer", "inserted")
+    assert len(boxes(scene, "layer")) == len(layers_of(alignment))
+    for b in scene.boxes:
+        assert b.x >= 0 and b.y >= 0
+        assert b.x + b.width <= scene.width and b.y + b.height <= scene.height
+    for a, b in itertools.combinations([*shown, *boxes(scene, "chip")], 2):
+        apart = a.x + a.width <= b.x + 1e-6 or b.x + b.width <= a.x + 1e-6
+        assert apart or a.y + a.height <= b.y + 1e-6 or b.y + b.height <= a.y + 1e-6
+
+
+@given(alignments())
+def test_texts_fit_into_their_boxes(alignment):
+    scene = lay_out(alignment)
+    for b in boxes(scene, "layer", "inserted"):
+        note = len(b.note) * SMALL * LETTER + 8 if b.note else 0
+        assert len(b.text) * TEXT * LETTER + note <= b.width
+    for b in boxes(scene, "chip"):
+        assert len(b.text) * SMALL * LETTER <= b.width
+
+
+@given(alignments())
+def test_matched_layers_are_joined(alignment):
+    pairs = sum(
+        row[i] is not None and s.slots[s.reference][i] is not None
+        for s in alignment.segments
+        for k, row in enumerate(s.slots)
+        for i in range(len(row))
+        if k != s.reference
+    )
+    assert sum(line.kind == "pair" for line in lay_out(alignment).lines) == pairs
+
+
+def test_what_is_removed_is_drawn_as_merged_and_nothing_is_inserted_for_it():
+    kept = lay_out(EXAMPLE)
+    assert len(boxes(kept, "inserted")) == 2  # of which one explains the kind
+    lost = lay_out(EXAMPLE, ({"a2"}, ()))
+    assert [b.text for b in boxes(lost, "merged") if b.text] == ["a2"]
+    assert not boxes(lost, "inserted")
+
+
+def test_boxes_tell_name_width_and_cost():
+    facts = {b.text: (b.note, "\n".join(b.facts)) for b in boxes(lay_out(EXAMPLE), "layer")}
+    assert facts["b2"][0] == "10" and "matched with a3, cost 0.9" in facts["b2"][1]
+    assert "10 units, 1,000 parameters" in facts["b2"][1] and "linear, relu" in facts["b2"][1]
+
+
+def test_prefixes_are_shared_and_nothing_gets_empty():
+    a = "the.trunk.of.the.network"
+    assert shortened([f"{a}.b", f"{a}.b.c"]) == (f"{a}.", ["b", "b.c"])
+    assert shortened([f"{a}.c"]) == ("", [f"{a}.c"])
+    assert shortened([f"{a}.x1..{a}.x2", None, f"{a}.x3"]) == (f"{a}.", ["x1..x2", "", "x3"])
+    assert shortened(["stage.0", "stage.1"]) == ("", ["stage.0", "stage.1"])
+    assert shortened([None]) == ("", [""])
+
+
+@given(st.text(max_size=200))
+def test_long_names_keep_both_ends(text):
+    short = clipped(text)
+    assert len(short) <= LONGEST and short[:5] == text[:5] and short[-5:] == text[-5:]
+
+
+def test_numbers_are_short():
+    found = [count_of(n) for n in (0, 999, 999_499, 1000, 11_700_000, 2 * 10**9)]
+    assert found == ["0", "999", "999k", "1k", "11.7M", "2G"]
+
+
+@given(st.floats(-1, 2))
+def test_shades_are_colours(share):
+    assert all(len(c) == 7 and int(c[1:], 16) >= 0 for c in shades(share))
+
+
+NAMESPACE = {"s": "http://www.w3.org/2000/svg"}
+
+
+@given(alignments())
+def test_it_is_xml_and_shows_every_layer_by_its_full_name(alignment):
+    root = ElementTree.fromstring(render(lay_out(alignment), "an <alignment> & more"))
+    assert root.get("aria-label") == "an <alignment> & more"
+    groups = root.findall("s:g[@class='fx-layer']", NAMESPACE)
+    titles = [g.find("s:title", NAMESPACE).text.split("\n")[0] for g in groups]
+    assert sorted(titles) == sorted(clean(name) for _, name in layers_of(alignment))
+
+
+@given(alignments())
+def test_it_names_nothing_to_fetch(alignment):
+    text = render(lay_out(alignment), "x")
+    assert "href" not in text and "<image" not in text and "@import" not in text
+
+
+def test_characters_that_xml_forbids_are_replaced():
+    assert clean("a\x00b\x1f\ud800\n") == "a\ufffdb\ufffd\ufffd\n"
+
+
+def test_a_picture_shows_every_layer_the_costs_and_what_is_inserted(tmp_path):
+    EXAMPLE.draw(tmp_path / "a.svg")
+    shown = set(re.findall(r"<text[^>]*>(.*?)</text>", (tmp_path / "a.svg").read_text()))
+    assert shown >= {"deep", "shallow", "a1", "a2", "a3", "a4", "b1", "b2", "b3", "0.100", "0.900"}
+    assert {"inserted", "neutral layer, inserted", "2.  features, 1 + 1 layers"} <= shown
+
+
+def test_merged_layers_are_marked(tmp_path):
+    draw(EXAMPLE, tmp_path / "a.svg", removed=({"a2"}, ()))
+    text = (tmp_path / "a.svg").read_text()
+    assert "merged away" in text and ">inserted<" not in text
+
+
+def test_a_picture_can_be_a_png_in_a_new_folder_and_leaves_nothing_else(tmp_path):
+    draw(EXAMPLE, tmp_path / "new" / "a.png")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+def test_the_same_alignment_gives_the_same_bytes(tmp_path, ending):
+    files = [tmp_path / f"{i}.{ending}" for i in range(2)]
+    for file in files:
+        draw(EXAMPLE, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@given(alignments())
+@settings(max_examples=4)
+def test_any_names_can_be_drawn(tmp_path_factory, alignment):
+    draw(alignment, tmp_path_factory.mktemp("any") / "a.png")
+
+
+def test_other_endings_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="gif"):
+        draw(EXAMPLE, tmp_path / "a.gif")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,158 @@
+"""The web page about a fusion."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import fxfuse
+from fxfuse.depth.shorten import Shorten
+from fxfuse.ir import Frozen, LayerFit
+from fxfuse.report._shared import clean
+from fxfuse.report.report import CouplingReport, Report, SpaceReport
+from tests.support.alignments import NASTY, alignments, layers_of
+from tests.support.nets import mlp, randomise
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
+
+
+EMPTY = {"meta", "link", "rect", "line", "br"}
+
+
+X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Reader(HTMLParser):
+    """Reads a page strictly: tags close in order, and nothing is fetched."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.texts, self.fetched = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+        assert not [k for k, _ in attrs if k.startswith("on")]
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def report_of(alignment, word="x"):
+    count = len(alignment.names)
+    facts = CouplingReport("soft", 1.0, 0.5)
+    spaces = (
+        SpaceReport(word, 4, (None,) * count, (1.0,) * count, (4,) * count, (facts,) * count),
+    )
+    frozen = (Frozen(word, 0, 3, word, word),)
+    shares, errors = (1 / count,) * count, (0.1,) * count
+    layers = (LayerFit(word, 0.25, float("inf")),)
+    seconds = {word: 1.0}
+    return Report(alignment, 0, shares, spaces, frozen, errors, seconds, (word,), layers, 0.5)
+
+
+@pytest.fixture(scope="module")
+def report():
+    nets = [randomise(mlp(6, 8, 7, 3), 0).eval(), randomise(mlp(6, 5, 3), 1).eval()]
+    return fxfuse.fuse(nets, X, alignment=fxfuse.align(nets, X)).meta["fxfuse"]
+
+
+@given(alignments())
+@settings(max_examples=10)
+def test_any_names_are_escaped(tmp_path_factory, alignment):
+    path = tmp_path_factory.mktemp("page") / "a.html"
+    word = "".join(NASTY)
+    report_of(alignment, word).save_html(path, {word: 50.0, "b": (1.0, 2.0)}, {word: word})
+    read = Reader(path.read_text())
+    assert read.fetched == ["data:,"]
+    assert clean(word) in [text for text in read.texts]
+    shown = "\n".join(read.texts)
+    assert all(clean(name) in shown for _, name in layers_of(alignment))
+    assert [tag for tag, _ in read.tags].count("script") == 1
+
+
+def test_it_tells_what_there_is(report, tmp_path):
+    report.save_html(tmp_path / "a.html", {"fused": (91.25, 0.31)}, {"seed": "17"})
+    page = (tmp_path / "a.html").read_text()
+    read = Reader(page)
+    shown = " ".join(read.texts)
+    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    assert heads == [
+        "Accuracy",
+        "Alignment",
+        "Layer costs",
+        "Refit",
+        "Spaces and couplings",
+        "Frozen",
+        "Time and memory",
+        "Where it comes from",
+    ]
+    assert "91.25 %" in shown and "17" in shown and report.versions["torch"] in shown
+    assert all(stage in shown for stage in report.seconds)
+    assert all(layer.node in shown for layer in report.layers)
+    assert all(f.reason in shown for f in report.frozen)
+    assert "MiB" in shown and "identity" in shown and "units, " in shown
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_what_is_not_known_is_left_out(report, tmp_path):
+    bare = replace(report, layers=(), frozen=(), memory={}, versions={}, maps={})
+    bare.save_html(tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    Reader(page)
+    assert "<h2>Accuracy" not in page and "<h2>Refit" not in page and "every unit could" in page
+
+
+def test_merged_layers_are_drawn_as_such(tmp_path):
+    nets = [randomise(mlp(6, 8, 7, 3), 0).eval(), randomise(mlp(6, 5, 3), 1).eval()]
+    method = fxfuse.Method(balancing=Shorten())
+    fxfuse.fuse(nets, X, method=method).meta["fxfuse"].save_html(tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count('class="fx-merged"') == 2 and 'class="fx-inserted"' not in page
+
+
+def browse(page, folder):
+    """Show a page; return what the console says, what was asked for, and the page afterwards."""
+    asked = "performance.getEntriesByType('resource').map((e) => e.name).join(' ')"
+    script = f"<script>document.title = 'asked: ' + {asked};</script>"
+    (folder / "a.html").write_text(page.replace("</body>", script + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", "--disable-extensions"]
+    options += ["--no-first-run", f"--user-data-dir={folder / 'profile'}"]
+    options += ["--enable-logging=stderr", "--dump-dom", (folder / "a.html").as_uri()]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=100)
+    console = [line for line in done.stderr.split("\n") if "CONSOLE" in line]
+    return console, re.search("<title>asked: (.*?)</title>", done.stdout)[1], done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.sweep
+def test_a_browser_shows_it_without_complaint_or_request(report, tmp_path):
+    report.save_html(tmp_path / "page.html", {"fused": 91.0})
+    page = (tmp_path / "page.html").read_text()
+    console, asked, shown = browse(page, tmp_path)
+    assert (console, asked) == ([], "")
+    picture = shown[shown.index('<div id="picture"') :]
+    assert "<svg" in picture and "8 units" in picture
+    assert "<title>" not in picture, "the script did not run"
+    planted = page.replace("</main>", '<img src="https://elsewhere.invalid/a.png"></main>')
+    assert "elsewhere.invalid" in browse(planted, tmp_path)[0][0]

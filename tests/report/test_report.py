@@ -1,0 +1,105 @@
+"""What a fusion says of itself."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse import csr_array, eye_array
+
+import fxfuse
+from fxfuse.depth.shorten import Shorten
+from fxfuse.errors import ArgumentError
+from fxfuse.fusion.assemble import describe
+from fxfuse.ir import Coupling
+from fxfuse.report import report as module
+from tests.support.nets import mlp, randomise
+
+X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return [randomise(mlp(6, 8, 7, 3), 0).eval(), randomise(mlp(6, 5, 3), 1).eval()]
+
+
+@pytest.fixture(scope="module")
+def report(nets):
+    return fxfuse.fuse(nets, X).meta["fxfuse"]
+
+
+def of(matrix):
+    matrix = csr_array(matrix)
+    return describe(Coupling(matrix, csr_array(matrix.T)))
+
+
+@given(st.permutations(range(6)))
+def test_permutations_are_told_from_identities(order):
+    found = of(eye_array(6).tocsr()[np.array(order)])
+    stays = np.mean(np.array(order) == np.arange(6))
+    assert found.kind == ("identity" if stays == 1 else "permutation")
+    assert (found.mass, found.identity) == (1.0, pytest.approx(stays))
+
+
+def test_other_couplings_have_their_names():
+    assert of(np.eye(4, 3)).kind == "one to one" and of(np.eye(4, 3)).mass == 0.75
+    assert of(np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])).kind == "merging"
+    assert of(np.full((2, 2), 0.5)) == module.CouplingReport("soft", 1.0, 0.5)
+    assert of(np.zeros((3, 2))) == module.CouplingReport("absent", 0.0, 0.0)
+
+
+def test_spaces_say_how_each_network_takes_part(report):
+    for space in report.spaces:
+        assert space.sizes[report.anchor] == space.size
+        assert space.couplings[report.anchor].kind == "identity"
+        assert len(space.sizes) == len(space.couplings) == 2
+    assert report.spaces[0].sizes == (8, 5)
+
+
+def test_maps_are_kept_within_a_limit(nets, report, monkeypatch, tmp_path):
+    assert set(report.maps) == {(s.name, k) for s in report.spaces for k in (0, 1)}
+    monkeypatch.setattr("fxfuse.fusion.assemble.KEPT", 16)
+    less = fxfuse.fuse(nets, X).meta["fxfuse"]
+    assert 0 < sum(m.nnz for m in less.maps.values()) <= 16
+    left = next(s.name for s in report.spaces if (s.name, 1) not in less.maps)
+    with pytest.raises(ArgumentError, match="not kept"):
+        less.draw_coupling(left, tmp_path / "a.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_a_fusion(report, tmp_path):
+    report.draw_coupling(report.spaces[0].name, tmp_path / "a.svg")
+    assert "Sequential 1 to the fused network" in (tmp_path / "a.svg").read_text()
+    report.draw_coupling(report.spaces[0].name, tmp_path / "b.svg", network=0)
+    assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
+    report.draw_fits(tmp_path / "c.svg")
+
+
+def test_versions_and_memory_are_told(report):
+    assert {"fxfuse", "torch", "python", "POT"} <= set(report.versions)
+    assert set(report.memory) <= set(report.seconds) == set(report.seconds)
+    assert all(peak > 1 << 20 for peak in report.memory.values())
+
+
+def test_it_is_copied_and_pickled_with_the_network(nets):
+    fused = fxfuse.fuse(nets, X)
+    for again in (copy.deepcopy(fused).meta["fxfuse"], pickle.loads(pickle.dumps(fused.meta))):
+        found = again["fxfuse"] if isinstance(again, dict) else again
+        assert found == fused.meta["fxfuse"] and set(found.maps) == set(fused.meta["fxfuse"].maps)
+
+
+def test_removed_layers_are_named(nets, report):
+    assert report.removed == ()
+    short = fxfuse.fuse(nets, X, method=fxfuse.Method(balancing=Shorten())).meta["fxfuse"]
+    assert [len(names) for names in short.removed] == [1, 0]
+    assert short.removed[0] < {name for name in short.alignment.facts[0]}
+
+
+def test_facts_count_widths_and_parameters(nets, report):
+    deep, shallow = report.alignment.facts
+    assert [f.width for f in deep.values()] == [8, 7, 3]
+    total = [sum(f.parameters for f in facts.values()) for facts in (deep, shallow)]
+    assert total == [sum(p.numel() for p in n.parameters()) for n in nets]

@@ -1,0 +1,254 @@
+"""."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from fxfuse.graph.trace import trace
+from fxfuse.spaces._solve import spaces_of
+from fxfuse.spaces.network import OPEN, Network, label_network
+from tests.support.nets import NETS, Functional, Residual, build, conv, mlp, randomise
+
+
+def ledger(net, *x):
+    return label_network(trace(net), x)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_network_is_left_as_it_was(name):
+    net, x = build(name)
+    graph = trace(net)
+    graph.train()
+    next(m for m in graph.modules() if m is not graph).eval()
+    modes = [m.training for m in graph.modules()]
+    before = copy.deepcopy(graph.state_dict())
+    label_network(graph, (x,))
+    assert [m.training for m in graph.modules()] == modes
+    assert all(torch.equal(t, before[k]) for k, t in graph.state_dict().items())
+    assert all(p.grad is None for p in graph.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_fast_path_of_attention_is_switched_back(fails):
+    graph = trace(mlp(6, 8, 3))
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        label_network(graph, (torch.zeros(2, 5 if fails else 6),))
+    except RuntimeError:
+        assert fails
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_shapes_and_operators_are_known_by_node():
+    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert book.shapes["a_0"] == book.shapes["add"] == (2, 4, 8, 8)
+    assert book.ops["a_0"][0][0] == "convolution"
+    assert [step[:2] for step in book.ops["add"]] == [("pointwise", "add")]
+    assert "output" not in book.shapes
+
+
+def test_weights_are_what_a_node_contracts_and_tensors_all_it_touches():
+    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert book.weights == {
+        "a_0": ["a.0.weight"],
+        "b_0": ["b.0.weight"],
+        "skip_0": ["skip.0.weight"],
+    }
+    assert set(book.tensors["a_1"]) == {
+        "a.1.weight",
+        "a.1.bias",
+        "a.1.running_mean",
+        "a.1.running_var",
+    }
+
+
+def test_norms_are_known_by_role():
+    book = ledger(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5)), torch.zeros(2, 4))
+    assert book.norms == {
+        "_1": {
+            "eps": 0.5,
+            "weight": "1.weight",
+            "bias": "1.bias",
+            "running_mean": "1.running_mean",
+            "running_var": "1.running_var",
+        }
+    }
+
+
+def test_units_of_a_node_are_known_by_axis():
+    book = ledger(mlp(6, 8, 3), torch.zeros(2, 6))
+    (axis,) = book.features["_0"]
+    assert (axis.dim, len(axis.labels)) == (1, 8)
+    assert book.features["_1"][0].labels.tolist() == axis.labels.tolist()
+
+
+def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
+    class Clipped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return torch.renorm(self.a(x), 2, 0, 1.0)
+
+    book = ledger(Clipped(), torch.zeros(2, 6))
+    assert book.unknown == [("renorm", "aten.renorm.default")]
+    assert "no rule for aten.renorm.default" in {reason for _, _, reason in book.frozen}
+    assert ledger(mlp(6, 8, 3), torch.zeros(2, 6)).unknown == []
+
+
+class Auxiliary(nn.Module):
+    """Two outputs in training mode, in an object of their own, one in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.extra = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return Result(self.b(x), self.extra(x)) if self.training else self.b(x)
+
+
+@dataclass
+class Result:
+    main: torch.Tensor
+    extra: torch.Tensor
+
+
+def test_outputs_of_both_modes_are_frozen():
+    book = ledger(randomise(Auxiliary()), torch.randn(2, 6))
+    fixed = [set(labels) for labels, _, reason in book.frozen if "output" in reason]
+    by_tensor = {a.tensor: set(a.labels.tolist()) for a in book.axes if a.dim == 0}
+    assert by_tensor["b.weight"] in fixed and by_tensor["extra.weight"] in fixed
+    assert by_tensor["a.weight"] not in fixed
+    assert book.weights["extra"] == ["extra.weight"]
+
+
+def test_a_value_of_several_tensors_has_a_place_in_the_graph_but_no_shape():
+    book = ledger(nn.Sequential(nn.Linear(6, 8), Halves()), torch.zeros(2, 6))
+    assert book.shapes["chunk"] == ()
+    assert book.shapes["getitem"] == (2, 4)
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        halves = x.chunk(2, 1)
+        return halves[0] * halves[1]
+
+
+def test_a_run_needs_no_gradients_and_keeps_none():
+    net = randomise(mlp(6, 8, 3))
+    x = torch.randn(2, 6, requires_grad=True)
+    label_network(trace(net), (x,))
+    assert x.grad is None
+
+
+def test_outputs_are_free_where_a_graph_says_so_if_they_lie_along_one_axis():
+    graph = trace(mlp(6, 5, 4))
+    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5]
+    graph.graph.output_node().meta[OPEN] = True
+    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5, 4]
+    graph = trace(nn.Sequential(mlp(6, 5, 4), nn.Unflatten(1, (2, 2))))
+    graph.graph.output_node().meta[OPEN] = True
+    book = label_network(graph, (torch.randn(2, 6),))
+    assert [s.size for s in spaces_of(book)] == [5]
+    assert any("several axes" in reason for _, _, reason in book.frozen)
+
+
+def test_inputs_have_units_where_a_graph_says_so():
+    graph = trace(mlp(6, 5, 4))
+    source = next(iter(graph.graph.nodes))
+    source.meta[OPEN] = 1
+    spaces = spaces_of(label_network(graph, (torch.randn(2, 6),)))
+    (own,) = [s for s in spaces if any(a.tensor == source.name for a in s.features)]
+    assert own.size == 6 and [(a.tensor, a.dim, a.reads) for a in own.axes] == [
+        ("0.weight", 1, True)
+    ]
+
+
+def network(net, *x):
+    return Network.of("net", trace(net), x)
+
+
+def node(net, name):
+    return next(n for n in net.module.graph.nodes if n.name == name)
+
+
+@pytest.fixture
+def layer():
+    parts = nn.Sequential(*conv(3, 4), nn.Dropout(0.5), nn.GroupNorm(2, 4), nn.Identity())
+    return network(
+        randomise(nn.Sequential(*parts, nn.Flatten(), nn.Linear(256, 3))), torch.randn(2, 3, 8, 8)
+    )
+
+
+def test_a_network_knows_its_ledger_and_its_spaces():
+    net, x = build("residual")
+    found = network(net, x)
+    assert found.book.shapes["add"] == (2, 6, 8, 8)
+    assert [s.size for s in found.spaces] == [6, 6, 6, 8, 8]
+    assert found.name == "net" and found.example == (x,)
+
+
+def test_a_norm_only_normalises(layer):
+    assert [layer.is_norm(node(layer, f"_{i}")) for i in range(6)] == [0, 1, 0, 0, 1, 0]
+
+
+def test_an_activation_is_one_function_of_each_value(layer):
+    assert [layer.is_activation(node(layer, f"_{i}")) for i in range(6)] == [0, 0, 1, 0, 0, 0]
+
+
+def test_an_idle_node_does_nothing_in_eval_mode(layer):
+    assert [layer.is_idle(node(layer, f"_{i}")) for i in range(6)] == [0, 0, 0, 1, 0, 1]
+    placeholder = next(iter(layer.module.graph.nodes))
+    assert not layer.is_idle(placeholder)
+
+
+def test_adding_two_values_or_a_parameter_is_no_activation():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            y = self.a(x)
+            return (y + x) * self.b * 2
+
+    found = network(Adding(), torch.randn(2, 6))
+    assert not found.is_activation(node(found, "add"))
+    assert not found.is_activation(node(found, "mul"))
+    assert found.is_activation(node(found, "mul_1"))
+
+
+def test_only_what_is_computed_from_the_inputs_carries_data():
+    found = network(randomise(Functional()), torch.randn(2, 6))
+    carries = {n.name: found.carries_data(n) for n in found.module.graph.nodes}
+    assert carries.pop("x") and not carries.pop("output")
+    flags = {name for name in carries if "training_mode" in name}
+    assert len(flags) == 2 and not any(carries[f] for f in flags)
+    assert all(on for name, on in carries.items() if name not in flags)
+
+
+def test_inputs_leave_out_parameters_flags_and_sizes():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return (x * self.a).view(x.shape[0], 2, 3)
+
+    found = network(Sized(), torch.randn(2, 6))
+    assert [n.name for n in found.inputs_of(node(found, "mul"))] == ["x"]
+    assert [n.name for n in found.inputs_of(node(found, "view"))] == ["mul"]
+
+
+def test_steps_and_rules_take_nodes_and_names():
+    found = network(mlp(6, 8, 3), torch.randn(2, 6))
+    relu = node(found, "_1")
+    assert found.steps(relu) == found.steps("_1") == [("pointwise", "relu")]
+    assert found.rules(relu) == {"pointwise"} and found.rules("_0") == {"matmul"}
+    assert found.steps("no such node") == []

@@ -1,0 +1,268 @@
+"""Room goes to the deepest spaces, within the multiply-adds of an evenly wider network.
+
+Room for units: the mean of the networks where there is enough, the plain fusion at none."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxfuse
+from fxfuse.coupling.transport import LayerByLayer
+from fxfuse.coupling.zipit import Zip
+from fxfuse.errors import ArgumentError
+from fxfuse.graph.trace import trace
+from fxfuse.refit.moments import MatchMoments
+from fxfuse.spaces.network import Network
+from fxfuse.width.budget import deepest_first, evenly
+from tests.support.nets import (
+    PaddedShortcut,
+    Tokens,
+    conv,
+    gap,
+    mlp,
+    moved,
+    outputs,
+    randomise,
+    residual,
+    stages,
+)
+from tests.support.tolerances import FUNCTION
+
+ROOM_INPUTS = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+
+ROOM_IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(net, x):
+    return Network.of("net", trace(net.eval()), (x,))
+
+
+def everyone(base, more=1.0):
+    """Let every space have so many times its units that could have places of their own."""
+    return {s.name: [(1, u) for u in range(int(s.size * more))] for s in base.spaces}
+
+
+def counts(found):
+    return {name: len(owners) for name, owners in found.items()}
+
+
+def multiply_adds(net, x):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x)
+    return counter.get_total_flops()
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=4), st.floats(1.0, 3.0))
+@settings(max_examples=30, deadline=None)
+def test_no_more_multiply_adds_than_an_evenly_wider_network(widths, width):
+    base = network(mlp(6, *widths, 3), ROOM_INPUTS)
+    unlike = everyone(base)
+    found = counts(deepest_first(base, width, unlike))
+    wide = [w + n for w, n in zip(widths, found.values())]
+    even = [w + n for w, n in zip(widths, counts(evenly(base, width, unlike)).values())]
+    assert multiply_adds(mlp(6, *wide, 3), ROOM_INPUTS) <= multiply_adds(
+        mlp(6, *even, 3), ROOM_INPUTS
+    )
+    gaps = [name for name, n in found.items() if n < len(unlike[name])]
+    begun = [name for name, n in found.items() if n]
+    order = list(found)
+    assert not gaps or all(order.index(name) >= order.index(gaps[-1]) for name in begun)
+
+
+@given(st.floats(1.0, 3.0))
+@settings(max_examples=10, deadline=None)
+def test_one_more_unit_would_not_fit(width):
+    base = network(mlp(6, 8, 9, 7, 3), ROOM_INPUTS)
+    unlike = everyone(base)
+    found = counts(deepest_first(base, width, unlike))
+    if found == counts(unlike):
+        return
+    name = [n for n in found if found[n] < len(unlike[n])][-1]
+    sizes = {s.name: s.size + found[s.name] + (s.name == name) for s in base.spaces}
+    limit = [round(s.size * min(width, 2.0)) for s in base.spaces]
+    assert multiply_adds(mlp(6, *sizes.values(), 3), ROOM_INPUTS) > multiply_adds(
+        mlp(6, *limit, 3), ROOM_INPUTS
+    )
+
+
+def test_what_some_spaces_cannot_use_others_get():
+    base = network(mlp(6, 8, 8, 8, 3), ROOM_INPUTS)
+    unlike = everyone(base)
+    first, *rest = unlike
+    alone = {first: [], **{name: unlike[name] for name in rest}}
+    shared, given = deepest_first(base, 1.5, alone), evenly(base, 1.5, alone)
+    assert sum(map(len, shared.values())) > sum(map(len, given.values()))
+
+
+def test_a_stream_is_half_as_deep_as_the_last_layer():
+    base = network(residual((6, 3)).eval(), ROOM_IMAGES)
+    stream = max(base.spaces, key=lambda s: len(s.axes)).name
+    inner = [s.name for s in base.spaces if s.name != stream]
+    found = deepest_first(base, 1.6, everyone(base))
+    full = {name for name, owners in found.items() if len(owners) == base.spaces[name].size}
+    assert inner[-1] in full and not found[inner[0]]
+
+
+@pytest.mark.parametrize("smaller", [1, 2])
+def test_the_network_that_needs_least_room_comes_first(smaller):
+    base = network(mlp(6, 8, 8, 8, 3), ROOM_INPUTS)
+    needs = {k: 3 if k == smaller else 8 for k in (1, 2)}
+    unlike = {s.name: [(k, u) for k in (1, 2) for u in range(needs[k])] for s in base.spaces}
+    for width, whole in ((1.2, False), (1.7, True)):
+        found = [k for owners in deepest_first(base, width, unlike).values() for k, _ in owners]
+        assert found.count(smaller) == 9 if whole else set(found) == {smaller}
+
+
+@pytest.mark.parametrize("room", [evenly, deepest_first])
+@pytest.mark.parametrize("width", [3.0, 7.5, math.inf])
+def test_with_room_for_all_everybody_gets_some(room, width):
+    base = network(residual((6, 2), (8, 2)).eval(), ROOM_IMAGES)
+    unlike = everyone(base, 2.0)
+    assert counts(room(base, width, unlike)) == counts(unlike)
+
+
+def test_deeper_room_is_nearer_to_the_mean():
+    """Late units that are apart are read by none but their own network: early ones are common."""
+    nets = [randomise(mlp(6, 16, 16, 16, 3), seed) for seed in (1, 2)]
+    fused = fxfuse.fuse(nets, ROOM_INPUTS, width=1.5)
+    assert isinstance(fused.get_submodule("4"), nn.Linear)
+    sizes = [m.out_features for m in fused.modules() if isinstance(m, nn.Linear)]
+    assert sizes[2] == 32 and sizes[0] < sizes[1] < 32
+
+
+X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
+
+IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+PAIRS = {
+    "depths": lambda: ([mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3)], X),
+    "residual": lambda: ([residual((6, 4), (8, 2)), residual((6, 2), (7, 1))], IMAGES),
+    "stages": lambda: ([stages([6], [8, 8], [8]), stages([5], [7], [8, 8])], IMAGES),
+    "three": lambda: ([mlp(6, 7, 7, 3), mlp(6, 5, 3), mlp(6, 4, 4, 3)], X),
+}
+
+
+def pair(name):
+    nets, x = PAIRS[name]()
+    return [randomise(net, seed) for seed, net in enumerate(nets)], x
+
+
+def mean_of(nets, x, shares=None):
+    shares = shares or [1 / len(nets)] * len(nets)
+    return sum(w * outputs(net, x) for w, net in zip(shares, nets))
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("choices", [{}, {"refit": MatchMoments()}], ids=["default", "moments"])
+def test_with_room_for_all_the_outputs_are_the_mean(name, choices):
+    nets, x = pair(name)
+    shares = [0.5, 0.3, 0.2][: len(nets)]
+    shares = [s / sum(shares) for s in shares]
+    method = fxfuse.Method(**choices)
+    fused = fxfuse.fuse(nets, x, weights=shares, width=float("inf"), method=method)
+    assert relative(outputs(fused, x), mean_of(nets, x, shares)) < FUNCTION
+    assert not fused.meta["fxfuse"].narrow
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.integers(2, 9), min_size=1, max_size=3),
+    st.lists(st.integers(2, 9), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
+def test_any_widths_and_depths_fit_side_by_side(first, second, seed):
+    nets = [randomise(mlp(6, *widths, 3), seed + i) for i, widths in enumerate((first, second))]
+    fused = fxfuse.fuse(nets, X, width=100.0)
+    assert relative(outputs(fused, X), mean_of(nets, X)) < FUNCTION
+
+
+def test_between_nothing_and_all_the_network_grows():
+    nets, x = pair("residual")
+    plain, same = fxfuse.fuse(nets, x), fxfuse.fuse(nets, x, width=1.0)
+    assert not moved(plain, same)
+    sizes = [size(fxfuse.fuse(nets, x, width=width)) for width in (1.0, 1.25, 1.5, 2.0, 9.0)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4  # two of one width fill twice of it
+
+
+def test_units_that_are_alike_share_a_place_before_those_that_are_not():
+    nets = [randomise(mlp(12, 8, 3), seed) for seed in (1, 2)]
+    for net, reads in zip(nets, ([0, 1, 2, 3, 4, 5, 6, 7], [8, 4, 9, 0, 2, 10, 6, 7])):
+        net[0].weight.data = torch.eye(12)[reads]
+        net[0].bias.data.zero_()
+    x = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    fused = fxfuse.fuse(nets, x, width=11 / 8)
+    assert fused.get_submodule("0").out_features == 11
+    assert relative(outputs(fused, x), mean_of(nets, x)) < FUNCTION
+
+
+def test_a_network_that_is_evenly_wider_still_loads_and_trains():
+    nets, x = pair("depths")
+    fused = fxfuse.fuse(nets, x, width=1.5, method=fxfuse.Method(room=evenly))
+    wide = mlp(6, 12, 12, 12, 3)
+    assert fused.get_submodule("0").out_features == 12
+    wide.load_state_dict(fused.state_dict())
+    assert gap(fused, wide, x) == 0
+    fused.train()(x).sum().backward()
+    assert all(p.grad is not None for p in fused.parameters())
+
+
+@pytest.mark.parametrize("width", [1.3, 1.5, 1.7, 1.9])
+@pytest.mark.parametrize("room", [evenly, deepest_first])
+def test_sizes_that_come_in_equal_parts_are_rounded_not_left_as_they_were(width, room):
+    nets = [
+        randomise(nn.Sequential(conv(3, 8), PaddedShortcut(8, 16), PaddedShortcut(16, 32)), s)
+        for s in (1, 2)
+    ]
+    nets = [
+        nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)) for net in nets
+    ]
+    fused = fxfuse.fuse(nets, IMAGES, width=width, method=fxfuse.Method(room=room))
+    assert not fused.meta["fxfuse"].narrow
+
+
+def test_norms_over_units_keep_their_width_and_what_is_inside_grows():
+    nets = [randomise(Tokens(depth=d), d) for d in (3, 2)]
+    x = torch.randn(8, *IMAGES.shape[1:])
+    fused = fxfuse.fuse(nets, x, width=2.0)
+    assert size(fused) > size(fxfuse.fuse(nets, x))
+    assert bool(outputs(fused, x).isfinite().all())
+
+
+@pytest.mark.parametrize("coupling", [Zip()])
+def test_other_couplings_leave_room_too(coupling):
+    nets, x = pair("stages")
+    method = fxfuse.Method(coupling=coupling)
+    fused = fxfuse.fuse(nets, x, width=9.0, method=method, anchor=0)
+    assert relative(outputs(fused, x), mean_of(nets, x)) < FUNCTION
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"width": 0.5}, "width 0.5"),
+        ({"width": float("nan")}, "width nan"),
+        ({"width": 2.0, "heads": fxfuse.heads.Separate()}, "different tasks"),
+        ({"width": 2.0, "method": fxfuse.Method(coupling=LayerByLayer())}, "every layer by itself"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(options, words):
+    nets = [randomise(nn.Sequential(*mlp(6, 5, 5, 3)), s) for s in (1, 2)]
+    with pytest.raises(ArgumentError, match=words) as caught:
+        fxfuse.fuse(nets, X, **options)
+    assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
