@@ -1,6 +1,8 @@
-"""How far a job is: shares from 0 to 1, told to whoever wants to show them.
+"""How far a job is: told to whoever listens, from wherever the work is done.
 
-What a caller hands in: models and data made ready, weights and anchor checked.
+The listener is a context variable, so that no function has to hand it on. A loop says `counted`;
+work in several parts says `with part(0.0, 0.4)`; inside, shares count from 0 to 1 again. A `Clock`
+listens to one stage after the other, times them, and tells the caller.
 """
 
 from __future__ import annotations
@@ -8,79 +10,93 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
+Progress = Callable[[str, float], None]
 
 
-Tick = Callable[[float], None]
-
-
-def silent(share: float) -> None:
+def _nobody(share: float) -> None:
     """Tell nobody."""
 
 
-def part(tick: Tick, start: float, end: float) -> Tick:
-    """Return what to tell the shares of a part of a job.
+_listener: ContextVar[Callable[[float], None]] = ContextVar("listener", default=_nobody)
+
+
+def tell(share: float) -> None:
+    """Say which share of the present part of the job is done, from 0 to 1."""
+    _listener.get()(share)
+
+
+@contextmanager
+def heard_by(listener: Callable[[float], None]) -> Iterator[None]:
+    """Let a function hear the shares that are told inside."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def unheard() -> AbstractContextManager[None]:
+    """Let nobody hear of work that is no part of a job, or too small to be told."""
+    return heard_by(_nobody)
+
+
+@contextmanager
+def part(start: float, end: float) -> Iterator[None]:
+    """Make what is told inside a part of the job, which is done from one share to another.
 
     Example:
-        >>> part(print, 0.5, 1.0)(0.5)
+        >>> with heard_by(print), part(0.5, 1.0):
+        ...     tell(0.5)
         0.75
     """
-    return lambda share: tick(start + (end - start) * share)
+    outer = _listener.get()
+    with heard_by(lambda share: outer(start + (end - start) * share)):
+        yield
 
 
-def counted(items: Collection[T], tick: Tick) -> Iterator[T]:
-    """Hand on items; when one is done with, tell the share that is.
-
-    Example:
-        >>> [item for item in counted("ab", print)]
-        0.5
-        1.0
-        ['a', 'b']
-    """
-    for done, item in enumerate(items, 1):
-        yield item
-        tick(done / len(items))
-
-
-def in_parts(items: Collection[T], tick: Tick) -> Iterator[tuple[T, Tick]]:
-    """Hand on items, each with what to tell its own shares.
+def counted(items: Collection[T]) -> Iterator[T]:
+    """Hand on items, each an equal part of the job; what is told while it is worked on counts.
 
     Example:
-        >>> for item, step in in_parts("ab", print):
-        ...     step(0.5)
+        >>> with heard_by(print):
+        ...     for item in counted("ab"):
+        ...         tell(0.5)
         0.25
+        0.5
         0.75
+        1.0
     """
     for done, item in enumerate(items):
-        yield item, part(tick, done / len(items), (done + 1) / len(items))
+        with part(done / len(items), (done + 1) / len(items)):
+            yield item
+        tell((done + 1) / len(items))
 
 
-def rounds(limit: int, tick: Tick) -> Iterator[Tick]:
-    """Yield what to tell the shares of each round, where nobody knows how many there will be.
+def rounds(limit: int) -> Iterator[None]:
+    """Yield for each round of a job, where nobody knows how many there will be.
 
     Each gets half of what is left.
 
     Example:
-        >>> for step in rounds(3, print):
-        ...     step(1.0)
+        >>> with heard_by(print):
+        ...     for _ in rounds(3):
+        ...         tell(1.0)
         0.5
         0.75
         0.875
     """
     for done in range(limit):
-        yield part(tick, 1 - 0.5**done, 1 - 0.5 ** (done + 1))
-
-
-Progress = Callable[[str, float], None]
-
-
-TRACED = 0.25  # share of the work once all networks are traced
+        with part(1 - 0.5**done, 1 - 0.5 ** (done + 1)):
+            yield
 
 
 class Clock:
-    """Times the stages and tells the caller how far they are.
+    """Times the stages of a job, and tells the caller how far each is.
 
     Attributes:
         seconds: Wall time of each stage.
@@ -92,28 +108,25 @@ class Clock:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
-        self.stage, self.since = "", time.perf_counter()
 
-    def start(self, stage: str) -> None:
-        """Begin a stage; the one before ends."""
-        self.stop()
-        self.stage, self.since = stage, time.perf_counter()
-        self.tick(0.0)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside, and hear how far it is; a stage may have several parts."""
+        start, last = time.perf_counter(), -1.0
 
-    def tick(self, share: float) -> None:
-        """Say which share of the stage is done."""
-        if self.progress is not None:
-            self.progress(self.stage, share)
+        def hear(share: float) -> None:
+            nonlocal last
+            if self.progress is not None and share > last:
+                last = share
+                self.progress(name, share)
 
-    def stop(self) -> dict[str, float]:
-        """End the last stage; return the seconds of all."""
-        if self.stage:
-            self.seconds[self.stage] = time.perf_counter() - self.since
-            peak = peak_memory()
-            if peak is not None:
-                self.memory[self.stage] = peak
-            self.stage = ""
-        return self.seconds
+        hear(0.0)
+        with heard_by(hear):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        peak = peak_memory()
+        if peak is not None:
+            self.memory[name] = peak
 
 
 def peak_memory() -> int | None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxfuse
-from fxfuse._progress import counted, in_parts, part, rounds, silent
+from fxfuse._progress import counted, heard_by, part, rounds, tell, unheard
 from fxfuse.coupling.c2m3 import CycleConsistent
 from fxfuse.coupling.transport import InPlace, LayerByLayer
 from fxfuse.coupling.weight_matching import MergeMany, WeightMatching, WeightTransport
@@ -19,27 +19,51 @@ from tests.support.nets import mlp, randomise
 
 @given(st.lists(st.integers(0, 5), max_size=6))
 def test_shares_of_parts_rise_to_one(sizes):
-    seen, items = [], [(i, range(n)) for i, n in enumerate(sizes)]
-    for (_, inside), tick in in_parts(items, seen.append):
-        assert list(counted(inside, tick)) == list(inside)
-    assert seen == sorted(seen) and len(seen) == sum(sizes)
-    assert not sizes or not sizes[-1] or seen[-1] == pytest.approx(1)
+    seen = []
+    with heard_by(seen.append):
+        for size in counted(sizes):
+            assert list(counted(range(size))) == list(range(size))
+    assert seen == sorted(seen) and len(seen) == sum(sizes) + len(sizes)
+    assert not sizes or seen[-1] == pytest.approx(1)
 
 
 def test_rounds_leave_room_for_more():
     seen = []
-    for tick in rounds(100, seen.append):
-        for _ in counted("ab", tick):
-            pass
+    with heard_by(seen.append):
+        for _ in rounds(100):
+            list(counted("ab"))
     assert seen[:4] == [0.25, 0.5, 0.625, 0.75] and seen == sorted(seen) and seen[-1] <= 1
-    assert len(list(rounds(3, silent))) == 3
+    assert len(list(rounds(3))) == 3
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_part_lies_where_it_is_said_to(start, end, share):
     seen = []
-    part(seen.append, start, end)(share)
+    with heard_by(seen.append), part(start, end):
+        tell(share)
     assert np.isclose(seen[0], start + (end - start) * share)
+
+
+def test_nobody_hears_what_is_no_part_of_the_job():
+    seen = []
+    tell(0.1)
+    with heard_by(seen.append):
+        with unheard():
+            tell(0.2)
+        tell(0.3)
+    assert seen == [0.3]
+
+
+def test_the_listener_is_the_old_one_again_after_an_error_or_a_break():
+    seen = []
+    with heard_by(seen.append):
+        with pytest.raises(ZeroDivisionError), part(0.5, 1.0):
+            raise ZeroDivisionError
+        items = counted("ab")
+        next(items)
+        items.close()
+        tell(1.0)
+    assert seen == [1.0]
 
 
 EQUAL = [mlp(6, 8, 7, 3), mlp(6, 8, 7, 3)]

@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .._progress import tell
 from ..calibration.affine import fold, folds
 from ..calibration.data import Batch, Calibration
 from ..calibration.run import batch_size, record
@@ -147,7 +148,6 @@ def align_networks(
     layer_cost: LayerCost = linear_cka,
     measure_forced: bool = True,
     pairs: Sequence[Pairs | None] = (),
-    tick: Callable[[float], None] | None = None,
     segments: Sequence[tuple[Segment, ...]] | None = None,
 ) -> Alignment:
     """Align the layers of analysed networks.
@@ -159,7 +159,6 @@ def align_networks(
         layer_cost: How unlike two layers are.
         measure_forced: Measure costs also where the aligner does not need them.
         pairs: Per segment, the pairs by hand of two networks, or None to align it.
-        tick: Called with the share of the samples that is done.
         segments: The segments of each network to align; all of them if not given.
 
     Raises:
@@ -173,7 +172,7 @@ def align_networks(
         None if given is None else _by_hand(given, i, *job)
         for i, (given, job) in enumerate(zip_longest(pairs, jobs))
     ]
-    costs = _measure(networks, jobs, data, layer_cost, aligner, measure_forced, tick)
+    costs = _measure(networks, jobs, data, layer_cost, aligner, measure_forced)
     found = [_align(job, cost, aligner, rows) for job, cost, rows in zip(jobs, costs, by_hand)]
     own = [[x for _, s in jobs for x in s[k].layers] for k in range(len(networks))]
     facts = tuple(_facts(n, layers) for n, layers in zip(networks, own))
@@ -300,7 +299,6 @@ def _measure(
     layer_cost: LayerCost,
     aligner: Aligner,
     measure_forced: bool,
-    tick: Callable[[float], None] | None,
 ) -> list[list[np.ndarray | None]]:
     """Return, per segment and network, the costs to the reference; infinite across kinds."""
     views = [_views(network, [s[k] for _, s in jobs]) for k, network in enumerate(networks)]
@@ -314,7 +312,7 @@ def _measure(
                 meters[s, k] = layer_cost(views[reference][s], views[k][s])
     shown = {at: meter for at, meter in meters.items() if isinstance(meter, Meter)}
     if shown:
-        _show(networks, jobs, data, shown, tick)
+        _show(networks, jobs, data, shown)
     costs: list[list[np.ndarray | None]] = [[None] * len(networks) for _ in jobs]
     for (s, k), meter in meters.items():
         reference, segments = jobs[s]
@@ -342,7 +340,6 @@ def _show(
     jobs: list[Job],
     data: Calibration,
     meters: dict[tuple[int, int], Meter],
-    tick: Callable[[float], None] | None,
 ) -> None:
     """Show meters the pre-activations of their layers; what is reduced is shared among them."""
     points: list[dict[str, Layer]] = [{} for _ in networks]
@@ -351,13 +348,14 @@ def _show(
         for i in (reference, k):
             points[i].update({x.point: x for x in segments[i].layers})
     one, seen = next(iter(meters.values())), 0
-    for batch in data.chunks(_samples_at_a_time(networks, points, one), tick):
+    for batch in data.chunks(_samples_at_a_time(networks, points, one)):
         found = [_reduced(n, batch, p, one) for n, p in zip(networks, points)]
         for (s, k), meter in meters.items():
             reference, segments = jobs[s]
             sides = [[found[i][x.point] for x in segments[i].layers] for i in (reference, k)]
             meter.add(*sides)
         seen += len(batch[0])
+        tell(seen / data.samples)
         if one.wanted is not None and seen >= one.wanted:
             break
 

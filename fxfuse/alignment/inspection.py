@@ -156,8 +156,8 @@ def inspect(model: nn.Module, example: Example, *, progress: Progress | None = N
         (['0', '2'], 8)
     """
     name, clock = type(model).__name__, Clock(progress)
-    clock.start("trace and find spaces")
-    network = analysed(model, example, name, clock.tick)
+    with clock.stage("trace and find spaces"):
+        network = analysed(model, example, name)
     size = sum(p.numel() for p in model.parameters())
     return Inspection(name, size, chain_of(network), partition(network), network.spaces)
 

@@ -7,13 +7,14 @@ same samples; beyond a memory budget they lie in a temporary file.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._progress import tell
 from ..errors import DataError
 
 Batch = tuple[Tensor, ...]
@@ -76,7 +77,6 @@ class Calibration:
         data: A tensor `(N, ...)`, or an iterable of batches, each a tensor or a tuple, list or
             dict whose first entry is the input. An input may itself be a tuple of tensors.
         limit: Read at most this many samples.
-        tick: Called after each batch with the share of the limit that is read.
 
     Raises:
         DataError: If there are no data, or they hold NaN, or are of another form.
@@ -86,7 +86,6 @@ class Calibration:
         self,
         data: Any,
         limit: int | None = None,
-        tick: Callable[[float], None] | None = None,
     ) -> None:
         self._batches = Spool()
         self.samples = 0
@@ -105,8 +104,8 @@ class Calibration:
                 _require_alike(inputs, self._batches[0], self.samples)
             self._batches.append(inputs)
             self.samples += len(inputs[0])
-            if tick is not None and limit is not None:
-                tick(self.samples / limit)
+            if limit is not None:
+                tell(self.samples / limit)
         if not self.samples:
             raise DataError(
                 "no samples",
@@ -128,21 +127,8 @@ class Calibration:
                 part.append((tuple(t[chosen] for t in batch),))
         return Calibration(parts[0]), Calibration(parts[1])
 
-    def chunks(self, size: int, tick: Callable[[float], None] | None = None) -> Iterator[Batch]:
-        """Yield all inputs in order, in batches of `size` samples, the last one shorter.
-
-        Args:
-            size: Samples per batch.
-            tick: Called after each batch with the share of all samples that is done.
-        """
-        done = 0
-        for batch in self._joined(size):
-            yield batch
-            done += len(batch[0])
-            if tick is not None:
-                tick(done / self.samples)
-
-    def _joined(self, size: int) -> Iterator[Batch]:
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Yield all inputs in order, in batches of `size` samples, the last one shorter."""
         waiting: list[Batch] = []
         for batch in self._batches:
             waiting.append(batch)

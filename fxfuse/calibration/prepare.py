@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._progress import TRACED, Clock, Tick, in_parts, part, silent
+from .._progress import Clock, counted, part, tell
 from ..errors import ArgumentError, ModelError
 from ..graph._modes import cut_to, evaluating_part
 from ..graph.passes import canonical
 from ..graph.trace import Example, as_example, device_of, run_once, trace
 from ..spaces.network import Network
-from .data import Calibration
+from .data import Batch, Calibration
+
+TRACED = 0.25  # share of the work once all networks are traced
 
 
 def take_in(
@@ -41,30 +43,32 @@ def take_in(
             expected="a list of one or more networks",
             do="pass them as a list: fxfuse.fuse([a, b], data)",
         )
-    clock.start("read data")
-    calibration = data if isinstance(data, Calibration) else Calibration(data)
-    clock.start("trace and find spaces")
+    with clock.stage("read data"):
+        calibration = data if isinstance(data, Calibration) else Calibration(data)
+    with clock.stage("trace and find spaces"):
+        return _analysed(models, calibration.example(), apart), calibration
+
+
+def _analysed(models: Sequence[nn.Module], example: Batch, apart: bool) -> list[Network]:
+    """Trace all models, then analyse one after the other."""
     names = _names(models)
-    graphs = []
-    for model, name in zip(models, names):
-        graphs.append(trace(model, name))
-        clock.tick(TRACED * len(graphs) / len(models))
-    example = calibration.example()
+    with part(0.0, TRACED):
+        graphs = [trace(model, name) for model, name in counted(list(zip(models, names)))]
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     if not apart:
         _require_same_outputs(outputs, names)
     _agree_on_heads(graphs, apart)
     networks = []
-    steps = in_parts(list(zip(names, inputs)), part(clock.tick, TRACED, 1.0))
-    for (name, x), tick in steps:  # giants: hold no second copy of more than one network
-        networks.append(Network.of(name, canonical(graphs.pop(0), x), x, tick))
-    clock.tick(1.0)
-    return networks, calibration
+    with part(TRACED, 1.0):
+        for name, x in counted(list(zip(names, inputs))):
+            graph = graphs.pop(0)  # of a giant network, no second copy of another is held
+            networks.append(Network.of(name, canonical(graph, x), x))
+    return networks
 
 
-def analysed(model: nn.Module, example: Example, name: str, tick: Tick = silent) -> Network:
-    """Trace and analyse one model; `tick` is called with the share that is done.
+def analysed(model: nn.Module, example: Example, name: str) -> Network:
+    """Trace and analyse one model.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -72,9 +76,10 @@ def analysed(model: nn.Module, example: Example, name: str, tick: Tick = silent)
     """
     graph = trace(model, name)
     inputs = as_example(example, device_of(graph))
-    tick(TRACED)
+    tell(TRACED)
     run_once(graph, inputs, name)
-    return Network.of(name, canonical(graph, inputs), inputs, part(tick, TRACED, 1.0))
+    with part(TRACED, 1.0):
+        return Network.of(name, canonical(graph, inputs), inputs)
 
 
 def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
+from .._progress import heard_by
 from ..alignment.inspection import inspect
 from ..calibration.data import Calibration
 from ..errors import ArgumentError, DataError, FuseError
@@ -336,10 +337,10 @@ def fuse_command(
         if isinstance(facts, Report) and page is not None:
             named = dict(zip(facts.alignment.names, loaded)) | {"fused": fused}
             with _reading(data):
-                told = partial(report, "compare")
-                told(0.0)
+                report("compare", 0.0)
                 labelled = load_data(data, seed=seed)
-                scores = compare(named, labelled, calibration.samples, told)
+                with heard_by(partial(report, "compare")):
+                    scores = compare(named, labelled, calibration.samples)
             facts.save_html(page, scores, _origin(models, data, calibration.samples))
     if refusal is not None:
         _say(f"weights alone, as there is {refusal.met}: {refusal.where}")
@@ -379,8 +380,8 @@ def _read(
 ) -> Calibration:
     report("read data", 0.0)
     source = load_data(reference, seed=seed)
-    with _reading(reference):
-        return Calibration(source, samples, lambda share: report("read data", share))
+    with _reading(reference), heard_by(partial(report, "read data")):
+        return Calibration(source, samples)
 
 
 @contextmanager

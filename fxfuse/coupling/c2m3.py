@@ -16,7 +16,7 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.polynomial import polyadd
 from scipy.sparse import csr_array
 
-from .._progress import Tick, counted, part, silent
+from .._progress import counted, part
 from ..ir import Coupling
 from ..solvers import Assignment
 from ._weights import Weights, cross, unit_rows
@@ -73,7 +73,7 @@ class CycleConsistent:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -82,14 +82,17 @@ class CycleConsistent:
         require_equal_widths(mixer.match, type(self).__name__)
         weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
         free = spaces_to_join(mixer)
-        join(weights, free, self.start, part(tick, 0.0, 0.2))
+        with part(0.0, 0.2):
+            join(weights, free, self.start)
         _soften(weights, free, self.inward)
-        for _ in counted(range(self.iterations), part(tick, 0.2, 0.8)):
-            if not _step(weights, free, self.tolerance):
-                break
+        with part(0.2, 0.8):
+            for _ in counted(range(self.iterations)):
+                if not _step(weights, free, self.tolerance):
+                    break
         here = {key: mixer.couplings[key].project.toarray() for key in _keys(free)}
         _move(weights, _corner(weights, free, here))
-        merge_in_turn(weights, free, self.polish, 100, rng, part(tick, 0.8, 1.0))
+        with part(0.8, 1.0):
+            merge_in_turn(weights, free, self.polish, 100, rng)
 
 
 def _soften(weights: Weights, free: Free, share: float) -> None:

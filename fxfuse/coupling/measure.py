@@ -8,7 +8,7 @@ ones are not run. Of many samples no more are run than tell how alike units are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx
 
+from .._progress import tell
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
@@ -121,7 +122,6 @@ def measure(
     view: View | None,
     outputs: dict[str, int],
     samples: int,
-    tick: Callable[[float], None] | None = None,
 ) -> Measurements:
     """Advance all networks together over the data and gather moments at the measuring points.
 
@@ -133,7 +133,6 @@ def measure(
         outputs: Nodes whose output moments are wanted, with their feature axis.
         samples: How many of the first samples count for these: a multiple of `measuring_batch`,
             or all.
-        tick: Called with the share of the samples that is done.
 
     Raises:
         DataError: If activations are not finite.
@@ -164,9 +163,10 @@ def measure(
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     around = bypasses(balanced)
-    for batch in data.chunks(measuring_batch(networks), tick):
+    for batch in data.chunks(measuring_batch(networks)):
         walk(networks, batch, visit, around)
         seen += len(batch[0])
+        tell(seen / data.samples)
         if seen == samples:
             kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
         fewest = min((m.positions for m in meters.values()), default=0)

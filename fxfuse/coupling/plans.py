@@ -26,7 +26,6 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array, csr_array, eye_array
 
-from .._progress import Tick, silent
 from ..errors import PairingError
 from ..ir import Coupling, Space
 from ..solvers import Assignment, Exact, Solver
@@ -59,13 +58,12 @@ class CouplingMethod(Protocol):
     def view(self) -> View | None:
         """What is to be measured of the units."""
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network.
 
         Args:
             mixer: The networks; its couplings are filled in.
             measured: What the joint pass over the data found; its pairs are used up.
-            tick: Called with the share that is done.
         """
 
 

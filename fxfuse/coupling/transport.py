@@ -26,7 +26,7 @@ import networkx as nx
 import numpy as np
 from scipy.sparse import csr_array, eye_array
 
-from .._progress import Tick, counted, in_parts, part, silent
+from .._progress import counted, part
 from ..calibration.moments import PairMoments, correlation
 from ..errors import ArgumentError, PairingError
 from ..ir import OUTPUTS, Coupling, Space
@@ -73,24 +73,25 @@ class Transport:
                 do="use 0 for a full say everywhere, 4 for that of the default method",
             )
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network."""
         plans = Plans(
             mixer.match, self.solver, self.maps, mixer.couplings, agreement=self.agreement
         )
-        costs = ground_costs(mixer.match, measured, self.ground_cost, part(tick, 0.0, 0.5))
-        solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
+        with part(0.0, 0.5):
+            costs = ground_costs(mixer.match, measured, self.ground_cost)
+        with part(0.5, 1.0):
+            solve_all(mixer, plans, costs)
 
 
 def ground_costs(
     match: Correspondence,
     measured: Measurements,
     ground_cost: GroundCost,
-    tick: Tick = silent,
 ) -> Costs:
     """Return the cost between the base network's units and each other's; uses up the pairs."""
     costs: Costs = {}
-    for name, i, k in counted(list(measured.pairs), tick):  # each may take gigabytes
+    for name, i, k in counted(list(measured.pairs)):  # each may take gigabytes
         places = list(measured.pairs.pop((name, i, k)).values())
         if match.base[name] in (i, k) and i != k:
             forward = match.base[name] == i
@@ -99,21 +100,23 @@ def ground_costs(
     return costs
 
 
-def solve_all(mixer: Mixer, plans: Plans, costs: Costs, tick: Tick = silent) -> None:
+def solve_all(mixer: Mixer, plans: Plans, costs: Costs) -> None:
     """Couple what is not coupled yet, given its costs; what has none is compared by weights."""
     keys = plans.settle_given()
     late = _unseen(mixer.match, keys, costs)
     early = [key for key in keys if key not in late]
     share = len(early) / max(len(keys), 1)
-    for key in counted(early, part(tick, 0.0, share)):
-        plans.solve(*key, costs)
-    weights = Weights.of(mixer)
-    for k, step in in_parts(sorted({k for _, k in late}), part(tick, share, 1.0)):
-        own = [key for key in keys if key in late and key[1] == k]
-        shown = [key for key in own if mixer.match.spaces[key[0]][0].axes]
-        costs |= {key: weight_cost(weights, *key) for key in shown}
-        for key in counted(own, step):
+    with part(0.0, share):
+        for key in counted(early):
             plans.solve(*key, costs)
+    weights = Weights.of(mixer)
+    with part(share, 1.0):
+        for k in counted(sorted({k for _, k in late})):
+            own = [key for key in keys if key in late and key[1] == k]
+            shown = [key for key in own if mixer.match.spaces[key[0]][0].axes]
+            costs |= {key: weight_cost(weights, *key) for key in shown}
+            for key in counted(own):
+                plans.solve(*key, costs)
 
 
 def _unseen(
@@ -155,25 +158,26 @@ class LayerByLayer(Transport):
 
     view: View = View(singly=True, outputs=True)
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space, network and tensor axis."""
         base = mixer.balanced.networks[mixer.anchor]
         points, reach = points_of(base, self.view), _reach(base)
-        pairs = counted(measured.pairs.items(), part(tick, 0.0, 0.5))
-        for (name, i, k), places in pairs:
-            outputs = name == OUTPUTS
-            if i != (mixer.anchor if outputs else mixer.match.base[name]):
-                continue
-            if outputs or base.spaces[name].blocks is None:
-                maps = {node: self._maps(moments) for node, moments in places.items()}
-                flow = {w: maps[point] for w, point in points.items() if point in maps}
-                if outputs:
-                    _map_outputs(mixer, base, k, flow)
-                else:
-                    _let_flow(mixer, base, base.spaces[name], k, flow, reach)
+        with part(0.0, 0.5):
+            for (name, i, k), places in counted(measured.pairs.items()):
+                outputs = name == OUTPUTS
+                if i != (mixer.anchor if outputs else mixer.match.base[name]):
+                    continue
+                if outputs or base.spaces[name].blocks is None:
+                    maps = {node: self._maps(moments) for node, moments in places.items()}
+                    flow = {w: maps[point] for w, point in points.items() if point in maps}
+                    if outputs:
+                        _map_outputs(mixer, base, k, flow)
+                    else:
+                        _let_flow(mixer, base, base.spaces[name], k, flow, reach)
         for pair in [p for p in measured.pairs if p[0] == OUTPUTS]:
             del measured.pairs[pair]
-        super().__call__(mixer, measured, part(tick, 0.5, 1.0))
+        with part(0.5, 1.0):
+            super().__call__(mixer, measured)
 
     def _maps(self, moments: PairMoments) -> Coupling:
         cost = self.ground_cost([moments])
@@ -255,10 +259,10 @@ class InPlace:
 
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network."""
         match = mixer.match
-        for name, spaces in counted(match.spaces.items(), tick):
+        for name, spaces in counted(match.spaces.items()):
             fused = spaces[match.base[name]].size
             for k, own in enumerate(spaces):
                 if not match.present[name][k]:

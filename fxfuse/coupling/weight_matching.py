@@ -24,7 +24,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .._progress import Tick, counted, in_parts, part, rounds, silent
+from .._progress import counted, part, rounds
 from ..errors import PairingError
 from ..ir import Axis
 from ..solvers import Assignment, Exact, Solver
@@ -53,10 +53,10 @@ def spaces_to_join(mixer: Mixer) -> Free:
     return free
 
 
-def join(weights: Weights, free: Free, start: Start, tick: Tick = silent) -> None:
+def join(weights: Weights, free: Free, start: Start) -> None:
     """Start each network against the sum of those before it, the first where it is."""
     order = by_content(weights)
-    for i, k in enumerate(counted(order, tick)):
+    for i, k in enumerate(counted(order)):
         ascent = Ascent(weights, k, sum_of(weights, order[:i]), free[k])
         if i:
             start(ascent)
@@ -70,15 +70,14 @@ def merge_in_turn(
     limit: int,
     sweeps: int,
     rng: np.random.Generator,
-    tick: Tick = silent,
 ) -> None:
     """Match each network to the sum of the others, in random order, until none moves."""
     order = by_content(weights)
-    for turn in rounds(limit, tick):
+    for _ in rounds(limit):
         moved = False
-        for k, step in in_parts([order[i] for i in rng.permutation(len(order))], turn):
+        for k in counted([order[i] for i in rng.permutation(len(order))]):
             targets = sum_of(weights, [j for j in order if j != k])
-            moved |= Ascent(weights, k, targets, free[k]).run(sweeps, rng, step)
+            moved |= Ascent(weights, k, targets, free[k]).run(sweeps, rng)
         if not moved:
             return
 
@@ -140,11 +139,11 @@ class Ascent:
             for name in family[1:]:  # now that the blocks are matched, more is
                 self._solve([name], self._gains([name], settled=True))
 
-    def run(self, sweeps: int, rng: np.random.Generator, tick: Tick = silent) -> bool:
+    def run(self, sweeps: int, rng: np.random.Generator) -> bool:
         """Move spaces in random order until none improves; return whether any did."""
         moved, stale = False, set(range(len(self.families)))
-        for step in rounds(sweeps, tick):
-            for i in counted(rng.permutation(len(self.families)).tolist(), step):
+        for _ in rounds(sweeps):
+            for i in counted(rng.permutation(len(self.families)).tolist()):
                 if i not in stale:
                     continue
                 stale.discard(i)
@@ -364,14 +363,14 @@ class WeightTransport:
     passes: int = 2
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network."""
         weights = Weights.of(mixer, self.folded)
         plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
         left = set(plans.settle_given())
         order = families(mixer.balanced.networks[mixer.anchor])
-        for _, step in in_parts(range(self.passes), tick):
-            for family in counted(order, step):
+        for _ in counted(range(self.passes)):
+            for family in counted(order):
                 for k in sorted({k for name, k in left if name in family}):
                     self._solve(weights, plans, family, k)
 
@@ -422,7 +421,7 @@ class WeightMatching:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -433,11 +432,11 @@ class WeightMatching:
         free = Plans(mixer.match, Exact(), two_maps, mixer.couplings).settle_given()
         settled = [mixer.anchor]
         others = [k for k in range(len(weights.states)) if k != mixer.anchor]
-        for k, step in in_parts(others, tick):
+        for k in counted(others):
             targets = _of_the_first(weights, settled)
             ascent = Ascent(weights, k, targets, [name for name, i in free if i == k])
             self.start(ascent)
-            ascent.run(self.sweeps, np.random.default_rng(self.seed), step)
+            ascent.run(self.sweeps, np.random.default_rng(self.seed))
             settled.append(k)
 
 
@@ -468,7 +467,7 @@ class MergeMany:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network.
 
         Raises:
@@ -477,8 +476,10 @@ class MergeMany:
         require_equal_widths(mixer.match, type(self).__name__)
         weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
         free = spaces_to_join(mixer)
-        join(weights, free, self.start, part(tick, 0.0, 0.5))
-        merge_in_turn(weights, free, self.rounds, self.sweeps, rng, part(tick, 0.5, 1.0))
+        with part(0.0, 0.5):
+            join(weights, free, self.start)
+        with part(0.5, 1.0):
+            merge_in_turn(weights, free, self.rounds, self.sweeps, rng)
 
 
 def _of_the_first(weights: Weights, networks: Sequence[int]) -> dict[str, np.ndarray]:

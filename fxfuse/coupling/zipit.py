@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.sparse import csr_array
 
-from .._progress import Tick, counted, part, silent
+from .._progress import counted, part, unheard
 from ..calibration.moments import PairMoments, correlation, distance, pearson, varies
 from ..errors import ArgumentError
 from ..ir import Coupling
@@ -79,19 +79,22 @@ class Zip:
                 do="set View(everything=True)",
             )
 
-    def __call__(self, mixer: Mixer, measured: Measurements, tick: Tick = silent) -> None:
+    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
         """Fill in the coupling of every space and network."""
         plans = Plans(mixer.match, Exact(), two_maps, mixer.couplings)
-        for name in counted(_to_zip(mixer, measured), part(tick, 0.0, 0.5)):
-            present = mixer.match.present[name]
-            own = [key for key in measured.pairs if key[0] == name]
-            places = {key[1:]: list(measured.pairs.pop(key).values()) for key in own}
-            for k in range(len(present)):
-                if not present[k]:
-                    plans.drop(name, k)
-            self._zip(mixer, name, places)
-        costs = ground_costs(mixer.match, measured, correlation)
-        solve_all(mixer, plans, costs, part(tick, 0.5, 1.0))
+        with part(0.0, 0.5):
+            for name in counted(_to_zip(mixer, measured)):
+                present = mixer.match.present[name]
+                own = [key for key in measured.pairs if key[0] == name]
+                places = {key[1:]: list(measured.pairs.pop(key).values()) for key in own}
+                for k in range(len(present)):
+                    if not present[k]:
+                        plans.drop(name, k)
+                self._zip(mixer, name, places)
+        with unheard():
+            costs = ground_costs(mixer.match, measured, correlation)
+        with part(0.5, 1.0):
+            solve_all(mixer, plans, costs)
 
     def _zip(
         self, mixer: Mixer, name: str, places: dict[tuple[int, int], list[PairMoments]]

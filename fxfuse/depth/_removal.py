@@ -25,7 +25,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor, fx
 
-from .._progress import Tick, counted, silent
+from .._progress import counted
 from ..alignment.layers import describe
 from ..calibration.affine import Affine, Producer, compose, read_producer, restate, write_producer
 from ..calibration.data import Calibration
@@ -103,7 +103,6 @@ def remove(
     network: Network,
     removals: Sequence[Removal],
     strategy: Strategy,
-    tick: Tick = silent,
 ) -> None:
     """Remove layers, in order.
 
@@ -112,12 +111,11 @@ def remove(
         network: The network, as it was.
         removals: What to remove.
         strategy: How: `Merging` or `Refitting`.
-        tick: Called with the share that is done.
 
     Raises:
         PassError: If nothing can take the place of a layer.
     """
-    for removal in counted(removals, tick):
+    for removal in counted(removals):
         strategy(Edit(network, replace(network, module=module)), removal)
 
 

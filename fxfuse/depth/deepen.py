@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .._progress import Tick, counted, in_parts, part, silent
+from .._progress import counted, part
 from ..alignment.layers import describe, partition
 from ..calibration.data import Calibration
 from ..calibration.run import relative_error_on
@@ -35,10 +35,8 @@ from ..spaces.network import Network
 from ._neutral import Insertion, Room, absorbed, joins, neutralise, no_neutral_form, resized_copy
 
 
-def adopt(network: Network, module: fx.GraphModule, shape: Network, tick: Tick = silent) -> Network:
+def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
     """Give a network the graph and names of another of the same structure.
-
-    What is done of it is told to `tick`.
 
     Raises:
         PairingError: If the structures differ.
@@ -69,7 +67,7 @@ def adopt(network: Network, module: fx.GraphModule, shape: Network, tick: Tick =
     for target in root:
         _keep_out_of_state(shape.module, module, target)
     run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
-    adopted = Network.of(network.name, module, network.example, tick)
+    adopted = Network.of(network.name, module, network.example)
     for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
         if describe(adopted, own) != describe(shape, other):
             raise _differs(network, shape, i, nodes[i], other)
@@ -142,9 +140,7 @@ class Stamp:
 
 
 @graph_pass(keeps_function=True)
-def insert_layers(
-    module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick = silent
-) -> None:
+def insert_layers(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     """Insert neutral layers, in the order given; several behind one node follow each other.
 
     Each inserted node is stamped `inserted` with a `Stamp`.
@@ -152,27 +148,25 @@ def insert_layers(
     Raises:
         PassError: If a layer has no neutral form.
     """
-    _insert_all(module, insertions, tick)
+    _insert_all(module, insertions)
 
 
 @graph_pass(keeps_function=False)
-def insert_roughly(
-    module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick = silent
-) -> None:
+def insert_roughly(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     """Insert layers as `deepen` does, some of which change what they hand on.
 
     Raises:
         PassError: If a layer has no neutral form for any other reason.
     """
-    _insert_all(module, insertions, tick)
+    _insert_all(module, insertions)
 
 
-def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion], tick: Tick) -> None:
+def _insert_all(module: fx.GraphModule, insertions: Sequence[Insertion]) -> None:
     tail: dict[str, fx.Node] = {}
     if not insertions:
         return
     room = Room(insertions[0].into)
-    for number, insertion in enumerate(counted(insertions, tick)):
+    for number, insertion in enumerate(counted(insertions)):
         after = tail.get(insertion.after)
         if after is None:
             after = next(n for n in module.graph.nodes if n.name == insertion.after)
@@ -312,7 +306,7 @@ class Balanced:
     removed: tuple[frozenset[str], ...] = ()
 
 
-Balancing = Callable[[Sequence[Network], Alignment, Calibration, Tick], Balanced]
+Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
 
 
 @dataclass(frozen=True)
@@ -332,7 +326,6 @@ class Deepen:
         networks: Sequence[Network],
         alignment: Alignment,
         data: Calibration | None = None,
-        tick: Tick = silent,
     ) -> Balanced:
         """Balance networks.
 
@@ -340,7 +333,6 @@ class Deepen:
             networks: The networks.
             alignment: Which of their layers correspond.
             data: What the error of an approximation is measured on.
-            tick: Called with the share that is done.
 
         Raises:
             ArgumentError: If the alignment is of other networks.
@@ -350,7 +342,7 @@ class Deepen:
         """
         counts = [sum(len(s.layers) for s in partition(n)) for n in networks]
         deepest = counts.index(max(counts))
-        balanced = unify(networks, alignment, deepest, self.approximate, tick)
+        balanced = unify(networks, alignment, deepest, self.approximate)
         if not self.approximate or data is None:
             return balanced
         pairs = zip(networks, balanced.networks)
@@ -365,7 +357,6 @@ def unify(
     alignment: Alignment,
     skeleton: int,
     approximate: bool = False,
-    tick: Tick = silent,
 ) -> Balanced:
     """Insert neutral layers as an alignment says and give all networks one structure.
 
@@ -374,7 +365,6 @@ def unify(
         alignment: Which of their layers correspond.
         skeleton: Index of the network whose names and graph all take.
         approximate: Whether inserted layers may change what they hand on.
-        tick: Called with the share that is done.
 
     Raises:
         ArgumentError: If the alignment is of other networks.
@@ -385,26 +375,28 @@ def unify(
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
     check_alignment(alignment, layers)
     deepened = []
-    for (k, network), step in in_parts(list(enumerate(networks)), part(tick, 0.0, 0.4)):
-        wanted = _insertions(k, networks, layers, alignment)
-        module = network.module
-        if wanted:
-            insert = insert_roughly if approximate else insert_layers
-            wanted = [replace(w, approximate=approximate) for w in wanted]
-            module = insert(module, network.example, wanted, step)
-        deepened.append(module)
-    own, told = networks[skeleton], part(tick, 0.4, 0.5)
-    shape = Network.of(own.name, deepened[skeleton], own.example, told)
+    with part(0.0, 0.4):
+        for k, network in counted(list(enumerate(networks))):
+            wanted = _insertions(k, networks, layers, alignment)
+            module = network.module
+            if wanted:
+                insert = insert_roughly if approximate else insert_layers
+                wanted = [replace(w, approximate=approximate) for w in wanted]
+                module = insert(module, network.example, wanted)
+            deepened.append(module)
+    own = networks[skeleton]
+    with part(0.4, 0.5):
+        shape = Network.of(own.name, deepened[skeleton], own.example)
     balanced, absent = [], []
-    pairs = list(zip(networks, deepened))
-    for (network, module), step in in_parts(pairs, part(tick, 0.5, 1.0)):
-        adopted = shape if module is shape.module else adopt(network, module, shape, step)
-        if not approximate:
-            label = f"balancing {network.name}"
-            require_equal(network.module, adopted.module, network.example, label)
-        balanced.append(adopted)
-        gone = _absent(module, adopted)
-        absent.append(tuple(a for a in gone if a.inner) if approximate else gone)
+    with part(0.5, 1.0):
+        for network, module in counted(list(zip(networks, deepened))):
+            adopted = shape if module is shape.module else adopt(network, module, shape)
+            if not approximate:
+                label = f"balancing {network.name}"
+                require_equal(network.module, adopted.module, network.example, label)
+            balanced.append(adopted)
+            gone = _absent(module, adopted)
+            absent.append(tuple(a for a in gone if a.inner) if approximate else gone)
     return Balanced(tuple(balanced), tuple(absent), (0.0,) * len(networks))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .._progress import Tick, in_parts, part, silent
+from .._progress import counted, part
 from ..alignment.layers import partition
 from ..calibration.data import Calibration
 from ..calibration.run import relative_error_on
@@ -47,7 +47,6 @@ class Shorten:
         networks: Sequence[Network],
         alignment: Alignment,
         data: Calibration,
-        tick: Tick = silent,
     ) -> Balanced:
         """Balance networks.
 
@@ -55,7 +54,6 @@ class Shorten:
             networks: The networks; not modified.
             alignment: Which of their layers correspond.
             data: What removed layers are replaced on.
-            tick: Called with the share that is done.
 
         Raises:
             ArgumentError: If the alignment is of other networks, or `to` is no index.
@@ -66,12 +64,13 @@ class Shorten:
         check_alignment(alignment, [{x.name: x for x in own} for own in layers])
         kept = [self._kept(s, len(networks)) for s in alignment.segments]
         removed = [_outside(alignment, kept, k) for k in range(len(networks))]
-        parts = in_parts(list(zip(networks, layers, removed)), part(tick, 0.0, 0.8))
-        shorter = [self._shorten(n, own, names, data, step) for (n, own, names), step in parts]
+        with part(0.0, 0.8):
+            jobs = counted(list(zip(networks, layers, removed)))
+            shorter = [self._shorten(n, own, names, data) for n, own, names in jobs]
         counts = [len(names) for names in removed]
         skeleton = counts.index(min(counts)) if self.to is None else self.to
-        rest, told = self._rest(alignment, kept, shorter), part(tick, 0.8, 1.0)
-        balanced = unify(shorter, rest, skeleton, tick=told)
+        with part(0.8, 1.0):
+            balanced = unify(shorter, self._rest(alignment, kept, shorter), skeleton)
         pairs = zip(networks, balanced.networks, counts)
         errors = (relative_error_on(data, a, b) if count else 0.0 for a, b, count in pairs)
         gone = tuple(frozenset(names) for names in removed)
@@ -95,15 +94,16 @@ class Shorten:
         layers: Sequence[Layer],
         names: set[str],
         data: Calibration,
-        tick: Tick,
     ) -> Network:
         if not names:
             return network
         fitted = Refitting(data, self.ridge, self.rounds, self.reach)
         strategy = Merging(self.gate, data) if self.gate else fitted
         removals = plan_removals(layers, names)
-        module = remove(network.module, network.example, network, removals, strategy, tick)
-        shorter = Network.of(network.name, module, network.example)
+        with part(0.0, 0.8):
+            module = remove(network.module, network.example, network, removals, strategy)
+        with part(0.8, 1.0):
+            shorter = Network.of(network.name, module, network.example)
         left = [x.kind for s in partition(shorter) for x in s.layers]
         if left != [x.kind for x in layers if x.name not in names]:
             raise PassError(

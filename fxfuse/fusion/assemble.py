@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from torch import fx
 
-from .._progress import Clock
+from .._progress import Clock, unheard
 from ..calibration.data import Calibration
 from ..coupling.measure import Measurements, measure
 from ..coupling.mixing import Mixer
@@ -70,12 +70,12 @@ def assemble(
             for match in filter(None, (mixer.match.led_by(k) for k in leads)):
                 other = replace(mixer, match=match, couplings={})
                 ways.append((_coupled(other, data, coupling, refit, clock)[0], refit))
-        clock.start("choose weights")
         found = [
             Way(m, partial(_network, measured, r), CLEARLY if m is not mixer else 1.0)
             for m, r in ways
         ]
-        chosen, mixer = nearest(found, data, clock.tick)
+        with clock.stage("choose weights"):
+            chosen, mixer = nearest(found, data)
         refit = ways[chosen][1]
     fused, outcome = _made(mixer, measured, data, refit, clock)
     rescale(fused, mixer)
@@ -93,18 +93,17 @@ def _coupled(
     room: Room = deepest_first,
 ) -> tuple[Mixer, Measurements, dict[str, str]]:
     """Couple the units and make room; return what was measured, too, and what kept its width."""
-    clock.start("measure units")
-    samples = min(data.samples, refit.samples(mixer.balanced.networks))
-    outputs = refit.settles(mixer)
-    measured = measure(
-        mixer.balanced, mixer.match, data, coupling.view, outputs, samples, clock.tick
-    )
-    clock.start("couple units")
-    apart = distances(mixer, measured) if width > 1 else {}
-    coupling(mixer, measured, clock.tick)
+    with clock.stage("measure units"):
+        samples = min(data.samples, refit.samples(mixer.balanced.networks))
+        outputs = refit.settles(mixer)
+        measured = measure(mixer.balanced, mixer.match, data, coupling.view, outputs, samples)
+    with clock.stage("couple units"):
+        with unheard():
+            apart = distances(mixer, measured) if width > 1 else {}
+        coupling(mixer, measured)
     if width > 1:
-        clock.start("make room")
-        mixer, kept = widened(mixer, width, apart, room)
+        with clock.stage("make room"):
+            mixer, kept = widened(mixer, width, apart, room)
         return mixer, measured, kept
     return mixer, measured, {}
 
@@ -115,13 +114,13 @@ def _made(
     """Emit and refit."""
     base = mixer.balanced.networks[mixer.anchor]
     samples = min(data.samples, refit.samples(mixer.balanced.networks))
-    clock.start("emit")
     more = len(mixer.weights) - max((len(m) for m in measured.outputs.values()), default=0)
     outputs = {node: [*found, *[None] * more] for node, found in measured.outputs.items()}
-    module, plans = emit(mixer, outputs, clock.tick)
-    clock.start("refit")
+    with clock.stage("emit"):
+        module, plans = emit(mixer, outputs)
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
-    return fused, refit(fused, mixer, plans, data, samples, clock.tick)
+    with clock.stage("refit"):
+        return fused, refit(fused, mixer, plans, data, samples)
 
 
 def _network(measured: Measurements, refit: Refit, mixer: Mixer, data: Calibration) -> Network:
@@ -181,7 +180,7 @@ def report_on(
         spaces=tuple(spaces),
         frozen=base.frozen,
         errors=mixer.balanced.errors[:count],
-        seconds=dict(clock.stop()),
+        seconds=dict(clock.seconds),
         heads=heads,
         layers=outcome.layers,
         divergence=outcome.divergence,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._progress import Progress, Tick, counted, silent
+from .._progress import Progress, counted
 from ..errors import ArgumentError, DataError
 from ..graph.trace import device_of, plain_modes
 from ..ir import Alignment
@@ -34,7 +34,7 @@ Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such bat
 
 
 def compare(
-    models: Mapping[str, nn.Module], data: Any, samples: int, tick: Tick = silent
+    models: Mapping[str, nn.Module], data: Any, samples: int
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
@@ -42,7 +42,6 @@ def compare(
         models: What is compared, in eval mode; outputs `(n, classes)`.
         data: Whatever a fusion is calibrated on.
         samples: How many of the first samples to look at.
-        tick: Called with the share of the models that is done.
     """
     batches, seen = [], 0
     for batch in data if isinstance(data, Iterable) and not isinstance(data, Tensor) else ():
@@ -56,7 +55,7 @@ def compare(
             break
     if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
         return {}
-    named = counted(models.items(), tick)
+    named = counted(models.items())
     return {name: evaluate(model, batches) for name, model in named}
 
 

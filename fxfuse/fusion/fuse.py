@@ -207,10 +207,10 @@ def fuse(
     fused = copy_modes(models[ready.anchor], module)
     notes: tuple[str, ...] = ()
     if heads is not None:
-        clock.start("attach heads")
-        notes = heads(fused, mixer, ready.behind, models)
-        base = mixer.balanced.networks[mixer.anchor]
-        require_sound(replace(base, name="the fused network", module=fused))
+        with clock.stage("attach heads"):
+            notes = heads(fused, mixer, ready.behind, models)
+            base = mixer.balanced.networks[mixer.anchor]
+            require_sound(replace(base, name="the fused network", module=fused))
     facts = ready.anchor, ready.alignment, outcome, clock, notes, _seeds(method), kept
     fused.meta["fxfuse"] = report_on(mixer, *facts)
     return fused
@@ -247,17 +247,15 @@ def _prepare(
     require_heads(heads, networks)
     target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
     if alignment is None:
-        clock.start("align layers")
         choices = method.aligner, method.layer_cost
-        front = None if heads is None else trunk_segments(networks, target, heads.after)
-        alignment = align_networks(
-            networks, calibration, *choices, False, tick=clock.tick, segments=front
-        )
+        with clock.stage("align layers"):
+            front = None if heads is None else trunk_segments(networks, target, heads.after)
+            alignment = align_networks(networks, calibration, *choices, False, segments=front)
     behind: list[Head] = []
     if heads is not None:
         networks, alignment, behind = cut_networks(networks, alignment, target, heads.after)
-    clock.start("balance depths")
-    balanced = method.balancing(networks, alignment, calibration, clock.tick)
+    with clock.stage("balance depths"):
+        balanced = method.balancing(networks, alignment, calibration)
     match = correspond(balanced, target)
     return _Prepared(calibration, target, alignment, balanced, match, behind)
 
@@ -358,9 +356,9 @@ def align(
     """
     method, clock = method or Method(), Clock(progress)
     networks, calibration = take_in(models, data, clock, apart=True)
-    clock.start("align layers")
     choices = method.aligner, method.layer_cost
-    return align_networks(networks, calibration, *choices, pairs=pairs, tick=clock.tick)
+    with clock.stage("align layers"):
+        return align_networks(networks, calibration, *choices, pairs=pairs)
 
 
 @plain_modes()
@@ -397,11 +395,11 @@ def balance(
     method, clock = method or Method(), Clock(progress)
     networks, calibration = take_in(models, data, clock)
     if alignment is None:
-        clock.start("align layers")
         choices = method.aligner, method.layer_cost
-        alignment = align_networks(networks, calibration, *choices, False, tick=clock.tick)
-    clock.start("balance depths")
-    balanced = method.balancing(networks, alignment, calibration, clock.tick)
+        with clock.stage("align layers"):
+            alignment = align_networks(networks, calibration, *choices, False)
+    with clock.stage("balance depths"):
+        balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, cleaned(n.module)) for n, model in pairs]
 

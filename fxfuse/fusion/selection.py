@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._progress import tell
 from ..calibration.data import Batch, Calibration
 from ..calibration.run import working_batch
 from ..coupling.mixing import Mixer
@@ -44,9 +45,7 @@ class Way:
     margin: float = 1.0
 
 
-def nearest(
-    ways: Sequence[Way], data: Calibration, tick: Callable[[float], None] | None = None
-) -> tuple[int, Mixer]:
+def nearest(ways: Sequence[Way], data: Calibration) -> tuple[int, Mixer]:
     """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
 
     Of several ways the first is taken, unless another comes nearer by its margin with the
@@ -56,7 +55,6 @@ def nearest(
     Args:
         ways: What there is to choose from.
         data: Calibration inputs; every fourth is held out, unless there are less than four.
-        tick: Called with the share of the search that is done.
 
     Returns:
         Which way it is, and its networks with the weights.
@@ -70,8 +68,7 @@ def nearest(
         nonlocal done
         network = way.make(_with_share(replace(way.mixer, ensemble=given), share), fit)
         done += 1
-        if tick is not None:
-            tick(done / most)
+        tell(done / most)
         return _distance(voices, network, held)
 
     first = [missed(way, given[way.mixer.match.lead]) for way in ways]
@@ -84,8 +81,7 @@ def nearest(
     for _ in range(REFINEMENTS):
         share = _between(found)
         found[share] = missed(way, share)
-    if tick is not None:
-        tick(1.0)
+    tell(1.0)
     return best, _with_share(mixer, min(found, key=found.__getitem__))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .._progress import Tick, counted, silent
+from .._progress import counted
 from ..calibration.affine import FoldedState, fold, folds, producers, tensors_of
 from ..calibration.moments import Moments
 from ..coupling.mixing import Mixer
@@ -93,7 +93,7 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
 
 
 def emit(
-    mixer: Mixer, outputs: dict[str, list[Moments | None]], tick: Tick = silent
+    mixer: Mixer, outputs: dict[str, list[Moments | None]]
 ) -> tuple[fx.GraphModule, list[NormPlan | WeightPlan]]:
     """Build the fused network and the plans that are left to settle.
 
@@ -101,7 +101,6 @@ def emit(
         mixer: The networks and their maps.
         outputs: Per node to settle, the moments of each network's output; empty if none are asked
             for.
-        tick: Called with the share that is done.
 
     Returns:
         The network, its norms still the anchor's, and one plan for each norm and node of
@@ -112,7 +111,7 @@ def emit(
     states = [fold(n, folded) for n in mixer.balanced.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
-    for name, tensor in counted(tensors_of(module), tick):
+    for name, tensor in counted(tensors_of(module)):
         if name not in norm_tensors:
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))

@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from .._progress import tell
 from ..calibration.affine import folds, producers
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments
@@ -86,7 +87,6 @@ class Refit(Protocol):
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
-        tick: Callable[[float], None] | None = None,
     ) -> Outcome:
         """Correct the network in place.
 
@@ -96,7 +96,6 @@ class Refit(Protocol):
             plans: What its nodes have to compute.
             data: Calibration inputs.
             samples: How many of the first samples to use, all live at once.
-            tick: Called with the share that is done.
         """
 
 
@@ -125,7 +124,6 @@ class MatchMoments:
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
-        tick: Callable[[float], None] | None = None,
     ) -> Outcome:
         """Settle the norms, and the moments of other contractions; see `Refit`."""
         by_node = {p.node: p for p in plans if not self.keep or isinstance(p, NormPlan)}
@@ -142,8 +140,8 @@ class MatchMoments:
                     for value in values:
                         _rescale(value, plan.axis, *change)
                 waiting.discard(node.name)
-                if plan is not None and tick is not None:
-                    tick(1 - len(waiting) / len(by_node))
+                if plan is not None:
+                    tell(1 - len(waiting) / len(by_node))
                 if not waiting:
                     break
         return Outcome()

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from .._progress import tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.least_squares import (
@@ -298,7 +299,6 @@ class LeastSquares:
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
-        tick: Callable[[float], None] | None = None,
     ) -> Outcome:
         """Refit in place; see `refit.Refit`."""
         targets = Targets(mixer)
@@ -311,8 +311,7 @@ class LeastSquares:
             sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans})
             for done, node in enumerate(order):
                 sweep.visit(done, node, aims.get(node.name))
-                if tick is not None:
-                    tick((done + 1) / len(order))
+                tell((done + 1) / len(order))
             divergence = sweep.finish()
             return Outcome(tuple(sweep.layers), divergence, not self.outputs)
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._progress import Tick, counted, part, silent
+from .._progress import part, tell
 from ..graph._modes import is_choice
 from ..graph.trace import Interpreter, plain_modes, tensors_in
 from ..ir import Spaces
@@ -55,9 +55,9 @@ class _MirrorMode(TorchDispatchMode):
 class _NodeInterpreter(Interpreter):
     """Name the running node, and keep what is known of its value for after the run."""
 
-    def __init__(self, module: fx.GraphModule, run: LabelRun, tick: Tick) -> None:
+    def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
         super().__init__(module)
-        self.steps = counted(range(len(module.graph.nodes)), tick)
+        self.done, self.steps = 0, len(module.graph.nodes)
         self.graph_module, self.labelled = module, run
         self.layers: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
@@ -65,8 +65,9 @@ class _NodeInterpreter(Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         run, shapes = self.labelled, self.labelled.book.shapes
         run.node = n.name
-        next(self.steps)
         value = super().run_node(n)
+        self.done += 1
+        tell(self.done / self.steps)
         if n.op == "placeholder" and OPEN in n.meta:
             run.open(value, n.meta[OPEN])
         if n.op == "output" or is_choice(self.graph_module, n):  # given the outputs of both modes
@@ -95,9 +96,7 @@ def _plain_kernels() -> Iterator[None]:
         mkldnn.enabled = fused
 
 
-def label_network(
-    module: fx.GraphModule, example: tuple[Tensor, ...], tick: Tick = silent
-) -> Ledger:
+def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
     """Run a traced network once, in eval mode, on labels and return the ledger.
 
     The fused attention kernels hide their structure, so the run takes their plain forms. What the
@@ -108,7 +107,6 @@ def label_network(
     Args:
         module: Traced network; not modified, its modes are restored.
         example: Input tensors.
-        tick: Called with the share of the nodes that is done.
     """
     modes = {m: m.training for m in module.modules()}
     with plain_modes():
@@ -116,7 +114,7 @@ def label_network(
     module.eval()
     try:
         with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):
-            interpreter = _NodeInterpreter(module, run, tick)
+            interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)
     finally:
         for m, mode in modes.items():
@@ -161,10 +159,10 @@ class Network:
         name: str,
         module: fx.GraphModule,
         example: tuple[Tensor, ...],
-        tick: Tick = silent,
     ) -> Network:
-        """Analyse a traced network; `tick` is called with the share that is done."""
-        book = label_network(module, example, part(tick, 0.0, 0.8))
+        """Analyse a traced network."""
+        with part(0.0, 0.8):
+            book = label_network(module, example)
         return cls(name, module, example, book.facts(), spaces_of(book))
 
     def inputs_of(self, node: fx.Node) -> list[fx.Node]:
