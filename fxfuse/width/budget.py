@@ -40,7 +40,7 @@ from ..errors import ArgumentError, FuseError
 from ..graph.trace import Interpreter
 from ..ir import Coupling, Space
 from ..spaces.network import Network
-from .reshape import by_halves, normed, reshaped, shapes_at
+from .reshape import change_most, reshaped, shapes_at, spaces_under_norms
 
 Owner = tuple[int, int]  # a network and one of its units
 
@@ -258,7 +258,7 @@ def widened(
 def _able(mixer: Mixer) -> list[str]:
     """Return the spaces that can have any number of units."""
     base = mixer.balanced.networks[mixer.anchor]
-    outer, even = {s.parent for s in base.spaces}, normed(base)
+    outer, even = {s.parent for s in base.spaces}, spaces_under_norms(base)
     return [
         s.name
         for s in base.spaces
@@ -291,18 +291,20 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
     given as many as they should are given as many as a multiple of 2, 4 or 8 allows.
     """
     own = {s.name: s.size for s in base.spaces}
-    found, sizes = [base], dict(own)
-    kept, room = dict.fromkeys((name for name, extra in more.items() if extra), ""), dict(more)
+    host, sizes, more = base, dict(own), dict(more)
+    kept = dict.fromkeys((name for name, extra in more.items() if extra), "")
 
-    def widen(names: set[str]) -> None:
-        found[:] = [_sized(base, sizes | {n: own[n] + room[n] for n in names})]
+    def widened_by(names: set[str]) -> Network:
+        return _sized(base, sizes | {name: own[name] + more[name] for name in names})
 
     for step in MULTIPLES:
-        room |= {name: room[name] - room[name] % step for name in kept}
-        before, kept = kept, by_halves([name for name in kept if room[name]], widen)
-        kept |= {name: why for name, why in before.items() if not room[name]}
-        sizes |= {name: own[name] + room[name] for name in before if name not in kept}
-    return found[0], kept
+        more |= {name: more[name] - more[name] % step for name in kept}
+        before = kept
+        wider, kept = change_most([name for name in before if more[name]], widened_by)
+        host = wider or host
+        kept |= {name: why for name, why in before.items() if not more[name]}
+        sizes |= {name: own[name] + more[name] for name in before if name not in kept}
+    return host, kept
 
 
 def _sized(base: Network, sizes: dict[str, int]) -> Network:

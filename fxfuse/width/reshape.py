@@ -1,14 +1,9 @@
-"""Which unit of a network each unit of another of the same structure, but other widths, stands for.
+"""Give a network other widths: its tensors, module attributes and the sizes written in its graph.
 
-Where there are more units there, some stand for the same one; where there are fewer, for the
-strongest. Units inside a block (a group, a head) stand for units of the block that theirs stands
-for.
-
-Give a network other widths: tensors, module attributes and the sizes written in its graph.
-
-The weights of the result mean nothing; it is a shape to carry weights into. Sizes in the graph
-(`view(n, 768, -1)`) are changed only where a node would not run or would give another width than
-its units have, by trial on the example, so nothing is known to be right before it is verified.
+The weights of the result mean nothing: it is an empty form to carry weights into. Whether a size in
+the graph (768 in `x.view(n, 768, -1)`) must change cannot be read off, so it is tried: a node keeps
+its sizes if it runs on the example and gives as many units as its spaces have; if not, other sizes
+are tried.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations, product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,11 +22,19 @@ from torch.fx.node import map_aggregate
 from ..errors import FuseError, PassError
 from ..graph.trace import Interpreter
 from ..graph.verify import sizes_of
+from ..ir import Axis, Space
 from ..spaces.network import Network
 
+Place = tuple[str, int]  # name of a tensor or a node, and an axis of it
 
-def normed(network: Network) -> set[str]:
-    """Return the spaces over whose units a norm takes moments."""
+Changed = TypeVar("Changed")
+
+
+# --- how many units each space gets -----------------------------------------------------------
+
+
+def spaces_under_norms(network: Network) -> set[str]:
+    """Return the spaces whose units are averaged over by a norm, as LayerNorm does."""
     nodes = {
         n.name
         for n in network.module.graph.nodes
@@ -40,181 +43,197 @@ def normed(network: Network) -> set[str]:
     return {s.name for s in network.spaces if any(f.tensor in nodes for f in s.features)}
 
 
-Place = tuple[str, int]  # a tensor or a node's output, and an axis of it
-
-
-Given = tuple[Any, ...]  # what a node is given: arguments, settings
-
-
-_TRIALS = 64  # ways to change the sizes of one node
-
-
-def rescaled_sizes(
-    network: Network, factor: float, wanted: set[str], even: set[str]
+def scaled_sizes(
+    network: Network, factor: float, chosen: set[str], whole: set[str]
 ) -> dict[str, int]:
-    """Return the number of units of each space once some are wider or narrower by a factor.
+    """Return the number of units of every space once the widths of some are multiplied.
 
-    Blocks (groups, heads) stay as many as they are and change inside; where units are blocks
-    themselves (the inputs of a depthwise convolution with several outputs each), their number does.
+    Groups and heads stay as many as they are, and the units inside them change. The exception is a
+    depthwise convolution with several outputs per input: its groups are themselves units of a
+    space, so their number changes.
 
     Args:
         network: The network.
-        factor: Of the widths.
-        wanted: The spaces to change.
-        even: Spaces that take whole multiples only.
+        factor: What the widths are multiplied by.
+        chosen: The spaces to change.
+        whole: Spaces that grow by whole factors only; `factor` is rounded down for them.
     """
-    outer = {s.parent for s in network.spaces}
+    parents = {s.parent for s in network.spaces}
     sizes: dict[str, int] = {}
     for space in network.spaces:
-        ratio = int(factor) if space.name in even and factor > 1 else factor
-        ratio = ratio if space.name in wanted else 1
+        ratio = int(factor) if space.name in whole and factor > 1 else factor
+        ratio = ratio if space.name in chosen else 1
         if space.blocks is not None:
-            count = int(space.blocks.max()) + 1
-            inside, blocks = space.size // count, sizes.get(space.parent or "", count)
-            if blocks == count:  # else it changes with its blocks
-                inside = max(round(inside * ratio), min(inside, 2))  # one alone would be its block
-            sizes[space.name] = inside * blocks
-        elif space.name in outer and not _counted_by_groups(network, space.name):
+            old_count = int(space.blocks.max()) + 1
+            inside, count = space.size // old_count, sizes.get(space.parent or "", old_count)
+            if count == old_count:  # if not, the space changes because its parent does
+                # a block of one unit would be no block: the unit would be the block itself
+                inside = max(round(inside * ratio), min(inside, 2))
+            sizes[space.name] = inside * count
+        elif space.name in parents and not _are_all_groups(network, space.name):
             sizes[space.name] = space.size
         else:
             sizes[space.name] = max(round(space.size * ratio), 1)
     return sizes
 
 
-def _counted_by_groups(network: Network, name: str) -> bool:
-    return any(a.groups == network.spaces[name].size for a in network.spaces[name].axes)
+def _are_all_groups(network: Network, name: str) -> bool:
+    """Tell whether a grouped convolution has each unit of a space as a group of its own."""
+    space = network.spaces[name]
+    return any(axis.groups == space.size for axis in space.axes)
+
+
+def change_most(
+    names: Sequence[str], change: Callable[[set[str]], Changed]
+) -> tuple[Changed | None, dict[str, str]]:
+    """Change as many spaces as possible: all at once or, if that fails, each half by itself.
+
+    Args:
+        names: The spaces.
+        change: Returns the result of changing exactly the spaces it is given, or raises a
+            `FuseError`.
+
+    Returns:
+        The result with as many spaces changed as possible, None if none could be; and the spaces
+        that were not changed, with the reason.
+    """
+    result: Changed | None = None
+    changed: set[str] = set()
+    unchanged: dict[str, str] = {}
+    waiting = [list(names)] if names else []
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = change(changed | {*part})
+            changed.update(part)
+        except FuseError as error:
+            if len(part) == 1:
+                unchanged[part[0]] = error.met
+            else:
+                half = len(part) // 2
+                waiting += [part[half:], part[:half]]
+    return result, unchanged
+
+
+# --- tensors and module attributes ------------------------------------------------------------
 
 
 def reshaped(network: Network, sizes: dict[str, int]) -> fx.GraphModule:
-    """Return a network of one structure and other widths; its weights mean nothing.
+    """Return a network of the same structure and other widths, with meaningless weights.
 
     Args:
         network: The network; not modified.
         sizes: Space name -> number of units.
 
     Raises:
-        PassError: If a node takes no sizes that fit.
+        PassError: If no sizes in the graph go with these widths.
     """
     module, shapes = copy.deepcopy(network.module).eval(), shapes_at(network, sizes)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         shape = shapes[name]
         if shape != tuple(tensor.shape):
-            _replace(
-                module, name, torch.full(shape, 0.01, dtype=tensor.dtype, device=tensor.device)
-            )
+            values = torch.full(shape, 0.01, dtype=tensor.dtype, device=tensor.device)
+            _replace(module, name, values)
     for path, part in module.named_modules():
-        _settle_attributes(network, path, part)
+        _update_attributes(network, path, part)
     with torch.no_grad():
-        _Fitter(network, module, sizes).run(*network.example)
+        _SizeFitter(network, module, sizes).run(*network.example)
     module.recompile()
     return module
 
 
 def shapes_at(network: Network, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters and buffers at other numbers of units.
+    """Return the shapes that all parameters and buffers would have at other widths.
 
     Args:
         network: The network.
         sizes: Space name -> number of units.
     """
-    growth, module = _growth(network, sizes, False), network.module
+    growth, module = _tensor_growth(network, sizes), network.module
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: _shape(network, name, tuple(t.shape), growth) for name, t in tensors}
 
 
-def by_halves(names: Sequence[str], change: Callable[[set[str]], None]) -> dict[str, str]:
-    """Change as many spaces as can be: all at once, or else by halves on top of what was done.
-
-    Args:
-        names: The spaces.
-        change: Changes all that it is given, or raises an error of this library.
-
-    Returns:
-        The spaces that could not be changed, with the reason.
-    """
-    done: set[str] = set()
-    kept: dict[str, str] = {}
-
-    def attempt(part: Sequence[str]) -> None:
-        try:
-            change(done | {*part})
-            done.update(part)
-        except FuseError as error:
-            if len(part) == 1:
-                kept[part[0]] = error.met
-                return
-            attempt(part[: len(part) // 2])
-            attempt(part[len(part) // 2 :])
-
-    if names:
-        attempt(names)
-    return kept
+def _tensor_growth(network: Network, sizes: dict[str, int]) -> dict[Place, int]:
+    """Return how many positions each axis of the parameters and buffers gains."""
+    axes = [(space, axis) for space in network.spaces for axis in space.axes]
+    return _growth(axes, sizes)
 
 
-def _growth(network: Network, sizes: dict[str, int], features: bool) -> dict[Place, int]:
-    """Return by how much each axis of the parameters and buffers, or of node outputs, grows."""
-    found: dict[Place, int] = {}
-    for space in network.spaces:
-        for axis in space.features if features else space.axes:
-            place, more = (axis.tensor, axis.dim), sizes[space.name] - space.size
-            found[place] = found.get(place, 0) + more * axis.index.shape[1]
-    return found
+def _feature_growth(network: Network, sizes: dict[str, int]) -> dict[Place, int]:
+    """Return how many positions each axis of the nodes' outputs gains."""
+    axes = [(space, axis) for space in network.spaces for axis in space.features]
+    return _growth(axes, sizes)
+
+
+def _growth(axes: Sequence[tuple[Space, Axis]], sizes: dict[str, int]) -> dict[Place, int]:
+    growth: dict[Place, int] = {}
+    for space, axis in axes:
+        place, positions_per_unit = (axis.tensor, axis.dim), axis.index.shape[1]
+        more = (sizes[space.name] - space.size) * positions_per_unit
+        growth[place] = growth.get(place, 0) + more
+    return growth
 
 
 def _shape(
     network: Network, name: str, shape: tuple[int, ...], growth: dict[Place, int]
 ) -> tuple[int, ...]:
     new = list(shape)
-    for dim in {a.dim for _, a in network.spaces.on(name)}:
-        groups = max(a.groups for _, a in network.spaces.places[name, dim])
+    for dim in {axis.dim for _, axis in network.spaces.on(name)}:
+        groups = max(axis.groups for _, axis in network.spaces.places[name, dim])
         dense = network.spaces.sizes[name, dim]
         grown = dense + growth[name, dim]
-        new[dim] = grown // (grown if groups == dense else groups) if groups > 1 else grown
+        if groups == 1:
+            new[dim] = grown
+        else:  # stored is one group's share; a depthwise convolution has as many groups as inputs
+            new[dim] = 1 if groups == dense else grown // groups
     return tuple(new)
 
 
 def _replace(module: nn.Module, path: str, data: Tensor) -> None:
     owner, _, leaf = path.rpartition(".")
     part = module.get_submodule(owner)
-    known = getattr(part, leaf)
-    setattr(part, leaf, nn.Parameter(data) if isinstance(known, nn.Parameter) else data)
+    old = getattr(part, leaf)
+    setattr(part, leaf, nn.Parameter(data) if isinstance(old, nn.Parameter) else data)
 
 
-def _settle_attributes(network: Network, path: str, part: Any) -> None:
-    """Make a module's attributes say what its tensors say."""
-    depthwise = network.spaces.places.get((f"{path}.weight", 1), ())
-    if any(a.groups == network.spaces.sizes[a.tensor, 1] > 1 for _, a in depthwise):
-        before: Any = network.module.get_submodule(path)  # a convolution, as its axis has groups
-        part.groups = part.weight.shape[0] * before.groups // before.weight.shape[0]
+def _update_attributes(network: Network, path: str, part: Any) -> None:
+    """Set the attributes of a module that repeat the sizes of its tensors."""
+    inputs = network.spaces.places.get((f"{path}.weight", 1), ())
+    if any(axis.groups == network.spaces.sizes[axis.tensor, 1] > 1 for _, axis in inputs):
+        old: Any = network.module.get_submodule(path)  # a depthwise convolution
+        part.groups = part.weight.shape[0] * old.groups // old.weight.shape[0]
     for name, size in sizes_of(part).items():
         setattr(part, name, size)
     if isinstance(part, nn.MultiheadAttention):
         joint = part.in_proj_weight
+        keys, values = (part.k_proj_weight, part.v_proj_weight) if joint is None else (joint, joint)
         part.embed_dim = part.out_proj.weight.shape[0]
-        part.kdim, part.vdim = (
-            t.shape[1] for t in ((joint, joint) if joint is not None else _projections(part))
-        )
+        part.kdim, part.vdim = keys.shape[1], values.shape[1]
         part.head_dim = part.embed_dim // part.num_heads
 
 
-def _projections(part: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
-    return part.k_proj_weight, part.v_proj_weight
+# --- sizes written in the graph ---------------------------------------------------------------
+
+Arguments = tuple[Any, ...]  # positional and named arguments of a node, settings of its module
+
+_TRIALS = 64  # combinations of sizes that are tried for one node
 
 
-class _Fitter(Interpreter):
-    """Run a graph and change the sizes written in it where its new tensors do not fit them."""
+class _SizeFitter(Interpreter):
+    """Runs a graph with new tensors and changes the sizes written in it where they do not fit."""
 
     def __init__(self, network: Network, module: fx.GraphModule, sizes: dict[str, int]) -> None:
         super().__init__(module)
-        self.network, self.growth = network, _growth(network, sizes, True)
-        self.changes = _changes(network, sizes)
+        self.network, self.growth = network, _feature_growth(network, sizes)
+        self.likely = _likely_sizes(network, sizes)
         self.ratios = {Fraction(sizes[s.name], s.size) for s in network.spaces} - {1}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node as it is written, or with the fewest of its sizes changed that do."""
+        """Run a node as it is written or, if it does not fit, with as few sizes changed as fit."""
         part = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        given, failure = (n.args, n.kwargs, _settings(part)), None
-        for n.args, n.kwargs, settings in _variants(given, self._choices):
+        written, failure = (n.args, n.kwargs, _settings(part)), None
+        for n.args, n.kwargs, settings in _variants(written, self._choices):
             for name, setting in settings.items():
                 setattr(part, name, setting)
             try:
@@ -232,94 +251,101 @@ class _Fitter(Interpreter):
         ) from failure
 
     def _choices(self, size: int) -> list[int]:
-        """Return what a size in the graph may become: best known, then any multiple in use."""
+        """Return what a size in the graph may become, the most likely first."""
+        likely = self.likely.get(size, [])
         scaled = [size * r for r in self.ratios if size > 1 and (size * r).denominator == 1]
-        known = self.changes.get(size, [])
-        return [*known, *(int(n) for n in sorted(scaled) if int(n) not in known)]
+        return [*likely, *(int(n) for n in sorted(scaled) if int(n) not in likely)]
 
     def _fits(self, n: fx.Node, value: Any) -> bool:
-        """Tell whether a value has the shape that its units ask for, where that is known."""
+        """Tell whether a value has the shape that its spaces ask for, as far as they say."""
         if isinstance(value, (tuple, list)):
-            parts = [u for u in n.users if u.target is operator.getitem]
-            return all(self._fits(u, p) for u in parts if (p := _at(value, u.args[1])) is not None)
+            readers = [u for u in n.users if u.target is operator.getitem]
+            pairs = [(u, _item(value, u.args[1])) for u in readers]
+            return all(self._fits(u, item) for u, item in pairs if item is not None)
         old = self.network.book.shapes.get(n.name)
         if not isinstance(value, Tensor) or n.op == "get_attr" or not old:
             return True
         if value.dim() != len(old):
             return False
-        known = {axis.dim for axis in self.network.book.features.get(n.name, [])}
-        return all(value.shape[d] == old[d] + self._more(n, d) for d in known)
+        dims = {axis.dim for axis in self.network.book.features.get(n.name, [])}
+        return all(value.shape[d] == old[d] + self._growth_of(n, d) for d in dims)
 
-    def _more(self, n: fx.Node, dim: int) -> int:
-        """Return how much an axis grows, at least as much as what its values are added to."""
-        found = [self.growth.get((n.name, dim), 0)]
+    def _growth_of(self, n: fx.Node, dim: int) -> int:
+        """Return how many positions an axis gains: no fewer than what its values are added to.
+
+        The zeros that pad a shortcut belong to no space, but must grow with the sum.
+        """
+        growth = [self.growth.get((n.name, dim), 0)]
         for user in n.users:
             if self.network.book.shapes.get(user.name) != self.network.book.shapes[n.name]:
                 continue
             if self.network.rules(user) == {"pointwise"}:
-                found.append(self.growth.get((user.name, dim), 0))
+                growth.append(self.growth.get((user.name, dim), 0))
             elif self.network.is_idle(user):
-                found.append(self._more(user, dim))
-        return max(found, key=abs)
+                growth.append(self._growth_of(user, dim))
+        return max(growth, key=abs)
 
 
 def _settings(part: nn.Module | None) -> dict[str, Any]:
     """Return the sizes that a module without tensors keeps as attributes."""
     if part is None or any(True for _ in (*part.parameters(), *part.buffers())):
         return {}
-    shown = {k: v for k, v in vars(part).items() if not k.startswith("_")}
-    return {k: v for k, v in shown.items() if type(v) is int or isinstance(v, tuple)}
+    public = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+    return {k: v for k, v in public.items() if type(v) is int or isinstance(v, tuple)}
 
 
-def _at(parts: Sequence[Any], place: Any) -> Any:
-    return parts[place] if type(place) is int and place < len(parts) else None
+def _item(values: Sequence[Any], place: Any) -> Any:
+    return values[place] if type(place) is int and place < len(values) else None
 
 
-def _changes(network: Network, sizes: dict[str, int]) -> dict[int, list[int]]:
-    """Return what each size of the network may become: lengths of axes, of blocks, of parts."""
-    found: dict[int, list[int]] = {}
+def _likely_sizes(network: Network, sizes: dict[str, int]) -> dict[int, list[int]]:
+    """Return old size -> new sizes: of the axes, of the spaces, and of one block of a space."""
+    likely: dict[int, list[int]] = {}
 
-    def note(old: int, new: int) -> None:
-        if old != new and old > 1 and new not in found.setdefault(old, []):
-            found[old].append(new)
+    def add(old: int, new: int) -> None:
+        if old != new and old > 1 and new not in likely.setdefault(old, []):
+            likely[old].append(new)
 
-    for (node, dim), more in _growth(network, sizes, True).items():
-        note(network.book.shapes[node][dim], network.book.shapes[node][dim] + more)
-    for place, more in _growth(network, sizes, False).items():
-        note(network.spaces.sizes[place], network.spaces.sizes[place] + more)
+    for (node, dim), more in _feature_growth(network, sizes).items():
+        size = network.book.shapes[node][dim]
+        add(size, size + more)
+    for place, more in _tensor_growth(network, sizes).items():
+        size = network.spaces.sizes[place]
+        add(size, size + more)
     for space in network.spaces:
         new = sizes[space.name]
-        for times in {a.index.shape[1] for a in (*space.axes, *space.features)}:
-            note(space.size * times, new * times)
+        for times in {axis.index.shape[1] for axis in (*space.axes, *space.features)}:
+            add(space.size * times, new * times)
         if space.blocks is not None:
             count = int(space.blocks.max()) + 1
-            note(space.size // count, new // sizes.get(space.parent or "", count))
-    return found
+            add(space.size // count, new // sizes.get(space.parent or "", count))
+    return likely
 
 
-def _variants(given: Given, choices: Callable[[int], list[int]]) -> Iterator[Given]:
-    """Return a node's arguments, then with more and more of their sizes changed, last ones first.
+def _variants(written: Arguments, choices: Callable[[int], list[int]]) -> Iterator[Arguments]:
+    """Yield a node's arguments as written, then with one size changed, with two, and so on.
 
-    A size of an axis that all users spell the same way is most often the last one.
+    Later sizes are changed first: in `view(n, tokens, width)` the width comes last.
     """
     literals: list[int] = []
-    map_aggregate(given, lambda x: literals.append(x) if type(x) is int else None)
-    able = [i for i in reversed(range(len(literals))) if choices(literals[i])]
-    yield given
-    tried = 0
-    for count in range(1, len(able) + 1):
-        for places in combinations(able, count):
+    map_aggregate(written, lambda x: literals.append(x) if type(x) is int else None)
+    changeable = [i for i in reversed(range(len(literals))) if choices(literals[i])]
+    yield written
+    trials = 0
+    for count in range(1, len(changeable) + 1):
+        for places in combinations(changeable, count):
             for values in product(*(choices(literals[i]) for i in places)):
-                tried += 1
-                if tried > _TRIALS:
+                trials += 1
+                if trials > _TRIALS:
                     return
-                yield _with(given, dict(zip(places, values)))
+                yield _with_literals(written, dict(zip(places, values)))
 
 
-def _with(given: Given, values: dict[int, int]) -> Given:
+def _with_literals(written: Arguments, values: dict[int, int]) -> Arguments:
+    """Return arguments with some of their integers replaced, which are counted in order."""
     position = iter(range(1 << 30))
 
     def leaf(x: Any) -> Any:
         return values.get(next(position), x) if type(x) is int else x
 
-    return map_aggregate(given, leaf)
+    return map_aggregate(written, leaf)

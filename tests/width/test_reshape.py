@@ -1,4 +1,4 @@
-"""None"""
+"""Networks of other widths: how many units each space gets, and sizes written in the graph."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fxfuse.calibration.prepare import analysed
 from fxfuse.errors import PassError
 from fxfuse.graph.verify import lint
 from fxfuse.spaces.network import Network
-from fxfuse.width.reshape import _variants, normed, rescaled_sizes, reshaped
+from fxfuse.width.reshape import _variants, reshaped, scaled_sizes, spaces_under_norms
 from tests.support.nets import NETS, Pooled, build, conv, outputs, random_nets, randomise
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -19,7 +19,7 @@ IMAGES = torch.randn(2, 3, 8, 8)
 
 def sizes_of(network, factor):
     every = {s.name for s in network.spaces}
-    return rescaled_sizes(network, factor, every, normed(network))
+    return scaled_sizes(network, factor, every, spaces_under_norms(network))
 
 
 def grown(net, x=IMAGES, factor=2):
