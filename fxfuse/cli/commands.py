@@ -29,9 +29,7 @@ from ..fusion.fuse import Method, align
 from ..io.save import save_at_least_weights
 from ..ir import Alignment
 from ..presets import average, best, c2m3, clafusion, elastic_zip, git_rebasin, hmt, otfusion, zipit
-from ..report._shared import ENDINGS
-from ..report.alignment_picture import draw
-from ..report.report import Report
+from ..report import PICTURE_ENDINGS, Report, draw
 from .references import file_hashes, load_data, load_example, load_model
 from .terminal import show_alignment, show_inspection, stages
 
@@ -176,7 +174,9 @@ _Page = Annotated[Path | None, typer.Option("--report", help=_PAGE)]
 _Seed = Annotated[int, typer.Option(help="Of the order of samples.", min=0, max=2**32 - 1)]
 
 
-_Picture = Annotated[Path | None, typer.Option(help=f"Draw the alignment: {', '.join(ENDINGS)}.")]
+_Picture = Annotated[
+    Path | None, typer.Option(help=f"Draw the alignment: {', '.join(PICTURE_ENDINGS)}.")
+]
 
 
 def main() -> None:
@@ -206,7 +206,7 @@ def demo(
     """Train two small networks on real digits, align and fuse them, and compare."""
     from .demo import run_demo  # scikit-learn, which only the demo needs
 
-    require_file(picture, "--picture", ENDINGS)
+    require_file(picture, "--picture", PICTURE_ENDINGS)
     with stages(_err) as report:
         result = run_demo(picture, seed, lambda task, done, steps: report(task, done / steps))
     table = Table(title=f"scikit-learn digits, {result.test_images} test images, seed {seed}")
@@ -278,7 +278,7 @@ def align_command(
 ) -> None:
     """Show which layers of two or more models correspond."""
     how = chosen(method, ALIGNING)
-    require_file(picture, "--picture", ENDINGS)
+    require_file(picture, "--picture", PICTURE_ENDINGS)
     with stages(_err) as report:
         loaded = _load(models, report)
         calibration = _read(data, samples, seed, report)
@@ -315,7 +315,7 @@ def fuse_command(
     """Fuse trained models into one and save it."""
     how, given = chosen(method, METHODS), shares(weights)
     require_file(output, "--output")
-    require_file(picture, "--picture", ENDINGS)
+    require_file(picture, "--picture", PICTURE_ENDINGS)
     require_file(page, "--report", [".html"])
     fusing: dict[str, Any] = {"--weights": given, "--width": width, "--anchor": anchor}
     shown = {"--alignment": alignment, "--picture": picture, "--report": page}

@@ -1,8 +1,6 @@
-"""How well classifiers do on labelled data.
+"""Loss and accuracy of classifiers on labelled data, and along the weights of two networks.
 
-Heat maps and curves: layer costs with the chosen path, couplings, fits, barriers.
-
-Loss and accuracy between two networks: fusions of all weights, from one analysis.
+The fusions of all weights come from one analysis of the networks.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +17,8 @@ from .._progress import Progress, counted
 from ..errors import ArgumentError, DataError
 from ..graph.trace import device_of, plain_modes
 from ..ir import Alignment
-from ..report._shared import require_picture, save_figure
-from ..report.plots import _ALIKE, _UNLIKE
+from ..report.plots import draw_barrier
 from .fuse import Method, fuse_along
-
-if TYPE_CHECKING:
-    pass
-
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -126,30 +119,6 @@ def _unlabelled(met: str) -> DataError:
     )
 
 
-def draw_barrier(barrier: Barrier, path: str | os.PathLike[str]) -> None:
-    """Write loss and accuracy along the weights of two networks.
-
-    Raises:
-        ArgumentError: If the ending is of no known format.
-    """
-    from matplotlib.figure import Figure
-
-    target = require_picture(path)
-    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
-    curves = [("loss", barrier.losses, _UNLIKE), ("accuracy, %", barrier.accuracies, _ALIKE)]
-    for axes, (name, values, colour) in zip(figure.subplots(1, 2), curves):
-        axes.plot(barrier.weights, values, color=colour, marker="o", markersize=4)
-        ends = [values[0], values[-1]]
-        straight: Any = {"color": "#8b949d", "linewidth": 0.9, "linestyle": "--"}
-        axes.plot([barrier.weights[0], barrier.weights[-1]], ends, **straight)
-        label = f"weight of {barrier.names[1]} (the rest: {barrier.names[0]})"
-        axes.set_xlabel(label, size=9, parse_math=False)
-        axes.set_ylabel(name, size=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-    save_figure(figure, target)
-
-
 @dataclass(frozen=True)
 class Barrier:
     """Loss and accuracy along the weights of two networks.
@@ -183,7 +152,7 @@ class Barrier:
         Raises:
             ArgumentError: If the ending is another.
         """
-        draw_barrier(self, path)
+        draw_barrier(self.weights, self.losses, self.accuracies, self.names, path)
 
     def __str__(self) -> str:
         lines = [f"weight of {self.names[1]} (the rest: {self.names[0]})"]

@@ -1,9 +1,11 @@
 """Facts to text, pictures and pages."""
 
+from ._shared import PICTURE_ENDINGS
 from .alignment_picture import draw
 from .report import CouplingReport, Report, SpaceReport
 
 __all__ = [
+    "PICTURE_ENDINGS",
     "CouplingReport",
     "Report",
     "SpaceReport",

@@ -1,11 +1,8 @@
-"""Lay out the picture of an alignment: boxes, lines and texts with places, before any file format.
+"""The picture of an alignment: networks side by side, matched layers joined, a band per segment.
 
-Each column is a network, each band a segment, each row a slot. Lengths are pixels of a screen, and
-y grows downwards. What is drawn where is decided here alone; `svg` and `display` only render it.
-
-Write a scene as SVG: plain shapes and real text, readable by any viewer and by a web page.
-
-Draw an alignment: networks side by side, matched layers joined, added or lost ones marked.
+`lay_out` decides what is drawn where. Its scene of boxes, lines and texts is rendered by `svg_of`,
+with real text for any viewer and for the web page, or by matplotlib as .png and .pdf. Lengths are
+pixels of a screen, and y grows downwards.
 """
 
 from __future__ import annotations
@@ -13,42 +10,43 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._files import write_text
 from ..ir import Alignment, SegmentAlignment
-from ._shared import clean, require_picture, safe, save_figure
+from ._shared import (
+    GREY,
+    INK,
+    LAYER,
+    LONGEST_NAME,
+    MUTED,
+    amount,
+    clean,
+    clipped,
+    facts_of,
+    layers_of,
+    parameters_in,
+    require_picture,
+    save_figure,
+    shades,
+    split_prefix,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Removed = Sequence[Collection[str]]  # per network, the layers that are merged away or dropped
 
-ROW, BOX = 27.0, 20.0  # a slot, and the height of a box in it
+# --- the scene ------------------------------------------------------------------------------------
 
-
-MARGIN, GAP, BETWEEN = 24.0, 104.0, 14.0  # round everything, between networks, between segments
-
-
-HEAD, BAND, PREFIX = 92.0, 30.0, 18.0  # the head of the picture, of a segment, of a prefix
-
-
-TEXT, SMALL = 12.0, 10.0
-
-
-LETTER = 0.62  # mean width of a letter of common sans-serif fonts, relative to its size, and ample
-
-
-LONGEST, ROOM = 38, 22  # letters of a name that are shown, and that need no shortening
-
-
-CHIP = 48.0
-
-
-_ALIKE, _MIDDLE, _UNLIKE = (154, 197, 232), (243, 239, 230), (240, 166, 120)  # fills of chips
-
-
-_ALIKE_LINE, _MIDDLE_LINE, _UNLIKE_LINE = (38, 104, 172), (150, 142, 130), (200, 92, 32)
+SLOT_HEIGHT, BOX_HEIGHT, CHIP_HEIGHT, CHIP_WIDTH = 27.0, 20.0, 16.0, 48.0
+MARGIN = 24.0  # round everything
+NETWORK_GAP, SEGMENT_GAP = 104.0, 14.0
+PICTURE_HEAD, SEGMENT_HEAD, PREFIX_HEIGHT = 92.0, 30.0, 18.0
+TEXT, SMALL = 12.0, 10.0  # heights of letters
+LETTER_WIDTH = 0.62  # of a letter relative to its height; ample for common sans-serif fonts
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,11 @@ class Box:
         y: Upper edge.
         width: Its width.
         height: Its height.
-        kind: What it stands for: `band`, `layer`, `inserted`, `merged` or `chip`.
+        kind: What it shows: `band` (a segment), `layer`, `inserted`, `merged` or `chip` (a cost).
         text: Its text.
         note: A second text, at the right.
         facts: Lines to show when a pointer is over it.
-        fill: Its colour, if its kind does not say it.
+        fill: Its colour, if it is not that of its kind.
     """
 
     x: float
@@ -76,6 +74,26 @@ class Box:
     note: str = ""
     facts: tuple[str, ...] = ()
     fill: str | None = None
+
+    @property
+    def middle(self) -> float:
+        """Half its height."""
+        return self.y + self.height / 2
+
+    @property
+    def text_x(self) -> float:
+        """The middle of its text, left of the note."""
+        return self.x + (self.width - (40 if self.note else 0)) / 2
+
+    @property
+    def text_size(self) -> float:
+        """Height of the letters of its text."""
+        return SMALL if self.kind in ("chip", "inserted") else TEXT
+
+    @property
+    def radius(self) -> int:
+        """Of its corners; the chips of a scale of colours meet without any."""
+        return 0 if self.kind == "chip" and not self.text else 5
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture: bands and lines lie behind boxes, texts before everything."""
+    """A picture: bands lie behind lines, lines behind boxes, and texts before everything."""
 
     width: float
     height: float
@@ -113,55 +131,7 @@ class Scene:
     texts: tuple[Text, ...]
 
 
-def shades(share: float) -> tuple[str, str]:
-    """Return the colours of a chip and of a line for a cost, as a share of the scale."""
-    share = min(max(share, 0.0), 1.0)
-    ramps = (_ALIKE, _MIDDLE, _UNLIKE), (_ALIKE_LINE, _MIDDLE_LINE, _UNLIKE_LINE)
-    found = []
-    for low, middle, high in ramps:
-        a, b, t = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
-        found.append("#" + "".join(f"{round(p + (q - p) * t):02x}" for p, q in zip(a, b)))
-    return found[0], found[1]
-
-
-def shortened(names: Sequence[str | None]) -> tuple[str, list[str]]:
-    """Split layer names into the prefix that all share, up to a dot, and what is left of each.
-
-    Short names keep it. A name `a.b..a.c` is of a run of modules; its second half loses it too.
-
-    Example:
-        >>> shortened(["net.backbone.stage1.0.conv", None, "net.backbone.stage1.1.conv"])
-        ('net.backbone.stage1.', ['0.conv', '', '1.conv'])
-    """
-    if max(len(n or "") for n in names) <= ROOM:
-        return "", [n or "" for n in names]
-    parts = [n.split("..")[0].split("@")[0].split(".") for n in names if n]
-    same = 0
-    if len(parts) > 1:
-        while all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
-            same += 1
-    prefix = "".join(part + "." for part in parts[0][:same]) if parts else ""
-    halves = [[h.removeprefix(prefix) for h in (n or "").split("..")] for n in names]
-    return prefix, [clipped("..".join(h)) for h in halves]
-
-
-def clipped(text: str, longest: int = LONGEST) -> str:
-    """Cut the middle out of a text that is too long to show."""
-    if len(text) <= longest:
-        return text
-    left = (longest - 1) // 3
-    return f"{text[:left]}…{text[len(text) - (longest - 1 - left) :]}"
-
-
-def count_of(number: int) -> str:
-    """Return a number as one reads it in a table: 512, 4.6k, 11.7M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)
-
-
-def lay_out(alignment: Alignment, removed: Sequence[Collection[str]] = ()) -> Scene:
+def lay_out(alignment: Alignment, removed: Removed = ()) -> Scene:
     """Place everything that the picture of an alignment shows.
 
     Args:
@@ -173,21 +143,24 @@ def lay_out(alignment: Alignment, removed: Sequence[Collection[str]] = ()) -> Sc
 
 
 class _Layout:
-    def __init__(self, alignment: Alignment, removed: Sequence[Collection[str]]) -> None:
+    """Collects the boxes, lines and texts of a scene, from top to bottom."""
+
+    def __init__(self, alignment: Alignment, removed: Removed) -> None:
         self.alignment, self.removed = alignment, removed
-        self.count = len(alignment.names)
-        self.largest = scale_of(alignment)
-        self.short = [[shortened(row) for row in s.slots] for s in alignment.segments]
-        longest = max(
-            [len(clipped(n)) + 2 for n in alignment.names]
-            + [len(text) for rows in self.short for _, names in rows for text in names]
-            + [len(clipped(p)) - 2 for rows in self.short for p, _ in rows]
+        self.networks = range(len(alignment.names))
+        self.largest_cost = largest_cost(alignment)
+        self.names = [[split_prefix(row) for row in s.slots] for s in alignment.segments]
+        letters = max(
+            [len(clipped(name)) + 2 for name in alignment.names]
+            + [len(text) for rows in self.names for _, names in rows for text in names]
+            + [len(clipped(prefix)) - 2 for rows in self.names for prefix, _ in rows]
             + [len("merged away") + 1]
         )
         note = 46.0 if alignment.facts else 0.0
-        self.column = longest * TEXT * LETTER + note + 16
+        self.column = letters * TEXT * LETTER_WIDTH + note + 16
         self.left = MARGIN + 12
-        self.width = 2 * self.left + self.count * self.column + (self.count - 1) * GAP
+        gaps = (len(self.networks) - 1) * NETWORK_GAP
+        self.width = 2 * self.left + len(self.networks) * self.column + gaps
         self.boxes: list[Box] = []
         self.lines: list[Line] = []
         self.texts: list[Text] = []
@@ -196,72 +169,75 @@ class _Layout:
         legend = self._legend() + MARGIN
         self.left += max(0.0, legend - self.width) / 2
         self.width = max(self.width, legend)
-        for k in range(self.count):
-            self._head(k)
-        y = MARGIN + HEAD
-        for at, segment in enumerate(self.alignment.segments):
-            y = self._segment(at, segment, y) + BETWEEN
-        height = y - BETWEEN + MARGIN
+        for k in self.networks:
+            self._network_head(k)
+        y = MARGIN + PICTURE_HEAD
+        for number, segment in enumerate(self.alignment.segments):
+            y = self._segment(number, segment, y) + SEGMENT_GAP
+        height = y - SEGMENT_GAP + MARGIN
         boxes, lines, texts = tuple(self.boxes), tuple(self.lines), tuple(self.texts)
         return Scene(self.width, height, boxes, lines, texts)
 
-    def x(self, k: int) -> float:
-        return self.left + k * (self.column + GAP)
+    def _x(self, k: int) -> float:
+        """Return the left edge of a network's column."""
+        return self.left + k * (self.column + NETWORK_GAP)
+
+    def _middle(self, k: int) -> float:
+        return self._x(k) + self.column / 2
 
     def _legend(self) -> float:
         """Say what colours and boxes mean; return how far to the right it goes."""
         x, y = MARGIN, MARGIN + 4
-        if self.largest is not None:
+        if self.largest_cost is not None:
             self.texts.append(Text(x, y + 8, "cost: alike 0", "note"))
             x += 84
             for i in range(16):
-                fill = shades(i / 15)[0]
-                self.boxes.append(Box(x + 6 * i, y, 6, 16, "chip", fill=fill))
+                fill, _ = shades(i / 15)
+                self.boxes.append(Box(x + 6 * i, y, 6, CHIP_HEIGHT, "chip", fill=fill))
             x += 102
-            self.texts.append(Text(x, y + 8, f"{self.largest:.3g} unlike", "note"))
+            self.texts.append(Text(x, y + 8, f"{self.largest_cost:.3g} unlike", "note"))
             x += 80
-        added = any(inserted(self.alignment, self.removed, k) for k in range(self.count))
-        kinds = [("inserted", "neutral layer, inserted")] if added else []
+        inserted = any(inserted_layers(self.alignment, self.removed, k) for k in self.networks)
+        kinds = [("inserted", "neutral layer, inserted")] if inserted else []
         kinds += [("merged", "merged away")] if any(self.removed) else []
         for kind, text in kinds:
-            self.boxes.append(Box(x, y, 26, 16, kind))
+            self.boxes.append(Box(x, y, 26, CHIP_HEIGHT, kind))
             self.texts.append(Text(x + 34, y + 8, text, "note"))
-            x += 54 + len(text) * SMALL * LETTER
+            x += 54 + len(text) * SMALL * LETTER_WIDTH
         return x
 
-    def _head(self, k: int) -> None:
-        names = [n for s in self.alignment.segments for n in s.slots[k] if n is not None]
-        line = f"{len(names)} layers"
-        if self.alignment.facts:
-            known = self.alignment.facts[k]
-            total = sum(known[n].parameters for n in names if n in known)
-            line += f", {count_of(total)} parameters"
-        x = self.x(k) + self.column / 2
-        self.texts.append(Text(x, MARGIN + 48, clipped(self.alignment.names[k]), "title", "middle"))
+    def _network_head(self, k: int) -> None:
+        line = amount(len(layers_of(self.alignment, k)), "layer")
+        parameters = parameters_in(self.alignment, k)
+        line += f", {parameters} parameters" if parameters else ""
+        name, x = clipped(self.alignment.names[k]), self._middle(k)
+        self.texts.append(Text(x, MARGIN + 48, name, "title", "middle"))
         self.texts.append(Text(x, MARGIN + 66, line, "note", "middle"))
 
-    def _segment(self, at: int, segment: SegmentAlignment, y: float) -> float:
-        rows = len(segment.slots[0])
-        top = y + BAND + (PREFIX if any(prefix for prefix, _ in self.short[at]) else 0)
-        bottom = top + rows * ROW
+    def _segment(self, number: int, segment: SegmentAlignment, y: float) -> float:
+        """Draw the band of a segment from `y` on; return where it ends."""
+        slots, prefixes = len(segment.slots[0]), [prefix for prefix, _ in self.names[number]]
+        top = y + SEGMENT_HEAD + (PREFIX_HEIGHT if any(prefixes) else 0)
+        bottom = top + slots * SLOT_HEIGHT
         width = self.width - 2 * MARGIN
         self.boxes.append(Box(MARGIN, y, width, bottom - y + 8, "band"))
         counts = " + ".join(str(sum(n is not None for n in row)) for row in segment.slots)
-        label = f"{at + 1}.  {segment.label}, {counts} layers"
+        label = f"{number + 1}.  {segment.label}, {counts} layers"
         self.texts.append(Text(MARGIN + 12, y + 14, label, "label"))
-        for k in range(self.count):
-            prefix = self.short[at][k][0]
+        for k, prefix in enumerate(prefixes):
+            x = self._middle(k)
             if prefix:
-                x = self.x(k) + self.column / 2
-                self.texts.append(Text(x, y + 33, clipped(prefix, LONGEST + 4), "note", "middle"))
-            x = self.x(k) + self.column / 2
-            if rows > 1:
-                self.lines.append(Line(x, top + ROW / 2, x, bottom - ROW / 2, "chain"))
-        for i in range(rows):
-            self._slot(at, segment, i, top + (i + 0.5) * ROW)
+                text = clipped(prefix, LONGEST_NAME + 4)
+                self.texts.append(Text(x, y + 33, text, "note", "middle"))
+            if slots > 1:
+                ends = top + SLOT_HEIGHT / 2, bottom - SLOT_HEIGHT / 2
+                self.lines.append(Line(x, ends[0], x, ends[1], "chain"))
+        for i in range(slots):
+            self._slot(number, segment, i, top + (i + 0.5) * SLOT_HEIGHT)
         return bottom + 8
 
-    def _slot(self, at: int, segment: SegmentAlignment, i: int, y: float) -> None:
+    def _slot(self, number: int, segment: SegmentAlignment, i: int, y: float) -> None:
+        """Draw the layers of one slot, and the lines between them, around the height `y`."""
         kept = _kept(segment, i, self.removed)
         for k, row in enumerate(segment.slots):
             name = row[i]
@@ -269,181 +245,200 @@ class _Layout:
                 if kept:
                     beside = segment.slots[kept[0]][i]
                     facts = (f"neutral layer, inserted beside {beside}", self.alignment.names[k])
-                    self._box(k, y, "inserted", "inserted", facts)
+                    self._layer_box(k, y, "inserted", "inserted", facts)
                 continue
-            kind = "layer" if k in kept else "merged"
-            note = self._note(k, name)
-            self._box(k, y, kind, self.short[at][k][1][i], self._facts(segment, k, i), note)
+            kind, text = "layer" if k in kept else "merged", self.names[number][k][1][i]
+            known = facts_of(self.alignment, k, name)
+            note = "" if known is None else str(known.width)
+            self._layer_box(k, y, kind, text, self._layer_facts(segment, k, i, name), note)
             if k != segment.reference and segment.slots[segment.reference][i] is not None:
                 self._pair(segment, k, i, y)
 
-    def _box(
+    def _layer_box(
         self, k: int, y: float, kind: str, text: str, facts: tuple[str, ...], note: str = ""
     ) -> None:
-        box = Box(self.x(k), y - BOX / 2, self.column, BOX, kind, text, note, facts)
+        top = y - BOX_HEIGHT / 2
+        box = Box(self._x(k), top, self.column, BOX_HEIGHT, kind, text, note, facts)
         self.boxes.append(box)
 
-    def _note(self, k: int, name: str) -> str:
-        known = self.alignment.facts[k].get(name) if self.alignment.facts else None
-        return "" if known is None else str(known.width)
-
-    def _facts(self, segment: SegmentAlignment, k: int, i: int) -> tuple[str, ...]:
-        name = str(segment.slots[k][i])
+    def _layer_facts(self, segment: SegmentAlignment, k: int, i: int, name: str) -> tuple[str, ...]:
         lines = [name, self.alignment.names[k]]
-        known = self.alignment.facts[k].get(name) if self.alignment.facts else None
+        known = facts_of(self.alignment, k, name)
         if known is not None:
             made_of = known.kind.rpartition(" [")[0] or known.kind  # without its fingerprint
-            lines += [f"{known.width} units, {known.parameters:,} parameters", made_of]
-        cost, other = segment.cost_of(k, i), segment.slots[segment.reference][i]
-        if k != segment.reference and other is not None:
-            lines.append(f"matched with {other}" + ("" if cost is None else f", cost {cost:.4g}"))
+            units, parameters = amount(known.width, "unit"), amount(known.parameters, "parameter")
+            lines += [f"{units}, {parameters}", made_of]
+        cost, partner = segment.cost_of(k, i), segment.slots[segment.reference][i]
+        if k != segment.reference and partner is not None:
+            lines.append(f"matched with {partner}" + ("" if cost is None else f", cost {cost:.4g}"))
         if self.removed and name in self.removed[k]:
             lines.append("merged away")
         return tuple(lines)
 
     def _pair(self, segment: SegmentAlignment, k: int, i: int, y: float) -> None:
         """Join a layer with the one of the reference; the cost stands beside the former."""
-        towards, cost = segment.reference, segment.cost_of(k, i)
-        left, right = sorted((k, towards))
+        reference, cost = segment.reference, segment.cost_of(k, i)
         colour, thickness = None, 1.5
-        if cost is not None and self.largest is not None:
-            share = cost / self.largest
+        if cost is not None and self.largest_cost is not None:
+            share = cost / self.largest_cost
             fill, colour = shades(share)
             thickness = 4.0 - 2.5 * min(max(share, 0.0), 1.0)
-            at = self.x(k) - GAP / 2 if towards < k else self.x(k) + self.column + GAP / 2
-            names = segment.slots[towards][i], segment.slots[k][i]
-            facts = (f"{names[0]} and {names[1]}", f"cost {cost:.6g}")
-            x = at - CHIP / 2
+            edge = self._x(k) if reference < k else self._x(k) + self.column + NETWORK_GAP
+            x = edge - NETWORK_GAP / 2 - CHIP_WIDTH / 2
+            facts = f"{segment.slots[reference][i]} and {segment.slots[k][i]}", f"cost {cost:.6g}"
             text = f"{cost:.3f}" if abs(cost) < 100 else f"{cost:.3g}"
             text = "<0.001" if 0 < cost < 0.0005 else text
-            self.boxes.append(Box(x, y - 8, CHIP, 16, "chip", text, "", facts, fill))
-        ends = self.x(left) + self.column, self.x(right)
+            top = y - CHIP_HEIGHT / 2
+            chip = Box(x, top, CHIP_WIDTH, CHIP_HEIGHT, "chip", text, "", facts, fill)
+            self.boxes.append(chip)
+        left, right = sorted((k, reference))
+        ends = self._x(left) + self.column, self._x(right)
         self.lines.append(Line(ends[0], y, ends[1], y, "pair", colour, thickness))
 
 
-def inserted(alignment: Alignment, removed: Sequence[Collection[str]], k: int) -> int:
-    """Return how many neutral layers a network gets: beside layers that others keep."""
+def inserted_layers(alignment: Alignment, removed: Removed, network: int) -> int:
+    """Return how many neutral layers a network gets: one beside each layer that only others have.
+
+    Layers that the others lose need none.
+    """
     return sum(
-        row is None and bool(_kept(s, i, removed))
-        for s in alignment.segments
-        for i, row in enumerate(s.slots[k])
+        name is None and bool(_kept(segment, i, removed))
+        for segment in alignment.segments
+        for i, name in enumerate(segment.slots[network])
     )
 
 
-def _kept(segment: SegmentAlignment, slot: int, removed: Sequence[Collection[str]]) -> list[int]:
+def _kept(segment: SegmentAlignment, slot: int, removed: Removed) -> list[int]:
     """Return the networks that have a layer in a slot and keep it."""
     names = [row[slot] for row in segment.slots]
-    gone = removed or ((),) * len(names)
-    return [k for k, name in enumerate(names) if name is not None and name not in gone[k]]
+    lost = removed or ((),) * len(names)
+    return [k for k, name in enumerate(names) if name is not None and name not in lost[k]]
 
 
-def scale_of(alignment: Alignment) -> float | None:
-    """Return the cost that counts as fully unlike: 1, or the largest there is; None without any."""
+def largest_cost(alignment: Alignment) -> float | None:
+    """Return the cost at the end of the colour scale: 1, or a larger one of a pair.
+
+    None if no costs were measured.
+    """
     costs = [
-        s.cost_of(k, i)
-        for s in alignment.segments
-        for k in range(len(s.slots))
-        for i in range(len(s.slots[k]))
-        if k != s.reference
+        segment.cost_of(k, i)
+        for segment in alignment.segments
+        for k, row in enumerate(segment.slots)
+        for i in range(len(row))
+        if k != segment.reference
     ]
-    found = [abs(c) for c in costs if c is not None]
-    return max([1.0, *found]) if found else None
+    measured = [abs(cost) for cost in costs if cost is not None]
+    return max([1.0, *measured]) if measured else None
 
+
+# --- what boxes, lines and texts look like --------------------------------------------------------
 
 FONT = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+CHAIN = "#9aa7b4"
 
 
-INK, MUTED, CHAIN = "#1b2733", "#5d6873", "#9aa7b4"
+class BoxStyle(NamedTuple):
+    """Colours of a box and of its text, and the dashes of its outline."""
+
+    fill: str
+    outline: str = "none"
+    dashes: str = ""
+    ink: str = INK
 
 
-# kind of box -> fill, outline, dashes, text
+class TextStyle(NamedTuple):
+    """Height, weight and colour of the letters of a text."""
+
+    size: float
+    weight: str
+    ink: str
+
+
 BOXES = {
-    "band": ("#f5f5f1", "none", "", INK),
-    "layer": ("#dce9f5", "#47698c", "", INK),
-    "inserted": ("#ffffff", "#8b949d", "4 3", MUTED),
-    "merged": ("#f3e3f3", "#8d4f8d", "2 2", INK),
-    "chip": ("#ffffff", "none", "", "#1b2733"),
+    "band": BoxStyle("#f5f5f1"),
+    "layer": BoxStyle(LAYER, "#47698c"),
+    "inserted": BoxStyle("#ffffff", GREY, "4 3", MUTED),
+    "merged": BoxStyle("#f3e3f3", "#8d4f8d", "2 2"),
+    "chip": BoxStyle("#ffffff"),
+}
+TEXTS = {
+    "title": TextStyle(15.0, "bold", INK),
+    "label": TextStyle(TEXT, "bold", INK),
+    "note": TextStyle(SMALL, "", MUTED),
 }
 
+# --- as SVG ---------------------------------------------------------------------------------------
 
-TEXTS = {"title": (15.0, "bold", INK), "label": (TEXT, "bold", INK), "note": (SMALL, "", MUTED)}
 
-
-def render(scene: Scene, label: str) -> str:
+def svg_of(scene: Scene, label: str) -> str:
     """Return a scene as an `<svg>` element.
 
-    Colours are attributes, which a style sheet of a page overrules by class: `fx-layer` and so on.
+    Colours are attributes, so that the style sheet of a page can overrule them by class: `fx-layer`
+    and so on.
 
     Args:
         scene: What to draw.
         label: What it shows, for readers that cannot see it.
     """
-    bands = [_box(b) for b in scene.boxes if b.kind == "band"]
-    boxes = [_box(b) for b in scene.boxes if b.kind != "band"]
-    parts = [*bands, *map(_line, scene.lines), *boxes, *map(_text, scene.texts)]
+    bands = [_svg_box(b) for b in scene.boxes if b.kind == "band"]
+    boxes = [_svg_box(b) for b in scene.boxes if b.kind != "band"]
+    parts = [*bands, *map(_svg_line, scene.lines), *boxes, *map(_svg_text, scene.texts)]
     size = f'width="{scene.width:g}" height="{scene.height:g}"'
     view = f'viewBox="0 0 {scene.width:g} {scene.height:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view} role="img"'
-    return "\n".join([f'{head} font-family="{FONT}" aria-label="{safe(label)}">', *parts, "</svg>"])
+    label = _escaped(label)
+    return "\n".join([f'{head} font-family="{FONT}" aria-label="{label}">', *parts, "</svg>"])
 
 
-def _box(box: Box) -> str:
-    fill, outline, dashes, ink = BOXES[box.kind]
-    dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+def _escaped(text: str) -> str:
+    return escape(clean(text), quote=True)
+
+
+def _svg_box(box: Box) -> str:
+    style = BOXES[box.kind]
+    dashes = f' stroke-dasharray="{style.dashes}"' if style.dashes else ""
     place = f'x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}"'
-    radius = 0 if box.kind == "chip" and not box.text else 5
-    colours = f'fill="{box.fill or fill}" stroke="{outline}"{dash}'
-    edges = "" if radius else ' shape-rendering="crispEdges"'  # no seams in a scale of colours
-    inside = [f'<rect {place} rx="{radius}" {colours}{edges}/>']
-    y = box.y + box.height / 2
+    colours = f'fill="{box.fill or style.fill}" stroke="{style.outline}"{dashes}'
+    edges = "" if box.radius else ' shape-rendering="crispEdges"'  # no seams in a scale of colours
+    inside = [f'<rect {place} rx="{box.radius}" {colours}{edges}/>']
     if box.text:
-        size = SMALL if box.kind in ("chip", "inserted") else TEXT
-        left = box.x + (box.width - (40 if box.note else 0)) / 2
-        inside.append(_words(left, y, box.text, size, ink, "middle"))
+        size, ink = box.text_size, style.ink
+        inside.append(_letters(box.text_x, box.middle, box.text, size, ink, "middle"))
     if box.note:
-        inside.append(_words(box.x + box.width - 8, y, box.note, SMALL, MUTED, "end", "fx-note"))
-    title = f"<title>{safe(chr(10).join(box.facts))}</title>" if box.facts else ""
+        x = box.x + box.width - 8
+        inside.append(_letters(x, box.middle, box.note, SMALL, MUTED, "end", ' class="fx-note"'))
+    title = f"<title>{_escaped(chr(10).join(box.facts))}</title>" if box.facts else ""
     return f'<g class="fx-{box.kind}">{title}{"".join(inside)}</g>'
 
 
-def _words(
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    ink: str,
-    anchor: str,
-    kind: str = "",
-    weight: str = "",
-) -> str:
-    style = f' class="{kind}"' if kind else ""
-    style += f' font-weight="{weight}"' if weight else ""
-    place = f'x="{x:g}" y="{y + 0.36 * size:g}" text-anchor="{anchor}"'  # 0.36: half a capital
-    return f'<text {place} font-size="{size:g}" fill="{ink}"{style}>{safe(text)}</text>'
-
-
-def _line(line: Line) -> str:
+def _svg_line(line: Line) -> str:
     place = f'x1="{line.x1:g}" y1="{line.y1:g}" x2="{line.x2:g}" y2="{line.y2:g}"'
     stroke = f'stroke="{line.colour or CHAIN}" stroke-width="{line.thickness:.3g}"'
     return f'<line class="fx-{line.kind}" {place} {stroke}/>'
 
 
-def _text(text: Text) -> str:
+def _svg_text(text: Text) -> str:
     size, weight, ink = TEXTS[text.kind]
-    return _words(text.x, text.y, text.text, size, ink, text.anchor, f"fx-{text.kind}", weight)
+    style = f' class="fx-{text.kind}"' + (f' font-weight="{weight}"' if weight else "")
+    return _letters(text.x, text.y, text.text, size, ink, text.anchor, style)
 
 
-_SCREEN = 96  # pixels of a scene per inch
+def _letters(
+    x: float, y: float, text: str, size: float, ink: str, anchor: str, style: str = ""
+) -> str:
+    """Return a `<text>` whose letters stand around the height `y`."""
+    base = y + 0.36 * size  # half of a capital letter
+    place = f'x="{x:g}" y="{base:g}" text-anchor="{anchor}"'
+    return f'<text {place} font-size="{size:g}" fill="{ink}"{style}>{_escaped(text)}</text>'
 
 
-_ENDS = {"start": "left", "middle": "center", "end": "right"}
+# --- as a file ------------------------------------------------------------------------------------
+
+_PIXELS_PER_INCH = 96
+_ALIGNMENTS = {"start": "left", "middle": "center", "end": "right"}  # SVG's words as matplotlib's
 
 
-def draw(
-    alignment: Alignment,
-    path: str | os.PathLike[str],
-    removed: Sequence[Collection[str]] = (),
-) -> None:
+def draw(alignment: Alignment, path: str | os.PathLike[str], removed: Removed = ()) -> None:
     """Write the picture of an alignment.
 
     Each column is a network, each band a segment. Filled boxes are layers of the network with their
@@ -462,70 +457,67 @@ def draw(
     target = require_picture(path)
     scene = lay_out(alignment, removed)
     if target.suffix == ".svg":
-        label = "alignment of " + " and ".join(alignment.names)
-        text = '<?xml version="1.0" encoding="UTF-8"?>\n' + _paper(scene, label)
-        write_text(target, text)
+        svg = svg_of(scene, description_of(alignment))
+        head, _, rest = svg.partition("\n")
+        paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
+        write_text(target, f'<?xml version="1.0" encoding="UTF-8"?>\n{head}\n{paper}\n{rest}\n')
     else:
-        _save(scene, target)
+        _draw_by_matplotlib(scene, target)
 
 
-def _paper(scene: Scene, label: str) -> str:
-    head, _, rest = render(scene, label).partition("\n")
-    return f'{head}\n<rect width="100%" height="100%" fill="#ffffff"/>\n{rest}\n'
+def description_of(alignment: Alignment) -> str:
+    """Say what the picture shows, for readers that cannot see it."""
+    return "alignment of " + " and ".join(alignment.names)
 
 
-def _save(scene: Scene, target: Path) -> None:
+def _draw_by_matplotlib(scene: Scene, target: Path) -> None:
     from matplotlib.figure import Figure  # half a second to import, so only where it is needed
 
-    figure = Figure(figsize=(scene.width / _SCREEN, scene.height / _SCREEN))
+    figure = Figure(figsize=(scene.width / _PIXELS_PER_INCH, scene.height / _PIXELS_PER_INCH))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, scene.width)
     axes.set_ylim(scene.height, 0)
     axes.axis("off")
     for line in scene.lines:
-        _draw_line(axes, line)
+        width, colour = _points(line.thickness), line.colour or CHAIN
+        axes.plot([line.x1, line.x2], [line.y1, line.y2], color=colour, linewidth=width, zorder=2)
     for box in scene.boxes:
         _draw_box(axes, box)
     for text in scene.texts:
         size, weight, ink = TEXTS[text.kind]
         style: Any = {"size": _points(size), "color": ink, "weight": weight or "normal"}
-        place: Any = {"ha": _ENDS[text.anchor], "va": "center_baseline", "zorder": 4}
-        axes.text(text.x, text.y, clean(text.text), parse_math=False, **style, **place)
+        _draw_text(axes, text.x, text.y, clean(text.text), _ALIGNMENTS[text.anchor], style)
     save_figure(figure, target, dpi=144)
-
-
-def _points(pixels: float) -> float:
-    return pixels * 72 / _SCREEN
-
-
-def _draw_line(axes: Axes, line: Line) -> None:
-    width, colour = _points(line.thickness), line.colour or CHAIN
-    axes.plot([line.x1, line.x2], [line.y1, line.y2], color=colour, linewidth=width, zorder=2)
 
 
 def _draw_box(axes: Axes, box: Box) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    fill, outline, dashes, ink = BOXES[box.kind]
-    radius = 0 if box.kind == "chip" and not box.text else 5
+    style = BOXES[box.kind]
     patch = FancyBboxPatch(
         (box.x, box.y),
         box.width,
         box.height,
-        boxstyle=f"round,pad=0,rounding_size={radius}",
-        facecolor=box.fill or fill,
-        edgecolor=outline,
+        boxstyle=f"round,pad=0,rounding_size={box.radius}",
+        facecolor=box.fill or style.fill,
+        edgecolor=style.outline,
         linewidth=_points(1),
-        linestyle="--" if dashes else "-",
+        linestyle="--" if style.dashes else "-",
         zorder=1 if box.kind == "band" else 3,
     )
     axes.add_patch(patch)
-    y = box.y + box.height / 2
-    style: Any = {"va": "center_baseline", "zorder": 4, "parse_math": False}
     if box.text:
-        size = _points(SMALL if box.kind in ("chip", "inserted") else TEXT)
-        x = box.x + (box.width - (40 if box.note else 0)) / 2
-        axes.text(x, y, clean(box.text), ha="center", size=size, color=ink, **style)
+        letters = {"size": _points(box.text_size), "color": style.ink}
+        _draw_text(axes, box.text_x, box.middle, clean(box.text), "center", letters)
     if box.note:
-        x, size = box.x + box.width - 8, _points(SMALL)
-        axes.text(x, y, box.note, ha="right", size=size, color=MUTED, **style)
+        letters = {"size": _points(SMALL), "color": MUTED}
+        _draw_text(axes, box.x + box.width - 8, box.middle, box.note, "right", letters)
+
+
+def _draw_text(axes: Axes, x: float, y: float, text: str, side: str, style: Any) -> None:
+    place: Any = {"ha": side, "va": "center_baseline", "zorder": 4}
+    axes.text(x, y, text, parse_math=False, **place, **style)
+
+
+def _points(pixels: float) -> float:
+    return pixels * 72 / _PIXELS_PER_INCH

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import write_atomically, write_text
 from ..ir import Alignment
-from ._shared import clean
+from ._shared import ALIKE, LAYER, clean, facts_of
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -29,74 +29,75 @@ def graph_of(alignment: Alignment) -> nx.DiGraph:
     import networkx as nx
 
     graph = nx.DiGraph(networks=list(alignment.names))
-    last: list[str | None] = [None] * len(alignment.names)
-    for at, segment in enumerate(alignment.segments):
-        for i in range(len(segment.slots[0])):
-            here = [_node_name(alignment, at, k, i) for k in range(len(segment.slots))]
-            for k, name in enumerate(here):
-                graph.add_node(name, **_attributes(alignment, at, k, i))
-                if last[k] is not None:
-                    graph.add_edge(last[k], name, relation="chain")
-                last[k] = name
+    previous: list[str | None] = [None] * len(alignment.names)
+    for number, segment in enumerate(alignment.segments):
+        for slot in range(len(segment.slots[0])):
+            nodes = _nodes_of(alignment, number, slot)
+            for k, node in enumerate(nodes):
+                graph.add_node(node, **_attributes(alignment, number, k, slot))
+                if previous[k] is not None:
+                    graph.add_edge(previous[k], node, relation="chain")
+                previous[k] = node
             for k, row in enumerate(segment.slots):
-                matched = None not in (row[i], segment.slots[segment.reference][i])
+                matched = None not in (row[slot], segment.slots[segment.reference][slot])
                 if k != segment.reference and matched:
-                    cost = segment.cost_of(k, i)
-                    facts = {} if cost is None else {"cost": float(cost)}
-                    graph.add_edge(here[segment.reference], here[k], relation="aligned", **facts)
+                    cost = segment.cost_of(k, slot)
+                    measured = {} if cost is None else {"cost": float(cost)}
+                    ends = nodes[segment.reference], nodes[k]
+                    graph.add_edge(*ends, relation="aligned", **measured)
     return graph
 
 
-def _node_name(alignment: Alignment, at: int, k: int, slot: int) -> str:
-    segment = alignment.segments[at]
-    name = segment.slots[k][slot]
-    if name is not None:
-        return f"{k}:{name}"
-    present = [row[slot] for row in segment.slots if row[slot] is not None]
-    beside = segment.slots[segment.reference][slot] or (present[0] if present else f"{at}.{slot}")
-    return f"{k}:+{beside}"
+def _nodes_of(alignment: Alignment, number: int, slot: int) -> list[str]:
+    """Return the names of the nodes in a slot of the segment with a number, one per network."""
+    segment = alignment.segments[number]
+    layers = [row[slot] for row in segment.slots]
+    present = [name for name in layers if name is not None]
+    beside = layers[segment.reference] or (present[0] if present else f"{number}.{slot}")
+    return [f"{k}:+{beside}" if name is None else f"{k}:{name}" for k, name in enumerate(layers)]
 
 
-def _attributes(alignment: Alignment, at: int, k: int, slot: int) -> dict[str, Any]:
-    segment = alignment.segments[at]
-    name = segment.slots[k][slot]
-    known = alignment.facts[k].get(name) if alignment.facts and name is not None else None
-    found = {"network": alignment.names[k], "index": k, "segment": at, "label": segment.label}
-    found |= {"slot": slot, "layer": name or "", "inserted": name is None}
-    if known is not None:
-        found |= {"width": known.width, "kind": known.kind, "parameters": known.parameters}
-    return found
+def _attributes(alignment: Alignment, number: int, k: int, slot: int) -> dict[str, Any]:
+    segment = alignment.segments[number]
+    layer = segment.slots[k][slot]
+    attributes = {"network": alignment.names[k], "index": k}
+    attributes |= {"segment": number, "label": segment.label, "slot": slot}
+    attributes |= {"layer": layer or "", "inserted": layer is None}
+    facts = facts_of(alignment, k, layer)
+    if facts is not None:
+        attributes |= {"width": facts.width, "kind": facts.kind, "parameters": facts.parameters}
+    return attributes
 
 
 def dot_of(alignment: Alignment) -> str:
     """Return an alignment in the DOT language, segments as clusters; Graphviz can lay it out."""
     graph = graph_of(alignment)
     lines = ["digraph alignment {", "  rankdir=TB; node [shape=box, style=filled];"]
-    for at, segment in enumerate(alignment.segments):
-        lines.append(f"  subgraph cluster_{at} {{")
+    for number, segment in enumerate(alignment.segments):
+        lines.append(f"  subgraph cluster_{number} {{")
         lines.append(f"    label={_quoted(segment.label)};")
-        for i in range(len(segment.slots[0])):
-            names = [_node_name(alignment, at, k, i) for k in range(len(segment.slots))]
-            lines += [f"    {_quoted(n)} {_style(graph.nodes[n])};" for n in names]
-            lines.append("    { rank=same; " + "; ".join(map(_quoted, names)) + "; }")
+        for slot in range(len(segment.slots[0])):
+            nodes = _nodes_of(alignment, number, slot)
+            lines += [f"    {_quoted(n)} {_dot_node(graph.nodes[n])};" for n in nodes]
+            lines.append("    { rank=same; " + "; ".join(map(_quoted, nodes)) + "; }")
         lines.append("  }")
-    for a, b, facts in graph.edges(data=True):
-        lines.append(f"  {_quoted(a)} -> {_quoted(b)}{_edge_style(facts)};")
+    for a, b, attributes in graph.edges(data=True):
+        lines.append(f"  {_quoted(a)} -> {_quoted(b)}{_dot_edge(attributes)};")
     return "\n".join([*lines, "}", ""])
 
 
-def _style(node: dict[str, Any]) -> str:
+def _dot_node(node: dict[str, Any]) -> str:
     if node["inserted"]:
         return '[label="inserted", style=dashed]'
     width = f", {node['width']}" if "width" in node else ""
-    return f'[label={_quoted(node["layer"] + width)}, fillcolor="#dce9f5"]'
+    return f'[label={_quoted(node["layer"] + width)}, fillcolor="{LAYER}"]'
 
 
-def _edge_style(facts: dict[str, Any]) -> str:
-    if facts["relation"] == "chain":
+def _dot_edge(edge: dict[str, Any]) -> str:
+    if edge["relation"] == "chain":
         return ""
-    label = f', label="{facts["cost"]:.3f}"' if "cost" in facts else ""
-    return f' [dir=none, constraint=false, color="#2668ac"{label}]'
+    label = f', label="{edge["cost"]:.3f}"' if "cost" in edge else ""
+    return f' [dir=none, constraint=false, color="{ALIKE}"{label}]'
 
 
 def _quoted(text: str) -> str:
@@ -113,7 +114,7 @@ def save_graphml(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     import networkx as nx
 
     graph = nx.relabel_nodes(graph_of(alignment), clean)
-    graph.graph["networks"] = ", ".join(clean(n) for n in alignment.names)
-    for _, facts in graph.nodes(data=True):
-        facts.update({k: clean(v) for k, v in facts.items() if isinstance(v, str)})
+    graph.graph["networks"] = ", ".join(clean(name) for name in alignment.names)
+    for _, node in graph.nodes(data=True):
+        node.update({key: clean(text) for key, text in node.items() if isinstance(text, str)})
     write_atomically(Path(path), lambda temporary: nx.write_graphml(graph, str(temporary)))

@@ -1,10 +1,4 @@
-"""One self-contained web page about a fusion: no file beside it, nothing asked of the network.
-
-Every text that comes from models, files or callers is escaped. A content policy in the page itself
-forbids whatever a browser might fetch.
-
-What a fusion did, in plain facts, and how to see them.
-"""
+"""What a fusion did, in plain facts, and how to see them."""
 
 from __future__ import annotations
 
@@ -17,11 +11,10 @@ from scipy.sparse import csr_array
 from ..errors import ArgumentError
 from ..ir import Alignment, Frozen, LayerFit
 from ..version import versions
+from ._shared import amount
 
-Accuracy = float | tuple[float, float]
-
-
-POOR = 0.5
+Accuracy = float | tuple[float, float]  # in percent; or that and the loss
+POOR = 0.5  # a layer that explains a smaller share of its target is named in the report
 
 
 @dataclass(frozen=True)
@@ -127,22 +120,21 @@ class Report:
             ArgumentError: If the coupling is not known or was too large to keep, or the ending is
                 of no known format.
         """
+        from .plots import draw_coupling
+
         lead = self.anchor if self.lead is None else self.lead
         others = (k for k in range(len(self.weights)) if k != lead)
         k = next(others, lead) if network is None else network
-        found = self.maps.get((space, k))
-        if found is None:
-            known = sorted({s for s, other in self.maps if other == k})
+        coupling = self.maps.get((space, k))
+        if coupling is None:
+            kept = sorted({name for name, other in self.maps if other == k})
             raise ArgumentError(
                 f"the coupling of '{space}' and network {k}, which is not kept",
                 where="Report.draw_coupling",
-                expected=f"one of {', '.join(known) or 'no space'}",
+                expected=f"one of {', '.join(kept) or 'no space'}",
                 do="choose one of these; of very large ones nothing is kept",
             )
-        title = f"{space}: {self.alignment.names[k]} to the fused network"
-        from .plots import draw_coupling
-
-        draw_coupling(found, path, title)
+        draw_coupling(coupling, path, f"{space}: {self.alignment.names[k]} to the fused network")
 
     def draw_fits(self, path: str | os.PathLike[str]) -> None:
         """Write a bar chart of how much of its target each refitted layer explains.
@@ -173,20 +165,19 @@ class Report:
         save_page(self, path, accuracy or {}, facts or {})
 
     def __str__(self) -> str:
-        led = self.lead not in (None, self.anchor)
-        units = f", units of network {self.lead}" if led else ""
-        lines = [f"widths of network {self.anchor}{units}, {len(self.spaces)} spaces"]
+        units = "" if self.lead in (None, self.anchor) else f", units of network {self.lead}"
+        spaces = amount(len(self.spaces), "space")
+        lines = [f"widths of network {self.anchor}{units}, {spaces}"]
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
-            told = f"mean R^2 {mean:.2f} on held-out data"
-            left = "; outputs as mixed" if self.mixed else ""
-            lines.append(f"{len(self.layers)} layers refitted, {told}{left}")
+            refitted = f"{amount(len(self.layers), 'layer')} refitted"
+            mixed = "; outputs as mixed" if self.mixed else ""
+            lines.append(f"{refitted}, mean R^2 {mean:.2f} on held-out data{mixed}")
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
         if self.poor:
-            found = (
-                "1 layer explains" if len(self.poor) == 1 else f"{len(self.poor)} layers explain"
-            )
-            lines.append(f"warning: {found} less than {POOR:g} of the target's variance:")
+            verb = "explains" if len(self.poor) == 1 else "explain"
+            layers = f"{amount(len(self.poor), 'layer')} {verb}"
+            lines.append(f"warning: {layers} less than {POOR:g} of the target's variance:")
             lines += [f"  {layer}" for layer in self.poor]
         return "\n".join(lines)

@@ -1,8 +1,4 @@
-"""Where things are in the picture of an alignment.
-
-Scenes as SVG.
-
-Pictures of alignments."""
+"""Pictures of alignments: what is where, as SVG, and as files."""
 
 import itertools
 import re
@@ -10,23 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fxfuse.errors import ArgumentError
 from fxfuse.report._shared import clean
-from fxfuse.report.alignment_picture import (
-    LETTER,
-    LONGEST,
-    SMALL,
-    TEXT,
-    clipped,
-    count_of,
-    draw,
-    lay_out,
-    render,
-    shades,
-    shortened,
-)
+from fxfuse.report.alignment_picture import LETTER_WIDTH, SMALL, TEXT, draw, lay_out, svg_of
 from tests.support.alignments import EXAMPLE, alignments, layers_of
 
 
@@ -51,10 +34,10 @@ def test_every_layer_has_one_box_and_none_overlap_or_leave_the_picture(alignment
 def test_texts_fit_into_their_boxes(alignment):
     scene = lay_out(alignment)
     for b in boxes(scene, "layer", "inserted"):
-        note = len(b.note) * SMALL * LETTER + 8 if b.note else 0
-        assert len(b.text) * TEXT * LETTER + note <= b.width
+        note = len(b.note) * SMALL * LETTER_WIDTH + 8 if b.note else 0
+        assert len(b.text) * TEXT * LETTER_WIDTH + note <= b.width
     for b in boxes(scene, "chip"):
-        assert len(b.text) * SMALL * LETTER <= b.width
+        assert len(b.text) * SMALL * LETTER_WIDTH <= b.width
 
 
 @given(alignments())
@@ -83,37 +66,12 @@ def test_boxes_tell_name_width_and_cost():
     assert "10 units, 1,000 parameters" in facts["b2"][1] and "linear, relu" in facts["b2"][1]
 
 
-def test_prefixes_are_shared_and_nothing_gets_empty():
-    a = "the.trunk.of.the.network"
-    assert shortened([f"{a}.b", f"{a}.b.c"]) == (f"{a}.", ["b", "b.c"])
-    assert shortened([f"{a}.c"]) == ("", [f"{a}.c"])
-    assert shortened([f"{a}.x1..{a}.x2", None, f"{a}.x3"]) == (f"{a}.", ["x1..x2", "", "x3"])
-    assert shortened(["stage.0", "stage.1"]) == ("", ["stage.0", "stage.1"])
-    assert shortened([None]) == ("", [""])
-
-
-@given(st.text(max_size=200))
-def test_long_names_keep_both_ends(text):
-    short = clipped(text)
-    assert len(short) <= LONGEST and short[:5] == text[:5] and short[-5:] == text[-5:]
-
-
-def test_numbers_are_short():
-    found = [count_of(n) for n in (0, 999, 999_499, 1000, 11_700_000, 2 * 10**9)]
-    assert found == ["0", "999", "999k", "1k", "11.7M", "2G"]
-
-
-@given(st.floats(-1, 2))
-def test_shades_are_colours(share):
-    assert all(len(c) == 7 and int(c[1:], 16) >= 0 for c in shades(share))
-
-
 NAMESPACE = {"s": "http://www.w3.org/2000/svg"}
 
 
 @given(alignments())
 def test_it_is_xml_and_shows_every_layer_by_its_full_name(alignment):
-    root = ElementTree.fromstring(render(lay_out(alignment), "an <alignment> & more"))
+    root = ElementTree.fromstring(svg_of(lay_out(alignment), "an <alignment> & more"))
     assert root.get("aria-label") == "an <alignment> & more"
     groups = root.findall("s:g[@class='fx-layer']", NAMESPACE)
     titles = [g.find("s:title", NAMESPACE).text.split("\n")[0] for g in groups]
@@ -122,12 +80,8 @@ def test_it_is_xml_and_shows_every_layer_by_its_full_name(alignment):
 
 @given(alignments())
 def test_it_names_nothing_to_fetch(alignment):
-    text = render(lay_out(alignment), "x")
+    text = svg_of(lay_out(alignment), "x")
     assert "href" not in text and "<image" not in text and "@import" not in text
-
-
-def test_characters_that_xml_forbids_are_replaced():
-    assert clean("a\x00b\x1f\ud800\n") == "a\ufffdb\ufffd\ufffd\n"
 
 
 def test_a_picture_shows_every_layer_the_costs_and_what_is_inserted(tmp_path):
