@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ArgumentError, PassError
-from ..graph.verify import TOLERANCE, sizes_of
+from ..graph.state import floats_of, replace_tensor, tensor_at
+from ..graph.verify import TOLERANCE
 from ..spaces.network import Network
 from .data import Calibration
 from .moments import Moments
@@ -54,12 +55,6 @@ class FoldedState:
         along = [-1 if d == dim else 1 for d in range(raw.ndim)]
         folded: np.ndarray = (raw * factor.reshape(along)).astype(raw.dtype)
         return folded
-
-
-def tensors_of(module: fx.GraphModule) -> list[tuple[str, Tensor]]:
-    """Return the floating-point parameters and buffers of a module by name."""
-    found = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, t) for name, t in found if t.is_floating_point()]
 
 
 def producers(network: Network) -> dict[str, tuple[str, int]]:
@@ -98,7 +93,7 @@ def fold(network: Network, folded: dict[str, str]) -> FoldedState:
         network: The network; not modified.
         folded: Norm node -> producer node.
     """
-    tensors = {n: t.detach().cpu().numpy() for n, t in tensors_of(network.module)}
+    tensors = {n: t.detach().cpu().numpy() for n, t in floats_of(network.module).items()}
     able, factors, scales, shifts = producers(network), {}, {}, {}
     for name, roles in network.book.norms.items():
         mean, variance = (tensors[str(roles[r])] for r in ("running_mean", "running_var"))
@@ -385,18 +380,18 @@ def write_producer(network: Network, producer: Producer, affine: Affine) -> None
             expected="a bias or a norm there, or a map without a bias",
             do="give the networks biases, or take a gate without an offset",
         )
-    _store(module, producer.weight, affine.weight.T if producer.turned else affine.weight)
+    replace_tensor(module, producer.weight, affine.weight.T if producer.turned else affine.weight)
     if producer.bias is not None:
-        _store(module, producer.bias, offset if producer.norm is None else 0 * offset)
+        replace_tensor(module, producer.bias, offset if producer.norm is None else 0 * offset)
     if producer.norm is None:
         return
     roles, one = producer.roles, torch.ones_like(offset)
     eps, plain = float(roles["eps"]), "weight" not in roles  # without an affine part
-    _store(module, str(roles["running_mean"]), -offset if plain else 0 * one)
-    _store(module, str(roles["running_var"]), one - eps if plain else one)
+    replace_tensor(module, str(roles["running_mean"]), -offset if plain else 0 * one)
+    replace_tensor(module, str(roles["running_var"]), one - eps if plain else one)
     if not plain:
-        _store(module, str(roles["weight"]), one * (1 + eps) ** 0.5)
-        _store(module, str(roles["bias"]), offset)
+        replace_tensor(module, str(roles["weight"]), one * (1 + eps) ** 0.5)
+        replace_tensor(module, str(roles["bias"]), offset)
 
 
 def restate(network: Network, producer: Producer, data: Calibration) -> None:
@@ -409,17 +404,10 @@ def restate(network: Network, producer: Producer, data: Calibration) -> None:
         moments.add(value[producer.node])
     mean, variance = (torch.as_tensor(m) for m in (moments.mean, moments.variance))
     offset = tensor_at(network.module, str(roles["bias"])).detach().double().cpu()
-    _store(network.module, str(roles["running_mean"]), mean)
-    _store(network.module, str(roles["running_var"]), variance)
-    _store(network.module, str(roles["weight"]), (variance + float(roles["eps"])).sqrt())
-    _store(network.module, str(roles["bias"]), offset + mean)
-
-
-def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer by its qualified name."""
-    owner, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(owner), leaf)
-    return found
+    replace_tensor(network.module, str(roles["running_mean"]), mean)
+    replace_tensor(network.module, str(roles["running_var"]), variance)
+    replace_tensor(network.module, str(roles["weight"]), (variance + float(roles["eps"])).sqrt())
+    replace_tensor(network.module, str(roles["bias"]), offset + mean)
 
 
 def _map(
@@ -466,15 +454,3 @@ def _folded(network: Network, affine: Affine, roles: dict[str, str | float]) -> 
 
     scale = role("weight", 1.0) / (role("running_var", 1.0) + float(roles["eps"])).sqrt()
     return affine.scaled(scale, role("bias", 0.0) - role("running_mean", 0.0) * scale)
-
-
-def _store(module: nn.Module, name: str, values: Tensor) -> None:
-    """Set a parameter or buffer, whose shape may change, and the sizes its module knows."""
-    owner, _, leaf = name.rpartition(".")
-    part, old = module.get_submodule(owner), tensor_at(module, name)
-    new = values.detach().to(old).clone()
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, old.requires_grad)
-    setattr(part, leaf, new)
-    for size, held in sizes_of(part).items():
-        setattr(part, size, held)

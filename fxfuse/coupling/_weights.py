@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..calibration.affine import fold, folds, tensors_of
+from ..calibration.affine import fold, folds
+from ..graph.state import floats_of
 from ..ir import Axis, Coupling
 from ..spaces.network import Network
 from .mixing import Mixer, apply_along, foreign_tensors
@@ -261,8 +262,8 @@ def _sum(a: Products, b: Products) -> Products:
 def _raw(network: Network) -> dict[str, np.ndarray]:
     roles = network.book.norms.values()
     statistics = {r[role] for r in roles for role in ("running_mean", "running_var")}
-    found = tensors_of(network.module)
-    return {n: t.detach().cpu().numpy() for n, t in found if n not in statistics}
+    tensors = floats_of(network.module)
+    return {n: t.detach().cpu().numpy() for n, t in tensors.items() if n not in statistics}
 
 
 def _folded(network: Network, alone: Mapping[str, str]) -> dict[str, np.ndarray]:

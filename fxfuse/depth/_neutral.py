@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from ..calibration.run import record
 from ..errors import PassError
-from ..graph.verify import sizes_of
+from ..graph.state import fill, part_at, replace_tensor, settle_sizes, tensor_at, tensors_of
 from ..ir import Layer
 from ..spaces._labels import TensorAxis
 from ..spaces.network import OPEN, Network
@@ -58,24 +58,21 @@ def resized_copy(insertion: Insertion, path: str) -> nn.Module | Tensor:
     Axes that belong to the stream the layer reads and writes take the target's width; axes inside
     a block keep the template's. Initial values do not depend on global random state.
     """
-    source = insertion.template.module
-    owner, _, leaf = path.rpartition(".")
-    found: Any = getattr(source.get_submodule(owner), leaf)
-    if isinstance(found, Tensor):
-        return _refill(found, _shape(insertion, path, found))
-    part: nn.Module = copy.deepcopy(found)
+    source = part_at(insertion.template.module, path)
+    if isinstance(source, Tensor):
+        return _refill(source, _shape(insertion, path, source))
+    assert source is not None, f"nothing is called '{path}'"
+    part = copy.deepcopy(source)
     conv = part if isinstance(part, nn.modules.conv._ConvNd) else None
     depthwise = conv is not None and conv.groups == conv.in_channels > 1
-    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+    for name, tensor in tensors_of(part).items():
         shape = _shape(insertion, f"{path}.{name}", tensor)
         if shape != tuple(tensor.shape):
-            inner, _, key = name.rpartition(".")
-            setattr(part.get_submodule(inner), key, _refill(tensor, shape))
+            replace_tensor(part, name, _refill(tensor, shape))
     if conv is not None and depthwise:
         conv.groups = conv.weight.shape[0]
     for module in part.modules():
-        for name, size in sizes_of(module).items():
-            setattr(module, name, size)
+        settle_sizes(module)
         if hasattr(module, "reset_parameters"):
             reset: Any = module.reset_parameters
             with torch.random.fork_rng(devices=[]):
@@ -221,19 +218,13 @@ def _find(units: np.ndarray, run: np.ndarray) -> int | None:
 
 def _widen(module: fx.GraphModule, place: Place, at: int, count: int, reads: bool) -> None:
     path, dim = place
-    owner, _, leaf = path.rpartition(".")
-    part = module.get_submodule(owner)
-    tensor: Tensor = getattr(part, leaf)
-    data = tensor.detach()
+    data = tensor_at(module, path).detach()
     head, tail = data.narrow(dim, 0, at), data.narrow(dim, at, data.shape[dim] - at)
     shape = [count if d == dim else n for d, n in enumerate(data.shape)]
     new = torch.zeros(shape, dtype=data.dtype, device=data.device)
     if not reads:
         new += data.mean(dim, keepdim=True)
-    wide = torch.cat([head, new, tail], dim)
-    setattr(part, leaf, nn.Parameter(wide) if isinstance(tensor, nn.Parameter) else wide)
-    for name, size in sizes_of(part).items():
-        setattr(part, name, size)
+    replace_tensor(module, path, torch.cat([head, new, tail], dim))
 
 
 def neutralise(
@@ -265,16 +256,17 @@ class _Tensors:
     """The parameters and buffers of an inserted layer, by the names they have in the template."""
 
     def __init__(self, module: fx.GraphModule, paths: dict[str, str]) -> None:
-        self.all = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.paths = paths
+        self.module, self.paths = module, paths
 
     def __getitem__(self, name: str) -> Tensor:
-        path = max((p for p in self.paths if name == p or name.startswith(p + ".")), key=len)
-        return self.all[self.paths[path] + name[len(path) :]]
+        return tensor_at(self.module, self._path(name))
 
     def fill(self, name: str, value: float | Tensor) -> None:
-        tensor = self[name]
-        tensor.data.copy_(torch.as_tensor(value).expand_as(tensor))
+        fill(self.module, self._path(name), value)
+
+    def _path(self, name: str) -> str:
+        path = max((p for p in self.paths if name == p or name.startswith(p + ".")), key=len)
+        return self.paths[path] + name[len(path) :]
 
 
 def _make_identity(insertion: Insertion, tensors: _Tensors) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._progress import counted, part
@@ -28,6 +28,7 @@ from ..calibration.run import relative_error_on
 from ..errors import ArgumentError, PairingError
 from ..graph._modes import Mode
 from ..graph.passes import graph_pass
+from ..graph.state import add_part, hide, is_hidden, part_at, tensors_of
 from ..graph.trace import run_once
 from ..graph.verify import require_equal
 from ..ir import Alignment, Layer
@@ -50,13 +51,13 @@ def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
             continue
         target = str(other.target)
         if own.op == other.op:
-            root[target] = _fetch(module, str(own.target))
+            root[target] = part_at(module, str(own.target))
             alike = origin.setdefault(target, str(own.target)) == str(own.target)
             alike &= serves.setdefault(str(own.target), target) == target
             if not alike and not isinstance(root[target], Mode):
                 raise _differs(network, shape, i, own, other)
         else:  # the same step spelled as a function: a module without weights serves as well
-            root[target] = copy.deepcopy(_fetch(shape.module, target))
+            root[target] = copy.deepcopy(part_at(shape.module, target))
     if len(nodes) != len(wanted):
         i = next((i for i, (a, b) in enumerate(zip(nodes, wanted)) if a.op != b.op), 0)
         raise _differs(network, shape, i, nodes[i], wanted[i])
@@ -65,20 +66,14 @@ def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
         _take_settings(own, node)
     module = fx.GraphModule(root, graph, type(module).__name__).eval()
     for target in root:
-        _keep_out_of_state(shape.module, module, target)
+        if is_hidden(shape.module, target):
+            hide(module, target)
     run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
     adopted = Network.of(network.name, module, network.example)
     for i, (own, other) in enumerate(zip(module.graph.nodes, wanted)):
         if describe(adopted, own) != describe(shape, other):
             raise _differs(network, shape, i, nodes[i], other)
     return adopted
-
-
-def _keep_out_of_state(known: nn.Module, module: nn.Module, path: str) -> None:
-    """Leave a buffer out of state dictionaries where the known network leaves it out."""
-    owner, _, leaf = path.rpartition(".")
-    if leaf in known.get_submodule(owner)._non_persistent_buffers_set:
-        module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
 
 
 def _take_settings(own: fx.Node, node: fx.Node) -> None:
@@ -100,11 +95,6 @@ def _setting(own: Any, known: Any) -> Any:
         ends = zip((own.start, own.stop, own.step), (known.start, known.stop, known.step))
         return slice(*(_setting(a, b) for a, b in ends))
     return known if isinstance(own, fx.Node) or isinstance(known, fx.Node) else own
-
-
-def _fetch(module: nn.Module, path: str) -> object:
-    owner, _, leaf = path.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
 
 
 def _differs(
@@ -227,33 +217,18 @@ def _copy_node(
         path = str(node.target)
         if path not in paths:
             paths[path] = _free_path(module, path)
-            _attach(module, paths[path], resized_copy(insertion, path))
+            add_part(module, paths[path], resized_copy(insertion, path))
         copied.target = paths[path]
     return copied
 
 
 def _free_path(module: fx.GraphModule, path: str) -> str:
-    taken = {p for p, _ in [*module.named_modules(), *module.named_parameters()]}
-    taken |= {p for p, _ in module.named_buffers()}
+    taken = {*dict(module.named_modules()), *tensors_of(module)}
     called = tuple(f"{n.target}." for n in module.graph.nodes if n.op == "call_module")
     free, n = path, 1
     while free in taken or free.startswith(called):
         free, n = f"{path.replace('.', '_')}_inserted{n}", n + 1
     return free
-
-
-def _attach(module: fx.GraphModule, path: str, part: nn.Module | Tensor) -> None:
-    if isinstance(part, nn.Module):
-        module.add_submodule(path, part)
-        return
-    head, _, leaf = path.rpartition(".")
-    if head and head not in dict(module.named_modules()):
-        module.add_submodule(head, nn.Module())
-    owner = module.get_submodule(head)
-    if isinstance(part, nn.Parameter):
-        owner.register_parameter(leaf, part)
-    else:
-        owner.register_buffer(leaf, part)
 
 
 @dataclass(frozen=True)

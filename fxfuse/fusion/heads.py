@@ -25,8 +25,9 @@ from torch.nn import functional
 
 from ..coupling.mixing import Mixer, apply_along
 from ..errors import ArgumentError, FuseError, PairingError
+from ..graph.state import add_part, replace_tensor, tensor_at
 from ..graph.trace import copy_modes, run_once
-from ..graph.verify import TOLERANCE, relative_error, sizes_of
+from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Spaces
 from ..spaces._solve import spaces_of
 from ..spaces.network import OPEN, Network, label_network
@@ -166,18 +167,9 @@ def folded(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
         return None
     module, matrix = copy.deepcopy(crossing.head.module), csr_array(crossing.read.T)
     for (name, dim), order in found.items():
-        own = module.get_parameter(name).detach().cpu().numpy().take(order, dim)
-        _replace(module, name, apply_along(matrix, own, dim))
+        rows = tensor_at(module, name).detach().cpu().numpy().take(order, dim)
+        replace_tensor(module, name, apply_along(matrix, rows, dim))
     return module
-
-
-def _replace(module: fx.GraphModule, name: str, values: np.ndarray) -> None:
-    owner, _, leaf = name.rpartition(".")
-    part, old = module.get_submodule(owner), module.get_parameter(name)
-    new = torch.from_numpy(np.ascontiguousarray(values)).to(old)
-    setattr(part, leaf, nn.Parameter(new, old.requires_grad))
-    for size, count in sizes_of(part).items():
-        setattr(part, size, count)
 
 
 def permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
@@ -297,7 +289,7 @@ def give_back(trunk: fx.GraphModule, value: Any) -> None:
 def mixed(trunk: fx.GraphModule, calls: list[fx.Node], matrix: Tensor, dim: int) -> fx.Node:
     """Put a constant matrix `(outputs, outputs of all heads)` behind heads, along one axis."""
     owner = str(calls[0].target).rpartition(".")[0]
-    trunk.get_submodule(owner).register_buffer("mixing", matrix)
+    add_part(trunk, f"{owner}.mixing", matrix)
     graph = trunk.graph
     with graph.inserting_before(graph.output_node()):
         joined = graph.call_function(torch.cat, (calls, dim))

@@ -24,6 +24,7 @@ from ..alignment.layers import data_graph, module_path, partition
 from ..calibration.data import Calibration
 from ..calibration.prepare import analysed
 from ..depth.deepen import check_alignment
+from ..graph.state import tensors_of
 from ..graph.trace import copy_modes, plain_modes
 from ..ir import Alignment
 from ..spaces.network import Network
@@ -104,7 +105,7 @@ def transfer(
     a, b = (analysed(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)
-    given, taken = _state(a.module), _state(moved)
+    given, taken = tensors_of(a.module), tensors_of(moved)
     for here, there in pairs:
         for old, new in _tensors(a, here, b, there, weights_only):
             with torch.no_grad():
@@ -112,10 +113,6 @@ def transfer(
     names = tuple((module_path(x), module_path(y)) for x, y in pairs)
     moved.meta["fxfuse"] = Transferred(names)
     return copy_modes(target, moved)
-
-
-def _state(module: fx.GraphModule) -> dict[str, Tensor]:
-    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def longest_chain(network: Network) -> list[fx.Node]:
@@ -155,7 +152,7 @@ def _in_order(
     """Pair contractions one by one, apart by the rank of their weights, in the target's order."""
     by_rank: list[dict[int, list[fx.Node]]] = []
     for network, chain in zip(networks, chains):
-        state = _state(network.module)
+        state = tensors_of(network.module)
         ranks = {n: state[network.book.weights[n.name][0]].dim() for n in chain}
         by_rank.append({r: [n for n in chain if ranks[n] == r] for r in set(ranks.values())})
     ours, theirs = by_rank

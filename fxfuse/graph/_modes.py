@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import copy
 import re
-from operator import attrgetter
 from os.path import commonprefix
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .state import part_at
 
 
 def path_of(node: fx.Node) -> str:
@@ -302,7 +303,7 @@ def _branch_off(shell: nn.Module, graph: fx.Graph, extra: list[fx.Node], result:
 
 def _tap(shell: nn.Module, owner: str, source: fx.Node, reader: fx.Node) -> fx.Node:
     """Insert a tap before a reader; parameters need none, no forward writes to them."""
-    if source.op == "get_attr" and isinstance(attrgetter(str(source.target))(shell), nn.Parameter):
+    if source.op == "get_attr" and isinstance(part_at(shell, str(source.target)), nn.Parameter):
         return source
     with source.graph.inserting_before(reader):
         return source.graph.call_module(_live(shell, owner, Tap), (source,))

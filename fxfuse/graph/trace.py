@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, TraceError
 from ._modes import Mode, cut_to, evaluating_part, merge
+from .state import hide, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]
 
@@ -117,10 +118,9 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
 def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
     """Keep tensors that are no state of the model, which fx makes buffers, out of the state."""
     known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    for path, part in module.named_modules():
-        prefix = f"{path}." if path else ""
-        added = {name for name in part._buffers if prefix + name not in known}
-        part._non_persistent_buffers_set |= added
+    for name, _ in module.named_buffers(remove_duplicate=False):
+        if name not in known:
+            hide(module, name)
 
 
 def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
@@ -179,17 +179,12 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model lives, the CPU if it has no tensors."""
-    first = next(iter(_tensors(model)), None)
-    return torch.device("cpu") if first is None else first[1].device
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    first = next(iter(tensors_of(model).values()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _require_finite(model: nn.Module, name: str) -> None:
-    for path, tensor in _tensors(model):
+    for path, tensor in tensors_of(model).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"{int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite",
@@ -234,7 +229,7 @@ def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
 
     One that drops paths is seldom alone, and each would cost two traces to be found.
     """
-    empty = {path: m for path, m in shell.named_modules() if next(_tensors(m), None) is None}
+    empty = {path: m for path, m in shell.named_modules() if not tensors_of(m)}
     kinds = {type(empty[path]) for path in paths & set(empty)}
     return {path for path, m in empty.items() if type(m) in kinds}
 

@@ -11,50 +11,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import NotEquivalent, PassError, TraceError
+from .state import sizes_of, tensors_of
 from .trace import Example, Interpreter, as_example, run_once, trace
 
 TOLERANCE = 1e-4  # relative, of the largest output, in float32
-
-
-_SHAPED = (nn.LayerNorm, nn.RMSNorm)
-
-
-_SIZES = {  # attribute of a torch.nn module -> the tensor and the axis whose size it repeats
-    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
-    nn.Bilinear: {
-        "out_features": ("weight", 0),
-        "in1_features": ("weight", 1),
-        "in2_features": ("weight", 2),
-    },
-    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
-    nn.GroupNorm: {"num_channels": ("weight", 0)},
-    nn.PReLU: {"num_parameters": ("weight", 0)},
-    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
-    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
-    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
-    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
-}
-
-
-def sizes_of(module: nn.Module) -> dict[str, Any]:
-    """Return the size attributes of a torch.nn module as its parameters imply them."""
-    weight: Any = getattr(module, "weight", None)
-    weight = getattr(module, "running_mean", None) if weight is None else weight
-    if isinstance(module, nn.modules.conv._ConvNd):
-        out, inner = ("in", "out") if module.transposed else ("out", "in")
-        sizes = {f"{out}_channels": weight.shape[0]}
-        return sizes | {f"{inner}_channels": weight.shape[1] * module.groups}
-    if isinstance(module, _SHAPED):
-        return {} if weight is None else {"normalized_shape": tuple(weight.shape)}
-    if getattr(module, "proj_size", 0):  # an LSTM that hands on less than it holds
-        return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
-    for kind, sizes in _SIZES.items():
-        if isinstance(module, kind):
-            held = {
-                n: weight if t == "weight" else getattr(module, t) for n, (t, _) in sizes.items()
-            }
-            return {n: held[n].shape[d] for n, (_, d) in sizes.items() if held[n] is not None}
-    return {}
 
 
 def lint(module: fx.GraphModule) -> None:
@@ -73,7 +33,7 @@ def lint(module: fx.GraphModule) -> None:
             if len(tensor) != _outputs(part):
                 raise _wrong(path, f"a {name} of {len(tensor)} values for {_outputs(part)} outputs")
     used = {str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr")}
-    for path, _ in [*module.named_parameters(), *module.named_buffers()]:
+    for path in tensors_of(module):
         if not any(path == u or path.startswith(u + ".") for u in used):
             raise _wrong(path, "nothing in the graph uses it")
 

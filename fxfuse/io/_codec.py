@@ -26,6 +26,7 @@ from torch.fx.graph import CodeGen
 
 from .._schema import read
 from ..errors import CheckpointError, FuseError, SaveError
+from ..graph.state import part_at
 from ._allowlist import (
     class_of,
     function_of,
@@ -536,8 +537,8 @@ def _target(n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any], holder
         return _function_at(n, args, kwargs)
     allowed: dict[str, Callable[[], bool]] = {
         "call_method": lambda: is_method(n.target) and len(args) > 0,
-        "call_module": lambda: isinstance(_part(holder, n.target), nn.Module),
-        "get_attr": lambda: isinstance(_part(holder, n.target), Tensor),
+        "call_module": lambda: isinstance(part_at(holder, n.target), nn.Module),
+        "get_attr": lambda: isinstance(part_at(holder, n.target), Tensor),
         "placeholder": lambda: _is_argument(n.target.removeprefix("*").removeprefix("*")),
         "output": lambda: n.target == "output" and len(args) == 1,
     }
@@ -556,16 +557,6 @@ def _function_at(
         good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])
         require(good, f"a look at an attribute that is not allowed: {str(args[1:2])[:100]}")
     return function
-
-
-def _part(module: nn.Module, path: str) -> Any:
-    """Return the module or tensor of a qualified name, looked up in nothing but their tables."""
-    owner, _, leaf = path.rpartition(".")
-    held: Any = module
-    for name in owner.split(".") if owner else []:
-        held = held._modules[name]
-    tables = (held._modules, held._parameters, held._buffers)
-    return next((table[leaf] for table in tables if leaf in table), None)
 
 
 def _at(table: list[T], place: Any) -> T:

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from .._progress import counted
-from ..calibration.affine import FoldedState, fold, folds, producers, tensors_of
+from ..calibration.affine import FoldedState, fold, folds, producers
 from ..calibration.moments import Moments
 from ..coupling.mixing import Mixer
+from ..graph.state import floats_of
 from ..spaces.network import Network
 
 
@@ -80,7 +81,7 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
 
     A bias that is put together from several tensors, or from one of another size, cannot be.
     """
-    shapes = {name: tuple(t.shape) for name, t in tensors_of(network.module)}
+    shapes = {name: tuple(t.shape) for name, t in floats_of(network.module).items()}
     found = dict.fromkeys(network.book.norms, 1)
     taken = set(folds(network).values())
     for node, (weight, dim) in producers(network).items():
@@ -111,7 +112,7 @@ def emit(
     states = [fold(n, folded) for n in mixer.balanced.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
-    for name, tensor in counted(tensors_of(module)):
+    for name, tensor in counted(floats_of(module).items()):
         if name not in norm_tensors:
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))

@@ -37,6 +37,7 @@ from ..calibration.moments import Moments
 from ..calibration.run import Bypass, Run, batch_size, working_batch
 from ..coupling.measure import measuring_batch
 from ..coupling.mixing import Mixer
+from ..graph.state import fill, floats_of, tensor_at
 from ..ir import LayerFit
 from ..spaces.network import Network
 from .emit import NormPlan, WeightPlan, outputs_to_settle
@@ -195,17 +196,17 @@ def restate_norm(
         safe = np.where(np.abs(gain) > 1e-12, gain, 1.0)
         centre, variance = centre - mean / safe, np.maximum(1.0 / safe**2 - eps, 0.0)
     else:
-        _fill(network, str(roles["weight"]), gain * np.sqrt(variance + eps))
-        _fill(network, str(roles["bias"]), mean)
-    _fill(network, str(roles["running_mean"]), centre)
-    _fill(network, str(roles["running_var"]), variance)
+        fill(network.module, str(roles["weight"]), gain * np.sqrt(variance + eps))
+        fill(network.module, str(roles["bias"]), mean)
+    fill(network.module, str(roles["running_mean"]), centre)
+    fill(network.module, str(roles["running_var"]), variance)
 
 
 def describe_norm(network: Network, roles: dict[str, str | float], found: Moments) -> None:
     """Give a norm the moments of what it reads as its statistics; its function stays."""
     if "weight" in roles:  # otherwise the statistics are the function
         parts = [
-            tensor_of(network, str(roles[name])).detach().double().cpu().numpy()
+            tensor_at(network.module, str(roles[name])).detach().double().cpu().numpy()
             for name in ("weight", "bias", "running_mean", "running_var")
         ]
         weight, bias, mean, variance = parts
@@ -228,9 +229,9 @@ def settle_weight(
     else:
         gain = gain_of(target.spread, found.spread, np.ones_like(found.spread))
         shift = target.mean - gain * found.mean
-        bias = tensor_of(network, plan.bias)
-        _fill(network, plan.bias, gain * bias.detach().double().cpu().numpy() + shift)
-    weight = tensor_of(network, plan.weight)
+        bias = tensor_at(network.module, plan.bias)
+        fill(network.module, plan.bias, gain * bias.detach().double().cpu().numpy() + shift)
+    weight = tensor_at(network.module, plan.weight)
     along = [-1 if d == plan.dim else 1 for d in range(weight.dim())]
     weight.data.mul_(torch.as_tensor(gain).to(weight).view(along))
     return gain, shift
@@ -251,17 +252,6 @@ def gain_of(wanted: np.ndarray, found: np.ndarray, default: np.ndarray) -> np.nd
     return bounded
 
 
-def tensor_of(network: Network, name: str) -> Tensor:
-    """Return a parameter or buffer by its qualified name."""
-    owner, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(network.module.get_submodule(owner), leaf)
-    return found
-
-
-def _fill(network: Network, name: str, values: np.ndarray) -> None:
-    tensor_of(network, name).data.copy_(torch.as_tensor(values))
-
-
 def moments_of(values: Sequence[Tensor], axis: int) -> Moments:
     """Return the moments of the units along an axis of batches of values."""
     moments = Moments()
@@ -272,8 +262,7 @@ def moments_of(values: Sequence[Tensor], axis: int) -> Moments:
 
 def finite(module: fx.GraphModule) -> bool:
     """Tell whether every parameter and buffer is finite."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    return all(bool(torch.isfinite(t).all()) for t in floats_of(module).values())
 
 
 def rescale(fused: Network, mixer: Mixer) -> None:
@@ -289,19 +278,20 @@ def rescale(fused: Network, mixer: Mixer) -> None:
     able = producers(base)
     for norm, node in folds(base).items():
         weight, dim = able[node]
-        tensors = [tensor_of(n, weight) for n in mixer.balanced.networks]
+        tensors = [tensor_at(n.module, weight) for n in mixer.balanced.networks]
         wanted = mixer.mix(weight, [_squares(t, dim) for t in tensors], along=dim)
-        found = _squares(tensor_of(fused, weight), dim)
+        found = _squares(tensor_at(fused.module, weight), dim)
         known = (found > 0) & (wanted > 0)
         factor = np.sqrt(np.divide(wanted, found, out=np.ones_like(found), where=known))
         roles = base.book.norms[norm]
-        mean, variance = (tensor_of(fused, str(roles[r])) for r in ("running_mean", "running_var"))
+        statistics = (str(roles[r]) for r in ("running_mean", "running_var"))
+        mean, variance = (tensor_at(fused.module, name) for name in statistics)
         eps, spread = float(roles["eps"]), variance.double().cpu().numpy()
         factor = np.maximum(factor, np.sqrt(eps / (spread + eps)))  # no variance below zero
         variance.data.copy_(torch.as_tensor(factor**2 * (spread + eps) - eps))
         mean.data.mul_(torch.as_tensor(factor).to(mean))
         for name in base.book.tensors[node]:
-            tensor, axis = tensor_of(fused, name), dim if name == weight else 0
+            tensor, axis = tensor_at(fused.module, name), dim if name == weight else 0
             along = [-1 if d == axis else 1 for d in range(tensor.dim())]
             tensor.data.mul_(torch.as_tensor(factor).to(tensor).view(along))
 

@@ -47,6 +47,7 @@ from ..calibration.least_squares import (
 from ..calibration.moments import Moments
 from ..calibration.run import Frontier, Run, Track, working_batch
 from ..coupling.mixing import Mixer
+from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
 from ._targets import Aim, Parents, Targets, aims_of
@@ -58,7 +59,6 @@ from .moments import (
     restate_norm,
     settle_norm,
     settle_weight,
-    tensor_of,
 )
 
 ROUNDING = 1e-5  # a target met but for this share of its spread is met
@@ -174,7 +174,7 @@ class Fit:
         rest = units_as_rows(left, self.producer.affine.groups)
         correction = self.regression.correct(rest, self.ridges, least)
         if correction.weight is not None:
-            weight = tensor_of(self.network, self.producer.weight)
+            weight = tensor_at(self.network.module, self.producer.weight)
             added = rows_as_weight(correction.weight, self.producer.affine)
             weight.data.add_((added.T if self.producer.turned else added).to(weight))
             if self.aim.swing or not last:
@@ -186,18 +186,18 @@ class Fit:
         return (self.task.x @ weight.to(self.task.x)).transpose(0, 1).flatten(1)
 
     def _weight(self) -> Tensor:
-        weight = tensor_of(self.network, self.producer.weight).detach()
+        weight = tensor_at(self.network.module, self.producer.weight).detach()
         return weight_as_rows(weight.T if self.producer.turned else weight, self.producer.affine)
 
     def _scale(self, gain: np.ndarray) -> None:
         """Scale the units that the contraction writes."""
-        weight = tensor_of(self.network, self.producer.weight)
+        weight = tensor_at(self.network.module, self.producer.weight)
         factor = torch.as_tensor(gain).to(weight)
         along = [1] * weight.dim()
         along[int(self.producer.turned)] = -1
         weight.data.mul_(factor.view(along))
         if self.producer.bias is not None:
-            tensor_of(self.network, self.producer.bias).data.mul_(factor)
+            tensor_at(self.network.module, self.producer.bias).data.mul_(factor)
         self.values.mul_(_row(gain, self.values))
 
     def _complete(self, wanted: Moments, mean: np.ndarray) -> None:
@@ -212,7 +212,7 @@ class Fit:
         self._scale(gain)
         if producer.bias is not None:
             shift = mean - gain * found.mean
-            bias = tensor_of(self.network, producer.bias)
+            bias = tensor_at(self.network.module, producer.bias)
             offset = self._offset() - bias.detach().double()
             bias.data.copy_(torch.as_tensor(shift).to(offset) - offset)
 
@@ -221,7 +221,7 @@ class Fit:
         moved = self.origin.double() @ self._weight().double()
         offset = moved.transpose(0, 1).flatten()
         if self.producer.bias is not None:
-            offset = offset + tensor_of(self.network, self.producer.bias).detach().double()
+            offset = offset + tensor_at(self.network.module, self.producer.bias).detach().double()
         return offset
 
     def _gain(self, wanted: Moments, found: Moments) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import part, tell
 from ..graph._modes import is_choice
+from ..graph.state import tensors_of
 from ..graph.trace import Interpreter, plain_modes, tensors_in
 from ..ir import Spaces
 from ._labels import Facts, LabelRun, Ledger, TensorAxis, varying
@@ -110,7 +111,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     """
     modes = {m: m.training for m in module.modules()}
     with plain_modes():
-        run = LabelRun([*module.named_parameters(), *module.named_buffers()])
+        run = LabelRun(tensors_of(module).items())
     module.eval()
     try:
         with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):

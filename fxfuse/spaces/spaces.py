@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..graph.state import tensors_of
 from ..graph.trace import (
     Example,
     as_example,
@@ -84,7 +85,7 @@ def rearrange(
 ) -> fx.GraphModule:
     """Move units: the place of unit `u` of space `s` takes the content of unit `order[s][u]`."""
     moved = copy_modes(module, copy.deepcopy(module))
-    for name, tensor in [*moved.named_parameters(), *moved.named_buffers()]:
+    for name, tensor in tensors_of(moved).items():
         dense = tensor.detach()
         axes = spaces.on(name)
         by_dim: dict[int, list[tuple[Space, Axis]]] = {}

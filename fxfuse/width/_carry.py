@@ -24,6 +24,7 @@ from ..calibration.affine import fold, folds
 from ..coupling.mixing import Mixer, correspond
 from ..depth.deepen import Balanced
 from ..errors import DataError, NotEquivalent, PairingError
+from ..graph.state import floats_of, tensors_of
 from ..graph.trace import device_of, run_once
 from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Coupling, Space
@@ -264,8 +265,8 @@ def carry_weights(plan: CopyPlan, maps: Couplings, module: fx.GraphModule) -> fx
     """
     mixer = replace(plan.mixer, couplings=maps)
     resized = copy.deepcopy(plan.resized.module).to(device_of(module))
-    given = dict([*module.named_parameters(), *module.named_buffers()])
-    for name, tensor in [*resized.named_parameters(), *resized.named_buffers()]:
+    given = tensors_of(module)
+    for name, tensor in tensors_of(resized).items():
         old = given[name].detach()
         if old.is_floating_point():
             in_numpy = old.dtype in (torch.float32, torch.float64)
@@ -396,8 +397,8 @@ def _precise_variant(network: Network) -> tuple[fx.GraphModule, tuple[Tensor, ..
 def _varied(module: fx.GraphModule) -> fx.GraphModule:
     """Return a copy in which noise is added to every tensor that is constant."""
     varied, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
-    for tensor in [*varied.parameters(), *varied.buffers()]:
-        if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
+    for tensor in floats_of(varied).values():
+        if tensor.numel() > 1 and tensor.min() == tensor.max():
             spread = 0.3 / max(tensor[0].numel(), 1) ** 0.5
             noise = torch.rand(tensor.shape, generator=generator) * 2 - 1
             tensor.data.add_((spread * noise).to(tensor))

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ..errors import FuseError, PassError
+from ..graph.state import replace_tensor, settle_sizes, tensors_of
 from ..graph.trace import Interpreter
-from ..graph.verify import sizes_of
 from ..ir import Axis, Space
 from ..spaces.network import Network
 
@@ -129,11 +129,10 @@ def reshaped(network: Network, sizes: dict[str, int]) -> fx.GraphModule:
         PassError: If no sizes in the graph go with these widths.
     """
     module, shapes = copy.deepcopy(network.module).eval(), shapes_at(network, sizes)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in tensors_of(module).items():
         shape = shapes[name]
         if shape != tuple(tensor.shape):
-            values = torch.full(shape, 0.01, dtype=tensor.dtype, device=tensor.device)
-            _replace(module, name, values)
+            replace_tensor(module, name, torch.full(shape, 0.01))
     for path, part in module.named_modules():
         _update_attributes(network, path, part)
     with torch.no_grad():
@@ -149,9 +148,8 @@ def shapes_at(network: Network, sizes: dict[str, int]) -> dict[str, tuple[int, .
         network: The network.
         sizes: Space name -> number of units.
     """
-    growth, module = _tensor_growth(network, sizes), network.module
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: _shape(network, name, tuple(t.shape), growth) for name, t in tensors}
+    growth, tensors = _tensor_growth(network, sizes), tensors_of(network.module)
+    return {name: _shape(network, name, tuple(t.shape), growth) for name, t in tensors.items()}
 
 
 def _tensor_growth(network: Network, sizes: dict[str, int]) -> dict[Place, int]:
@@ -190,21 +188,13 @@ def _shape(
     return tuple(new)
 
 
-def _replace(module: nn.Module, path: str, data: Tensor) -> None:
-    owner, _, leaf = path.rpartition(".")
-    part = module.get_submodule(owner)
-    old = getattr(part, leaf)
-    setattr(part, leaf, nn.Parameter(data) if isinstance(old, nn.Parameter) else data)
-
-
 def _update_attributes(network: Network, path: str, part: Any) -> None:
     """Set the attributes of a module that repeat the sizes of its tensors."""
     inputs = network.spaces.places.get((f"{path}.weight", 1), ())
     if any(axis.groups == network.spaces.sizes[axis.tensor, 1] > 1 for _, axis in inputs):
         old: Any = network.module.get_submodule(path)  # a depthwise convolution
         part.groups = part.weight.shape[0] * old.groups // old.weight.shape[0]
-    for name, size in sizes_of(part).items():
-        setattr(part, name, size)
+    settle_sizes(part)
     if isinstance(part, nn.MultiheadAttention):
         joint = part.in_proj_weight
         keys, values = (part.k_proj_weight, part.v_proj_weight) if joint is None else (joint, joint)

@@ -12,12 +12,12 @@ from fxfuse.calibration.affine import (
     exact_everywhere,
     read_producer,
     restate,
-    tensor_at,
     write_producer,
 )
 from fxfuse.calibration.data import Calibration
 from fxfuse.errors import ArgumentError, PassError
 from fxfuse.graph.passes import canonical
+from fxfuse.graph.state import tensor_at
 from fxfuse.graph.trace import trace
 from fxfuse.graph.verify import lint
 from fxfuse.spaces.network import Network
@@ -252,7 +252,7 @@ def values_until(found, name, data):
 
 
 def lint_one(part):
-    from fxfuse.graph.verify import sizes_of
+    from fxfuse.graph.state import sizes_of
 
     assert all(getattr(part, name) == size for name, size in sizes_of(part).items())
 

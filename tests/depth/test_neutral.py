@@ -11,8 +11,8 @@ import fxfuse
 from fxfuse.alignment.layers import partition
 from fxfuse.depth._neutral import Insertion, Room, _find, resized_copy
 from fxfuse.errors import PassError
+from fxfuse.graph.state import sizes_of
 from fxfuse.graph.trace import trace
-from fxfuse.graph.verify import sizes_of
 from fxfuse.spaces.network import Network
 from tests.support.nets import (
     Concat,

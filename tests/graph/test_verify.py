@@ -15,42 +15,10 @@ from fxfuse.graph.verify import (
     lint,
     relative_error,
     require_equal,
-    sizes_of,
     verify,
 )
 from tests.support.nets import NETS, build, mlp, outputs, randomise
 from tests.support.tolerances import FUNCTION
-
-LAYERS = [
-    nn.Linear(6, 3),
-    nn.Conv1d(6, 4, 3),
-    nn.Conv2d(6, 4, 3, groups=2),
-    nn.ConvTranspose2d(6, 4, 3, groups=2),
-    nn.BatchNorm1d(5),
-    nn.BatchNorm2d(5, affine=False),
-    nn.BatchNorm2d(5, track_running_stats=False),
-    nn.InstanceNorm2d(5, affine=True),
-    nn.GroupNorm(2, 6),
-    nn.LayerNorm([3, 4]),
-    nn.RMSNorm(5),
-    nn.Bilinear(3, 4, 5),
-    nn.PReLU(4),
-    nn.Embedding(5, 3),
-    nn.GRU(3, 4, 2),
-    nn.LSTM(3, 4, proj_size=2),
-    nn.LSTMCell(3, 4),
-]
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=repr)
-def test_size_attributes_of_fresh_modules_are_what_their_parameters_imply(layer):
-    sizes = sizes_of(layer)
-    assert sizes and all(getattr(layer, name) == size for name, size in sizes.items())
-
-
-def test_modules_without_parameters_have_no_sizes():
-    assert sizes_of(nn.ReLU()) == sizes_of(nn.LayerNorm(4, elementwise_affine=False)) == {}
-
 
 # --- lint: planted faults -------------------------------------------------------------------------
 

@@ -294,7 +294,7 @@ def node_of(op):
         ((*node_of("call_function"), "target"), "os.system", "function that is not allowed"),
         ((*node_of("call_function"), "target"), "torch.load", "function that is not allowed"),
         ((*node_of("call_method"), "target"), "apply_", "call_method of 'apply_'"),
-        ((*node_of("call_module"), "target"), "no.such", "'no'"),
+        ((*node_of("call_module"), "target"), "no.such", "call_module of 'no.such'"),
         ((*node_of("call_module"), "target"), "layer.weight", "call_module of"),
         ((*node_of("get_attr"), "target"), "__class__", "get_attr of '__class__'"),
         ((*node_of("placeholder"), "target"), "x=1", "placeholder of"),

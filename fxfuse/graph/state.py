@@ -1,0 +1,143 @@
+"""The state of a module by qualified name: read, filled, replaced and attached.
+
+Names are those of `state_dict`, as `layer1.0.conv1.weight`. What stands here knows how torch keeps
+state: a tensor that several modules hold stays one tensor, a parameter stays a parameter, and the
+sizes that a module repeats as attributes (`in_features`) follow its tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+_SIZES = {  # attribute of a torch.nn module -> the tensor and the axis whose size it repeats
+    nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
+    nn.Bilinear: {
+        "out_features": ("weight", 0),
+        "in1_features": ("weight", 1),
+        "in2_features": ("weight", 2),
+    },
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
+    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
+}
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters, then all buffers; one of several names goes by its first."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def floats_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point parameters and buffers."""
+    return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}
+
+
+def part_at(module: nn.Module, name: str) -> nn.Module | Tensor | None:
+    """Return the module, parameter or buffer of a name, looked up in nothing but their tables."""
+    owner, leaf = _owner(module, name)
+    tables: tuple[dict[str, Any], ...] = ()
+    if owner is not None:
+        tables = (owner._modules, owner._parameters, owner._buffers)
+    return next((table[leaf] for table in tables if leaf in table), None)
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of a name."""
+    tensor = part_at(module, name)
+    assert isinstance(tensor, Tensor), f"no tensor is called '{name}'"
+    return tensor
+
+
+def fill(module: nn.Module, name: str, values: float | np.ndarray | Tensor) -> None:
+    """Write values into a parameter or buffer, which keeps its shape, type and device."""
+    tensor_at(module, name).data.copy_(torch.as_tensor(values))
+
+
+def replace_tensor(module: nn.Module, name: str, values: np.ndarray | Tensor) -> None:
+    """Put values of any shape in the place of a parameter or buffer.
+
+    The new tensor has the type, device and `requires_grad` of the old one and all of its names, and
+    the sizes that the modules around it repeat are set anew.
+    """
+    old = tensor_at(module, name)
+    new = torch.as_tensor(values).detach().to(old).clone()
+    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for part in module.modules():
+        names = [n for table in (part._parameters, part._buffers) for n in table if table[n] is old]
+        for leaf in names:
+            setattr(part, leaf, new)
+        if names:
+            settle_sizes(part)
+
+
+def add_part(module: fx.GraphModule, name: str, part: nn.Module | Tensor) -> None:
+    """Give a module a new part, parameter or buffer; make the modules of its name if need be."""
+    if isinstance(part, nn.Module):
+        module.add_submodule(name, part)
+        return
+    path, _, leaf = name.rpartition(".")
+    if path and part_at(module, path) is None:
+        module.add_submodule(path, nn.Module())
+    owner = module.get_submodule(path)
+    if isinstance(part, nn.Parameter):
+        owner.register_parameter(leaf, part)
+    else:
+        owner.register_buffer(leaf, part)
+
+
+def is_hidden(module: nn.Module, name: str) -> bool:
+    """Tell whether a name is that of a buffer that state dictionaries leave out."""
+    owner, leaf = _owner(module, name)
+    return owner is not None and leaf in owner._non_persistent_buffers_set
+
+
+def hide(module: nn.Module, name: str) -> None:
+    """Leave a buffer out of state dictionaries."""
+    owner, leaf = _owner(module, name)
+    assert owner is not None, f"no buffer is called '{name}'"
+    owner._non_persistent_buffers_set.add(leaf)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """Return the module that holds what a name means, None if there is none; and the last name."""
+    path, _, leaf = name.rpartition(".")
+    owner: nn.Module | None = module
+    for step in path.split(".") if path else ():
+        owner = None if owner is None else owner._modules.get(step)
+    return owner, leaf
+
+
+def sizes_of(module: nn.Module) -> dict[str, Any]:
+    """Return the size attributes of a torch.nn module as its parameters imply them."""
+    weight: Any = getattr(module, "weight", None)
+    weight = getattr(module, "running_mean", None) if weight is None else weight
+    if isinstance(module, nn.modules.conv._ConvNd):
+        out, inner = ("in", "out") if module.transposed else ("out", "in")
+        sizes = {f"{out}_channels": weight.shape[0]}
+        return sizes | {f"{inner}_channels": weight.shape[1] * module.groups}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {} if weight is None else {"normalized_shape": tuple(weight.shape)}
+    if getattr(module, "proj_size", 0):  # an LSTM that hands on less than it holds
+        return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
+    for kind, sizes in _SIZES.items():
+        if isinstance(module, kind):
+            axes = {
+                size: (weight if tensor == "weight" else getattr(module, tensor), dim)
+                for size, (tensor, dim) in sizes.items()
+            }
+            return {size: t.shape[dim] for size, (t, dim) in axes.items() if t is not None}
+    return {}
+
+
+def settle_sizes(module: nn.Module) -> None:
+    """Let the size attributes of a torch.nn module say what its parameters imply."""
+    for name, size in sizes_of(module).items():
+        setattr(module, name, size)
