@@ -1,8 +1,7 @@
-"""Transport and assignment problems: a ground cost and marginals in, a plan out.
+"""Transport and assignment problems: ground costs and marginals in, a sparse plan out.
 
-A solver is an immutable object with `__call__(cost, a, b) -> plan`. Plans are sparse: an exact plan
-between `n` and `m` units has at most `n + m - 1` entries. Solvers with `soft` set spread each unit
-over many others; what must not be mixed (heads, groups) is matched exactly even so.
+A solver is an immutable object that is called as `solver(cost, a, b)`, where `a` and `b` are the
+masses of the units on both sides, and returns how much mass goes from each unit to each other one.
 
 References:
     Cuturi 2013, Sinkhorn; Chizat et al. 2018, unbalanced scaling. Difference: the regularisation is
@@ -12,7 +11,6 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,12 +20,27 @@ from scipy.sparse import csr_array
 
 from .errors import ArgumentError, SolverError
 
-Solver = Callable[[np.ndarray, np.ndarray, np.ndarray], csr_array]
+
+class Solver:
+    """What solves transport problems; derive from it for a solver of your own.
+
+    Attributes:
+        soft: Whether its plans spread each unit over many others. What must not be mixed (heads,
+            groups) is then matched by `Exact` instead.
+    """
+
+    soft: ClassVar[bool] = False
+
+    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
+        """Return the plan `(n, m)` for costs `(n, m)` and masses `a` `(n,)` and `b` `(m,)`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Exact optimal transport; the assignment solver where the plan is a permutation.
+class Exact(Solver):
+    """Exact optimal transport; where the plan is a permutation, by an assignment solver.
+
+    A plan between `n` and `m` units has at most `n + m - 1` entries.
 
     Attributes:
         iterations: Limit of the network simplex.
@@ -42,14 +55,14 @@ class Exact:
             SolverError: If the cost is not finite, the masses do not fit, or the simplex does not
                 finish.
         """
-        _require_sound(cost, a, b)
+        _require_solvable(cost, a, b)
         if len(a) == len(b) and np.ptp(a) == 0 and np.ptp(b) == 0:
             rows, columns = linear_sum_assignment(cost)
             return csr_array((a[rows], (rows, columns)), shape=cost.shape)
-        import ot  # half a second, as it imports scikit-learn: only where it is needed
+        import ot  # imported late: it imports scikit-learn, which takes half a second
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the log says what the warning says
+            warnings.simplefilter("ignore")  # the log repeats the warning
             plan, log = ot.emd(a, b, np.ascontiguousarray(cost), self.iterations, log=True)
         if log["warning"] is not None:
             raise SolverError(
@@ -62,11 +75,11 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Assignment(Solver):
     """One-to-one assignment; refuses problems whose plan is not a permutation."""
 
     def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
-        """Return the permutation of least cost, weighted by the marginals.
+        """Return the permutation of least cost, each entry the mass of a unit.
 
         Raises:
             SolverError: If the sizes differ, the marginals are not uniform, or the cost is not
@@ -77,20 +90,20 @@ class Assignment:
             raise SolverError(
                 f"{len(a)} and {len(b)} units, of masses {masses}",
                 where="the solver Assignment",
-                expected="as many units on both sides, all of the same mass",
+                expected="as many units on one side as on the other, all of the same mass",
                 do="use solvers.Exact(), which takes any marginals",
             )
         return Exact()(cost, a, b)
 
 
 @dataclass(frozen=True)
-class Sinkhorn:
-    """Entropic optimal transport: a plan softer than the exact one, by scaling in the log domain.
+class Sinkhorn(Solver):
+    """Entropic optimal transport: a plan softer than the exact one, found by stabilised scaling.
 
     Attributes:
         regularisation: Weight of the entropy, relative to the mean absolute cost.
         absolute: Take `regularisation` in the unit of the cost instead.
-        iterations: Limit of scalings.
+        iterations: Limit of scaling iterations.
         tolerance: Largest error of a marginal, relative to the mass of its unit.
 
     Example:
@@ -106,8 +119,13 @@ class Sinkhorn:
     soft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse options that no problem can be solved with."""
-        _require_positive(self, "regularisation", "iterations", "tolerance")
+        """Refuse options that are not positive."""
+        _require_positive(
+            type(self),
+            regularisation=self.regularisation,
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+        )
 
     def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
         """Return the plan `(n, m)` whose marginals are `a` `(n,)` and `b` `(m,)` up to `tolerance`.
@@ -118,11 +136,11 @@ class Sinkhorn:
         """
         import ot
 
-        _require_sound(cost, a, b)
+        _require_solvable(cost, a, b)
         weight = _in_units_of(cost, self.regularisation, self.absolute)
         accuracy = self.tolerance * min(a.min(), b.min())
         with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # what they say is checked below
+            warnings.simplefilter("ignore")  # convergence is checked below
             plan = ot.sinkhorn(
                 *(a, b, cost, weight),
                 method="sinkhorn_stabilized",
@@ -134,19 +152,19 @@ class Sinkhorn:
 
 
 @dataclass(frozen=True)
-class UnbalancedSinkhorn:
-    """Entropic transport that may leave mass behind where no partner is near.
+class UnbalancedSinkhorn(Solver):
+    """Entropic transport that may leave a unit unmatched where no partner is near.
 
-    Marginals that differ from the units' masses cost `marginals` times their Kullback-Leibler
-    divergence. A unit left with nothing takes no part: the fused unit is that of the others.
+    A plan whose marginals differ from the units' masses pays `marginals` times their
+    Kullback-Leibler divergence. A unit whose mass all stays behind has no part in the fused unit.
 
     Attributes:
         regularisation: Weight of the entropy, relative to the mean absolute cost.
-        marginals: Weight of the marginals, relative to it, too.
-        absolute: Take both in the unit of the cost instead.
-        iterations: Limit of scalings.
-        tolerance: Largest difference of a unit's mass from what its potential says, relative to
-            the mass it came with.
+        marginals: Weight of that divergence, relative to the mean absolute cost.
+        absolute: Take both weights in the unit of the cost instead.
+        iterations: Limit of scaling iterations.
+        tolerance: Largest difference between a unit's mass in the plan and the mass that its dual
+            potential implies, relative to the mass of the unit.
     """
 
     regularisation: float = 0.05
@@ -157,23 +175,29 @@ class UnbalancedSinkhorn:
     soft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse options that no problem can be solved with."""
-        _require_positive(self, "regularisation", "marginals", "iterations", "tolerance")
+        """Refuse options that are not positive."""
+        _require_positive(
+            type(self),
+            regularisation=self.regularisation,
+            marginals=self.marginals,
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+        )
 
     def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
         """Return the plan `(n, m)` between units of masses `a` `(n,)` and `b` `(m,)`.
 
         Raises:
-            SolverError: If the cost is not finite, the scaling does not settle within
-                `iterations`, or the whole mass is left behind.
+            SolverError: If the cost is not finite, the scaling does not converge within
+                `iterations`, or no unit is matched.
         """
         import ot
 
-        _require_sound(cost, a, b, balanced=False)
+        _require_solvable(cost, a, b, balanced=False)
         weights = [self.regularisation, self.marginals]
         weight, penalty = (_in_units_of(cost, w, self.absolute) for w in weights)
         with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # what they say is checked below
+            warnings.simplefilter("ignore")  # convergence is checked below
             plan, log = ot.unbalanced.sinkhorn_unbalanced(
                 *(a, b, cost, weight, penalty),
                 method="sinkhorn_translation_invariant",  # POT's stabilised one can overflow
@@ -181,16 +205,16 @@ class UnbalancedSinkhorn:
                 stopThr=1e-9,
                 log=True,
             )
-            # Of the optimum each unit's mass follows from its potential; of no other plan.
-            kept = [np.exp(-log[u] * weight / penalty) for u in ("logu", "logv")]
-            residual = _marginal_error(plan, a, b, *kept)
+            # At the optimum, and only there, the potentials imply each unit's mass in the plan.
+            shares = [np.exp(-log[u] * weight / penalty) for u in ("logu", "logv")]
+            residual = _marginal_error(plan, a, b, *shares)
         _require_converged(self, cost, residual)
         plan = _sparse(plan)
         if not plan.nnz:
             raise SolverError(
-                "a plan that leaves all mass behind",
+                "a plan that matches no unit",
                 where=_problem(cost),
-                expected="some units near enough to be coupled",
+                expected="some units near enough to each other to be matched",
                 do="raise UnbalancedSinkhorn(marginals=...), or use solvers.Sinkhorn()",
             )
         return plan
@@ -209,12 +233,20 @@ def _marginal_error(
     plan: np.ndarray,
     a: np.ndarray,
     b: np.ndarray,
-    rows: np.ndarray | float = 1.0,
-    columns: np.ndarray | float = 1.0,
+    share_a: np.ndarray | float = 1.0,
+    share_b: np.ndarray | float = 1.0,
 ) -> float:
-    """Return the largest error of a unit's mass, relative to the mass it came with."""
-    found = np.concatenate([plan.sum(1) / a - rows, plan.sum(0) / b - columns])
-    return float(np.abs(found).max())
+    """Return the largest error of a unit's mass in a plan, relative to the mass of the unit.
+
+    Args:
+        plan: `(n, m)`.
+        a: Masses `(n,)`.
+        b: Masses `(m,)`.
+        share_a: Which share of each mass in `a` the plan should hold.
+        share_b: Which share of each mass in `b` the plan should hold.
+    """
+    errors = np.concatenate([plan.sum(1) / a - share_a, plan.sum(0) / b - share_b])
+    return float(np.abs(errors).max())
 
 
 def _problem(cost: np.ndarray) -> str:
@@ -224,29 +256,30 @@ def _problem(cost: np.ndarray) -> str:
 def _require_converged(
     solver: Sinkhorn | UnbalancedSinkhorn, cost: np.ndarray, residual: float
 ) -> None:
-    if not residual <= solver.tolerance:  # not of NaN either
+    if not residual <= solver.tolerance:  # written so that NaN is refused, too
         raise SolverError(
-            f"a scaling that did not converge in {solver.iterations} iterations: residual "
-            f"{residual:.1e}, the largest marginal error relative to a unit's mass",
+            f"scaling that did not converge in {solver.iterations} iterations: marginals are off "
+            f"by up to {residual:.1e} of a unit's mass",
             where=f"{_problem(cost)}, {solver}",
             expected=f"marginals within {solver.tolerance:.1e}",
             do="raise regularisation or iterations, or use solvers.Exact()",
         )
 
 
-def _require_positive(solver: Sinkhorn | UnbalancedSinkhorn, *names: str) -> None:
-    for name in names:
-        value = getattr(solver, name)
+def _require_positive(solver: type[Solver], **options: float) -> None:
+    for name, value in options.items():
         if not (value > 0 and np.isfinite(value)):
             raise ArgumentError(
                 f"{name} {value}",
-                where=f"solvers.{type(solver).__name__}",
+                where=f"solvers.{solver.__name__}",
                 expected=f"a positive, finite {name}",
-                do=f"give {type(solver).__name__}({name}=...) another value",
+                do=f"give {solver.__name__}({name}=...) another value",
             )
 
 
-def _require_sound(cost: np.ndarray, a: np.ndarray, b: np.ndarray, balanced: bool = True) -> None:
+def _require_solvable(
+    cost: np.ndarray, a: np.ndarray, b: np.ndarray, balanced: bool = True
+) -> None:
     if not np.isfinite(cost).all():
         raise SolverError(
             "a ground cost that is NaN or infinite",
@@ -255,10 +288,11 @@ def _require_sound(cost: np.ndarray, a: np.ndarray, b: np.ndarray, balanced: boo
             do="check the activations of both networks on the calibration data",
         )
     positive = (a > 0).all() and (b > 0).all()
-    if not positive or balanced and not np.isclose(a.sum(), b.sum(), rtol=1e-9, atol=0.0):
+    same_total = np.isclose(a.sum(), b.sum(), rtol=1e-9, atol=0.0)
+    if not positive or balanced and not same_total:
         raise SolverError(
-            f"masses that are not positive, or add up to {a.sum():.6g} and {b.sum():.6g}",
+            f"masses that are not all positive, or add up to {a.sum():.6g} and {b.sum():.6g}",
             where=_problem(cost),
-            expected="positive masses, the same on both sides",
+            expected="positive masses with the same sum on both sides",
             do="divide both marginals by their sums, or use solvers.UnbalancedSinkhorn()",
         )

@@ -1,4 +1,4 @@
-"""None"""
+"""Plans: their marginals and costs, against scipy and POT; and problems that are refused."""
 
 import dataclasses
 
@@ -85,13 +85,13 @@ def test_costs_that_are_not_finite_are_refused(solver, value):
 
 
 @pytest.mark.parametrize(("n", "m", "uniform"), [(3, 4, True), (4, 3, True), (3, 3, False)])
-def test_an_assignment_refuses_what_is_none_and_names_who_takes_it(n, m, uniform):
+def test_an_assignment_refuses_other_problems_and_names_a_solver_that_takes_them(n, m, uniform):
     with pytest.raises(SolverError, match=f"{n} and {m} units") as caught:
         Assignment()(*problem(0, n, m, uniform))
     assert "Exact()" in caught.value.do
 
 
-def test_a_simplex_that_does_not_finish_says_so_and_what_to_raise():
+def test_a_simplex_that_does_not_finish_names_the_limit_to_raise():
     with pytest.raises(SolverError, match="the network simplex stopped") as caught:
         Exact(iterations=3)(*problem(0, 30, 20))
     assert "iterations" in caught.value.do
@@ -99,11 +99,11 @@ def test_a_simplex_that_does_not_finish_says_so_and_what_to_raise():
 
 
 @pytest.mark.parametrize("solver", [Exact(), *SOFT])
-def test_the_problem_is_left_as_it_was(solver):
+def test_solvers_do_not_change_their_arguments(solver):
     cost, a, b = problem(0, 4, 6, uniform=False)
-    kept = cost.copy(), a.copy(), b.copy()
+    copies = cost.copy(), a.copy(), b.copy()
     solver(cost, a, b)
-    assert all(np.array_equal(x, y) for x, y in zip(kept, (cost, a, b)))
+    assert all(np.array_equal(x, y) for x, y in zip(copies, (cost, a, b)))
 
 
 @pytest.mark.parametrize("solver", SOLVERS + SOFT)
@@ -155,30 +155,30 @@ def test_an_unbalanced_plan_beats_its_scaled_and_shaken_copies(seed, n, m, weigh
 
 @pytest.mark.parametrize("solver", SOFT)
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_a_soft_plan_does_not_depend_on_the_unit_of_the_cost_unless_told_to(solver, scale):
+def test_a_soft_plan_depends_on_the_unit_of_the_cost_only_if_absolute(solver, scale):
     cost, a, b = problem(1, 6, 5)
     plan = solver(cost, a, b).toarray()
     assert np.allclose(solver(scale * cost, a, b).toarray(), plan, atol=1e-6)
     absolute = dataclasses.replace(solver, absolute=True)
-    kept = absolute(3.0 * cost, a, b).toarray()
-    assert not np.allclose(kept, absolute(cost, a, b).toarray(), atol=1e-4)
-    given = {
+    scaled = absolute(3.0 * cost, a, b).toarray()
+    assert not np.allclose(scaled, absolute(cost, a, b).toarray(), atol=1e-4)
+    weights = {
         f: getattr(solver, f) * cost.mean()
         for f in ("regularisation", "marginals")
         if hasattr(solver, f)
     }
-    same = dataclasses.replace(absolute, **given)(cost, a, b).toarray()
+    same = dataclasses.replace(absolute, **weights)(cost, a, b).toarray()
     assert np.allclose(same, plan, atol=1e-9)
 
 
-def test_less_regularisation_comes_nearer_to_the_exact_plan():
+def test_with_less_regularisation_plans_approach_the_exact_one():
     cost, a, b = problem(2, 8, 8)
     exact = Exact()(cost, a, b).toarray()
     gaps = [np.abs(Sinkhorn(w)(cost, a, b).toarray() - exact).sum() for w in (1.0, 0.2, 0.01)]
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.2
 
 
-def test_dear_marginals_are_kept_and_cheap_ones_are_not():
+def test_the_dearer_the_marginals_the_more_mass_is_matched():
     cost, a, b = problem(3, 6, 4)
     mass = [UnbalancedSinkhorn(0.1, m)(cost, a, b).sum() for m in (0.1, 1.0, 100.0)]
     assert mass[0] < mass[1] < mass[2] and mass[2] == pytest.approx(1.0, abs=0.02)
@@ -187,7 +187,7 @@ def test_dear_marginals_are_kept_and_cheap_ones_are_not():
     assert np.allclose(dear, balanced, atol=1e-3)
 
 
-def test_a_unit_far_from_all_others_is_left_with_nothing():
+def test_a_unit_far_from_all_others_is_not_matched():
     cost = np.array([[0.0, 1.0], [1.0, 0.0], [90.0, 90.0]])
     solver = UnbalancedSinkhorn(0.5, 0.1, absolute=True)
     plan = solver(cost, np.full(3, 1 / 3), np.full(2, 1 / 2))

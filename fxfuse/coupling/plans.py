@@ -171,10 +171,9 @@ class Plans:
         No map on the reading side undoes there what a soft plan does: queries and keys meet each
         other, not a weight.
         """
-        soft = getattr(self.solver, "soft", False)
         read = any(a.reads for s in self.match.spaces[name] for a in s.axes)
         blocks = any(self._encloses(name, spaces) for spaces in self.match.spaces.values())
-        return Exact() if soft and (blocks or not read) else self.solver
+        return Exact() if self.solver.soft and (blocks or not read) else self.solver
 
     def keep(self, name: str, k: int) -> None:
         """Leave the units of a space where they are."""
