@@ -1,8 +1,9 @@
-"""Aligners: from the costs of pairs of layers to the row of each column, strictly increasing.
+"""Aligners: from the costs of pairs of layers to a strictly increasing map.
 
-An aligner is called with a matrix `(m, n)`, `m >= n`, infinite where layers never pair, and returns
-`n` rows. Whoever also says through `needs_costs(possible)` that nothing is left to decide spares a
-pass over the data. Ties go to the smallest index.
+An aligner is called with costs `(m, n)`, `m >= n`, of the layers of a deeper and a shallower
+network, infinite where two layers can never pair. It returns `n` rows: for each layer of the
+shallower network (a column) its partner in the deeper one (a row). Of equally good maps the one
+with the smallest rows is taken.
 
 References:
     Nguyen et al. (CLAFusion), Definition 1. Difference: the printed Algorithm 1 applies the
@@ -23,11 +24,25 @@ import numpy as np
 
 from ..errors import ArgumentError, PairingError
 
-Aligner = Callable[[np.ndarray], Sequence[int]]
+
+class Aligner:
+    """What aligns the layers of a segment; derive from it for an aligner of your own."""
+
+    def __call__(self, costs: np.ndarray) -> Sequence[int]:
+        """Return the row of each column of costs `(m, n)`, strictly increasing."""
+        raise NotImplementedError
+
+    def needs_costs(self, possible: np.ndarray) -> bool:
+        """Tell whether the map depends on the costs, so that they have to be measured.
+
+        Args:
+            possible: `(m, n)` whether a row and a column can pair.
+        """
+        return count_maps(possible) > 1
 
 
 @dataclass(frozen=True)
-class Monotone:
+class Monotone(Aligner):
     """The strictly increasing map of least total cost: the paper's cross-layer alignment.
 
     Attributes:
@@ -50,9 +65,9 @@ class Monotone:
             ArgumentError: If there are more columns than rows.
             PairingError: If every map has infinite cost.
         """
-        allowed = _constrain(costs, self.first, self.last)
+        allowed = _constrained(costs, self.first, self.last)
         m, n = allowed.shape
-        table = np.full((n + 1, m + 1), np.inf)
+        table = np.full((n + 1, m + 1), np.inf)  # least cost of the first columns in the first rows
         table[0] = 0.0
         for k in range(1, n + 1):
             for row in range(k, m + 1):
@@ -70,68 +85,75 @@ class Monotone:
 
     def needs_costs(self, possible: np.ndarray) -> bool:
         """Tell whether the constraints and the impossible pairs leave more than one map."""
-        return choices(possible, self.first, self.last) > 1
+        return count_maps(possible, self.first, self.last) > 1
 
 
 #: The optimum under both constraints, as the paper has it.
 monotone = Monotone()
 
-
 #: Segment-wise alignment: only the first layers are bound to each other.
 segment_wise = Monotone(last=False)
 
 
-def layer_wise(costs: np.ndarray) -> list[int]:
-    """Cut the rows into one run per column, so that every row is like the column of its run.
+@dataclass(frozen=True)
+class LayerWise(Aligner):
+    """Cuts the rows into one run per column, so that the rows of a run are like its column.
 
-    The sum of costs of all rows, each to the column of its run, is least; the first run is the
-    first row alone. A row that cannot pair with the column of its run costs as much as the worst
-    pair that can.
-
-    Args:
-        costs: `(m, n)` with `m >= n`; infinite where a pair is impossible.
-
-    Returns:
-        The last row of each run that can pair with its column.
-
-    Raises:
-        ArgumentError: If there are more columns than rows.
-        PairingError: If no cut gives every column a row.
+    Each row costs what it costs with the column of its run, and the sum over all rows is least. The
+    first run is the first row alone. A row that cannot pair with the column of its run costs as
+    much as the most expensive pair that can. A column's partner is the last row of its run that
+    can pair with it.
 
     Example:
-        >>> layer_wise(np.array([[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0]]))
+        >>> costs = [[0.1, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.0]]
+        >>> LayerWise()(np.array(costs))
         [0, 2, 3]
     """
-    possible = np.isfinite(_constrain(costs, first=True, last=False))
-    m, n = possible.shape
-    if not choices(possible):
-        raise _out_of_order(m, n)
-    end = 1 + int(np.flatnonzero(possible[:, -1])[-1])
-    spent = np.where(np.isfinite(costs), costs, np.max(costs, where=np.isfinite(costs), initial=0))
-    inside, closed = np.full((2, n + 1, end + 1), np.inf)  # the last run goes on, or may end here
-    closed[0, 0] = 0.0
-    for k in range(1, n + 1):
-        for row in range(k, end + 1):
-            before = min(inside[k, row - 1], closed[k - 1, row - 1])
-            inside[k, row] = spent[row - 1, k - 1] + before
-            closed[k, row] = inside[k, row] if possible[row - 1, k - 1] else np.inf
-    rows, row = [0] * (n - 1) + [end - 1], end
-    for k in range(n, 1, -1):
-        while inside[k, row - 1] <= closed[k - 1, row - 1]:
+
+    def __call__(self, costs: np.ndarray) -> list[int]:
+        """Return the row of each column of costs `(m, n)`.
+
+        Raises:
+            ArgumentError: If there are more columns than rows.
+            PairingError: If no cut gives every column a row.
+        """
+        possible = np.isfinite(_constrained(costs, first=True, last=False))
+        m, n = possible.shape
+        if not count_maps(possible):
+            raise _out_of_order(m, n)
+        end = 1 + int(np.flatnonzero(possible[:, -1])[-1])
+        worst = np.max(costs, where=np.isfinite(costs), initial=0)
+        spent = np.where(np.isfinite(costs), costs, worst)
+        # least cost of the first rows in the first runs: the last run goes on, or may end here
+        inside, closed = np.full((2, n + 1, end + 1), np.inf)
+        closed[0, 0] = 0.0
+        for k in range(1, n + 1):
+            for row in range(k, end + 1):
+                before = min(inside[k, row - 1], closed[k - 1, row - 1])
+                inside[k, row] = spent[row - 1, k - 1] + before
+                closed[k, row] = inside[k, row] if possible[row - 1, k - 1] else np.inf
+        rows, row = [0] * (n - 1) + [end - 1], end
+        for k in range(n, 1, -1):
+            while inside[k, row - 1] <= closed[k - 1, row - 1]:
+                row -= 1
             row -= 1
-        row -= 1
-        rows[k - 2] = row - 1
-    return rows
+            rows[k - 2] = row - 1
+        return rows
+
+
+#: Layer-wise alignment: every layer of the deeper network counts, not only those that pair.
+layer_wise = LayerWise()
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """A baseline that looks at no cost: of all maps the nearest to the rows that are wanted.
+class Nearest(Aligner):
+    """A baseline that ignores the costs: the map nearest to rows that are wanted.
 
-    Nearest is the least sum of squared distances, so that layers which never pair are avoided.
+    Nearest means the least sum of squared distances between wanted and chosen rows; layers that can
+    never pair are avoided.
 
     Attributes:
-        wanted: From the numbers of rows and columns to the row that each column wants.
+        wanted: From the numbers of rows and columns to the row that is wanted for each column.
 
     Example:
         >>> Nearest(lambda m, n: range(m - n, m))(np.ones((5, 3)))
@@ -148,8 +170,8 @@ class Nearest:
             PairingError: If every map has infinite cost.
         """
         m, n = np.shape(costs)
-        away = np.subtract.outer(np.arange(m), np.asarray(self.wanted(m, n))) ** 2
-        return Monotone(False, False)(np.where(np.isfinite(costs), away, np.inf))
+        distances = np.subtract.outer(np.arange(m), np.asarray(self.wanted(m, n))) ** 2
+        return Monotone(False, False)(np.where(np.isfinite(costs), distances, np.inf))
 
     def needs_costs(self, possible: np.ndarray) -> bool:
         """Tell that no costs are needed."""
@@ -171,20 +193,18 @@ def _head_and_tail(m: int, n: int) -> Sequence[int]:
 #: Same index, also called head, or the longest chain of heterogeneous model transfer.
 same_index = Nearest(_head)
 
-
-#: Every k-th row from the first one on, k the rounded ratio of depths.
+#: Every k-th row from the first one on, where k is the ratio of depths, rounded.
 uniform = Nearest(_evenly)
 
-
-#: The upper half of the columns at the head, the lower at the tail.
+#: The first half of the columns to the first rows, the second half to the last rows.
 head_tail = Nearest(_head_and_tail)
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Aligner):
     """A baseline that draws one of the strictly increasing maps, each with the same probability.
 
-    Matrices of one shape with the same impossible pairs get the same map.
+    Cost matrices of one shape with the same impossible pairs get the same map.
 
     Attributes:
         seed: Of the draw.
@@ -203,18 +223,18 @@ class Random:
             ArgumentError: If there are more columns than rows.
             PairingError: If every map has infinite cost.
         """
-        counts = _counts(np.isfinite(_constrain(costs, self.first, self.last)))
+        counts = _partial_counts(np.isfinite(_constrained(costs, self.first, self.last)))
         k, row = (size - 1 for size in counts.shape)
         if not counts[k, row]:
             raise _out_of_order(row, k)
-        # counts of deep networks are beyond 64 bits, which this generator does not mind
-        left = random.Random(f"{self.seed} {row} {k}").randrange(counts[k, row])
+        # Python's generator draws integers of any size; counts of deep networks exceed 64 bits
+        number = random.Random(f"{self.seed} {row} {k}").randrange(counts[k, row])
         rows = []
         while k:
-            if left < counts[k, row - 1]:
+            if number < counts[k, row - 1]:  # of the maps that leave this row out
                 row -= 1
             else:
-                left -= counts[k, row - 1]
+                number -= counts[k, row - 1]
                 k, row = k - 1, row - 1
                 rows.append(row)
         return rows[::-1]
@@ -224,36 +244,32 @@ class Random:
         return False
 
 
-def choices(possible: np.ndarray, first: bool = False, last: bool = False) -> int:
-    """Count the strictly increasing maps through pairs that are possible.
+def count_maps(possible: np.ndarray, first: bool = False, last: bool = False) -> int:
+    """Count the strictly increasing maps that use possible pairs only.
 
     Args:
         possible: `(m, n)` whether a row and a column can pair.
-        first: Count those that map the first column to the first row.
-        last: Count those that map the last column to the last row (if there are several).
+        first: Count only those that map the first column to the first row.
+        last: Count only those that map the last of several columns to the last row.
     """
-    costs = _constrain(np.where(possible, 0.0, np.inf), first, last)
-    return int(_counts(np.isfinite(costs))[-1, -1])
+    costs = _constrained(np.where(possible, 0.0, np.inf), first, last)
+    return int(_partial_counts(np.isfinite(costs))[-1, -1])
 
 
-def needs_costs(aligner: Aligner, possible: np.ndarray) -> bool:
-    """Tell whether an aligner has to see costs; one that does not say has to, given a choice."""
-    ask = getattr(aligner, "needs_costs", None)
-    return choices(possible) > 1 if ask is None else ask(possible)
-
-
-def _counts(allowed: np.ndarray) -> np.ndarray:
-    """Return `(n + 1, m + 1)`: in how many ways the first columns map into the first rows."""
+def _partial_counts(allowed: np.ndarray) -> np.ndarray:
+    """Return `(n + 1, m + 1)`: the number of maps of the first `k` columns into the first rows."""
     m, n = allowed.shape
-    table = np.zeros((n + 1, m + 1), dtype=object)
-    table[0] = 1
+    counts = np.zeros((n + 1, m + 1), dtype=object)
+    counts[0] = 1
     for k in range(1, n + 1):
         for row in range(k, m + 1):
-            table[k, row] = table[k, row - 1] + table[k - 1, row - 1] * int(allowed[row - 1, k - 1])
-    return table
+            pairs = counts[k - 1, row - 1] * int(allowed[row - 1, k - 1])
+            counts[k, row] = counts[k, row - 1] + pairs
+    return counts
 
 
-def _constrain(costs: np.ndarray, first: bool, last: bool) -> np.ndarray:
+def _constrained(costs: np.ndarray, first: bool, last: bool) -> np.ndarray:
+    """Return a copy of costs, infinite where the constraints forbid a pair."""
     allowed = np.array(costs, dtype=float)
     m, n = allowed.shape
     if m < n:
@@ -275,6 +291,6 @@ def _out_of_order(m: int, n: int) -> PairingError:
         "layers that can only pair out of order",
         where=f"a segment of {m} and {n} layers",
         expected="for each layer of the shallower network one of its kind, in order",
-        do="fuse networks of one family, bind the first and last layers less tightly, or give "
+        do="fuse networks of one family, drop a constraint on the first or last layers, or give "
         "the pairs by hand: fxfuse.align(models, data, pairs=...)",
     )

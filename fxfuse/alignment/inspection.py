@@ -16,12 +16,12 @@ from ..graph.trace import Example, plain_modes
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
 
-_WIDTH = 80  # columns of the printed form
+_WIDTH = 80  # characters of a printed line
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What the analysis found in a network, in plain facts; print it or write it as JSON.
+    """What the analysis found in a network; print it or write it as JSON.
 
     Attributes:
         name: The network's class.
@@ -49,16 +49,16 @@ class Inspection:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """The kinds of layers, numbered from 1 as they come; different ones never pair."""
+        """The kinds of layers, numbered from 1 in order; layers of different kinds never pair."""
         return {kind: i + 1 for i, kind in enumerate(dict.fromkeys(x.kind for x in self.layers))}
 
     @property
     def reasons(self) -> dict[str, tuple[Frozen, ...]]:
         """What is fixed, by the reason for it."""
-        found: dict[str, list[Frozen]] = {}
+        groups: dict[str, list[Frozen]] = {}
         for fixed in self.frozen:
-            found.setdefault(fixed.reason, []).append(fixed)
-        return {reason: tuple(group) for reason, group in found.items()}
+            groups.setdefault(fixed.reason, []).append(fixed)
+        return {reason: tuple(group) for reason, group in groups.items()}
 
     @property
     def summary(self) -> str:
@@ -101,7 +101,7 @@ class Inspection:
         return [part for line in lines for part in wrap(line, _WIDTH, subsequent_indent="  ")]
 
     def to_json(self) -> str:
-        """Return all of it as JSON.
+        """Return everything as JSON.
 
         The keys are `name`, `parameters`, `free_units`, `chain` (node names), `segments` (each
         `label`, `resolution`, and `layers` with `name`, `kind`, `block`, `width`, `nodes`),
@@ -139,7 +139,7 @@ def inspect(model: nn.Module, example: Example, *, progress: Progress | None = N
         progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
-        What was found; print it, or take its `layers`, `segments`, `spaces` and `frozen`.
+        What was found; print it, or read its `layers`, `segments`, `spaces` and `frozen`.
 
     Raises:
         TraceError: If the module cannot be traced.
@@ -149,10 +149,10 @@ def inspect(model: nn.Module, example: Example, *, progress: Progress | None = N
     Example:
         >>> import torch
         >>> net = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> found = inspect(net, torch.zeros(1, 4))
-        >>> found.chain
+        >>> inspection = inspect(net, torch.zeros(1, 4))
+        >>> inspection.chain
         ('input_1', '_0', '_1', '_2', 'output')
-        >>> [layer.name for layer in found.layers], found.spaces.free_units
+        >>> [layer.name for layer in inspection.layers], inspection.spaces.free_units
         (['0', '2'], 8)
     """
     name, clock = type(model).__name__, Clock(progress)
@@ -163,27 +163,27 @@ def inspect(model: nn.Module, example: Example, *, progress: Progress | None = N
 
 
 def shortened(kind: str) -> str:
-    """Return a kind with its middle left out where it is very long, as of recurrent layers."""
+    """Return a kind; of a very long one, as recurrent layers have, without its middle."""
     return kind if len(kind) <= 240 else f"{kind[:200]} ... {kind[-30:]}"
 
 
 def described(group: Sequence[Frozen]) -> str:
-    """Return how many units are fixed where, the first few places by name."""
+    """Return how many units are fixed on which axes, the first three by name."""
     shown = ", ".join(f"{f.count:,} of {f.tensor}[{f.dim}]" for f in group[:3])
     return shown + (f" and {len(group) - 3} more places" if len(group) > 3 else "")
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align rows in columns, the numbers in the middle to the right."""
+    """Lay rows out in columns; the numbers, in the two middle columns, are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    found = []
+    lines = []
     for row in rows:
         cells = [
             cell.rjust(n) if i in (1, 2) else cell.ljust(n)
             for i, (cell, n) in enumerate(zip(row, widths))
         ]
-        found += wrap("  ".join(cells).rstrip(), _WIDTH, subsequent_indent="    ")
-    return found
+        lines += wrap("  ".join(cells).rstrip(), _WIDTH, subsequent_indent="    ")
+    return lines
 
 
 def _segment_facts(segment: Segment) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Layer costs: how unlike two layers of different networks are.
 
-A layer cost is called with the layers of two networks (`LayerView`). It returns their costs
-`(rows, columns)` at once, or a `Meter`, which is shown the layers' pre-activations batch by batch
-before it is asked. What meters keep does not grow with the number of samples.
+A layer cost is called with the layers of two networks. It returns their costs `(rows, columns)` at
+once, or a `Meter`: this is shown the layers' pre-activations batch by batch, or their weights, and
+gives the costs at the end. What meters keep does not grow with the number of samples.
 
 References:
     Nguyen et al. 2021 (CLAFusion), sections 2.1, 3.1 and table 9: number of neurons with squared
@@ -25,48 +25,38 @@ from torch import Tensor
 from ..calibration.least_squares import products
 from ..calibration.moments import Moments, PairMoments, euclidean
 from ..errors import DataError
+from ..ir import Layer
 from ..solvers import Exact, Solver
 
 
-@dataclass(frozen=True, eq=False)
-class LayerView:
-    """What a layer cost is told of a layer.
-
-    Attributes:
-        name: Its qualified name.
-        kind: What it is made of; layers of different kinds never pair, whatever their cost.
-        width: Number of its units.
-        weights: Returns the weights that it contracts, norms folded in, as they are stored.
-    """
-
-    name: str
-    kind: str
-    width: int
-    weights: Callable[[], list[np.ndarray]]
-
-
 class Meter:
-    """What measures the layers of two networks; a base class with the usual answers.
+    """Measures the costs of the layers of two networks; derive from it for a cost of your own.
 
-    All meters of one layer cost have the same attributes and the same `reduce`.
+    All meters that one layer cost returns must have the same attributes and the same `reduce`.
 
     Attributes:
-        together: Samples of one batch, if its size matters; None if samples count one by one.
-        wanted: Number of samples after which it has seen enough, None for all.
+        of_weights: Whether it is shown the weights of the layers, once, and no data.
+        batch: Samples of one batch, if its size matters; None if samples count one by one.
+        samples: Number of samples after which it needs no more; None for all.
     """
 
-    together: int | None = None
-    wanted: int | None = None
+    of_weights: bool = False
+    batch: int | None = None
+    samples: int | None = None
 
-    def reduce(self, x: Tensor) -> Any:
-        """Return what `add` is to get of a layer's pre-activations `(samples, units, ...)`.
+    def reduce(self, x: Any) -> Any:
+        """Return what `add` needs of one layer.
 
-        It is called once per layer and batch and shared between all meters of one layer cost.
+        It is called once per layer and batch, and what it returns is handed to all meters.
+
+        Args:
+            x: Pre-activations `(samples, units, ...)` of a batch. With `of_weights`, a list of the
+                weights that the layer contracts, norms folded in, as arrays.
         """
         return x
 
     def add(self, rows: Sequence[Any], columns: Sequence[Any]) -> None:
-        """Add one batch: what `reduce` returned, of each layer of the two networks."""
+        """Add one batch, or the weights: what `reduce` returned for each layer of both networks."""
         raise NotImplementedError
 
     def costs(self) -> np.ndarray:
@@ -74,39 +64,63 @@ class Meter:
         raise NotImplementedError
 
 
-Views = Sequence[LayerView]
-
-
-LayerCost = Callable[[Views, Views], "Meter | np.ndarray"]
+LayerCost = Callable[[Sequence[Layer], Sequence[Layer]], Meter | np.ndarray]
 
 
 # --- from the layers alone ------------------------------------------------------------------------
 
 
-def neuron_counts(rows: Views, columns: Views) -> np.ndarray:
+def neuron_counts(rows: Sequence[Layer], columns: Sequence[Layer]) -> np.ndarray:
     """Squared difference of the numbers of units."""
     a, b = (np.array([x.width for x in layers], dtype=float) for layers in (rows, columns))
-    found: np.ndarray = np.subtract.outer(a, b) ** 2
-    return found
+    costs: np.ndarray = np.subtract.outer(a, b) ** 2
+    return costs
 
 
-def weight_distributions(rows: Views, columns: Views, levels: int = 1000) -> np.ndarray:
+@dataclass(frozen=True)
+class WeightDistributions:
     """Wasserstein distance between the distributions of the layers' single weights.
 
-    In one dimension it is the mean distance of quantiles, here of `levels` of them. It depends on
-    neither the order nor the number of units; norms behind the layers are folded into the weights
-    first, so that their scale means something.
+    In one dimension it is the mean distance of quantiles. It depends on neither the order nor the
+    number of units. Norms behind the layers are folded into the weights first, so that the weights
+    of different layers have a common scale.
+
+    Attributes:
+        levels: Number of quantiles that are compared.
     """
-    at = (np.arange(levels) + 0.5) / levels
-    a, b = ([_quantiles(x, at) for x in layers] for layers in (rows, columns))
-    return np.array([[np.abs(x - y).mean() for y in b] for x in a])
+
+    levels: int = 1000
+
+    def __call__(self, rows: Sequence[Layer], columns: Sequence[Layer]) -> Meter:
+        """Return what compares the layers of two networks."""
+        return _Quantiles(self.levels)
 
 
-def _quantiles(layer: LayerView, at: np.ndarray) -> np.ndarray:
-    single = np.sort(np.concatenate([w.ravel() for w in layer.weights()]).astype(np.float32))
-    places = np.arange(len(single))
-    found: np.ndarray = np.interp(at * len(single) - 0.5, places, single.astype(float))
-    return found
+#: The default: by a thousand quantiles.
+weight_distributions = WeightDistributions()
+
+
+class _Quantiles(Meter):
+    """Quantiles of the weights of every layer."""
+
+    of_weights = True
+
+    def __init__(self, levels: int) -> None:
+        self.shares = (np.arange(levels) + 0.5) / levels
+
+    def reduce(self, x: list[np.ndarray]) -> np.ndarray:
+        """Return the quantiles of all weights together."""
+        weights = np.sort(np.concatenate([w.ravel() for w in x]).astype(np.float32))
+        count = len(weights)
+        at = self.shares * count - 0.5
+        quantiles: np.ndarray = np.interp(at, np.arange(count), weights.astype(float))
+        return quantiles
+
+    def add(self, rows: Sequence[np.ndarray], columns: Sequence[np.ndarray]) -> None:
+        self.rows, self.columns = rows, columns
+
+    def costs(self) -> np.ndarray:
+        return np.array([[np.abs(a - b).mean() for b in self.columns] for a in self.rows])
 
 
 # --- linear CKA -----------------------------------------------------------------------------------
@@ -121,15 +135,15 @@ class LinearCKA:
     Attributes:
         unbiased: Estimate these products without bias (HSIC_1), so that they do not depend on the
             size of batches; otherwise one batch gives the biased estimate of the paper's code.
-        batch: Samples compared at a time; less where memory is short.
-        samples: How many of the first samples are looked at, in whole batches.
+        batch: Samples compared at a time; fewer where memory is short.
+        samples: How many of the first samples are used, in whole batches.
     """
 
     unbiased: bool = False
     batch: int = 256
     samples: int = 256
 
-    def __call__(self, rows: Views, columns: Views) -> Meter:
+    def __call__(self, rows: Sequence[Layer], columns: Sequence[Layer]) -> Meter:
         """Return what compares the layers of two networks."""
         return _Kernels(len(rows), len(columns), self)
 
@@ -148,8 +162,8 @@ def gram(x: Tensor) -> Tensor:
 def unbiased_gram(x: Tensor) -> Tensor:
     """Return a Gram matrix `(n, n)` whose inner products are HSIC_1, the unbiased estimate.
 
-    Rows of its off-diagonal sum to zero (U-centring, Szekely and Rizzo 2014); fewer than four
-    samples have no such estimate and count for nothing.
+    Rows of its off-diagonal sum to zero (U-centring, Szekely and Rizzo 2014). Fewer than four
+    samples have no such estimate; they give zeros, which add nothing.
     """
     g, n = gram(x), len(x)
     if n < 4:
@@ -166,10 +180,10 @@ class _Kernels(Meter):
 
     def __init__(self, rows: int, columns: int, cost: LinearCKA) -> None:
         self.cross = np.zeros((rows, columns))
-        self.own = np.zeros(rows), np.zeros(columns)
-        self.largest, self.least = 0, 4 if cost.unbiased else 1
-        self.together = cost.batch
-        self.wanted = cost.samples
+        self.squares = np.zeros(rows), np.zeros(columns)
+        self.largest, self.least = 0, 4 if cost.unbiased else 1  # samples of one batch
+        self.batch = cost.batch
+        self.samples = cost.samples
         self.gram = unbiased_gram if cost.unbiased else gram
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -180,8 +194,8 @@ class _Kernels(Meter):
         left = torch.stack([g.flatten() for g in rows])
         right = torch.stack([g.flatten() for g in columns])
         self.cross += (left @ right.T).cpu().numpy()
-        for own, grams in zip(self.own, (left, right)):
-            own += grams.square().sum(1).cpu().numpy()
+        for squares, grams in zip(self.squares, (left, right)):
+            squares += grams.square().sum(1).cpu().numpy()
         self.largest = max(self.largest, len(rows[0]))
 
     def costs(self) -> np.ndarray:
@@ -193,7 +207,7 @@ class _Kernels(Meter):
                 expected="at least four samples to compare at a time",
                 do="give more samples, or a larger LinearCKA(batch=...)",
             )
-        scale = np.sqrt(np.outer(*self.own))
+        scale = np.sqrt(np.outer(*self.squares))
         return 1.0 - np.divide(self.cross, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
@@ -204,9 +218,10 @@ class _Kernels(Meter):
 class Wasserstein:
     """Wasserstein distance between two layers, each a cloud of units of the same mass.
 
-    A unit is the vector of its pre-activations over samples and positions; the distance of two is
-    Euclidean, divided by the root of the number of samples, as in the scripts of the paper's code.
-    Units are compared through streamed moments: memory for the product of widths, per pair.
+    A unit is the vector of its pre-activations over samples and positions. The distance of two
+    units is Euclidean, divided by the root of the number of samples, as in the paper's code. Units
+    are compared through streamed moments, which take memory for the product of the widths of each
+    pair of layers.
 
     Attributes:
         solver: Solves the transport problem of each pair of layers.
@@ -214,7 +229,7 @@ class Wasserstein:
 
     solver: Solver = Exact()
 
-    def __call__(self, rows: Views, columns: Views) -> Meter:
+    def __call__(self, rows: Sequence[Layer], columns: Sequence[Layer]) -> Meter:
         """Return what compares the layers of two networks."""
         return _Clouds(rows, columns, self.solver)
 
@@ -222,13 +237,12 @@ class Wasserstein:
 class _Clouds(Meter):
     """Moments of the units of every layer, and cross moments of layers that can pair."""
 
-    def __init__(self, rows: Views, columns: Views, solver: Solver) -> None:
+    def __init__(self, rows: Sequence[Layer], columns: Sequence[Layer], solver: Solver) -> None:
         self.solver, self.positions = solver, 1
         self.moments = [Moments() for _ in rows], [Moments() for _ in columns]
         a, b = self.moments
-        self.shape, self.pairs = (len(rows), len(columns)), {}
-        for i, j in _comparable(rows, columns):
-            self.pairs[i, j] = PairMoments(a[i], b[j])
+        self.shape = len(rows), len(columns)
+        self.pairs = {(i, j): PairMoments(a[i], b[j]) for i, j in _of_one_kind(rows, columns)}
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return values `(units, samples, positions)`."""
@@ -241,13 +255,13 @@ class _Clouds(Meter):
             pair.add_shifted(a[i], b[j])
 
     def costs(self) -> np.ndarray:
-        found = np.full(self.shape, np.inf)
+        costs = np.full(self.shape, np.inf)
         for at, pair in self.pairs.items():
-            # moments are means over samples and positions, of which only samples are to count
+            # moments are means over samples and positions; the distance is a mean over samples only
             ground = euclidean([pair]) * np.sqrt(self.positions)
-            mass = (np.full(size, 1.0 / size) for size in ground.shape)
-            found[at] = (self.solver(ground, *mass) * ground).sum()
-        return found
+            masses = (np.full(size, 1.0 / size) for size in ground.shape)
+            costs[at] = (self.solver(ground, *masses) * ground).sum()
+        return costs
 
 
 # --- any function of two layers' pre-activations --------------------------------------------------
@@ -258,9 +272,9 @@ class OfActivations:
     """A layer cost from a plain function of the pre-activations of two layers.
 
     Attributes:
-        function: From pre-activations `(samples, units, ...)` of a row's and a column's layer, the
-            same samples in both, to how unlike the layers are.
-        samples: How many of the first samples are collected, and held, for it.
+        function: From the pre-activations `(samples, units, ...)` of two layers, on the same
+            samples, to how unlike the layers are.
+        samples: How many of the first samples are collected for it, and held.
 
     Example:
         >>> spread = OfActivations(lambda x, y: abs(x.std() - y.std()), samples=100)
@@ -269,7 +283,7 @@ class OfActivations:
     function: Callable[[Tensor, Tensor], float]
     samples: int = 200
 
-    def __call__(self, rows: Views, columns: Views) -> Meter:
+    def __call__(self, rows: Sequence[Layer], columns: Sequence[Layer]) -> Meter:
         """Return what compares the layers of two networks."""
         return _Collected(rows, columns, self)
 
@@ -277,9 +291,11 @@ class OfActivations:
 class _Collected(Meter):
     """The first samples of every layer."""
 
-    def __init__(self, rows: Views, columns: Views, cost: OfActivations) -> None:
-        self.function, self.wanted = cost.function, cost.samples
-        self.pairs, self.shape = _comparable(rows, columns), (len(rows), len(columns))
+    def __init__(
+        self, rows: Sequence[Layer], columns: Sequence[Layer], cost: OfActivations
+    ) -> None:
+        self.function, self.samples = cost.function, cost.samples
+        self.pairs, self.shape = _of_one_kind(rows, columns), (len(rows), len(columns))
         self.batches: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
 
     def add(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
@@ -287,14 +303,16 @@ class _Collected(Meter):
 
     def costs(self) -> np.ndarray:
         rows, columns = (
-            [torch.cat(parts)[: self.wanted] for parts in zip(*side)] for side in zip(*self.batches)
+            [torch.cat(parts)[: self.samples] for parts in zip(*side)]
+            for side in zip(*self.batches)
         )
-        found = np.full(self.shape, np.inf)
+        costs = np.full(self.shape, np.inf)
         for i, j in self.pairs:
-            found[i, j] = float(self.function(rows[i], columns[j]))
-        return found
+            costs[i, j] = float(self.function(rows[i], columns[j]))
+        return costs
 
 
-def _comparable(rows: Views, columns: Views) -> list[tuple[int, int]]:
-    kinds = [[x.kind for x in layers] for layers in (rows, columns)]
-    return [(i, j) for i, a in enumerate(kinds[0]) for j, b in enumerate(kinds[1]) if a == b]
+def _of_one_kind(rows: Sequence[Layer], columns: Sequence[Layer]) -> list[tuple[int, int]]:
+    """Return the rows and columns whose layers are of one kind; only these can pair."""
+    pairs = ((i, j, a, b) for i, a in enumerate(rows) for j, b in enumerate(columns))
+    return [(i, j) for i, j, a, b in pairs if a.kind == b.kind]

@@ -1,9 +1,10 @@
 """Cut a network into its chain, layers and segments, from the graph alone.
 
-The nodes that every path from input to output passes through form the chain. Between two of them
-lies nothing or a region (a block). A layer is a chain step that contracts parameters, with the norm
-and activation behind it; a segment is a maximal run of layers on one kind of tensor at one output
-resolution. The layer that writes the output is a segment of its own.
+The nodes that every path from input to output passes through form the chain. Between two
+neighbours on the chain lies either nothing or a region with parallel paths (a block). A layer is a
+step of the chain that contracts parameters, with the norm and activation behind it. A segment is a
+maximal run of layers on one kind of tensor at one output resolution. The layer that writes the
+output is a segment of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
 
 
 class _Step(NamedTuple):
+    """A step of the chain: from one node to the next, and the nodes between them."""
+
     entry: fx.Node
     region: list[fx.Node]
     exit: fx.Node
@@ -49,16 +52,17 @@ def chain_of(network: Network) -> tuple[str, ...]:
 def data_graph(network: Network) -> nx.DiGraph:
     """Return the nodes that carry data and their edges, from one source to the output.
 
-    Heads that exist in training mode only are left out: they end no path of eval mode.
+    Heads that exist in training mode only are left out, as no path of eval mode ends in them.
     """
-    graph, extra = nx.DiGraph(), only_in_training(network.module)
+    graph, training_only = nx.DiGraph(), only_in_training(network.module)
     for node in network.module.graph.nodes:
-        if node in extra:
+        if node in training_only:
             continue
         if node.op == "placeholder":
             graph.add_edge("source", node)
         elif node.op == "output" or network.carries_data(node):
-            graph.add_edges_from((n, node) for n in _evaluated(network, node) if n not in extra)
+            sources = [n for n in _evaluated(network, node) if n not in training_only]
+            graph.add_edges_from((n, node) for n in sources)
     output = next(n for n in network.module.graph.nodes if n.op == "output")
     if output not in graph or "source" not in nx.ancestors(graph, output):
         raise ModelError(
@@ -73,32 +77,32 @@ def data_graph(network: Network) -> nx.DiGraph:
 
 def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose data a node reads in eval mode."""
-    found = []
+    sources = []
     for source in network.inputs_of(node):
         if is_choice(network.module, source):
-            found += [n for n in tree_leaves(source.args[0]) if isinstance(n, fx.Node)]
+            sources += [n for n in tree_leaves(source.args[0]) if isinstance(n, fx.Node)]
         else:
-            found.append(source)
-    return found
+            sources.append(source)
+    return sources
 
 
 def _chain(network: Network) -> list[_Step]:
     graph = data_graph(network)
-    above = nx.immediate_dominators(graph, "source")
+    dominator = nx.immediate_dominators(graph, "source")
     output = next(n for n in graph if n != "source" and n.op == "output")
     chain = [output]
-    while above[chain[-1]] != "source" and above[chain[-1]] is not None:
-        chain.append(above[chain[-1]])
+    while dominator[chain[-1]] != "source" and dominator[chain[-1]] is not None:
+        chain.append(dominator[chain[-1]])
     chain.reverse()
     on_chain = set(chain)
     regions: dict[fx.Node, list[fx.Node]] = {n: [] for n in chain}
     for node in network.module.graph.nodes:
         if node in graph and node not in on_chain:
-            head = above[node]
-            while head not in on_chain and head != "source":
-                head = above[head]
-            if head != "source":
-                regions[head].append(node)
+            entry = dominator[node]
+            while entry not in on_chain and entry != "source":
+                entry = dominator[entry]
+            if entry != "source":
+                regions[entry].append(node)
     return [_Step(a, regions[a], b) for a, b in zip(chain, chain[1:])]
 
 
@@ -111,37 +115,38 @@ def _layers(network: Network) -> list[Layer]:
         if not any(n.name in network.book.weights for n in [*step.region, step.exit]):
             continue
         nodes = [*step.region, step.exit]
-        while i < len(steps) and _picks(network, steps[i]):
+        while i < len(steps) and _picks_output(network, steps[i]):
             nodes.append(steps[i].exit)
             i += 1
-        point = nodes[-1]
-        while i < len(steps) and _follows(network, steps[i]):
+        pre_activation = nodes[-1]
+        while i < len(steps) and _follows_layer(network, steps[i]):
             node = steps[i].exit
-            if point is nodes[-1] and not network.is_activation(node):
-                point = node
+            if pre_activation is nodes[-1] and not network.is_activation(node):
+                pre_activation = node
             nodes.append(node)
             i += 1
-        layers.append(_layer(network, step, nodes, point, {x.name for x in layers}))
+        taken = {x.name for x in layers}
+        layers.append(_layer(network, step, nodes, pre_activation, taken))
     return layers
 
 
-def _picks(network: Network, step: _Step) -> bool:
-    """Tell whether a step takes the one tensor that is used of the several a module returns."""
-    several = network.book.shapes.get(step.entry.name) == ()
-    return several and not step.region and step.exit.target is operator.getitem
+def _picks_output(network: Network, step: _Step) -> bool:
+    """Tell whether a step picks one of several tensors that a module returns, as of an LSTM."""
+    returns_several = network.book.shapes.get(step.entry.name) == ()
+    return returns_several and not step.region and step.exit.target is operator.getitem
 
 
-def _follows(network: Network, step: _Step) -> bool:
+def _follows_layer(network: Network, step: _Step) -> bool:
     """Tell whether a step is the norm, activation or dropout behind a layer."""
     if step.region or step.exit.op == "output":
         return False
     node, shapes = step.exit, network.book.shapes
-    fits = network.is_norm(node) or network.is_activation(node) or network.is_idle(node)
-    return fits and shapes.get(node.name) == shapes.get(step.entry.name)
+    belongs = network.is_norm(node) or network.is_activation(node) or network.is_idle(node)
+    return belongs and shapes.get(node.name) == shapes.get(step.entry.name)
 
 
 def _layer(
-    network: Network, step: _Step, nodes: list[fx.Node], point: fx.Node, taken: set[str]
+    network: Network, step: _Step, nodes: list[fx.Node], pre_activation: fx.Node, taken: set[str]
 ) -> Layer:
     shape = network.book.shapes.get(nodes[-1].name, ())
     dim = _feature_axis(network, nodes[-1], len(shape))
@@ -151,7 +156,7 @@ def _layer(
         nodes=tuple(n.name for n in nodes),
         entry=step.entry.name,
         merge=step.exit.name,
-        point=point.name,
+        point=pre_activation.name,
         producers=tuple(n.name for n in nodes if n.name in network.book.weights),
         branched=bool(step.region),
         resolution=tuple(n for d, n in enumerate(shape) if d not in (0, dim)),
@@ -168,6 +173,7 @@ def _feature_axis(network: Network, node: fx.Node, rank: int) -> int:
 
 
 def _name(network: Network, nodes: list[fx.Node], taken: set[str]) -> str:
+    """Name a layer by the module that holds its contractions, in a way that no other layer has."""
     paths = [module_path(n) for n in nodes if n.name in network.book.weights]
     common = paths[0].split(".")
     for path in paths[1:]:
@@ -190,32 +196,30 @@ def module_path(node: fx.Node) -> str:
 
 
 def describe(network: Network, node: fx.Node) -> str:
-    """Return what a node does, without widths, the same for every spelling of it."""
+    """Return which operators a node runs, without widths; the same however the code spells it."""
     return repr([step for step in network.steps(node) if step[0] != "opaque"])
 
 
 def _kind(network: Network, entry: fx.Node, nodes: list[fx.Node]) -> str:
     """Hash what a layer computes from its entry, so that equal structures have equal kinds."""
-    known = {entry: "entry"}
+    hashes = {entry: "entry"}
     for node in nodes:
-        inputs = [known.get(n, "outside") for n in network.inputs_of(node)]
+        inputs = [hashes.get(n, "outside") for n in network.inputs_of(node)]
         names = {step[1] for step in network.steps(node) if len(step) > 1}
         if names & _COMMUTATIVE:
             inputs.sort()
         text = f"{describe(network, node)}({','.join(inputs)})"
-        known[node] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{_summary(network, nodes)} [{known[nodes[-1]][:8]}]"
+        hashes[node] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{_summary(network, nodes)} [{hashes[nodes[-1]][:8]}]"
 
 
 def _summary(network: Network, nodes: list[fx.Node]) -> str:
+    """Name the operators of nodes, as "conv3x3, batch_norm, relu"."""
     words = []
     for step in (s for n in nodes for s in network.steps(n)):
         if step[0] == "convolution":
-            words.append(
-                "conv"
-                + "x".join(map(str, step[1]))
-                + ("" if step[-1] == "dense" else f" {step[-1]}")
-            )
+            kernel, grouping = "x".join(map(str, step[1])), step[-1]
+            words.append(f"conv{kernel}" + ("" if grouping == "dense" else f" {grouping}"))
         elif step[0] in ("matmul", "linear"):
             words.append("linear")
         elif step[0] not in ("opaque", "move", "constant"):

@@ -1,4 +1,4 @@
-"""."""
+"""Alignment of networks: segments that pair, maps that are planted, pairs by hand."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.alignment.align import align_networks, pair_segments
+from fxfuse.alignment._pairing import pair_segments
+from fxfuse.alignment.align import align_networks
 from fxfuse.alignment.aligners import (
+    Aligner,
     Random,
     head_tail,
     layer_wise,
@@ -39,18 +41,37 @@ from tests.support.references import direct_cka
 from tests.support.tolerances import STATISTIC
 
 FEW_IMAGES = torch.randn(2, 3, 8, 8)
+VECTORS, IMAGES_OF_EIGHT = torch.randn(40, 6), torch.randn(24, 3, 8, 8)
+
+
+def networks(*nets, data=VECTORS):
+    models = [randomise(net, seed) for seed, net in enumerate(nets)]
+    return [Network.of(f"net {i}", trace(m), (data[:2],)) for i, m in enumerate(models)]
+
+
+def aligned(*nets, data=VECTORS, **options):
+    return align_networks(networks(*nets, data=data), Calibration(data), **options)
+
+
+class Rows(Aligner):
+    """Chooses rows whatever the costs are."""
+
+    def __init__(self, *rows):
+        self.rows = list(rows)
+
+    def __call__(self, costs):
+        return self.rows
 
 
 def paired(*nets):
-    models = [randomise(net, seed) for seed, net in enumerate(nets)]
-    found = [Network.of(f"net {i}", trace(n), (FEW_IMAGES,)) for i, n in enumerate(models)]
-    return pair_segments(found, [partition(n) for n in found])
+    traced = networks(*nets, data=FEW_IMAGES)
+    return [group.segments for group in pair_segments(traced, [partition(n) for n in traced])]
 
 
 def test_a_stem_and_a_stage_pair_as_segments_of_their_own():
     names = [
-        [[x.name for x in s.layers] for s in one]
-        for one in paired(residual((6, 3)), residual((6, 1)))
+        [[x.name for x in s.layers] for s in segments]
+        for segments in paired(residual((6, 3)), residual((6, 1)))
     ]
     assert names == [
         [["0.0"], ["0.0"]],
@@ -59,10 +80,10 @@ def test_a_stem_and_a_stage_pair_as_segments_of_their_own():
     ]
 
 
-def test_runs_that_differ_stay_one_segment():
+def test_segments_that_alternate_differently_are_not_split():
     a = nn.Sequential(conv(3, 6), Residual(6, 6), conv(6, 6), Pooled(6, 3))
     b = nn.Sequential(conv(3, 6), Residual(6, 6), Pooled(6, 3))
-    assert [len(one[0].layers) for one in paired(a, b)] == [3, 1]
+    assert [len(first.layers) for first, _ in paired(a, b)] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +96,7 @@ def test_runs_that_differ_stay_one_segment():
         (lambda: stages([4], norm=True), lambda: stages([4], norm=False), 1),
     ],
 )
-def test_networks_that_do_not_pair_are_shown_side_by_side_from_the_first_difference(a, b, segment):
+def test_networks_that_do_not_pair_are_listed_side_by_side_with_the_first_difference(a, b, segment):
     with pytest.raises(PairingError) as caught:
         paired(a(), b())
     error = caught.value
@@ -116,20 +137,8 @@ def test_plain_layers_do_not_pair_with_blocks():
         paired(residual((4, 2), stem=4), stages([4, 4, 4]))
 
 
-VECTORS, IMAGES_OF_EIGHT = torch.randn(40, 6), torch.randn(24, 3, 8, 8)
-
-
-def networks(*nets, data=VECTORS):
-    found = [randomise(net, seed) for seed, net in enumerate(nets)]
-    return [Network.of(f"net {i}", trace(n), (data[:2],)) for i, n in enumerate(found)]
-
-
-def aligned(*nets, data=VECTORS, **options):
-    return align_networks(networks(*nets, data=data), Calibration(data), **options)
-
-
 def with_identities(shallow, behind):
-    """A network with identity layers put behind some hidden layers; and where the others went."""
+    """Put identity layers behind some hidden layers; return also where the others are now."""
     parts, planted, layers = [], [], 0
     for i, layer in enumerate(shallow):
         parts.append(layer)
@@ -152,8 +161,7 @@ def test_a_planted_alignment_is_found(behind, seed):
     nets = [Network.of(n, trace(m), (VECTORS[:2],)) for n, m in (("a", deep), ("b", shallow))]
     alignment = align_networks(nets, Calibration(VECTORS))
     hidden = alignment.segments[0]
-    found = [hidden.slots[0].index(a) for a, _ in alignment.pairs[0]]
-    assert found == planted
+    assert [hidden.slots[0].index(a) for a, _ in alignment.pairs[0]] == planted
     costs = [hidden.cost_of(1, row) for row in planted]
     assert costs == pytest.approx([0.0] * len(costs), abs=1e-5)
 
@@ -170,7 +178,7 @@ def test_costs_are_one_minus_cka_of_pre_activations():
     assert alignment.segments[0].costs[0] is None, "the reference is not measured against itself"
 
 
-def test_slots_hold_every_layer_once_and_gaps_where_there_is_none():
+def test_slots_hold_every_layer_once_and_none_elsewhere():
     alignment = aligned(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 3))
     hidden, last = alignment.segments
     assert hidden.reference == 0 and hidden.slots[0] == ("0", "2", "4", "6")
@@ -180,7 +188,7 @@ def test_slots_hold_every_layer_once_and_gaps_where_there_is_none():
     assert alignment.names == ("net 0", "net 1")
 
 
-def test_each_segment_follows_the_network_that_is_deeper_there():
+def test_the_reference_of_a_segment_is_the_network_that_is_deeper_there():
     alignment = aligned(stages([4, 4, 4], [5]), stages([4], [5, 5]), data=IMAGES_OF_EIGHT)
     assert [s.reference for s in alignment.segments] == [0, 1, 0]
     assert alignment.pairs == [
@@ -195,7 +203,7 @@ def test_a_segment_of_one_layer_pairs_it_with_the_first():
     assert alignment.pairs[0] == [("0", "0")]
 
 
-def test_three_networks_fall_into_one_set_of_slots():
+def test_three_networks_share_the_slots_of_the_deepest():
     alignment = aligned(mlp(6, 5, 5, 3), mlp(6, 8, 8, 8, 8, 3), mlp(6, 7, 3))
     hidden = alignment.segments[0]
     assert hidden.reference == 1
@@ -222,9 +230,9 @@ def test_blocks_of_different_kinds_never_pair():
     assert np.isinf(costs[0, 1]) and np.isfinite(costs[0, 0])
 
 
-def test_where_the_constraints_decide_costs_are_measured_only_if_asked_for():
+def test_where_the_constraints_decide_costs_are_measured_only_on_demand():
     nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
-    quick = align_networks(nets, Calibration(VECTORS), measure_forced=False)
+    quick = align_networks(nets, Calibration(VECTORS), measure_all=False)
     full = align_networks(nets, Calibration(VECTORS))
     assert quick.pairs == full.pairs
     assert quick.segments[0].costs == (None, None)
@@ -233,7 +241,7 @@ def test_where_the_constraints_decide_costs_are_measured_only_if_asked_for():
 
 def test_the_aligner_decides():
     nets = networks(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 3))
-    chain = align_networks(nets, Calibration(VECTORS), lambda costs: list(range(costs.shape[1])))
+    chain = align_networks(nets, Calibration(VECTORS), same_index)
     assert chain.pairs[0] == [("0", "0"), ("2", "2")]
     assert align_networks(nets, Calibration(VECTORS)).pairs[0] == [("0", "0"), ("6", "2")]
 
@@ -241,15 +249,19 @@ def test_the_aligner_decides():
 @pytest.mark.parametrize("rows", [[0], [0, 4], [2, 1], [1, 1], [-1, 2], [0, 1, 2]])
 def test_an_aligner_that_gives_no_map_is_refused(rows):
     with pytest.raises(ArgumentError, match="for 4 and 2 layers") as caught:
-        aligned(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 3), aligner=lambda costs: rows)
+        aligned(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 3), aligner=Rows(*rows))
     assert caught.value.where.startswith("the aligner")
 
 
 def test_an_aligner_that_pairs_different_kinds_is_refused():
     with pytest.raises(ArgumentError, match="layers"):
-        aligned(
-            Tokens(depth=3), Tokens(depth=2), data=IMAGES_OF_EIGHT, aligner=lambda c: [0, 1, 2, 4]
-        )
+        aligned(Tokens(depth=3), Tokens(depth=2), data=IMAGES_OF_EIGHT, aligner=Rows(0, 1, 2, 4))
+
+
+def test_a_function_is_no_aligner_and_the_error_says_what_is():
+    with pytest.raises(ArgumentError, match="an aligner of type function") as caught:
+        aligned(mlp(6, 8, 8, 3), mlp(6, 5, 3), aligner=lambda costs: [0])
+    assert "fxfuse.alignment.Aligner" in caught.value.do
 
 
 EVERY = [monotone, segment_wise, layer_wise, same_index, uniform, head_tail, Random(1)]
@@ -262,34 +274,34 @@ def test_every_aligner_pairs_attention_with_attention(aligner):
         assert a.rpartition(".")[2] == b.rpartition(".")[2]
 
 
-def test_costs_are_measured_for_every_aligner_that_looks_at_them():
-    """Two layers of three: bound at both ends there is no choice, bound at the first there is."""
+def test_costs_are_measured_for_every_aligner_that_needs_them():
+    """Two of three layers: bound at both ends there is no choice, bound at the first there is."""
     nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
     for aligner, measured in [(monotone, False), (segment_wise, True), (layer_wise, True)]:
-        found = align_networks(nets, Calibration(VECTORS), aligner, measure_forced=False)
+        quick = align_networks(nets, Calibration(VECTORS), aligner, measure_all=False)
         full = align_networks(nets, Calibration(VECTORS), aligner)
-        assert found.pairs == full.pairs
-        assert (found.segments[0].costs[1] is not None) == measured
+        assert quick.pairs == full.pairs
+        assert (quick.segments[0].costs[1] is not None) == measured
     for baseline in (same_index, Random()):
-        found = align_networks(nets, Calibration(VECTORS), baseline, measure_forced=False)
-        assert found.segments[0].costs == (None, None)
+        quick = align_networks(nets, Calibration(VECTORS), baseline, measure_all=False)
+        assert quick.segments[0].costs == (None, None)
 
 
 def test_the_layer_cost_decides():
     nets = networks(mlp(6, 9, 4, 5, 9, 3), mlp(6, 9, 5, 9, 3))
-    found = align_networks(nets, Calibration(VECTORS), layer_cost=neuron_counts)
-    assert found.pairs[0] == [("0", "0"), ("4", "2"), ("6", "4")]
-    assert found.segments[0].costs[1][1] == (25.0, 1.0, 25.0)
-    against = align_networks(
+    nearest = align_networks(nets, Calibration(VECTORS), layer_cost=neuron_counts)
+    assert nearest.pairs[0] == [("0", "0"), ("4", "2"), ("6", "4")]
+    assert nearest.segments[0].costs[1][1] == (25.0, 1.0, 25.0)
+    farthest = align_networks(
         nets, Calibration(VECTORS), layer_cost=lambda *sides: -neuron_counts(*sides)
     )
-    assert against.pairs[0] == [("0", "0"), ("2", "2"), ("6", "4")]
+    assert farthest.pairs[0] == [("0", "0"), ("2", "2"), ("6", "4")]
 
 
-def test_data_decide():
+def test_the_data_decide():
     nets = networks(mlp(6, *[8] * 8, 3), mlp(6, *[5] * 4, 3))
-    found = {str(align_networks(nets, Calibration(VECTORS[i : i + 10]))) for i in range(0, 40, 10)}
-    assert len(found) == 4
+    parts = [Calibration(part) for part in VECTORS.split(10)]
+    assert len({str(align_networks(nets, part)) for part in parts}) == 4
 
 
 def test_activations_that_are_not_finite_name_layer_and_network():
@@ -308,7 +320,7 @@ def by_hand(*pairs, deep=(8, 8, 8, 8), shallow=(5, 5)):
     return aligned(mlp(6, *deep, 3), mlp(6, *shallow, 3), pairs=pairs)
 
 
-def test_pairs_by_hand_are_taken_and_the_rest_is_aligned():
+def test_pairs_by_hand_are_kept_and_the_other_segments_aligned():
     given = [("2", "0"), ("4", "2")]
     alignment = by_hand(given)
     assert alignment.pairs == [given, [("8", "4")]]
@@ -318,10 +330,11 @@ def test_pairs_by_hand_are_taken_and_the_rest_is_aligned():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_pairs_of_an_alignment_give_it_back(seed):
+def test_the_pairs_of_an_alignment_give_the_same_alignment(seed):
     nets = networks(stages([4] * 3, [5]), stages([3], [4] * 3), data=IMAGES_OF_EIGHT)
-    found = align_networks(nets, Calibration(IMAGES_OF_EIGHT), Random(seed, first=False))
-    assert align_networks(nets, Calibration(IMAGES_OF_EIGHT), pairs=found.pairs) == found
+    data = Calibration(IMAGES_OF_EIGHT)
+    alignment = align_networks(nets, data, Random(seed, first=False))
+    assert align_networks(nets, data, pairs=alignment.pairs) == alignment
 
 
 def test_networks_align_and_fuse_as_they_are_paired_by_hand():
@@ -345,7 +358,7 @@ def test_networks_align_and_fuse_as_they_are_paired_by_hand():
         ([("4", "0"), ("4", "2")], "out of order"),
     ],
 )
-def test_pairs_by_hand_that_are_no_map_are_refused(pairs, fault):
+def test_pairs_by_hand_that_are_no_increasing_map_are_refused(pairs, fault):
     with pytest.raises(ArgumentError, match=fault) as caught:
         by_hand(pairs)
     assert caught.value.where == "the argument `pairs`, segment 1 (features)"
@@ -354,8 +367,8 @@ def test_pairs_by_hand_that_are_no_map_are_refused(pairs, fault):
 
 def test_pairs_by_hand_of_different_kinds_are_refused():
     nets = networks(Tokens(depth=3), Tokens(depth=2), data=IMAGES_OF_EIGHT)
-    found = align_networks(nets, Calibration(IMAGES_OF_EIGHT))
-    deep, pairs = found.segments[1].slots[0], found.pairs
+    alignment = align_networks(nets, Calibration(IMAGES_OF_EIGHT))
+    deep, pairs = alignment.segments[1].slots[0], alignment.pairs
     pairs[1] = list(zip(deep[1:], (b for _, b in pairs[1])))  # attention with MLPs
     with pytest.raises(ArgumentError, match="layers of different kinds") as caught:
         align_networks(nets, Calibration(IMAGES_OF_EIGHT), pairs=pairs)

@@ -1,4 +1,4 @@
-"""None"""
+"""Aligners against brute force: every map, every cut, every constraint."""
 
 from collections import Counter
 from itertools import combinations
@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxfuse.alignment.aligners import (
+    Aligner,
     Monotone,
     Nearest,
     Random,
-    choices,
+    count_maps,
     head_tail,
     layer_wise,
     monotone,
-    needs_costs,
     same_index,
     segment_wise,
     uniform,
@@ -24,11 +24,7 @@ from fxfuse.alignment.aligners import (
 from fxfuse.errors import ArgumentError, PairingError
 
 FLAGS = [(True, True), (True, False), (False, True), (False, False)]
-
-
 INF = float("inf")
-
-
 EVERY = [monotone, segment_wise, layer_wise, same_index, uniform, head_tail, Random()]
 
 
@@ -58,9 +54,9 @@ def matrices(draw, infinite=False, most=7):
 
 @pytest.mark.parametrize(("first", "last"), FLAGS)
 @given(matrices())
-def test_the_map_is_the_cheapest_and_of_those_the_smallest(first, last, costs):
-    best = min(maps(*costs.shape, first, last), key=lambda rows: (total(costs, rows), rows))
-    assert Monotone(first, last)(costs) == best
+def test_the_map_is_the_cheapest_and_of_equal_ones_that_of_smallest_rows(first, last, costs):
+    cheapest = min(maps(*costs.shape, first, last), key=lambda rows: (total(costs, rows), rows))
+    assert Monotone(first, last)(costs) == cheapest
 
 
 @pytest.mark.parametrize(("first", "last"), FLAGS)
@@ -76,12 +72,12 @@ def test_the_map_is_the_cheapest_of_random_costs(first, last, seed, n, more):
 @pytest.mark.parametrize(("first", "last"), FLAGS)
 @given(matrices(infinite=True))
 def test_impossible_pairs_are_avoided_or_the_segment_is_refused(first, last, costs):
-    best = min(total(costs, rows) for rows in maps(*costs.shape, first, last))
-    if best == INF:
+    least = min(total(costs, rows) for rows in maps(*costs.shape, first, last))
+    if least == INF:
         with pytest.raises(PairingError, match="out of order"):
             Monotone(first, last)(costs)
     else:
-        assert total(costs, Monotone(first, last)(costs)) == best
+        assert total(costs, Monotone(first, last)(costs)) == least
 
 
 @pytest.mark.parametrize(
@@ -134,8 +130,8 @@ def test_a_single_layer_takes_the_first_where_the_first_is_asked_for(first, last
 
 @given(matrices())
 def test_segment_wise_binds_the_first_layers_only(costs):
-    best = min(maps(*costs.shape, first=True), key=lambda rows: (total(costs, rows), rows))
-    assert segment_wise(costs) == best
+    cheapest = min(maps(*costs.shape, first=True), key=lambda rows: (total(costs, rows), rows))
+    assert segment_wise(costs) == cheapest
 
 
 # --- every row to the column of its run -----------------------------------------------------------
@@ -150,30 +146,30 @@ def cuts(costs):
         if n > 1 and ends[0] != 1 or not possible[0, 0]:
             continue
         run = np.searchsorted(ends, np.arange(m), side="right") if n > 1 else np.zeros(1, int)
-        mates = [[row for row in range(len(run)) if run[row] == k] for k in range(n)]
-        mates = [[row for row in rows if possible[row, k]] for k, rows in enumerate(mates)]
-        if all(mates):
+        runs = [np.flatnonzero(run == k) for k in range(n)]
+        partners = [[row for row in rows if possible[row, k]] for k, rows in enumerate(runs)]
+        if all(partners):
             cost = sum(spent[row, k] for row, k in enumerate(run))
-            yield cost, [rows[-1] for rows in mates]
+            yield cost, [rows[-1] for rows in partners]
 
 
 @given(matrices())
-def test_layer_wise_is_the_cheapest_cut_and_of_those_the_one_of_smallest_rows(costs):
+def test_layer_wise_is_the_cheapest_cut_and_of_equal_ones_that_of_smallest_rows(costs):
     assert layer_wise(costs) == min(cuts(costs))[1]
 
 
 @given(matrices(infinite=True))
 def test_layer_wise_gives_every_column_a_row_of_its_kind(costs):
-    found = list(cuts(costs))
-    if not found:
+    valid = list(cuts(costs))
+    if not valid:
         with pytest.raises(PairingError, match="out of order"):
             layer_wise(costs)
     else:
-        best = min(found)[0]
-        assert layer_wise(costs) in [rows for cost, rows in found if cost == best]
+        least = min(valid)[0]
+        assert layer_wise(costs) in [rows for cost, rows in valid if cost == least]
 
 
-def test_layer_wise_looks_at_the_layers_that_pair_with_none():
+def test_layer_wise_counts_the_layers_that_pair_with_none():
     costs = np.array([[0.0, 9, 9], [9, 2, 9], [9, 1, 9], [9, 5, 0], [9, 9, 0]])
     assert monotone(costs) == layer_wise(costs) == [0, 2, 4]
     costs[2] = [9, 1, 0]
@@ -205,34 +201,35 @@ def test_baselines_take_the_rows_they_want(aligner, m, n, rows):
 @given(matrices(infinite=True))
 def test_baselines_that_would_pair_different_kinds_take_the_nearest_map(aligner, costs):
     wanted = np.array(aligner.wanted(*costs.shape))
-    able = [rows for rows in maps(*costs.shape) if total(costs, rows) < INF]
-    if not able:
+    valid = [rows for rows in maps(*costs.shape) if total(costs, rows) < INF]
+    if not valid:
         with pytest.raises(PairingError, match="out of order"):
             aligner(costs)
     else:
-        assert aligner(costs) == min(able, key=lambda r: (((r - wanted) ** 2).sum(), r))
+        assert aligner(costs) == min(valid, key=lambda r: (((r - wanted) ** 2).sum(), r))
 
 
 @pytest.mark.parametrize(("first", "last"), FLAGS)
 @given(matrices(infinite=True), st.integers(0, 3))
 def test_random_maps_are_possible(first, last, costs, seed):
-    able = [r for r in maps(*costs.shape, first, last) if total(costs, r) < INF]
+    valid = [r for r in maps(*costs.shape, first, last) if total(costs, r) < INF]
     draw = Random(seed, first, last)
-    if not able:
+    if not valid:
         with pytest.raises(PairingError, match="out of order"):
             draw(costs)
     else:
-        assert draw(costs) == draw(costs) and draw(costs) in able
+        assert draw(costs) == draw(costs) and draw(costs) in valid
 
 
 def test_random_maps_are_drawn_with_the_same_probability():
     costs = np.ones((6, 3))
     costs[2, 1] = INF
-    able = [tuple(r) for r in maps(6, 3) if total(costs, r) < INF]
+    valid = [tuple(r) for r in maps(6, 3) if total(costs, r) < INF]
     draws = Counter(tuple(Random(seed, first=False)(costs)) for seed in range(1700))
-    assert set(draws) == set(able) and len(able) == 14
-    expected = 1700 / len(able)
-    assert sum((n - expected) ** 2 / expected for n in draws.values()) < 34.5  # chance of 0.001
+    assert set(draws) == set(valid) and len(valid) == 14
+    expected = 1700 / len(valid)
+    chi_squared = sum((n - expected) ** 2 / expected for n in draws.values())
+    assert chi_squared < 34.5  # exceeded with a chance of 0.001
 
 
 def test_random_maps_of_deep_networks_can_be_drawn():
@@ -250,7 +247,7 @@ def test_more_columns_than_rows_are_refused(aligner):
 
 
 @pytest.mark.parametrize("aligner", EVERY)
-def test_the_costs_are_left_as_they_were(aligner):
+def test_aligners_do_not_change_the_costs(aligner):
     costs = PAPER.copy()
     aligner(costs)
     assert np.array_equal(costs, PAPER)
@@ -264,20 +261,20 @@ def test_as_many_rows_as_columns_leave_one_map(aligner, n):
 
 @pytest.mark.parametrize(("first", "last"), FLAGS)
 @given(matrices(infinite=True))
-def test_choices_count_the_maps_that_are_left(first, last, costs):
+def test_the_maps_that_are_left_are_counted(first, last, costs):
     possible = np.isfinite(costs)
-    left = [r for r in maps(*costs.shape, first, last) if total(costs, r) < INF]
-    assert choices(possible, first, last) == len(left)
-    assert Monotone(first, last).needs_costs(possible) == (len(left) > 1)
+    valid = [r for r in maps(*costs.shape, first, last) if total(costs, r) < INF]
+    assert count_maps(possible, first, last) == len(valid)
+    assert Monotone(first, last).needs_costs(possible) == (len(valid) > 1)
 
 
-def test_choices_of_deep_networks_do_not_overflow():
-    assert choices(np.ones((100, 50), bool)) == 100891344545564193334812497256
+def test_counts_of_deep_networks_do_not_overflow():
+    assert count_maps(np.ones((100, 50), bool)) == 100891344545564193334812497256
 
 
-def test_costs_are_needed_where_an_aligner_has_a_choice_or_does_not_say():
-    two = np.ones((3, 2), bool)
-    assert not needs_costs(monotone, two) and needs_costs(segment_wise, two)
-    assert needs_costs(layer_wise, two) and needs_costs(lambda costs: [0, 1], two)
-    assert not any(needs_costs(b, two) for b in (same_index, uniform, head_tail, Random()))
-    assert not needs_costs(layer_wise, np.ones((2, 2), bool))
+def test_costs_are_needed_where_an_aligner_has_a_choice_that_depends_on_them():
+    possible = np.ones((3, 2), bool)
+    assert not monotone.needs_costs(possible) and segment_wise.needs_costs(possible)
+    assert layer_wise.needs_costs(possible) and Aligner().needs_costs(possible)
+    assert not any(a.needs_costs(possible) for a in (same_index, uniform, head_tail, Random()))
+    assert not layer_wise.needs_costs(np.ones((2, 2), bool))

@@ -1,4 +1,4 @@
-"""What `inspect` tells of a network."""
+"""What `inspect` says of a network, printed and as JSON."""
 
 import json
 
@@ -40,47 +40,47 @@ def case(request):
     return randomise(make()), torch.randn(shape)
 
 
-def test_it_says_what_the_parts_say(case):
+def test_it_says_what_other_functions_say(case):
     net, x = case
-    found = fxfuse.inspect(net, x)
+    inspection = fxfuse.inspect(net, x)
     spaces = fxfuse.find_spaces(net, x)
-    assert found.name == type(net).__name__
-    assert found.parameters == sum(p.numel() for p in net.parameters())
-    assert found.spaces.free_units == spaces.free_units
-    assert sorted(s.size for s in found.spaces) == sorted(s.size for s in spaces)
-    assert sum(map(len, found.reasons.values())) == len(found.frozen)
-    assert {x.kind for x in found.layers} == set(found.kinds)
-    if found.layers:
-        names = [x.name for x in found.layers]
+    assert inspection.name == type(net).__name__
+    assert inspection.parameters == sum(p.numel() for p in net.parameters())
+    assert inspection.spaces.free_units == spaces.free_units
+    assert sorted(s.size for s in inspection.spaces) == sorted(s.size for s in spaces)
+    assert sum(map(len, inspection.reasons.values())) == len(inspection.frozen)
+    assert {x.kind for x in inspection.layers} == set(inspection.kinds)
+    if inspection.layers:
+        names = [x.name for x in inspection.layers]
         pairs = fxfuse.align([net, net], x).pairs
         assert names == [a for segment in pairs for a, _ in segment]
-        exits = {x.merge for x in found.layers}
-        assert exits <= set(found.chain) and found.chain[-1] == "output"
+        exits = {x.merge for x in inspection.layers}
+        assert exits <= set(inspection.chain) and inspection.chain[-1] == "output"
 
 
 def test_the_printed_form_names_everything_within_80_columns(case):
     net, x = case
-    found = fxfuse.inspect(net, x)
-    text = str(found)
+    inspection = fxfuse.inspect(net, x)
+    text = str(inspection)
     assert all(len(line) <= 80 for line in text.splitlines())
     squeezed = "".join(text.split())
-    for name in [s.name for s in found.spaces] + [x.name for x in found.layers]:
+    for name in [s.name for s in inspection.spaces] + [x.name for x in inspection.layers]:
         assert name in squeezed
-    assert all("".join(reason.split()) in squeezed for reason in found.reasons)
+    assert all("".join(reason.split()) in squeezed for reason in inspection.reasons)
 
 
 def test_the_json_form_has_fixed_keys_and_all_facts(case):
     net, x = case
-    found = fxfuse.inspect(net, x)
-    facts = json.loads(found.to_json())
+    inspection = fxfuse.inspect(net, x)
+    facts = json.loads(inspection.to_json())
     assert list(facts) == [
         *("name", "parameters", "free_units", "chain", "segments", "spaces", "frozen")
     ]
-    assert facts["chain"] == list(found.chain)
+    assert facts["chain"] == list(inspection.chain)
     layers = [layer for segment in facts["segments"] for layer in segment["layers"]]
-    assert [x["name"] for x in layers] == [x.name for x in found.layers]
+    assert [x["name"] for x in layers] == [x.name for x in inspection.layers]
     assert all(list(x) == ["name", "kind", "block", "width", "nodes"] for x in layers)
-    assert [s["size"] for s in facts["spaces"]] == [s.size for s in found.spaces]
+    assert [s["size"] for s in facts["spaces"]] == [s.size for s in inspection.spaces]
     for space in facts["spaces"]:
         assert list(space) == ["name", "size", "parent", "axes", "features"]
     for fixed in facts["frozen"]:

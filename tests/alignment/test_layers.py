@@ -1,4 +1,4 @@
-"""None"""
+"""Chains, layers and segments: what belongs together, how it is named, and of which kind it is."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_perceptron_is_its_hidden_layers_and_its_output():
     assert names(mlp(6, 8, 8, 7, 3), VECTOR) == [["0", "2", "4"], ["6"]]
 
 
-def test_convolutions_between_poolings_are_segments():
+def test_convolutions_between_poolings_form_a_segment():
     net = stages([4, 4], [5, 5], [6], hidden=(7, 7))
     assert names(net) == [
         ["0.0.0", "0.1.0"],
@@ -80,7 +80,7 @@ def test_residual_stages_are_segments_and_the_stem_joins_the_first():
     assert [layer.branched for layer in cut(net)[0].layers] == [False, True, True, True]
 
 
-def test_a_stem_behind_which_the_image_shrinks_is_a_segment_of_its_own():
+def test_a_stem_in_front_of_a_pooling_is_a_segment_of_its_own():
     net = nn.Sequential(conv(3, 6), nn.MaxPool2d(2), Residual(6, 6), Pooled(6, 3))
     assert names(net) == [["0.0"], ["2"], ["3.fc"]]
 
@@ -112,13 +112,13 @@ def test_convolutions_never_share_a_segment_with_linear_layers():
 
 @given(random_nets())
 def test_every_layer_holds_parameters_and_every_contraction_lies_in_one_layer(net):
-    found = network(net)
-    segments = partition(found)
+    traced = network(net)
+    segments = partition(traced)
     inside = [n for s in segments for layer in s.layers for n in layer.producers]
-    assert sorted(inside) == sorted(found.book.weights)
+    assert sorted(inside) == sorted(traced.book.weights)
     nodes = [n for s in segments for layer in s.layers for n in layer.nodes]
     assert len(nodes) == len(set(nodes))
-    order = {n.name: i for i, n in enumerate(found.module.graph.nodes)}
+    order = {n.name: i for i, n in enumerate(traced.module.graph.nodes)}
     assert nodes == sorted(nodes, key=order.get)
     for segment in segments:
         assert len({(layer.layout, layer.resolution) for layer in segment.layers}) == 1
@@ -128,7 +128,7 @@ def test_every_layer_holds_parameters_and_every_contraction_lies_in_one_layer(ne
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def test_a_layer_takes_the_norm_activation_and_dropout_behind_it():
+def test_the_norm_activation_and_dropout_behind_a_layer_belong_to_it():
     net = nn.Sequential(*conv(3, 4), nn.Dropout(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
     first, last = layers(net)
     assert first.nodes == ("_0", "_1", "_2", "_3")
@@ -136,7 +136,7 @@ def test_a_layer_takes_the_norm_activation_and_dropout_behind_it():
     assert (last.nodes, last.entry) == (("_6",), "_5")
 
 
-def test_a_block_is_known_by_its_value_behind_the_add_and_before_the_activation():
+def test_the_pre_activation_of_a_block_is_its_sum():
     block = layers(residual((6, 1)))[1]
     assert block.branched and block.entry == "_0_2"
     assert (block.point, block.merge, block.nodes[-1]) == ("add", "add", "relu")
@@ -159,14 +159,14 @@ def test_an_activation_before_the_convolution_belongs_to_the_layer_before():
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_layers_are_named_by_what_their_producers_share():
+def test_layers_are_named_by_the_module_around_their_contractions():
     net = nn.Sequential(
         conv(3, 6), GroupedBottleneck(6, 8, 4), Concat(6, 2), Gate(8, 4), Pooled(8, 3)
     )
     assert [layer.name for layer in layers(net)] == ["0.0", "1", "2.a.0", "3", "4.fc"]
 
 
-def test_a_block_without_a_module_of_its_own_is_named_from_its_first_to_its_last():
+def test_a_block_without_a_module_of_its_own_is_named_by_its_first_and_last_contraction():
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,14 +180,16 @@ def test_a_block_without_a_module_of_its_own_is_named_from_its_first_to_its_last
 
 def test_a_module_called_twice_gives_two_layers_with_two_names():
     shared = nn.Linear(6, 6)
-    found = names(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 3)), VECTOR)
-    assert len(set(sum(found, []))) == 3 and found[0][0] == "0"
+    hidden, last = names(
+        nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 3)), VECTOR
+    )
+    assert len({*hidden, *last}) == 3 and hidden[0] == "0"
 
 
 @given(random_nets())
 def test_names_are_unique(net):
-    found = [layer.name for layer in layers(net)]
-    assert len(set(found)) == len(found)
+    unique = {layer.name for layer in layers(net)}
+    assert len(unique) == len(layers(net))
 
 
 def test_parameters_used_by_functions_name_their_layer():
@@ -200,14 +202,14 @@ def test_parameters_used_by_functions_name_their_layer():
         def forward(self, x):
             return self.inner(torch.relu(F.linear(x, self.weight)))
 
-    found = layers(Bare(), VECTOR)
-    assert found[0].name and found[1].name == "inner"
-    assert found[0].producers == ("linear",)
+    first, last = layers(Bare(), VECTOR)
+    assert first.name and last.name == "inner"
+    assert first.producers == ("linear",)
 
 
 def test_a_node_belongs_to_the_module_it_was_called_in():
-    found = network(residual((6, 1)))
-    paths = {n.name: module_path(n) for n in found.module.graph.nodes}
+    nodes = network(residual((6, 1))).module.graph.nodes
+    paths = {n.name: module_path(n) for n in nodes}
     assert paths["_1_0_a_0"] == "1.0.a.0"
     assert paths["add"] == paths["relu"] == "1.0"
 
@@ -234,10 +236,10 @@ def test_kinds_do_not_depend_on_widths(name):
     assert kinds(make(4), shape) == kinds(make(8), shape)
 
 
-def test_layers_of_one_make_have_one_kind():
-    found = kinds(residual((6, 3), (8, 3)))
-    assert found[1] == found[2] == found[3] == found[5] == found[6]
-    assert len(set(found)) == 4, "stem, block, downsampling block, output"
+def test_layers_of_one_structure_have_one_kind():
+    stem, *blocks, output = kinds(residual((6, 3), (8, 3)))
+    assert blocks[0] == blocks[1] == blocks[2] == blocks[4] == blocks[5]
+    assert len({stem, *blocks, output}) == 4, "stem, block, downsampling block, output"
 
 
 BLOCKS = [
@@ -265,13 +267,13 @@ BLOCKS = [
 ]
 
 
-def test_everything_else_makes_another_kind():
-    found = [layers(nn.Sequential(b(), Pooled(4, 3)), (2, 4, 8, 8)) for b in BLOCKS if _fits(b)]
-    first = [layer[0].kind for layer in found]
+def test_every_other_difference_makes_another_kind():
+    nets = [nn.Sequential(make(), Pooled(4, 3)) for make in BLOCKS if _keeps_width(make)]
+    first = [kinds(net, (2, 4, 8, 8))[0] for net in nets]
     assert len(set(first)) == len(first) >= 18
 
 
-def _fits(make):
+def _keeps_width(make):
     return make()(torch.zeros(2, 4, 8, 8)).shape[1] == 4
 
 
@@ -364,8 +366,8 @@ def test_spellings_of_one_operator_are_described_alike(a, b):
             return self.function(x)
 
     def described(function):
-        found = network(Spelled(function), VECTOR)
-        steps = [describe(found, n) for n in found.module.graph.nodes]
+        traced = network(Spelled(function), VECTOR)
+        steps = [describe(traced, n) for n in traced.module.graph.nodes]
         return [s for s in steps if s != "[]"]
 
     assert described(a) == described(b)
@@ -380,8 +382,7 @@ def test_tracing_twice_gives_the_same_plan():
 
 @given(random_nets(), st.integers(1, 3))
 def test_all_data_flows_from_the_source_to_the_output(net, batch):
-    found = Network.of("net", trace(net), (torch.randn(batch, 3, 8, 8),))
-    graph = data_graph(found)
+    graph = data_graph(network(net, (batch, 3, 8, 8)))
     assert all(graph.in_degree(n) for n in graph if n != "source")
     sinks = [n for n in graph if not graph.out_degree(n)]
     assert [n.op for n in sinks] == ["output"]
@@ -401,15 +402,15 @@ def test_sizes_parameters_and_dead_ends_carry_no_data():
     assert {str(n) for n in graph} == {"source", "x", "a", "view", "output"}
 
 
-def test_widths_of_a_transformers_block_hide_behind_one_kind():
+def test_a_block_on_tokens_is_two_layers_on_the_same_positions():
     block = nn.Sequential(nn.Linear(6, 8), Block(8, 2, 12), nn.Linear(8, 3))
-    found = layers(randomise(block), (2, 5, 6))
-    assert [layer.branched for layer in found] == [False, True, True, False]
-    assert all(layer.layout == (3, 2) and layer.resolution == (5,) for layer in found)
+    blocks = layers(randomise(block), (2, 5, 6))
+    assert [layer.branched for layer in blocks] == [False, True, True, False]
+    assert all(layer.layout == (3, 2) and layer.resolution == (5,) for layer in blocks)
 
 
 class First(nn.Module):
-    """A chain through a module that returns several tensors, of which one is used."""
+    """Uses one of several tensors that a module returns."""
 
     def __init__(self, inner):
         super().__init__()
@@ -419,12 +420,12 @@ class First(nn.Module):
         return self.head(self.inner(x)[0].mean(1))
 
 
-def test_a_module_of_several_outputs_is_a_layer_that_ends_in_the_one_that_is_used():
-    here = network(First(nn.LSTM(6, 6, batch_first=True)), (2, 4, 6))
-    (first,), (head,) = (s.layers for s in partition(here))
+def test_a_layer_of_several_outputs_ends_in_the_one_that_is_used():
+    traced = network(First(nn.LSTM(6, 6, batch_first=True)), (2, 4, 6))
+    (first,), (head,) = (s.layers for s in partition(traced))
     assert first.name == "inner" and first.width == 6 and first.resolution == (4,)
     assert first.point == first.nodes[-1] != first.merge and head.name == "head"
-    assert chain_of(here)[:2] == ("x", "inner") and chain_of(here)[-1] == "output"
+    assert chain_of(traced)[:2] == ("x", "inner") and chain_of(traced)[-1] == "output"
 
 
 class Constant(nn.Module):

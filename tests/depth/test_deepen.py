@@ -526,7 +526,7 @@ def test_a_layer_that_reads_the_input_beside_its_entry_is_refused():
 
 def balanced(*nets, data=VECTORS):
     found = networks(*nets, data=data)
-    alignment = align_networks(found, Calibration(data), measure_forced=False)
+    alignment = align_networks(found, Calibration(data), measure_all=False)
     return found, deepen(found, alignment)
 
 

@@ -37,7 +37,7 @@ DENSE = [name for name in PAIRS if name.startswith("streams")]
 def shortened(nets, data, how=None):
     found = networks(*nets, data=data)
     calibration = Calibration(data)
-    alignment = align_networks(found, calibration, measure_forced=False)
+    alignment = align_networks(found, calibration, measure_all=False)
     return found, (how or Shorten())(found, alignment, calibration)
 
 
