@@ -29,16 +29,23 @@ _WORDS = {
 }
 
 
-def written(value: Any) -> Any:
-    """Return a value of plain types, tuples, dictionaries and data classes as JSON knows it."""
+def written(value: Any, defaults: bool = True) -> Any:
+    """Return a value of plain types, tuples, dictionaries and data classes as JSON knows it.
+
+    Args:
+        value: The value.
+        defaults: Whether fields that have their default are written, too; they are read the same.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: written(getattr(value, f.name)) for f in _written_fields(value)}
+        parts = ((f, getattr(value, f.name)) for f in _written_fields(value))
+        kept = ((f, part) for f, part in parts if defaults or part != _default(f))
+        return {f.name: written(part, defaults) for f, part in kept}
     if isinstance(value, (tuple, list)):
-        return [written(part) for part in value]
+        return [written(part, defaults) for part in value]
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, dict):
-        return {str(key): written(part) for key, part in value.items()}
+        return {str(key): written(part, defaults) for key, part in value.items()}
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(float(value))
     return value
@@ -46,6 +53,10 @@ def written(value: Any) -> Any:
 
 def _written_fields(kind: Any) -> list[Field[Any]]:
     return [f for f in fields(kind) if f.metadata.get("written", True)]
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def parsed(text: str, what: str) -> Any:

@@ -55,6 +55,13 @@ def test_what_is_written_is_read_again(value):
     assert read(Outer, parsed(text, "it"), "it") == value
 
 
+@given(OUTER)
+def test_what_has_its_default_may_be_left_out(value):
+    short = written(value, defaults=False)
+    assert read(Outer, short, "it") == value
+    assert ("pair" in short) == (value.pair != (1, "a")) and "count" in short
+
+
 def test_numbers_that_are_none_are_read_again():
     found = read(tuple[float, ...], written((math.nan, math.inf, -math.inf)), "it")
     assert math.isnan(found[0]) and found[1:] == (math.inf, -math.inf)

@@ -1,8 +1,7 @@
 """A network as plain JSON values and named tensors, written and read back.
 
 A description has tables of `tensors` and of `modules`; each module comes after its parts, and the
-last one is the network. What is held twice is written once, so that tied weights stay tied. Values
-that JSON lacks are objects with one key, their kind: `{"tuple": [..]}`, `{"node": name}` and so on.
+last one is the network. What is held twice is written once, so that tied weights stay tied.
 
 Reading unpickles nothing and needs nothing of the original model. Every name is looked up among
 what `_allowlist` allows, and every text that ends up in the code that torch.fx generates is
@@ -11,326 +10,54 @@ checked, so that a file from a stranger can compute on tensors and do nothing el
 
 from __future__ import annotations
 
-import base64
 import keyword
 import math
-from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 
-from .._schema import read
+from .._schema import read, written
 from ..errors import CheckpointError, FuseError, SaveError
 from ..graph.state import part_at
-from ._allowlist import (
-    class_of,
-    function_of,
-    is_attribute,
-    is_method,
-    name_of_class,
-    name_of_function,
+from ._allowlist import class_of, is_attribute, is_method, name_of_class, name_of_function
+from ._values import (
+    KINDS,
+    Wrong,
+    called,
+    class_of_tuples,
+    contiguous,
+    data_of,
+    function_named,
+    in_memory_order,
+    kind_of,
+    memory_order,
+    require,
+    tensor_of,
 )
 
-
-class Wrong(Exception):
-    """Something in a description that cannot be."""
-
-
-def require(good: bool, what: str) -> None:
-    """Refuse what is not good."""
-    if not good:
-        raise Wrong(what)
-
-
-def tensor_of(data: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor whose bytes are given in base64."""
-    raw, kind = bytearray(base64.b64decode(data, validate=True)), _of_torch(torch.dtype)(dtype)
-    if not raw:
-        require(0 in shape, "a tensor without data")
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(raw, dtype=torch.uint8).clone().view(kind).view(shape)
-
-
-def _of_torch(kind: type) -> Callable[[str], Any]:
-    def find(name: str) -> Any:
-        found = vars(torch).get(name)
-        require(isinstance(found, kind), f"no {kind.__name__}: {str(name)[:100]!r}")
-        return found
-
-    return find
-
-
-def function_named(name: str) -> Callable[..., Any]:
-    """Return the function of a name, if it may be called."""
-    found = function_of(name)
-    if found is None:
-        raise Wrong(f"a function that is not allowed: {name[:100]!r}")
-    return found
-
-
-def _namedtuple(parts: list[Any]) -> Any:
-    name, fields, values = parts
-    return kind_of_tuple(name, tuple(fields))(*values)
-
-
-@lru_cache(maxsize=256)
-def kind_of_tuple(name: str, fields: tuple[str, ...]) -> type:
-    """Return a class of named tuples like one of the model's code, which is not needed for it."""
-    require(all(isinstance(n, str) for n in (name, *fields)), "names that are no text")
-    return namedtuple(name, fields)
-
-
-PLAIN: dict[str, Callable[[Any], Any]] = {
-    "float": float,
-    "complex": lambda parts: complex(float(parts[0]), float(parts[1])),
-    "dtype": _of_torch(torch.dtype),
-    "memory_format": _of_torch(torch.memory_format),
-    "layout": _of_torch(torch.layout),
-    "device": torch.device,
-    "range": lambda parts: range(*parts),
-    "ellipsis": lambda _: ...,
-    "function": function_named,
-}
-
-
-CONTAINERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": tuple,
-    "set": set,
-    "size": torch.Size,
-    "slice": lambda parts: slice(*parts),
-    "dict": dict,
-    "namedtuple": _namedtuple,
-}
-
-
-# What every module has; of these, tensors, parts and the mode are written down by themselves.
-INTERNAL = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
-
+T = TypeVar("T")
 
 GRAPH_MODULE = "torch.fx.GraphModule"
-
-
+# What every module has. Of these, tensors, parts and the mode have fields of their own.
+INTERNAL = frozenset(vars(nn.Module())) | {"_is_full_backward_hook"}
 _HOOKS = sorted(name for name in INTERNAL if name.endswith("_hooks"))
 
-
-_SIMPLE: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    torch.dtype: ("dtype", lambda value: str(value).removeprefix("torch.")),
-    torch.memory_format: ("memory_format", lambda value: str(value).removeprefix("torch.")),
-    torch.layout: ("layout", lambda value: str(value).removeprefix("torch.")),
-    torch.device: ("device", str),
-    complex: ("complex", lambda value: [str(value.real), str(value.imag)]),
-    range: ("range", lambda value: [value.start, value.stop, value.step]),
-    type(...): ("ellipsis", lambda _: None),
-}
-
-
-def encode(network: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the description of a network, and its state by the names of its state dictionary.
-
-    Raises:
-        SaveError: At the first part that cannot be written down without code of its own.
-    """
-    writer = _Writer(network)
-    writer.module(network, "")
-    return {"tensors": writer.tensors, "modules": writer.modules}, writer.state
-
-
-class _Writer:
-    """Fills the tables of a description."""
-
-    def __init__(self, network: fx.GraphModule) -> None:
-        self.state: dict[str, Tensor] = {}
-        self.tensors: list[dict[str, Any]] = []
-        self.modules: list[dict[str, Any]] = []
-        self._keys: dict[int, str] = {}
-        self._tensor_at: dict[int, int] = {}
-        self._module_at: dict[int, int] = {}
-        for key, value in network.state_dict(keep_vars=True).items():
-            if not isinstance(value, Tensor):
-                raise _refused(f"a state that is no tensor: {key}", "the network")
-            self.state[key] = _stored(value, key)
-            self._keys.setdefault(id(value), key)
-
-    def module(self, module: nn.Module, path: str) -> int:
-        """Write a module after its parts; return its place in the table."""
-        if id(module) not in self._module_at:
-            held = [(n, m) for n, m in module._modules.items()]
-            parts = {
-                n: None if m is None else self.module(m, f"{path}.{n}" if path else n)
-                for n, m in held
-            }
-            self.modules.append(self._described(module, parts, path or "the network"))
-            self._module_at[id(module)] = len(self.modules) - 1
-        return self._module_at[id(module)]
-
-    def _described(
-        self, module: nn.Module, parts: dict[str, int | None], where: str
-    ) -> dict[str, Any]:
-        if any(vars(module).get(name) for name in _HOOKS):
-            raise _refused("hooks, which are code", where)
-        found: dict[str, Any] = {"kind": GRAPH_MODULE, "training": module.training, "parts": parts}
-        found["parameters"] = self._held(module._parameters, where)
-        found["buffers"] = self._held(module._buffers, where)
-        found["hidden"] = sorted(module._non_persistent_buffers_set)
-        if isinstance(module, fx.GraphModule):
-            found["settings"] = {k: v for k, v in vars(module).items() if k == "_version"}
-            return found | {"name": type(module).__name__, "nodes": self._nodes(module, where)}
-        name = name_of_class(type(module))
-        if name is None:
-            raise _refused(f"a module of the class {type(module).__qualname__}", where)
-        state = cast(Any, module).__reduce_ex__(2)[2]
-        settings = {k: v for k, v in state.items() if k not in INTERNAL}
-        values = {k: self.value(v, f"{where}.{k}") for k, v in settings.items()}
-        return found | {"kind": name, "settings": values}
-
-    # --- tensors ----------------------------------------------------------------------------------
-
-    def _held(self, tensors: Mapping[str, Tensor | None], where: str) -> dict[str, int | None]:
-        return {
-            n: None if t is None else self.tensor(t, f"{where}.{n}") for n, t in tensors.items()
-        }
-
-    def tensor(self, tensor: Tensor, where: str) -> int:
-        """Write a tensor; return its place in the table."""
-        if id(tensor) in self._tensor_at:
-            return self._tensor_at[id(tensor)]
-        parameter = isinstance(tensor, nn.Parameter)
-        if type(tensor) not in (Tensor, nn.Parameter):
-            raise _refused(f"a {type(tensor).__name__} instead of a plain tensor", where)
-        found: dict[str, Any] = {"parameter": parameter, "gradient": tensor.requires_grad}
-        key = self._keys.get(id(tensor))
-        if key is None:
-            plain = _stored(tensor, where)
-            raw = plain.view(-1).view(torch.uint8).numpy().tobytes()
-            found["data"] = base64.b64encode(raw).decode("ascii")
-            found["dtype"] = _SIMPLE[torch.dtype][1](plain.dtype)
-            found["shape"] = list(plain.shape)
-        else:
-            found["key"] = key
-        if tensor.is_complex():
-            found["complex"] = True
-        if not tensor.is_contiguous() and tensor.numel():
-            found["order"] = memory_order(tensor)
-        self._tensor_at[id(tensor)] = len(self.tensors)
-        self.tensors.append(found)
-        return len(self.tensors) - 1
-
-    # --- graphs -----------------------------------------------------------------------------------
-
-    def _nodes(self, module: fx.GraphModule, where: str) -> list[dict[str, Any]]:
-        if type(module.graph._codegen) is not CodeGen:
-            raise _refused("a graph that packs its inputs or outputs in its own way", where)
-        return [self._node(n, f"node '{n.name}' of {where}") for n in module.graph.nodes]
-
-    def _node(self, node: fx.Node, where: str) -> dict[str, Any]:
-        found: dict[str, Any] = {"name": node.name, "op": node.op, "target": node.target}
-        if node.op == "call_function":
-            found |= _function(node, where)
-        elif node.op == "call_method" and not is_method(str(node.target)):
-            raise _refused(f"a call of the method {node.target!r}", where)
-        if node.args:
-            found["args"] = [self.value(a, where) for a in node.args]
-        if node.kwargs:
-            found["kwargs"] = {k: self.value(v, where) for k, v in node.kwargs.items()}
-        if "origin" in node.meta:
-            made_by, sources = node.meta["origin"]
-            found["origin"] = [made_by, list(sources)]
-        return found
-
-    # --- values -----------------------------------------------------------------------------------
-
-    def value(self, value: Any, where: str) -> Any:
-        """Return a value as JSON knows it."""
-        if value is None or isinstance(value, (bool, str)):
-            return value
-        if isinstance(value, int):
-            return int(value)
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else {"float": str(float(value))}
-        if isinstance(value, fx.Node):
-            return {"node": value.name}
-        if isinstance(value, Tensor):
-            return {"tensor": self.tensor(value, where)}
-        if isinstance(value, (tuple, list, set, frozenset, dict, slice)):
-            return self._container(value, where)
-        if type(value) in _SIMPLE:
-            kind, plain = _SIMPLE[type(value)]
-            return {kind: plain(value)}
-        name = name_of_function(value) if callable(value) else None
-        if name is None:
-            raise _refused(f"{_called(value)}, a {type(value).__name__}", where)
-        return {"function": name}
-
-    def _container(self, value: Any, where: str) -> Any:
-        if isinstance(value, dict):
-            return {"dict": [[self.value(x, where) for x in pair] for pair in value.items()]}
-        if isinstance(value, slice):
-            ends = value.start, value.stop, value.step
-            return {"slice": [self.value(x, where) for x in ends]}
-        parts = [self.value(x, where) for x in value]
-        if isinstance(value, list):
-            return parts
-        if isinstance(value, torch.Size):
-            return {"size": parts}
-        if isinstance(value, (set, frozenset)):
-            return {"set": sorted(parts, key=repr)}
-        if hasattr(value, "_fields"):
-            return {"namedtuple": [type(value).__name__, list(value._fields), parts]}
-        return {"tuple": parts}
-
-
-def _function(node: fx.Node, where: str) -> dict[str, Any]:
-    """Return what a node calls: a function by name, or a class of named tuples by its fields."""
-    fields = getattr(node.target, "_fields", None)
-    if isinstance(node.target, type) and issubclass(node.target, tuple) and fields:
-        return {"target": node.target.__name__, "fields": list(fields)}
-    name = name_of_function(node.target)
-    if name is None:
-        raise _refused(f"a call of {_called(node.target)}", where)
-    if name == "builtins.getattr" and not is_attribute(node.args[1]):
-        raise _refused(f"a look at the attribute {node.args[1]!r}", where)
-    return {"target": name}
-
-
-def memory_order(tensor: Tensor) -> list[int]:
-    """Return the axes of a tensor from the outermost in memory to the innermost."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
-
-
-def _stored(tensor: Tensor, where: str) -> Tensor:
-    """Return a tensor as it goes to the file: contiguous, on the CPU, real."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise _refused("a tensor that is sparse, quantised or without data", where)
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return (torch.view_as_real(plain) if plain.is_complex() else plain).contiguous()
-
-
-def _called(value: Any) -> str:
-    name = getattr(value, "__qualname__", None) or repr(value)
-    return f"'{getattr(value, '__module__', '')}.{name}'".replace("'.", "'")[:200]
-
-
-def _refused(met: str, where: str) -> SaveError:
-    return SaveError(
-        met,
-        where=where,
-        expected="tensors, layers of torch.nn and torchvision.ops, and functions on tensors",
-        do="let torch.fx trace through it, so that the graph holds what it computes; or write the "
-        "weights alone with safetensors.torch.save_file(network.state_dict(), path)",
-    )
-
-
-T = TypeVar("T")
+# --- what a description holds ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _TensorEntry:
+    """A tensor of the state, by its `key` there, or any other one, by its data.
+
+    `complex` says that the last axis holds real and imaginary parts, `order` that the axes lie in
+    memory in another order.
+    """
+
     parameter: bool
     gradient: bool
     key: str | None = None
@@ -343,17 +70,25 @@ class _TensorEntry:
 
 @dataclass(frozen=True)
 class _NodeEntry:
+    """A node of a graph; one that makes a named tuple has the `fields` of its class."""
+
     name: str
     op: str
     target: str
+    fields: tuple[str, ...] | None = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    origin: tuple[Any, ...] | None = None
-    fields: tuple[str, ...] | None = None
+    origin: tuple[str, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
 class _ModuleEntry:
+    """A module: its class, and by name the places of its parts and tensors in the tables.
+
+    `hidden` are the buffers that are no state. Graphs have a `name`, that of their class, and
+    `nodes`; other modules have the rest of what they hold in `settings`.
+    """
+
     kind: str
     training: bool
     parts: dict[str, int | None]
@@ -371,6 +106,174 @@ class _Description:
     modules: tuple[_ModuleEntry, ...]
 
 
+# --- writing --------------------------------------------------------------------------------------
+
+
+def encode(network: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the description of a network, and its state by the names of its state dictionary.
+
+    Raises:
+        SaveError: At the first part that cannot be written down without code of its own.
+    """
+    writer = _Writer(network)
+    writer.module(network, "")
+    description = _Description(tuple(writer.tensors), tuple(writer.modules))
+    return written(description, defaults=False), writer.state
+
+
+@contextmanager
+def _saving(where: str) -> Iterator[None]:
+    """Say where something was met that cannot be written."""
+    try:
+        yield
+    except Wrong as error:
+        raise SaveError(
+            str(error),
+            where=where,
+            expected="tensors, layers of torch.nn and torchvision.ops, and functions on tensors",
+            do="let torch.fx trace through it, so that the graph holds what it computes; or write "
+            "the weights alone with safetensors.torch.save_file(network.state_dict(), path)",
+        ) from error
+
+
+class _Writer:
+    """Fills the tables of a description, and the state that it refers to."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.tensors: list[_TensorEntry] = []
+        self.modules: list[_ModuleEntry] = []
+        self._keys: dict[int, str] = {}  # of the state, by the identity of the tensor
+        self._tensor_places: dict[int, int] = {}  # in the tables, by identity as well
+        self._module_places: dict[int, int] = {}
+        for key, tensor in network.state_dict(keep_vars=True).items():
+            with _saving(key):
+                require(isinstance(tensor, Tensor), "a state that is no tensor")
+                self.state[key] = contiguous(tensor)
+            self._keys.setdefault(id(tensor), key)
+
+    def module(self, module: nn.Module, path: str) -> int:
+        """Write a module after its parts; return its place in the table."""
+        if id(module) not in self._module_places:
+            parts = {
+                name: None
+                if part is None
+                else self.module(part, f"{path}.{name}" if path else name)
+                for name, part in module._modules.items()
+            }
+            where = path or "the network"
+            with _saving(where):
+                entry = self._module_entry(module, parts, where)
+            self._module_places[id(module)] = len(self.modules)
+            self.modules.append(entry)
+        return self._module_places[id(module)]
+
+    def _module_entry(
+        self, module: nn.Module, parts: dict[str, int | None], where: str
+    ) -> _ModuleEntry:
+        hooked = any(vars(module).get(name) for name in _HOOKS)
+        require(not hooked, "hooks, which are code")
+        parameters = self._places(module._parameters, where)
+        buffers = self._places(module._buffers, where)
+        hidden = tuple(sorted(module._non_persistent_buffers_set))
+        contents = module.training, parts, parameters, buffers, hidden
+        if isinstance(module, fx.GraphModule):
+            version = {k: v for k, v in vars(module).items() if k == "_version"}
+            nodes = self._nodes(module, where)
+            return _ModuleEntry(GRAPH_MODULE, *contents, version, type(module).__name__, nodes)
+        kind = name_of_class(type(module))
+        if kind is None:
+            raise Wrong(f"a module of the class {type(module).__qualname__}")
+        settings = {}
+        for name, value in cast(Any, module).__reduce_ex__(2)[2].items():
+            if name not in INTERNAL:
+                with _saving(f"{where}.{name}"):
+                    settings[name] = self.value(value)
+        return _ModuleEntry(kind, *contents, settings)
+
+    def _places(self, tensors: Mapping[str, Tensor | None], where: str) -> dict[str, int | None]:
+        places: dict[str, int | None] = {}
+        for name, tensor in tensors.items():
+            with _saving(f"{where}.{name}"):
+                places[name] = None if tensor is None else self.tensor(tensor)
+        return places
+
+    def tensor(self, tensor: Tensor) -> int:
+        """Write a tensor; return its place in the table."""
+        if id(tensor) not in self._tensor_places:
+            entry = self._tensor_entry(tensor)
+            self._tensor_places[id(tensor)] = len(self.tensors)
+            self.tensors.append(entry)
+        return self._tensor_places[id(tensor)]
+
+    def _tensor_entry(self, tensor: Tensor) -> _TensorEntry:
+        plain = type(tensor) in (Tensor, nn.Parameter)
+        require(plain, f"a {type(tensor).__name__} instead of a plain tensor")
+        key = self._keys.get(id(tensor))
+        data, dtype, shape = data_of(contiguous(tensor)) if key is None else ("", "", ())
+        reordered = tensor.numel() and not tensor.is_contiguous()
+        order = tuple(memory_order(tensor)) if reordered else None
+        parameter = isinstance(tensor, nn.Parameter)
+        kept = parameter, tensor.requires_grad
+        return _TensorEntry(*kept, key, data, dtype, shape, tensor.is_complex(), order)
+
+    def _nodes(self, module: fx.GraphModule, where: str) -> tuple[_NodeEntry, ...]:
+        plain = type(module.graph._codegen) is CodeGen
+        require(plain, "a graph that packs its inputs or outputs in its own way")
+        entries = []
+        for node in module.graph.nodes:
+            with _saving(f"node '{node.name}' of {where}"):
+                entries.append(self._node_entry(node))
+        return tuple(entries)
+
+    def _node_entry(self, node: fx.Node) -> _NodeEntry:
+        target, fields = _written_target(node)
+        args = tuple(self.value(value) for value in node.args)
+        kwargs = {name: self.value(value) for name, value in node.kwargs.items()}
+        origin = None
+        if "origin" in node.meta:
+            made_by, sources = node.meta["origin"]
+            origin = made_by, tuple(sources)
+        return _NodeEntry(node.name, node.op, target, fields, args, kwargs, origin)
+
+    def value(self, value: Any) -> Any:
+        """Return a value as JSON knows it."""
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return float(value)
+        if isinstance(value, list):
+            return [self.value(part) for part in value]
+        if isinstance(value, fx.Node):
+            return {"node": value.name}
+        if isinstance(value, Tensor):
+            return {"tensor": self.tensor(value)}
+        kind = kind_of(value)
+        return {kind: KINDS[kind].write(value, self.value)}
+
+
+def _written_target(node: fx.Node) -> tuple[str, tuple[str, ...] | None]:
+    """Return the name of what a node calls, and the fields if it is a class of named tuples."""
+    if node.op != "call_function":
+        allowed = node.op != "call_method" or is_method(str(node.target))
+        require(allowed, f"a call of the method {node.target!r}")
+        return str(node.target), None
+    fields = getattr(node.target, "_fields", None)
+    if isinstance(node.target, type) and issubclass(node.target, tuple) and fields:
+        return node.target.__name__, tuple(fields)
+    name = name_of_function(node.target)
+    if name is None:
+        raise Wrong(f"a call of {called(node.target)}")
+    if name == "builtins.getattr" and not is_attribute(node.args[1]):
+        raise Wrong(f"a look at the attribute {node.args[1]!r}")
+    return name, None
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
 def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.GraphModule:
     """Return the network of a description.
 
@@ -383,16 +286,16 @@ def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.Grap
         CheckpointError: If the description does not hold together, or names what is not allowed.
     """
     try:
-        found = read(_Description, description, "the description")
+        tables = read(_Description, description, "the description")
         reader = _Reader(state)
-        reader.tensors = [reader.tensor(entry) for entry in found.tensors]
-        for entry in found.modules:
+        reader.tensors = [reader.tensor(entry) for entry in tables.tensors]
+        for entry in tables.modules:
             reader.modules.append(reader.module(entry))
         network = reader.modules[-1]
         if not isinstance(network, fx.GraphModule):
             raise Wrong(f"a {type(network).__name__} where the network should be")
-        if set(network.state_dict()) != set(state):
-            raise Wrong("tensors that are not those of the network")
+        same = set(network.state_dict()) == set(state)
+        require(same, "tensors that are not those of the network")
         return network
     except FuseError as error:
         raise refused(f"a network that cannot be rebuilt: {error.met}", where, error) from error
@@ -412,7 +315,7 @@ def refused(met: str, where: str, inner: FuseError | None = None) -> CheckpointE
 
 
 class _Reader:
-    """Rebuilds the tables of a description."""
+    """Rebuilds what the tables of a description hold."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
@@ -421,23 +324,17 @@ class _Reader:
 
     def tensor(self, entry: _TensorEntry) -> Tensor:
         """Return a tensor as it was: real or complex, laid out in memory as before."""
-        plain = (
-            tensor_of(entry.data, entry.dtype, entry.shape)
-            if entry.key is None
-            else self.state[entry.key]
-        )
+        if entry.key is not None:
+            tensor = self.state[entry.key]
+        else:
+            tensor = tensor_of(entry.data, entry.dtype, entry.shape)
         if entry.complex:
-            plain = torch.view_as_complex(plain.contiguous())
+            tensor = torch.view_as_complex(tensor.contiguous())
         if entry.order is not None:
-            axes = list(entry.order)
-            require(sorted(axes) == list(range(plain.dim())), "axes that are no permutation")
-            back = [axes.index(d) for d in range(len(axes))]
-            plain = plain.permute(axes).contiguous().permute(back)
+            tensor = in_memory_order(tensor, entry.order)
         if entry.parameter:
-            return nn.Parameter(plain, entry.gradient)
-        return plain.requires_grad_(entry.gradient)
-
-    # --- modules ----------------------------------------------------------------------------------
+            return nn.Parameter(tensor, entry.gradient)
+        return tensor.requires_grad_(entry.gradient)
 
     def module(self, entry: _ModuleEntry) -> nn.Module:
         """Return a module with its tensors, parts and settings."""
@@ -453,45 +350,45 @@ class _Reader:
             free = name.isidentifier() and not name.startswith("__") and name not in INTERNAL
             require(free, f"a setting that is not allowed: {name[:100]!r}")
             settings[name] = self.value(value, {})
-        cast(Any, module).__setstate__(vars(module) | self._held(entry) | settings)
+        cast(Any, module).__setstate__(vars(module) | self._contents(entry) | settings)
         return module
 
     def _graph_module(self, entry: _ModuleEntry) -> fx.GraphModule:
         require(entry.name.isidentifier(), f"a name that is no name of a class: {entry.name!r}")
-        holder, held = nn.Module(), self._held(entry)
-        vars(holder).update(held)
+        holder, contents = nn.Module(), self._contents(entry)
+        vars(holder).update(contents)
         module = fx.GraphModule(holder, self._graph(entry, holder), entry.name)
         version = read(dict[str, int], entry.settings, "the settings")
         require(set(version) <= {"_version"}, "settings of a graph")
-        vars(module).update(held | version)
+        vars(module).update(contents | version)
         return module
 
-    def _held(self, entry: _ModuleEntry) -> dict[str, Any]:
+    def _contents(self, entry: _ModuleEntry) -> dict[str, Any]:
         """Return the tensors, parts and mode of a module as its instance dictionary has them."""
         parts = {n: None if i is None else _at(self.modules, i) for n, i in entry.parts.items()}
-        tensors = {
-            "_parameters": self._tensors(entry.parameters),
-            "_buffers": self._tensors(entry.buffers),
-        }
-        wrong = [
+        parameters, buffers = self._tensors(entry.parameters), self._tensors(entry.buffers)
+        others = [
             name
-            for name, tensor in tensors["_parameters"].items()
+            for name, tensor in parameters.items()
             if not isinstance(tensor, (nn.Parameter, type(None)))
         ]
-        require(not wrong, f"parameters that are none: {wrong}")
-        names = [*parts, *tensors["_parameters"], *tensors["_buffers"]]
+        require(not others, f"parameters that are none: {others}")
+        names = [*parts, *parameters, *buffers]
         for name in names:
             require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
         require(len(set(names)) == len(names), "two parts of one name")
         hidden = set(entry.hidden)
-        require(hidden <= set(tensors["_buffers"]), "hidden buffers that do not exist")
-        rest = {"_modules": parts, "training": entry.training}
-        return {**tensors, **rest, "_non_persistent_buffers_set": hidden}
+        require(hidden <= set(buffers), "hidden buffers that do not exist")
+        tensors = {"_parameters": parameters, "_buffers": buffers}
+        return {
+            **tensors,
+            "_modules": parts,
+            "training": entry.training,
+            "_non_persistent_buffers_set": hidden,
+        }
 
-    def _tensors(self, held: Mapping[str, int | None]) -> dict[str, Tensor | None]:
-        return {n: None if i is None else _at(self.tensors, i) for n, i in held.items()}
-
-    # --- graphs -----------------------------------------------------------------------------------
+    def _tensors(self, places: Mapping[str, int | None]) -> dict[str, Tensor | None]:
+        return {n: None if i is None else _at(self.tensors, i) for n, i in places.items()}
 
     def _graph(self, entry: _ModuleEntry, holder: nn.Module) -> fx.Graph:
         graph = fx.Graph()
@@ -501,20 +398,17 @@ class _Reader:
             require(all(map(_is_argument, n.kwargs)), f"arguments of the node {n.name[:100]!r}")
             args = tuple(self.value(a, nodes) for a in n.args)
             kwargs = {k: self.value(a, nodes) for k, a in n.kwargs.items()}
-            target = _target(n, args, kwargs, holder)
+            target = _read_target(n, args, kwargs, holder)
             nodes[n.name] = graph.create_node(n.op, target, args, kwargs, n.name)
             if n.origin is not None:
-                made_by, sources = read(tuple[str, tuple[str, ...]], list(n.origin), "an origin")
-                nodes[n.name].meta["origin"] = made_by, sources
+                nodes[n.name].meta["origin"] = n.origin
         ops = [n.op for n in entry.nodes]
         require(ops.count("output") == 1 and ops[-1] == "output", "a graph without one output")
         graph.lint()
         return graph
 
-    # --- values -----------------------------------------------------------------------------------
-
     def value(self, value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-        """Return what `encode` wrote as JSON knows it."""
+        """Return the value that the writer wrote; `nodes` are those before it in the graph."""
         if isinstance(value, list):
             return [self.value(part, nodes) for part in value]
         if not isinstance(value, dict):
@@ -525,13 +419,13 @@ class _Reader:
             return nodes[plain]
         if kind == "tensor":
             return _at(self.tensors, plain)
-        if kind in PLAIN:
-            return PLAIN[kind](plain)
-        require(kind in CONTAINERS, f"a value of no known kind: {kind[:100]!r}")
-        return CONTAINERS[kind](self.value(plain, nodes))
+        require(kind in KINDS, f"a value of no known kind: {kind[:100]!r}")
+        return KINDS[kind].read(plain, lambda part: self.value(part, nodes))
 
 
-def _target(n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any], holder: nn.Module) -> Any:
+def _read_target(
+    n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any], holder: nn.Module
+) -> Any:
     """Return the target of a node, once it is known to be allowed."""
     if n.op == "call_function":
         return _function_at(n, args, kwargs)
@@ -551,7 +445,7 @@ def _function_at(
     n: _NodeEntry, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Any]:
     if n.fields is not None:
-        return kind_of_tuple(n.target, n.fields)
+        return class_of_tuples(n.target, n.fields)
     function = function_named(n.target)
     if function is getattr:
         good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])
@@ -561,19 +455,18 @@ def _function_at(
 
 def _at(table: list[T], place: Any) -> T:
     require(type(place) is int and 0 <= place < len(table), f"no entry {place!r}")
-    found: T = table[place]
-    return found
+    entry: T = table[place]
+    return entry
+
+
+_MARKS = set(".\"'\\")
 
 
 def _is_part_name(name: str) -> bool:
     """Tell whether a name may stand in generated code as an attribute or in quotes."""
-    return (
-        bool(name) and name.isprintable() and not name.startswith("__") and not set(name) & _MARKS
-    )
+    harmless = bool(name) and name.isprintable() and not set(name) & _MARKS
+    return harmless and not name.startswith("__")
 
 
 def _is_argument(name: str) -> bool:
     return name.isidentifier() and not keyword.iskeyword(name)
-
-
-_MARKS = set(".\"'\\")

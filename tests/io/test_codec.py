@@ -1,8 +1,8 @@
-"""Values that JSON lacks.
+"""What a network is written down as, what is refused, and descriptions that were tampered with.
 
-What a network is written down as, and what is refused; that it comes back is in test_saving.
-
-Descriptions that were tampered with: a network or an error, and never code of theirs."""
+The latter give a network or an error, and never run code of their own. That whole networks come
+back is in test_save.
+"""
 
 import copy
 import json
@@ -18,58 +18,9 @@ from torch.nn import functional
 
 from fxfuse.errors import CheckpointError, SaveError
 from fxfuse.graph.trace import trace
-from fxfuse.io._codec import (
-    CONTAINERS,
-    PLAIN,
-    Wrong,
-    decode,
-    encode,
-    function_named,
-    kind_of_tuple,
-    memory_order,
-    tensor_of,
-)
+from fxfuse.io._codec import decode, encode
 from tests.support.json_values import JSON, changed, places
 from tests.support.nets import mlp, randomise
-
-
-def test_named_tuples_of_one_name_and_fields_are_of_one_class():
-    kind = kind_of_tuple("Both", ("main", "aux"))
-    assert kind is kind_of_tuple("Both", ("main", "aux")) and kind(1, 2).aux == 2
-    assert CONTAINERS["namedtuple"](["Both", ["main", "aux"], [1, 2]]) == kind(1, 2)
-
-
-@pytest.mark.parametrize(
-    "name, fields", [("a b", ("x",)), ("A", ("x y",)), ("A", ("_x",)), (1, ())]
-)
-def test_names_that_would_be_code_make_no_class(name, fields):
-    with pytest.raises((Wrong, ValueError)):
-        kind_of_tuple(name, fields)
-
-
-@pytest.mark.parametrize("kind", ["dtype", "layout", "memory_format"])
-@pytest.mark.parametrize("name", ["load", "Tensor", "no_such", "__builtins__", 3])
-def test_types_are_looked_up_as_what_they_are(kind, name):
-    with pytest.raises(Wrong):
-        PLAIN[kind](name)
-
-
-def test_functions_are_those_that_may_be_called():
-    assert function_named("torch.relu") is torch.relu
-    with pytest.raises(Wrong, match="not allowed"):
-        function_named("torch.load")
-
-
-def test_tensors_are_of_their_bytes_and_shape():
-    assert torch.equal(tensor_of("AACAPwAAAEA=", "float32", (2, 1)), torch.tensor([[1.0], [2.0]]))
-    assert tensor_of("", "int64", (0, 3)).shape == (0, 3)
-    for data, dtype, shape in (
-        ("AACAPw==", "float32", (2,)),
-        ("", "float32", (1,)),
-        ("?", "a", ()),
-    ):
-        with pytest.raises((Wrong, ValueError, RuntimeError)):
-            tensor_of(data, dtype, shape)
 
 
 def test_a_description_is_plain_json_and_the_state_has_the_networks_names():
@@ -159,13 +110,6 @@ def test_what_only_code_can_rebuild_is_refused_with_its_place(make, met, where):
         encode(make())
     assert met in caught.value.met and where in caught.value.where
     assert "trace through it" in caught.value.do
-
-
-def test_axes_in_memory_are_told_from_the_outermost():
-    image = torch.ones(2, 3, 4, 5)
-    assert memory_order(image) == [0, 1, 2, 3]
-    assert memory_order(image.to(memory_format=torch.channels_last)) == [0, 2, 3, 1]
-    assert memory_order(torch.ones(2, 3).T) == [1, 0]
 
 
 class Everything(nn.Module):
