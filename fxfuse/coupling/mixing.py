@@ -16,7 +16,8 @@ import numpy as np
 from scipy.sparse import csr_array, eye_array
 
 from ..calibration.affine import folds
-from ..depth.deepen import Absent, Balanced
+from ..depth import AbsentLayer
+from ..depth.deepen import Balanced
 from ..errors import PairingError
 from ..ir import OUTPUTS, Axis, Coupling, Signature, Space, Spaces
 from ..spaces.network import Network
@@ -130,7 +131,7 @@ def _same_space(
     return theirs.spaces[other.parent] if other and other.parent else None
 
 
-def absent_tensors(network: Network, absent: Sequence[Absent]) -> set[str]:
+def absent_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """Return the parameters and buffers of layers that a network has in name only.
 
     What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
@@ -145,7 +146,7 @@ def absent_tensors(network: Network, absent: Sequence[Absent]) -> set[str]:
     return foreign_tensors(network, absent) - silent
 
 
-def foreign_tensors(network: Network, absent: Sequence[Absent]) -> set[str]:
+def foreign_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """Return all parameters and buffers of layers that a network has in name only."""
     nodes = {node for a in absent for node in a.foreign}
     own = {t for node in nodes for t in network.book.tensors.get(node, ())}

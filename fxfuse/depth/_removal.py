@@ -36,7 +36,7 @@ from ..graph.passes import graph_pass
 from ..graph.verify import TOLERANCE
 from ..ir import Layer
 from ..spaces.network import Network
-from ._neutral import respond
+from ._neutral import apply_activation
 from .gates import Gate, Responses, line, line_through_zero
 
 
@@ -317,7 +317,7 @@ class Merging:
         self, network: Network, layer: Layer, producer: Producer, act: fx.Node
     ) -> tuple[Tensor, Tensor]:
         far = producer.affine.weight.new_tensor([-60.0, 60.0])
-        kept = respond(network, act, far)
+        kept = apply_activation(network, act, far)
         rectifies = bool((kept - far.clamp(min=0)).abs().max() < 1e-6)
         units, axis = Responses(layer.name, rectifies), producer.axis
         for batch in self.data.chunks(batch_size([network], BATCH_BYTES, BATCH_SAMPLES)):
@@ -505,10 +505,10 @@ def _nearest(network: Network, act: fx.Node, wanted: Tensor, found: Tensor) -> T
 
     What a rectifier makes of -1 and of -2 is the same: there a fit need not try for either.
     """
-    image = respond(network, act, wanted)
+    image = apply_activation(network, act, wanted)
     best = wanted
     for other in (image, found):
-        same = respond(network, act, other) == image
+        same = apply_activation(network, act, other) == image
         nearer = (other - found).abs() < (best - found).abs()
         best = torch.where(same & nearer, other, best)
     return best

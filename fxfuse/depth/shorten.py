@@ -18,7 +18,7 @@ from ..errors import ArgumentError, PassError
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
 from ._removal import Merging, Refitting, plan_removals, remove
-from .deepen import Balanced, check_alignment, unify
+from .deepen import Balanced, check_alignment, insert_missing_layers
 from .gates import Gate
 
 
@@ -70,7 +70,9 @@ class Shorten:
         counts = [len(names) for names in removed]
         skeleton = counts.index(min(counts)) if self.to is None else self.to
         with part(0.8, 1.0):
-            balanced = unify(shorter, self._rest(alignment, kept, shorter), skeleton)
+            balanced = insert_missing_layers(
+                shorter, self._rest(alignment, kept, shorter), skeleton
+            )
         pairs = zip(networks, balanced.networks, counts)
         errors = (relative_error_on(data, a, b) if count else 0.0 for a, b, count in pairs)
         gone = tuple(frozenset(names) for names in removed)

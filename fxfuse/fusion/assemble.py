@@ -80,7 +80,7 @@ def assemble(
     fused, outcome = _made(mixer, measured, data, refit, clock)
     rescale(fused, mixer)
     require_sound(fused)
-    return cleaned(fused.module), mixer, outcome, kept
+    return fused.module, mixer, outcome, kept
 
 
 def _coupled(
@@ -143,14 +143,6 @@ def require_sound(fused: Network) -> None:
         )
     lint(fused.module)
     run_once(fused.module, fused.example, fused.name)
-
-
-def cleaned(module: fx.GraphModule) -> fx.GraphModule:
-    """Take the traces of the work out of a graph that is handed to the user."""
-    for node in module.graph.nodes:
-        for key in ("inserted", "neutral_to"):
-            node.meta.pop(key, None)
-    return module
 
 
 def report_on(

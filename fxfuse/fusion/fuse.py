@@ -37,7 +37,7 @@ from ..refit.sweep import LeastSquares
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
 from ._cut import Head, cut_networks, trunk_segments
-from .assemble import assemble, cleaned, report_on, require_sound
+from .assemble import assemble, report_on, require_sound
 from .heads import Heads, require_heads
 
 
@@ -401,7 +401,7 @@ def balance(
     with clock.stage("balance depths"):
         balanced = method.balancing(networks, alignment, calibration)
     pairs = zip(balanced.networks, models)
-    return [copy_modes(model, cleaned(n.module)) for n, model in pairs]
+    return [copy_modes(model, n.module) for n, model in pairs]
 
 
 def net2deeper(

@@ -1,6 +1,7 @@
-"""Runs of layers that are neutral only as a whole; single layers are tested with the rewrites."""
+"""Values that make layers neutral: of plain layers, of blocks, and of runs of layers."""
 
-import numpy as np
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,13 +10,12 @@ from torch import nn
 
 import fxfuse
 from fxfuse.alignment.layers import partition
-from fxfuse.depth._neutral import Insertion, Room, _find, resized_copy
-from fxfuse.errors import PassError
-from fxfuse.graph.state import sizes_of
-from fxfuse.graph.trace import trace
-from fxfuse.spaces.network import Network
+from fxfuse.depth._insert import insert_layers
+from fxfuse.depth._neutral import Insertion
+from fxfuse.errors import NotEquivalent, PassError
+from fxfuse.graph.verify import lint
+from tests.support.insertions import insert, layer_of, network, new_nodes
 from tests.support.nets import (
-    Concat,
     Gate,
     GroupedBottleneck,
     Inverted,
@@ -25,253 +25,354 @@ from tests.support.nets import (
     conv,
     gap,
     mlp,
+    outputs,
     randomise,
-    stages,
 )
 from tests.support.tolerances import FUNCTION
 
-SIZED_IMAGES, VECTORS = torch.randn(2, 3, 8, 8), torch.randn(2, 6)
+VECTORS, IMAGES = torch.randn(4, 6), torch.randn(4, 3, 8, 8)
+TOKENS = torch.randn(4, 5, 6)
 
 
-def sized_network(net, x):
-    return Network.of("net", trace(randomise(net)), (x,))
+# --- plain layers ---------------------------------------------------------------------------------
 
 
-def plan(template, into, x=SIZED_IMAGES, layer=-1, after=None):
-    """Put a layer of the template's last hidden segment behind the other's."""
-    template, into = sized_network(template, x), sized_network(into, x)
-    found = partition(template)[-2].layers[layer]
-    return Insertion(template, found, into, after or partition(into)[-2].layers[-1].nodes[-1])
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([nn.ReLU, nn.ReLU6, nn.Hardtanh]),
+    st.integers(0, 99),
+)
+def test_an_identity_linear_layer_keeps_the_function(width, other, norm, bias, act, seed):
+    into = network(mlp(6, width, 3, norm=norm, act=act, bias=bias), VECTORS, seed=seed)
+    template = network(mlp(6, other, other, 3, norm=norm, act=act, bias=bias), VECTORS)
+    name, after = ("3", "_2") if norm else ("2", "_1")
+    edited = insert(into, template, name, after)
+    assert gap(into.module, edited, 3 * torch.randn(50, 6)) <= FUNCTION
+    assert len(new_nodes(into, edited)) == 2 + norm
 
 
-def stack(make, width, blocks=1):
+@given(
+    st.integers(2, 9),
+    st.integers(2, 9),
+    st.booleans(),
+    st.sampled_from([1, 3, 5]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_an_identity_convolution_keeps_the_function(width, other, norm, kernel, pool, seed):
+    between = [nn.MaxPool2d(2)] if pool else []
+    shallow = nn.Sequential(conv(3, width, norm=norm), *between, Pooled(width, 3))
+    deep = nn.Sequential(
+        conv(3, other, norm=norm), conv(other, 2 * other, kernel, norm), Pooled(2 * other, 3)
+    )
+    into, template = network(shallow, IMAGES, seed=seed), network(deep, IMAGES)
+    after = "_1" if pool else "_0_2" if norm else "_0_1"
+    edited = insert(into, template, "1.0", after)
+    assert gap(into.module, edited, 3 * torch.randn(5, 3, 8, 8)) <= FUNCTION
+    (layer,) = [m for n, m in edited.named_modules() if n == str(new_nodes(into, edited)[0].target)]
+    assert (layer.in_channels, layer.out_channels) == (width, width)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_identities_may_be_grouped(groups):
+    def net(layers):
+        return nn.Sequential(
+            conv(3, 8), *[conv(8, 8, groups=groups) for _ in range(layers)], Pooled(8, 3)
+        )
+
+    into, template = network(net(1), IMAGES), network(net(2), IMAGES, seed=1)
+    assert gap(into.module, insert(into, template, "2.0", "_1_2"), IMAGES) <= FUNCTION
+
+
+def test_identities_may_be_dilated():
+    def net(layers):
+        extra = [
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ReLU())
+            for _ in range(layers)
+        ]
+        return nn.Sequential(conv(3, 4), *extra, Pooled(4, 3))
+
+    into, template = network(net(0), IMAGES), network(net(1), IMAGES, seed=1)
+    assert gap(into.module, insert(into, template, "1.0", "_0_2"), IMAGES) <= FUNCTION
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_inserted_norm_is_exactly_neutral(affine):
+    def net(widths):
+        return nn.Sequential(
+            *[
+                m
+                for i, o in zip((6, *widths), widths)
+                for m in (nn.Linear(i, o), nn.BatchNorm1d(o, eps=0.1, affine=affine), nn.ReLU())
+            ],
+            nn.Linear(widths[-1], 3),
+        )
+
+    into, template = (
+        network(net([5]), VECTORS),
+        network(net([5, 5]), VECTORS, seed=1),
+    )
+    edited = insert(into, template, "3", "_2")
+    assert gap(into.module, edited, VECTORS) <= 1e-6
+
+
+def test_identities_on_tokens_are_linear_layers():
+    into, template = network(mlp(6, 5, 3), TOKENS), network(mlp(6, 7, 7, 3), TOKENS, seed=1)
+    assert gap(into.module, insert(into, template, "2", "_1"), TOKENS) <= FUNCTION
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+BLOCKS = {
+    "residual": lambda w: Residual(w, w),
+    "residual of another inner width": lambda w: Residual(w, w, inner=5),
+    "bottleneck": lambda w: GroupedBottleneck(w, 8, 4),
+    "inverted": lambda w: Inverted(w, 7),
+    "inverted with a gate": lambda w: Inverted(w, 7, gate=3),
+    "pre-activation": lambda w: PreActivation(w),
+    "layer scale": lambda w: Scaled(w),
+    "without norm": lambda w: Bare(w),
+    "functional": lambda w: FunctionalBlock(w),
+}
+
+
+class PreActivation(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.a = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.b = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.a(torch.relu(self.norm(x)))))
+
+
+class Scaled(nn.Module):
+    """Any norm and any activation, and a scale for each channel at the end of the branch."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width)
+        self.gamma, self.drop = nn.Parameter(torch.ones(width, 1, 1)), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.drop(self.gamma * nn.functional.gelu(self.norm(self.a(x))))
+
+
+class Bare(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(width, 5, 3, padding=1), nn.Conv2d(5, width, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.b(torch.tanh(self.a(x))) + x)
+
+
+class FunctionalBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(width, width, 1, 1)),
+            nn.Parameter(torch.randn(width)),
+        )
+
+    def forward(self, x):
+        return x + nn.functional.conv2d(torch.sigmoid(x), self.weight, self.bias)
+
+
+def stack(make, width, blocks):
     return nn.Sequential(conv(3, width), *[make(width) for _ in range(blocks)], Pooled(width, 3))
 
 
-def shapes(insertion, *paths):
-    parts = [resized_copy(insertion, path) for path in paths]
-    for part in parts:
-        assert all(getattr(part, k) == v for k, v in sizes_of(part).items())
-    return [tuple(part.weight.shape) for part in parts]
+def last_block(network):
+    return partition(network)[-2].layers[-1]
 
 
-def test_a_plain_layer_takes_the_width_of_the_stream_on_both_sides():
-    insertion = plan(mlp(6, 9, 7, 3), mlp(6, 5, 3), VECTORS)
-    assert shapes(insertion, "2") == [(5, 5)]
-    insertion = plan(stages([9, 7], norm=True), stages([5]))
-    insertion = Insertion(
-        insertion.template, partition(insertion.template)[0].layers[1], insertion.into, "_0_0_2"
-    )
-    assert shapes(insertion, "0.1.0", "0.1.1") == [(5, 5, 3, 3), (5,)]
+def deeper(name, width=6, other=4, blocks=2):
+    """A network with one block, and itself with more of them put in from a wider one."""
+    into = network(stack(BLOCKS[name], other, 1), IMAGES)
+    template = network(stack(BLOCKS[name], width, 2), IMAGES, seed=1)
+    layer = last_block(template)
+    wanted = [Insertion(template, layer, into, last_block(into).nodes[-1])] * blocks
+    return into, insert_layers(into, wanted)[0], layer
 
 
-def test_a_block_takes_the_width_of_the_stream_and_keeps_its_own_inside():
-    insertion = plan(
-        stack(lambda w: Residual(w, w, inner=9), 6), stack(lambda w: Residual(w, w), 4)
-    )
-    assert shapes(insertion, "1.a.0", "1.a.1", "1.b.0", "1.b.1") == [
-        (9, 4, 3, 3),
-        (9,),
-        (4, 9, 3, 3),
-        (4,),
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("width", [4, 6])
+def test_a_block_that_adds_zero_keeps_the_function(name, width):
+    into, edited, layer = deeper(name, width)
+    assert gap(into.module, edited, 3 * torch.randn(5, 3, 8, 8)) <= FUNCTION
+    assert len([n for n in new_nodes(into, edited) if n.op != "get_attr"]) == 2 * len(layer.nodes)
+    lint(edited)
+
+
+def gradients(module, x):
+    module.zero_grad()
+    outputs_of = module(x)
+    (outputs_of * torch.linspace(-1, 1, outputs_of.numel()).view_as(outputs_of)).sum().backward()
+    return {
+        n: float(p.grad.abs().max()) for n, p in module.named_parameters() if p.grad is not None
+    }
+
+
+def new_parameters(into, edited):
+    return [
+        n for n, _ in edited.named_parameters() if n not in dict(into.module.named_parameters())
     ]
 
 
-def test_groups_inside_a_block_stay():
-    insertion = plan(
-        stack(lambda w: GroupedBottleneck(w, 8, 4), 6), stack(lambda w: Residual(w, w), 4)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_inserted_block_can_be_trained(name):
+    """Its last writer gets a gradient at once, and after one step so does everything in it."""
+    into, edited, _ = deeper(name, blocks=1)
+    new = new_parameters(into, edited)
+    first = gradients(edited, IMAGES)
+    assert any(first[n] > 0 for n in new)
+    train(edited, first, new)
+    second = gradients(edited, IMAGES)
+    assert all(second[n] > 0 for n in new if _matters(edited, n))
+
+
+def train(module, grads, names):
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in names and grads[name]:
+                parameter -= 0.1 * parameter.grad / grads[name]
+
+
+def _matters(module, name):
+    """A bias before a norm that takes means off has no gradient; everything else has one."""
+    return not name.endswith("bias")
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_an_inserted_block_of_a_transformer_keeps_the_function_and_can_be_trained(name):
+    into = network(Tokens(8, 2, 12, 1), IMAGES)
+    template = network(Tokens(8, 2, 10, 2), IMAGES, seed=1)
+    behind = layer_of(into, "blocks.0.attention").nodes[-1]
+    edited = insert(into, template, f"blocks.0.{name}", behind)
+    assert gap(into.module, edited, IMAGES) <= FUNCTION
+    new = new_parameters(into, edited)
+    first = gradients(edited, IMAGES)
+    train(edited, first, new)
+    second = gradients(edited, IMAGES)
+    weights = [n for n in new if n.endswith("weight") and "norm" not in n]
+    assert weights and all(second[n] > 0 for n in weights)
+
+
+def test_zero_blocks_stay_zero_in_training_mode_but_for_statistics():
+    into, edited, _ = deeper("residual")
+    before = outputs(copy.deepcopy(into.module).train(), IMAGES)
+    assert torch.allclose(outputs(edited.train(), IMAGES), before, rtol=1e-4, atol=1e-5)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def refused(into, template, name, after, x, level=2):
+    with fxfuse.debug(level), pytest.raises(PassError) as caught:
+        insert(network(into, x), network(template, x, seed=1), name, after)
+    assert not isinstance(caught.value, NotEquivalent)
+    assert f"'{name}'" in caught.value.where
+    return caught.value
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus])
+def test_an_activation_that_acts_twice_is_refused(act):
+    error = refused(mlp(6, 5, 3, act=act), mlp(6, 7, 7, 3, act=act), "2", "_1", VECTORS, level=0)
+    assert "activation '_3' changes the values behind '_1'" in error.met
+
+
+def test_an_activation_behind_a_linear_layer_is_refused():
+    """What a linear bottleneck hands on may be negative."""
+    into = nn.Sequential(conv(3, 4, act=False), Pooled(4, 3))
+    template = nn.Sequential(conv(3, 4, act=False), conv(4, 4), Pooled(4, 3))
+    refused(into, template, "1.0", "_0_1", IMAGES, level=0)
+
+
+def test_an_activation_behind_an_input_is_refused():
+    refused(mlp(6, 5, 3), mlp(6, 6, 7, 3), "2", "input_1", VECTORS, level=0)
+
+
+def test_a_layer_without_activation_may_follow_a_linear_one():
+    into = network(nn.Sequential(conv(3, 4, act=False), Pooled(4, 3)), IMAGES)
+    template = network(
+        nn.Sequential(conv(3, 4, act=False), conv(4, 4, act=False), Pooled(4, 3)),
+        IMAGES,
+        seed=1,
     )
-    assert shapes(insertion, "1.a.0", "1.b.0", "1.c.0") == [
-        (8, 4, 1, 1),
-        (8, 2, 3, 3),
-        (4, 8, 1, 1),
-    ]
+    assert gap(into.module, insert(into, template, "1.0", "_0_1"), IMAGES) <= FUNCTION
 
 
-def test_channels_of_a_depthwise_convolution_inside_a_block_stay():
-    insertion = plan(stack(lambda w: Inverted(w, 9, gate=4), 6), stack(lambda w: Residual(w, w), 4))
-    assert shapes(insertion, "1.b.0", "1.gate.down", "1.c.0") == [
-        (9, 1, 3, 3),
-        (4, 9, 1, 1),
-        (4, 9, 1, 1),
-    ]
-    assert resized_copy(insertion, "1.b.0").groups == 9
+def test_a_convolution_that_changes_the_size_is_refused():
+    into = nn.Sequential(conv(3, 4), Pooled(4, 3))
+    for layer in (
+        conv(4, 4, stride=2),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), nn.ReLU()),
+    ):
+        template = nn.Sequential(conv(3, 4), layer, Pooled(4, 3))
+        error = refused(into, template, "1.0", "_0_2", IMAGES)
+        assert "changes the size" in error.met
 
 
-def test_a_depthwise_convolution_on_the_stream_takes_its_width():
-    class Depthwise(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.a = nn.Conv2d(width, width, 3, padding=1, groups=width)
-
-        def forward(self, x):
-            return x + self.a(x)
-
-    insertion = plan(stack(Depthwise, 6), stack(Depthwise, 4))
-    part = resized_copy(insertion, "1.a")
-    assert tuple(part.weight.shape) == (4, 1, 3, 3)
-    assert (part.groups, part.in_channels, part.out_channels) == (4, 4, 4)
-    assert part(torch.zeros(1, 4, 5, 5)).shape == (1, 4, 5, 5)
+def test_a_norm_that_depends_on_its_input_is_refused_in_a_plain_layer():
+    norm = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU())
+    template = nn.Sequential(conv(3, 4), norm, Pooled(4, 3))
+    error = refused(nn.Sequential(conv(3, 4), Pooled(4, 3)), template, "1.0", "_0_2", IMAGES)
+    assert "depends on its input" in error.met
 
 
-def test_a_grouped_convolution_on_a_stream_of_another_width_is_refused():
-    class Grouped(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.a = nn.Conv2d(width, width, 3, padding=1, groups=2)
-
-        def forward(self, x):
-            return x + self.a(x)
-
-    assert shapes(plan(stack(Grouped, 6), stack(Grouped, 6)), "1.a") == [(6, 3, 3, 3)]
-    with pytest.raises(PassError, match="a stream of 6 units, to be rebuilt for 4"):
-        resized_copy(plan(stack(Grouped, 6), stack(Grouped, 4)), "1.a")
+@pytest.mark.parametrize("block", [lambda: Gate(4, 2), lambda: Residual(4, 6)])
+def test_a_block_that_is_no_sum_around_its_entry_is_refused(block):
+    wide = {Gate: 4, Residual: 6}[type(block())]
+    template = nn.Sequential(conv(3, 4), block(), Pooled(wide, 3))
+    name = last_block(network(template, IMAGES)).name
+    refused(nn.Sequential(conv(3, 4), Pooled(4, 3)), template, name, "_0_2", IMAGES)
 
 
-def test_parameters_without_a_module_are_resized_alike():
-    class Scaled(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.a, self.gamma = nn.Conv2d(width, width, 1), nn.Parameter(torch.ones(width, 1, 1))
-            self.register_buffer("shift", torch.ones(1, width, 1, 1))
-
-        def forward(self, x):
-            return x + self.gamma * (self.a(x) + self.shift)
-
-    insertion = plan(stack(Scaled, 6), stack(Scaled, 4))
-    gamma, shift = (resized_copy(insertion, path) for path in ("1.gamma", "1.shift"))
-    assert isinstance(gamma, nn.Parameter) and gamma.shape == (4, 1, 1)
-    assert not isinstance(shift, nn.Parameter) and shift.shape == (1, 4, 1, 1)
-
-
-def test_attention_keeps_its_heads_and_takes_the_streams_width():
-    insertion = plan(Tokens(8, 2, 12), Tokens(8, 2, 10), layer=0)
-    part = resized_copy(insertion, "blocks.0.attention")
-    assert part.num_heads == 2 and part.embed_dim == 8
-    assert part.in_proj_weight.shape == (24, 8) and part.out_proj.weight.shape == (8, 8)
-
-
-def test_a_copy_is_freshly_initialised_and_shares_nothing():
-    insertion = plan(stack(lambda w: Residual(w, w), 6), stack(lambda w: Residual(w, w), 6))
-    original = insertion.template.module.get_submodule("1.a.0").weight
-    first, second = (resized_copy(insertion, "1.a.0").weight for _ in range(2))
-    assert first.shape == original.shape
-    assert not torch.equal(first, original)
-    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
-    assert float(first.std()) > 0.01
-
-
-def test_initial_values_do_not_depend_on_nor_move_the_global_seed():
-    insertion = plan(mlp(6, 9, 7, 3), mlp(6, 5, 3), VECTORS)
-    torch.manual_seed(1)
-    first = resized_copy(insertion, "2").weight
-    state = torch.random.get_rng_state()
-    torch.manual_seed(1)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(first, resized_copy(insertion, "2").weight)
-
-
-def test_precision_and_trainability_come_along():
-    template, into = (sized_network(mlp(6, w, w, 3).double(), VECTORS.double()) for w in (7, 5))
-    template.module.get_submodule("2").weight.requires_grad_(False)
-    insertion = Insertion(template, partition(template)[0].layers[1], into, "_1")
-    part = resized_copy(insertion, "2")
-    assert part.weight.dtype == part.bias.dtype == torch.float64
-
-
-def test_the_template_is_left_as_it_was():
-    insertion = plan(mlp(6, 9, 7, 3), mlp(6, 5, 3), VECTORS)
-    before = insertion.template.module.get_submodule("2").weight.clone()
-    resized_copy(insertion, "2")
-    assert torch.equal(insertion.template.module.get_submodule("2").weight, before)
-
-
-WIDE_IMAGES = torch.randn(4, 3, 8, 8)
-
-
-def dense_network(layers=2, width=4, growth=2, seed=1):
-    dense = [Concat(width + i * growth, growth) for i in range(layers)]
-    last = width + layers * growth
-    net = nn.Sequential(conv(3, width), *dense, nn.BatchNorm2d(last), Pooled(last, 3))
-    return Network.of("net", trace(randomise(net, seed)), (WIDE_IMAGES,))
-
-
-@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 5))
-def test_new_places_lie_behind_the_stream_and_are_read_with_zeros(layers, at, count):
-    found = dense_network(layers)
-    nodes = ["_0_2", *[f"cat{f'_{i}' if i else ''}" for i in range(layers)]]
-    node = nodes[min(at, layers)]
-    edited = trace(found.module)
-    room = Room(found)
-    before = room.width(node)
-    assert room.add(edited, node, count)
-    assert room.width(node) == before + count
-    head = edited.get_submodule(str(layers + 2)).fc.weight
-    assert head.shape[1] == 4 + 2 * layers + count
-    assert not head[:, before : before + count].any()
-    rest = torch.cat([head[:, :before], head[:, before + count :]], 1)
-    assert torch.equal(rest, found.module.get_submodule(str(layers + 2)).fc.weight)
-
-
-def test_room_made_twice_lies_in_the_order_in_which_it_was_made():
-    found = dense_network(2)
-    edited, room = trace(found.module), Room(found)
-    assert room.add(edited, "cat", 1) and room.add(edited, "cat", 2)
-    assert room.width("cat") == 9 and room.width("cat_1") == 11
-    assert edited.get_submodule("3").running_mean.shape == (11,)
-    assert edited.get_submodule("3").num_features == 11
-    assert edited.get_submodule("2").a.get_submodule("0").in_channels == 9
-
-
-def test_what_lies_before_the_stream_is_left_alone():
-    found = dense_network(2)
-    edited, room = trace(found.module), Room(found)
-    room.add(edited, "cat", 3)
-    for name, tensor in found.module.state_dict().items():
-        if name.startswith(("0.", "1.")):
-            assert torch.equal(edited.state_dict()[name], tensor)
-
-
-def test_the_widened_network_computes_the_same_with_anything_in_the_new_places():
-    found = dense_network(1)
-    edited, room = trace(found.module), Room(found)
-    room.add(edited, "cat", 2)
-
-    class Fed(nn.Module):
+def test_a_branch_that_cannot_be_set_to_zero_is_refused():
+    class Powered(nn.Module):
         def __init__(self):
             super().__init__()
-            self.before = nn.Sequential(
-                *[found.module.get_submodule(n) for n in ("0.0", "0.1", "0.2")]
-            )
-            self.inside = found.module.get_submodule("1.a.0"), found.module.get_submodule("1.a.1")
-            self.norm, self.head = edited.get_submodule("2"), edited.get_submodule("3").fc
+            self.a = nn.Conv2d(4, 4, 1)
 
         def forward(self, x):
-            x = self.before(x)
-            y = torch.relu(self.inside[1](self.inside[0](x)))
-            x = torch.cat([x, y, torch.randn(4, 2, 8, 8)], 1)
-            return self.head(self.norm(x).mean((2, 3)))
+            return x + torch.exp(self.a(x))
 
-    assert gap(found.module, Fed().eval(), WIDE_IMAGES) <= FUNCTION
-
-
-def test_a_stream_that_cannot_move_gets_no_room():
-    found = dense_network(1)
-    assert not Room(found).add(trace(found.module), "x", 2)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 6))
-def test_a_run_is_found_where_it_first_begins(units, start, length):
-    units = np.array(units)
-    run = units[start : start + length]
-    if not len(run):
-        return
-    at = _find(units, run)
-    assert at is not None and at <= start and np.array_equal(units[at : at + len(run)], run)
+    template = nn.Sequential(conv(3, 4), Powered(), Pooled(4, 3))
+    with pytest.raises(PassError):
+        insert(
+            network(nn.Sequential(conv(3, 4), Pooled(4, 3)), IMAGES),
+            network(template, IMAGES),
+            "1.a",
+            "_0_2",
+        )
 
 
-IMAGES = torch.randn(16, 3, 8, 8)
+def test_a_layer_that_reads_the_input_beside_its_entry_is_refused():
+    class Sized(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(blocks))
+
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            for block in self.blocks:
+                y = y + block(y).view(x.shape[0], -1)
+            return self.head(y)
+
+    error = refused(Sized(0), Sized(1), "blocks.0", "relu", VECTORS, level=0)
+    assert "reads the network's input beside its entry" in error.met
+
+
+# --- runs of layers ------------------------------------------------------------------------------
+
+BATCH = torch.randn(16, 3, 8, 8)
 
 
 ACTS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.LeakyReLU]
@@ -314,42 +415,42 @@ def pair(act, gate=False, norm=True, inner=11, deep=9):
 @pytest.mark.parametrize("gate", [False, True])
 def test_a_run_that_one_network_lacks_is_carried_through(act, gate):
     nets = pair(act, gate)
-    for net, balanced in zip(nets, fxfuse.balance(nets, IMAGES)):
-        assert gap(net, balanced, IMAGES) <= FUNCTION
-    fused = fxfuse.fuse(nets, IMAGES)
+    for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
+        assert gap(net, balanced, BATCH) <= FUNCTION
+    fused = fxfuse.fuse(nets, BATCH)
     pair(act, gate)[0].load_state_dict(fused.state_dict(), strict=True)
-    assert torch.isfinite(fused(IMAGES)).all()
+    assert torch.isfinite(fused(BATCH)).all()
 
 
 def test_biases_carry_as_well_as_norms():
     nets = pair(nn.SiLU, norm=False)
-    for net, balanced in zip(nets, fxfuse.balance(nets, IMAGES)):
-        assert gap(net, balanced, IMAGES) <= FUNCTION
+    for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
+        assert gap(net, balanced, BATCH) <= FUNCTION
 
 
 @given(st.sampled_from(ACTS), st.booleans(), st.integers(0, 99))
 def test_inputs_four_times_as_far_out_as_the_examples_still_pass(act, gate, seed):
     nets = pair(act, gate)
-    after = fxfuse.balance(nets, IMAGES)[1]
+    after = fxfuse.balance(nets, BATCH)[1]
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     assert gap(nets[1], after, x.clamp(-2, 2)) <= FUNCTION
 
 
 def test_all_weight_on_either_network_gives_a_network_of_its_own_path():
     nets = pair(nn.SiLU)
-    fused = fxfuse.fuse(nets, IMAGES, weights=[1, 0])
-    assert gap(nets[0], fused, IMAGES) <= FUNCTION
+    fused = fxfuse.fuse(nets, BATCH, weights=[1, 0])
+    assert gap(nets[0], fused, BATCH) <= FUNCTION
 
 
 @pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh])
 def test_activations_without_a_straight_line_are_refused(act):
     with pytest.raises(PassError, match="nowhere a straight line"):
-        fxfuse.balance(pair(act), IMAGES)
+        fxfuse.balance(pair(act), BATCH)
 
 
 def test_a_run_narrower_than_the_stream_is_refused():
     with pytest.raises(PassError, match="narrower"):
-        fxfuse.balance(pair(nn.SiLU, inner=5), IMAGES)
+        fxfuse.balance(pair(nn.SiLU, inner=5), BATCH)
 
 
 def test_the_settings_of_a_gate_without_a_bias_are_refused():
@@ -359,12 +460,12 @@ def test_the_settings_of_a_gate_without_a_bias_are_refused():
             if isinstance(part, Gate):
                 part.up.bias = None
     with pytest.raises(PassError, match="no bias to open it"):
-        fxfuse.balance(nets, IMAGES)
+        fxfuse.balance(nets, BATCH)
 
 
 def test_the_models_are_left_as_they_were():
     nets = pair(nn.SiLU)
     before = [{k: v.clone() for k, v in n.state_dict().items()} for n in nets]
-    fxfuse.balance(nets, IMAGES)
+    fxfuse.balance(nets, BATCH)
     for net, state in zip(nets, before):
         assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())

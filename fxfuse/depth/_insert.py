@@ -1,0 +1,397 @@
+"""Insert neutral layers into a network: copies of another network's layers, or of its own.
+
+A copy has the width of the stream it is inserted on, and values that make it neutral (`_neutral`).
+A block that joins new units to its input (a dense block) keeps its values instead: the stream
+behind it gets more units, and nothing reads those.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .._progress import counted
+from ..errors import PassError
+from ..graph.passes import graph_pass
+from ..graph.state import add_part, part_at, replace_tensor, settle_sizes, tensor_at, tensors_of
+from ..spaces._labels import TensorAxis
+from ..spaces.network import OPEN, Network
+from ._neutral import Insertion, LayerCopy, is_skip, make_neutral, no_neutral_form, renamed
+
+STAMP = "inserted"  # key of the meta of inserted nodes, until the pass has returned
+
+
+@dataclass(frozen=True)
+class AbsentLayer:
+    """A layer that a network lacks and has only as a neutral one, which hands on what it reads.
+
+    Attributes:
+        nodes: Its nodes.
+        entry: The node whose value it hands on.
+        carriers: Those of its nodes that hold this value.
+        joins: Whether it joins new units to the value, which nothing reads.
+        whole: Whether it is a run of layers, of which only the last hands the value on.
+        zeroed: Tensors that were set to zero so that a branch adds nothing. They say something of
+            the network, that it adds nothing here; other values in a neutral block say nothing.
+    """
+
+    nodes: tuple[str, ...]
+    entry: str
+    carriers: tuple[str, ...]
+    joins: bool = False
+    whole: bool = False
+    zeroed: frozenset[str] = frozenset()
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """Nodes whose values say nothing: in a branch that writes nothing, or inside a run."""
+        return frozenset(self.nodes) - frozenset(self.carriers)
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Nodes whose parameters say nothing."""
+        return frozenset(self.nodes) if self.whole else self.inner
+
+    def renamed(self, names: Mapping[str, str], paths: Mapping[str, str]) -> AbsentLayer:
+        """Return the same layer in a graph whose nodes, and whose modules, are called otherwise."""
+        return replace(
+            self,
+            nodes=tuple(names[n] for n in self.nodes),
+            entry=names[self.entry],
+            carriers=tuple(names[n] for n in self.carriers),
+            zeroed=frozenset(renamed(tensor, paths) for tensor in self.zeroed),
+        )
+
+
+def insert_layers(
+    network: Network, insertions: Sequence[Insertion], approximate: bool = False
+) -> tuple[fx.GraphModule, tuple[AbsentLayer, ...]]:
+    """Insert neutral layers into a copy of a network.
+
+    Args:
+        network: The network; not modified.
+        insertions: What to insert, in this order; several behind one node follow each other.
+        approximate: Whether activations of the layers may change what they hand on.
+
+    Returns:
+        The copy, and the layers that were inserted.
+
+    Raises:
+        PassError: If a layer has no neutral form.
+    """
+    insert = graph_pass(keeps_function=not approximate)(insert_neutral_layers)
+    module = insert(network.module, network.example, network, insertions, approximate)
+    inserted: dict[AbsentLayer, None] = {}
+    for node in module.graph.nodes:
+        node.meta.pop("neutral_to", None)
+        if STAMP in node.meta:
+            inserted[node.meta.pop(STAMP)] = None
+    return module, tuple(inserted)
+
+
+def insert_neutral_layers(
+    module: fx.GraphModule, network: Network, insertions: Sequence[Insertion], approximate: bool
+) -> None:
+    """Insert layers and stamp each of their nodes with its `AbsentLayer`; the body of the pass."""
+    last: dict[str, fx.Node] = {}  # by node: the end of what was inserted behind it
+    streams = Streams(network)
+    for insertion in counted(insertions):
+        after = last.get(insertion.after)
+        if after is None:
+            after = next(n for n in module.graph.nodes if n.name == insertion.after)
+        last[insertion.after] = _insert(module, insertion, after, streams, approximate)
+
+
+def _insert(
+    module: fx.GraphModule,
+    insertion: Insertion,
+    after: fx.Node,
+    streams: Streams,
+    approximate: bool,
+) -> fx.Node:
+    """Insert one layer behind a node; return its last node."""
+    layer, readers = insertion.layer, list(after.users)
+    copies, paths = {insertion.nodes[layer.entry]: after}, dict[str, str]()
+    width, templates = streams.width(insertion.after), _layer_nodes(insertion)
+    with module.graph.inserting_before(after.next):
+        for node in templates:
+            copies[node] = _copy_node(module, node, copies, paths, insertion, width)
+            copies[node].meta["origin"] = ("deepen", (after.name,))
+    last = copies[insertion.nodes[layer.nodes[-1]]]
+    for reader in readers:
+        reader.replace_input_with(after, last)
+    last.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
+    joins, zeroed = _joins_units(insertion), frozenset[str]()
+    if joins:
+        _leave_unread(module, insertion, streams)
+    else:
+        zeroed = make_neutral(LayerCopy(insertion, width, module, paths), approximate)
+    names = [copies[node].name for node in templates]
+    first = 0  # of the nodes that hold the value
+    if layer.branched or insertion.parts:
+        first = names.index(copies[insertion.nodes[layer.merge]].name)
+    stamp = AbsentLayer(
+        tuple(names), after.name, tuple(names[first:]), joins, bool(insertion.parts), zeroed
+    )
+    for node in templates:
+        copies[node].meta[STAMP] = stamp
+    return last
+
+
+def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
+    """Return a layer's nodes and the parameters and sizes they read, in graph order."""
+    layer = insertion.layer
+    needed = {insertion.nodes[name] for name in layer.nodes}
+    waiting = list(needed)
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node in needed or node.name == layer.entry:
+                continue
+            if node.op == "placeholder":
+                raise no_neutral_form(layer, "it reads the network's input beside its entry")
+            needed.add(node)
+            waiting.append(node)
+    return [n for n in insertion.nodes.values() if n in needed]
+
+
+def _copy_node(
+    module: fx.GraphModule,
+    node: fx.Node,
+    copies: Mapping[fx.Node, fx.Node],
+    paths: dict[str, str],
+    insertion: Insertion,
+    width: int,
+) -> fx.Node:
+    """Copy a node of the template and the module or tensor it uses, once for all its nodes."""
+    copied = module.graph.node_copy(node, lambda n: copies[n])
+    if node.op in ("call_module", "get_attr"):
+        path = str(node.target)
+        if path not in paths:
+            paths[path] = _free_path(module, path)
+            add_part(module, paths[path], resized_copy(insertion, path, width))
+        copied.target = paths[path]
+    return copied
+
+
+def _free_path(module: fx.GraphModule, path: str) -> str:
+    """Return a path like the given one that is not taken and lies inside no module of a node."""
+    taken = {*dict(module.named_modules()), *tensors_of(module)}
+    called = tuple(f"{n.target}." for n in module.graph.nodes if n.op == "call_module")
+    free, n = path, 1
+    while free in taken or free.startswith(called):
+        free, n = f"{path.replace('.', '_')}_inserted{n}", n + 1
+    return free
+
+
+# --- copies at another width ------------------------------------------------------------------
+
+
+def resized_copy(insertion: Insertion, path: str, width: int) -> nn.Module | Tensor:
+    """Copy a module or tensor of the template at the target's width, freshly initialised.
+
+    Axes of the stream that the layer reads and writes take the target's width; axes inside a block
+    keep the template's. Initial values neither depend on the global random state nor change it.
+
+    Args:
+        insertion: What is inserted where.
+        path: Of the module or tensor in the template.
+        width: Number of units of the stream in the target.
+    """
+    original = part_at(insertion.template.module, path)
+    if isinstance(original, Tensor):
+        return _resized(original, _shape(insertion, path, original, width))
+    assert original is not None, f"nothing is called '{path}'"
+    part = copy.deepcopy(original)
+    conv = part if isinstance(part, nn.modules.conv._ConvNd) else None
+    depthwise = conv is not None and conv.groups == conv.in_channels > 1
+    for name, tensor in tensors_of(part).items():
+        shape = _shape(insertion, f"{path}.{name}", tensor, width)
+        if shape != tuple(tensor.shape):
+            replace_tensor(part, name, _resized(tensor, shape))
+    if conv is not None and depthwise:
+        conv.groups = conv.weight.shape[0]
+    for module in part.modules():
+        settle_sizes(module)
+        if hasattr(module, "reset_parameters"):
+            reset: Any = module.reset_parameters
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                reset()
+    return part
+
+
+def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy of a tensor; one of another shape is filled with its mean."""
+    data = tensor.detach()
+    if shape != tuple(data.shape):
+        data = data.double().mean().to(data.dtype).expand(shape)
+    copied = data.clone()
+    return nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _shape(insertion: Insertion, name: str, tensor: Tensor, width: int) -> tuple[int, ...]:
+    """Return the shape of a template's tensor where the stream has another width."""
+    spaces, layer, book = insertion.template.spaces, insertion.layer, insertion.template.book
+    ends = [layer.entry] if layer.branched else [layer.entry, layer.nodes[-1]]
+    shape = list(tensor.shape)
+    for space, axis in spaces.on(name):
+        end = next((e for e in ends if any(f.tensor == e for f in space.features)), None)
+        if end is None:
+            continue
+        size, old = spaces.sizes[name, axis.dim], _width(book.features.get(end), book.shapes[end])
+        if axis.groups == 1:
+            shape[axis.dim] = size * width // old
+        elif size != axis.groups and width != old:  # a depthwise one keeps one input per row
+            raise PassError(
+                f"a grouped convolution on a stream of {old} units, to be rebuilt for {width}",
+                where=f"'{name}' of layer '{layer.name}'",
+                expected="equal widths where a grouped convolution works on the stream itself",
+                do="fuse networks of equal width at this stage",
+            )
+    return tuple(shape)
+
+
+def _width(features: list[TensorAxis] | None, shape: tuple[int, ...]) -> int:
+    """Return the number of units of a value; where no unit can move, the size of its usual axis."""
+    return len(features[0].labels) if features else shape[1 if len(shape) in (2, 4, 5) else -1]
+
+
+# --- streams that get more units --------------------------------------------------------------
+
+Place = tuple[str, int]  # a tensor or a node, and an axis of it
+
+
+class Streams:
+    """The streams of a network that is being edited, and how many units they have gained.
+
+    Args:
+        network: The network as it was analysed, before any edit.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._units = _units_by_place(network)
+        self._added: dict[Place, list[tuple[int, int]]] = {}  # position before any edit, count
+
+    def width(self, node: str) -> int:
+        """Return how many units the stream behind a node has now."""
+        place = self._stream(node)
+        if place is None:
+            return _width(None, self.network.book.shapes[node])
+        return len(self._units[place]) + sum(count for _, count in self._added.get(place, ()))
+
+    def widen(self, module: fx.GraphModule, node: str, count: int) -> bool:
+        """Add units to a node's stream, in all tensors behind the node; tell whether it could be.
+
+        Contractions read the new units with zeros. Norms treat them like an average unit.
+
+        Args:
+            module: The network under edit.
+            node: The node whose value gets more units, behind those it has.
+            count: How many.
+        """
+        place = self._stream(node)
+        if place is None or (self._units[place] < 0).any():
+            return False
+        stream = self._units[place]
+        if self._is_returned(node, stream):
+            return False
+        self._added.setdefault(place, []).append((len(stream), count))
+        for name in self._behind(node):
+            for other in (p for p in self._units if p[0] == name):
+                start = _start_of(stream, self._units[other])
+                if start is None:
+                    continue
+                end, added = start + len(stream), self._added.setdefault(other, [])
+                position = end + sum(n for p, n in added if p <= end)
+                added.append((end, count))
+                if name in self.network.book.features:
+                    continue
+                reads = any(axis.reads for _, axis in self.network.spaces.places[other])
+                _widen(module, other, position, count, reads)
+        return True
+
+    def _is_returned(self, node: str, stream: np.ndarray) -> bool:
+        """Tell whether the network is cut at a value that holds the stream."""
+        output = self.network.module.graph.output_node()
+        returned = {n.name for n in output.all_input_nodes} & {node, *self._behind(node)}
+        units = [units for place, units in self._units.items() if place[0] in returned]
+        return OPEN in output.meta and any(_start_of(stream, u) is not None for u in units)
+
+    def _stream(self, node: str) -> Place | None:
+        return next((p for p in self._units if p[0] == node), None)
+
+    def _behind(self, node: str) -> list[str]:
+        """Return the nodes behind a node, and the parameters and buffers they use."""
+        nodes = {n.name: n for n in self.network.module.graph.nodes}
+        names: dict[str, None] = {}
+        waiting = [nodes[node]]
+        while waiting:
+            for user in waiting.pop().users:
+                if user.name not in names:
+                    names[user.name] = None
+                    names |= dict.fromkeys(self.network.book.tensors.get(user.name, ()))
+                    waiting.append(user)
+        return list(names)
+
+
+def _units_by_place(network: Network) -> dict[Place, np.ndarray]:
+    """Return, per axis, the number of the unit at each position; -1 where none can move."""
+    sizes = dict(network.spaces.sizes)
+    units: dict[Place, np.ndarray] = {}
+    start = 0
+    for space in network.spaces:
+        for axis in (*space.features, *space.axes):
+            place = axis.tensor, axis.dim
+            if axis.groups == 1:
+                size = sizes.get(place) or network.book.shapes[axis.tensor][axis.dim]
+                numbers = np.repeat(start + np.arange(space.size), axis.index.shape[1])
+                units.setdefault(place, np.full(size, -1))[axis.index.reshape(-1)] = numbers
+        start += space.size
+    return units
+
+
+def _start_of(run: np.ndarray, units: np.ndarray) -> int | None:
+    """Return where a run of units first begins."""
+    for start in np.flatnonzero(units[: len(units) - len(run) + 1] == run[0]):
+        if np.array_equal(units[start : start + len(run)], run):
+            return int(start)
+    return None
+
+
+def _widen(module: fx.GraphModule, place: Place, at: int, count: int, reads: bool) -> None:
+    """Insert positions into an axis of a tensor: zeros if they are read, else the mean."""
+    name, dim = place
+    data = tensor_at(module, name).detach()
+    head, tail = data.narrow(dim, 0, at), data.narrow(dim, at, data.shape[dim] - at)
+    shape = [count if d == dim else n for d, n in enumerate(data.shape)]
+    new = torch.zeros(shape, dtype=data.dtype, device=data.device)
+    if not reads:
+        new += data.mean(dim, keepdim=True)
+    replace_tensor(module, name, torch.cat([head, new, tail], dim))
+
+
+def _joins_units(insertion: Insertion) -> bool:
+    """Tell whether a layer ends by joining what it computed to what it read."""
+    layer, template = insertion.layer, insertion.template
+    if insertion.parts or not layer.branched:
+        return False
+    merge = insertion.nodes[layer.merge]
+    parts, rules = template.inputs_of(merge), {s[0] for s in template.steps(merge)}
+    return rules == {"cat"} and len(parts) > 1 and is_skip(template, parts[0], layer.entry)
+
+
+def _leave_unread(module: fx.GraphModule, insertion: Insertion, streams: Streams) -> None:
+    """Widen the stream behind a layer that joins new units to it, so that nothing reads them."""
+    layer, shapes = insertion.layer, insertion.template.book.shapes
+    sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
+    if len(sizes) != 1 or layer.nodes[-1] != layer.merge:
+        raise no_neutral_form(layer, "what it joins to its input is changed again behind the join")
+    if not streams.widen(module, insertion.after, sizes[0][1] - sizes[0][0]):
+        raise no_neutral_form(layer, "it adds units to a stream that cannot be widened")
