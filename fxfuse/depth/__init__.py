@@ -1,8 +1,14 @@
 """One depth for all networks: insert layers that do nothing, or remove layers."""
 
 from ._insert import AbsentLayer
+from ._merge import (
+    average_of_signs,
+    fitted_line,
+    fitted_line_through_zero,
+    majority_vote,
+    sign_of_sum,
+)
 from .deepen import Balanced, Balancing, Deepen, deepen
-from .gates import average_of_signs, majority_vote, sign_of_sum
 from .shorten import Shorten
 
 __all__ = [
@@ -13,6 +19,8 @@ __all__ = [
     "Shorten",
     "average_of_signs",
     "deepen",
+    "fitted_line",
+    "fitted_line_through_zero",
     "majority_vote",
     "sign_of_sum",
 ]

@@ -17,9 +17,10 @@ from ..calibration.run import relative_error_on
 from ..errors import ArgumentError, PassError
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
-from ._removal import Merging, Refitting, plan_removals, remove
+from ._merge import Gate, MergeIntoNext
+from ._refit import RefitNeighbour
+from ._removal import Strategy, plan_removals, remove_layers
 from .deepen import Balanced, check_alignment, insert_missing_layers
-from .gates import Gate
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,17 @@ class Shorten:
     """Removes the layers that not all networks have; approximate, by as much as `errors` says.
 
     Attributes:
-        gate: How to merge plain layers into the next one in closed form (see `gates`). If not
-            given, a layer next to the removed ones is refitted by least squares on the data.
+        gate: Merge plain layers into the next one in closed form, with the lines that this chooses
+            in place of their activations (`sign_of_sum`, `majority_vote`, `average_of_signs`,
+            `fitted_line`). If not given, a layer next to the removed ones is refitted by least
+            squares on the data.
         ridge: Of least squares, relative to the mean variance of what a layer reads.
-        rounds: How often to fit again to what activations cannot tell from the values wanted.
-        reach: How many layers behind the refitted one are refitted too.
-        to: Index of the network whose layers all get: deeper ones are shortened to it and shallower
-            ones deepened, segment by segment. If not given, the layers stay that all have.
+        rounds: How often to fit again to values that activate the same as the wanted ones and are
+            easier to reach; 0 to fit to the wanted values alone.
+        reach: How many of the layers that follow are refitted too.
+        to: Index of the network whose layers all networks get: deeper ones are shortened to it and
+            shallower ones deepened, segment by segment. If not given, the layers stay that all
+            have.
     """
 
     gate: Gate | None = None
@@ -43,42 +48,38 @@ class Shorten:
     to: int | None = None
 
     def __call__(
-        self,
-        networks: Sequence[Network],
-        alignment: Alignment,
-        data: Calibration,
+        self, networks: Sequence[Network], alignment: Alignment, data: Calibration
     ) -> Balanced:
         """Balance networks.
 
         Args:
             networks: The networks; not modified.
             alignment: Which of their layers correspond.
-            data: What removed layers are replaced on.
+            data: What the layers that stay are refitted, or the lines fitted, on.
 
         Raises:
             ArgumentError: If the alignment is of other networks, or `to` is no index.
-            PassError: If nothing can take the place of a layer.
+            PassError: If nothing can take over the work of a layer.
             PairingError: If the structures differ beside their layers.
         """
         layers = [[x for s in partition(n) for x in s.layers] for n in networks]
-        check_alignment(alignment, [{x.name: x for x in own} for own in layers])
-        kept = [self._kept(s, len(networks)) for s in alignment.segments]
-        removed = [_outside(alignment, kept, k) for k in range(len(networks))]
+        check_alignment(alignment, [{x.name: x for x in of_network} for of_network in layers])
+        kept = [self._kept_slots(s, len(networks)) for s in alignment.segments]
+        removed = [_layers_outside(alignment, kept, k) for k in range(len(networks))]
         with part(0.0, 0.8):
             jobs = counted(list(zip(networks, layers, removed)))
-            shorter = [self._shorten(n, own, names, data) for n, own, names in jobs]
+            shorter = [self._shorten(*job, data) for job in jobs]
         counts = [len(names) for names in removed]
         skeleton = counts.index(min(counts)) if self.to is None else self.to
         with part(0.8, 1.0):
-            balanced = insert_missing_layers(
-                shorter, self._rest(alignment, kept, shorter), skeleton
-            )
+            rest = self._rest(alignment, kept, shorter)
+            balanced = insert_missing_layers(shorter, rest, skeleton)
         pairs = zip(networks, balanced.networks, counts)
         errors = (relative_error_on(data, a, b) if count else 0.0 for a, b, count in pairs)
-        gone = tuple(frozenset(names) for names in removed)
-        return replace(balanced, errors=tuple(errors), removed=gone)
+        names = tuple(frozenset(of_network) for of_network in removed)
+        return replace(balanced, errors=tuple(errors), removed=names)
 
-    def _kept(self, segment: SegmentAlignment, count: int) -> list[int]:
+    def _kept_slots(self, segment: SegmentAlignment, count: int) -> list[int]:
         """Return the slots of a segment that stay."""
         if self.to is not None and not 0 <= self.to < count:
             raise ArgumentError(
@@ -91,19 +92,19 @@ class Shorten:
         return [i for i, slot in enumerate(zip(*rows)) if None not in slot]
 
     def _shorten(
-        self,
-        network: Network,
-        layers: Sequence[Layer],
-        names: set[str],
-        data: Calibration,
+        self, network: Network, layers: Sequence[Layer], names: set[str], data: Calibration
     ) -> Network:
+        """Return a network without some of its layers."""
         if not names:
             return network
-        fitted = Refitting(data, self.ridge, self.rounds, self.reach)
-        strategy = Merging(self.gate, data) if self.gate else fitted
+        strategy: Strategy
+        if self.gate is not None:
+            strategy = MergeIntoNext(self.gate, data)
+        else:
+            strategy = RefitNeighbour(data, self.ridge, self.rounds, self.reach)
         removals = plan_removals(layers, names)
         with part(0.0, 0.8):
-            module = remove(network.module, network.example, network, removals, strategy)
+            module = remove_layers(network.module, network.example, network, removals, strategy)
         with part(0.8, 1.0):
             shorter = Network.of(network.name, module, network.example)
         left = [x.kind for s in partition(shorter) for x in s.layers]
@@ -123,18 +124,20 @@ class Shorten:
         names = [iter([x.name for s in partition(n) for x in s.layers]) for n in shorter]
         segments = []
         for segment, slots in zip(alignment.segments, kept):
-            rows = [
-                tuple(None if row[i] is None else next(own) for i in slots)
-                for row, own in zip(segment.slots, names)
-            ]
-            segments.append(
-                SegmentAlignment(segment.label, self.to or 0, tuple(rows), (None,) * len(rows))
+            rows = tuple(
+                tuple(None if row[i] is None else next(of_network) for i in slots)
+                for row, of_network in zip(segment.slots, names)
             )
+            no_costs = (None,) * len(rows)
+            segments.append(SegmentAlignment(segment.label, self.to or 0, rows, no_costs))
         return Alignment(tuple(segments), alignment.names)
 
 
-def _outside(alignment: Alignment, kept: Sequence[list[int]], k: int) -> set[str]:
-    """Return the layers of one network in slots that do not stay."""
-    pairs = [(s.slots[k], slots) for s, slots in zip(alignment.segments, kept)]
-    gone = [[x for i, x in enumerate(row) if i not in slots] for row, slots in pairs]
-    return {x for row in gone for x in row if x is not None}
+def _layers_outside(alignment: Alignment, kept: Sequence[list[int]], k: int) -> set[str]:
+    """Return the layers of network `k` in slots that do not stay."""
+    return {
+        name
+        for segment, slots in zip(alignment.segments, kept)
+        for i, name in enumerate(segment.slots[k])
+        if i not in slots and name is not None
+    }

@@ -1,4 +1,4 @@
-"""None"""
+"""Networks brought to the depth that all have, and how far that puts them off."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from fxfuse.alignment.align import align_networks
 from fxfuse.alignment.layers import partition
 from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.run import relative_error_on
-from fxfuse.depth import gates
+from fxfuse.depth import average_of_signs, fitted_line, majority_vote, sign_of_sum
 from fxfuse.depth.deepen import deepen
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion.fuse import Method
-from tests.support.nets import Tokens, gap, mlp, outputs, randomise, residual, stages
+from tests.support.nets import Pooled, Tokens, conv, gap, mlp, outputs, randomise, residual, stages
 from tests.support.pairs import PAIRS, networks
 from tests.support.tolerances import EXACT, FUNCTION
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
@@ -75,7 +75,7 @@ def test_all_networks_get_one_structure_and_say_how_far_they_are_off(name, to):
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_layers_can_only_be_added(name):
     make, data = PAIRS[name]
-    with pytest.raises(PassError, match="nothing can stand in for"):
+    with pytest.raises(PassError, match="work nothing can take over"):
         shortened(make(), data)
 
 
@@ -83,7 +83,7 @@ def test_dense_layers_can_only_be_added(name):
     st.lists(st.integers(3, 8), min_size=1, max_size=4),
     st.lists(st.integers(3, 8), min_size=1, max_size=4),
     st.booleans(),
-    st.sampled_from([None, gates.line, gates.sign_of_sum]),
+    st.sampled_from([None, fitted_line, sign_of_sum]),
 )
 def test_perceptrons_of_any_widths_and_depths_can_be_shortened(a, b, norm, gate):
     nets = [mlp(6, *widths, 3, norm=norm) for widths in (a, b)]
@@ -190,10 +190,10 @@ CHOICES = [
     Shorten(ridge=1.0),
     Shorten(rounds=0),
     Shorten(reach=0),
-    Shorten(gate=gates.line),
-    Shorten(gate=gates.sign_of_sum),
-    Shorten(gate=gates.average_of_signs),
-    Shorten(gate=gates.majority_vote),
+    Shorten(gate=fitted_line),
+    Shorten(gate=sign_of_sum),
+    Shorten(gate=average_of_signs),
+    Shorten(gate=majority_vote),
     Shorten(to=0),
 ]
 
@@ -207,15 +207,15 @@ def test_each_choice_changes_the_result():
 
 def test_least_squares_is_better_than_gates_and_gates_than_nothing():
     nets = [mlp(6, 9, 9, 9, 3, act=nn.ReLU), mlp(6, 9, 3)]
-    found = {g: shortened(nets, VECTORS, Shorten(gate=g))[1].errors[0] for g in (None, gates.line)}
-    assert found[None] < found[gates.line] < 1
+    found = {g: shortened(nets, VECTORS, Shorten(gate=g))[1].errors[0] for g in (None, fitted_line)}
+    assert found[None] < found[fitted_line] < 1
 
 
 @pytest.mark.parametrize("name", ["residual", "tokens", "with linear layers"])
 def test_gates_are_refused_where_layers_cannot_merge(name):
     make, data = PAIRS[name]
     with pytest.raises(PassError) as caught:
-        shortened(make(), data, Shorten(gate=gates.line))
+        shortened(make(), data, Shorten(gate=fitted_line))
     assert "least squares" in caught.value.do
 
 
@@ -226,18 +226,26 @@ def test_an_index_of_no_network_is_refused(to):
 
 
 def test_structures_that_differ_once_layers_are_gone_are_refused():
-    """The norm behind the last block is part of it, and goes with it."""
-    found = networks(Tokens(8, 2, 12, 2), Tokens(8, 2, 12, 1), data=IMAGES)
-    alignment = align_networks(found, Calibration(IMAGES))
+    deep = nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3))
+    shallow = nn.Sequential(conv(3, 4), nn.AvgPool2d(2), conv(4, 4), Pooled(4, 3))
+    with pytest.raises(PairingError, match="differ beside their aligned layers"):
+        shortened([deep, shallow], IMAGES)
+
+
+def test_layers_of_different_kinds_in_one_slot_are_refused_though_they_have_one_name():
+    """The norm behind the last block is part of it."""
+    nets = networks(Tokens(8, 2, 12, 2), Tokens(8, 2, 12, 1), data=IMAGES)
+    alignment = align_networks(nets, Calibration(IMAGES))
     at = next(i for i, s in enumerate(alignment.segments) if len(s.slots[0]) == 4)
     deep, shallow = alignment.segments[at].slots
-    hand = dataclasses.replace(
+    by_hand = dataclasses.replace(
         alignment.segments[at], slots=(deep, (shallow[0], shallow[3], None, None))
     )
-    segments = (*alignment.segments[:at], hand, *alignment.segments[at + 1 :])
+    segments = (*alignment.segments[:at], by_hand, *alignment.segments[at + 1 :])
     wrong = dataclasses.replace(alignment, segments=segments)
-    with pytest.raises(PairingError, match="differ beside their aligned layers"):
-        Shorten()(found, wrong, Calibration(IMAGES))
+    assert deep[1] == shallow[3]
+    with pytest.raises(ArgumentError, match="different kinds in one slot"):
+        Shorten()(nets, wrong, Calibration(IMAGES))
 
 
 def test_the_error_is_the_root_mean_square_of_all_outputs():
@@ -251,12 +259,12 @@ def test_the_error_is_the_root_mean_square_of_all_outputs():
 # --- against the paper's code ---------------------------------------------------------------------
 
 MERGES = [
-    (0, gates.sign_of_sum, 92.23, "sum"),
-    (1, gates.sign_of_sum, 94.53, None),
-    (2, gates.sign_of_sum, 95.21, None),
-    (0, gates.average_of_signs, 88.93, "avg"),
-    (1, gates.average_of_signs, 94.76, None),
-    (2, gates.average_of_signs, 93.53, None),
+    (0, sign_of_sum, 92.23, "sum"),
+    (1, sign_of_sum, 94.53, None),
+    (2, sign_of_sum, 95.21, None),
+    (0, average_of_signs, 88.93, "avg"),
+    (1, average_of_signs, 94.76, None),
+    (2, average_of_signs, 93.53, None),
 ]
 
 

@@ -15,7 +15,7 @@ from fxfuse.coupling.measure import View
 from fxfuse.coupling.transport import Transport
 from fxfuse.coupling.weight_matching import MergeMany, WeightMatching
 from fxfuse.coupling.zipit import Zip
-from fxfuse.depth.gates import sign_of_sum
+from fxfuse.depth import sign_of_sum
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import (
     ArgumentError,
@@ -525,7 +525,7 @@ SENSELESS = {
         DENSE,
         lambda: by(balancing=Shorten()),
         PassError,
-        "nothing can stand in for",
+        "work nothing can take over",
     ),
     "shortened to a network that is not there": (
         DEPTHS,
