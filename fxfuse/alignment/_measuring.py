@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._progress import tell
-from ..calibration.affine import fold, folds
 from ..calibration.data import Batch, Calibration
+from ..calibration.norms import fold_norms, foldable_norms
 from ..calibration.run import batch_size, record
 from ..errors import ArgumentError, DataError
 from ..ir import Layer
@@ -105,7 +105,7 @@ def _show_weights(networks: Sequence[Network], comparisons: Sequence[_Comparison
     meter = comparisons[0].meter
     reduced = []
     for network, layers in zip(networks, _compared_layers(len(networks), comparisons)):
-        state = fold(network, folds(network))
+        state = fold_norms(network, foldable_norms(network))
         weights = {
             x.name: [state[name] for node in x.producers for name in network.book.weights[node]]
             for x in layers

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..calibration.affine import fold, folds
+from ..calibration.norms import fold_norms, foldable_norms
 from ..graph.state import floats_of
 from ..ir import Axis, Coupling
 from ..spaces.network import Network
@@ -62,7 +62,7 @@ class Weights:
                 norm adds counts as a bias, under the name of its running mean.
         """
         base = mixer.balanced.networks[mixer.anchor]
-        alone = folds(base)
+        alone = foldable_norms(base)
         states = []
         for network, absent in zip(mixer.balanced.networks, mixer.balanced.absent):
             found = _folded(network, alone) if folded else _raw(network)
@@ -267,7 +267,7 @@ def _raw(network: Network) -> dict[str, np.ndarray]:
 
 
 def _folded(network: Network, alone: Mapping[str, str]) -> dict[str, np.ndarray]:
-    state, roles = fold(network, dict(alone)), network.book.norms
+    state, roles = fold_norms(network, dict(alone)), network.book.norms
     of_norms = {t for r in roles.values() for t in r.values()}
     found = {name: state[name] for name in state.raw if name not in of_norms}
     for node, role in roles.items():

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_array, eye_array
 
-from ..calibration.affine import folds
+from ..calibration.norms import foldable_norms
 from ..depth import AbsentLayer
 from ..depth.deepen import Balanced
 from ..errors import PairingError
@@ -138,7 +138,7 @@ def absent_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     norm is folded into: it is a fact that the network adds nothing there.
     """
     silent = {t for a in absent for t in a.zeroed}
-    folded = folds(network)
+    folded = foldable_norms(network)
     for norm, roles in network.book.norms.items():
         touched = {t for t in roles.values() if isinstance(t, str)}
         if silent & touched:

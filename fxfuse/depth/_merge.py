@@ -18,8 +18,9 @@ from functools import reduce
 import torch
 from torch import Tensor, fx
 
-from ..calibration.affine import Affine, Producer, compose, restate, write_producer
+from ..calibration.affine import Affine, compose
 from ..calibration.data import Calibration
+from ..calibration.producers import Producer, restate, write_producer
 from ..calibration.run import batch_size, record
 from ..errors import PassError
 from ..ir import Layer

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..calibration.norms import tensors_for
 from ..calibration.run import record
 from ..errors import PassError
 from ..graph.state import fill, tensor_at
@@ -75,7 +77,7 @@ class LayerCopy:
     def __getitem__(self, tensor: str) -> Tensor:
         return tensor_at(self.module, self.name_of(tensor))
 
-    def fill(self, tensor: str, value: float | Tensor) -> None:
+    def fill(self, tensor: str, value: float | np.ndarray | Tensor) -> None:
         """Set the copy of a template's tensor to one value, or to values that expand to it."""
         fill(self.module, self.name_of(tensor), value)
 
@@ -171,12 +173,8 @@ def _fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: floa
     roles = insertion.template.book.norms.get(node.name)
     if roles is None:
         raise no_neutral_form(insertion.layer, f"norm '{node.name}' depends on its input")
-    eps, affine = float(roles["eps"]), "weight" in roles
-    copied.fill(str(roles["running_mean"]), 0.0 if affine else -shift / scale)
-    copied.fill(str(roles["running_var"]), 1.0 if affine else 1.0 / scale**2 - eps)
-    if affine:
-        copied.fill(str(roles["weight"]), scale * (1.0 + eps) ** 0.5)
-        copied.fill(str(roles["bias"]), shift)
+    for name, values in tensors_for(roles, scale, shift).items():
+        copied.fill(name, values)
 
 
 # --- blocks -----------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from ..alignment.layers import describe
-from ..calibration.affine import Affine, Producer, read_producer, restate, write_producer
+from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.least_squares import Refit
+from ..calibration.producers import Producer, read_producer, restate, write_producer
 from ..calibration.run import record
 from ..errors import DataError
 from ..graph.verify import TOLERANCE
@@ -325,7 +326,7 @@ def _gives_shape(affine: Affine, x: Tensor, shape: tuple[int, ...]) -> bool:
         return x.shape[:-1] == shape[:-1]
     if x.dim() != affine.weight.dim() or affine.groups > 1 and x.shape[1] != affine.inputs:
         return False
-    return affine.places(tuple(x.shape[2:])) == shape[2:]
+    return affine.output_sizes(tuple(x.shape[2:])) == shape[2:]
 
 
 def _patch_size(affine: Affine, x: Tensor, shape: tuple[int, ...]) -> int:

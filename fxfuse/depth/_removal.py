@@ -15,7 +15,7 @@ from itertools import takewhile
 from torch import fx
 
 from .._progress import counted
-from ..calibration.affine import Producer, read_producer
+from ..calibration.producers import Producer, read_producer
 from ..errors import PassError
 from ..graph.passes import graph_pass
 from ..ir import Layer

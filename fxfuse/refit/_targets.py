@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..calibration.affine import Producer, folds, identify
 from ..calibration.data import Calibration
 from ..calibration.least_squares import Sample, rows_at
+from ..calibration.norms import foldable_norms
+from ..calibration.producers import Producer, identify
 from ..calibration.run import Frontier, Run, Track
 from ..coupling.measure import bypasses
 from ..coupling.mixing import Mixer, absent_tensors
@@ -246,7 +247,7 @@ def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:
 
 def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
     """Find what can be refitted, and which sums it ends in, in one run of the network's example."""
-    folded = {producer: norm for norm, producer in folds(network).items()}
+    folded = {producer: norm for norm, producer in foldable_norms(network).items()}
     run = Run(network, network.example)
     producers: dict[str, Producer] = {}
     ends: dict[str, str] = {}  # node -> the contraction whose value it holds and nothing else does

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from .._progress import counted
-from ..calibration.affine import FoldedState, fold, folds, producers
 from ..calibration.moments import Moments
+from ..calibration.norms import FoldedState, fold_norms, foldable_norms, single_weights
 from ..coupling.mixing import Mixer
 from ..graph.state import floats_of
 from ..spaces.network import Network
@@ -83,8 +83,8 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
     """
     shapes = {name: tuple(t.shape) for name, t in floats_of(network.module).items()}
     found = dict.fromkeys(network.book.norms, 1)
-    taken = set(folds(network).values())
-    for node, (weight, dim) in producers(network).items():
+    taken = set(foldable_norms(network).values())
+    for node, (weight, dim) in single_weights(network).items():
         axes = {a.dim for a in network.book.features.get(node, [])}
         biases = {shapes.get(t) for t in network.book.tensors[node] if t != weight}
         plain = biases <= {shapes[weight][dim : dim + 1]}
@@ -108,8 +108,8 @@ def emit(
         `outputs`.
     """
     base = mixer.balanced.networks[mixer.anchor]
-    folded = folds(base)
-    states = [fold(n, folded) for n in mixer.balanced.networks]
+    folded = foldable_norms(base)
+    states = [fold_norms(n, folded) for n in mixer.balanced.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
     for name, tensor in counted(floats_of(module).items()):
@@ -117,7 +117,7 @@ def emit(
             mixed = mixer.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))
     norms = [_norm_plan(mixer, states, node, outputs.get(node)) for node in base.book.norms]
-    able = producers(base)
+    able = single_weights(base)
     weights = [
         _weight_plan(mixer, node, able[node], moments)
         for node, moments in outputs.items()

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, fx
 
 from .._progress import tell
-from ..calibration.affine import folds, producers
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments
+from ..calibration.norms import foldable_norms, single_weights, write_norm
 from ..calibration.run import Bypass, Run, batch_size, working_batch
 from ..coupling.measure import measuring_batch
 from ..coupling.mixing import Mixer
@@ -180,38 +180,8 @@ def settle_norm(network: Network, plan: NormPlan, found: Moments, keep: bool) ->
     if not keep and plan.target is not None:
         wanted = gain_of(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
-    restate_norm(network, network.book.norms[plan.node], found, gain, shift)
-
-
-def restate_norm(
-    network: Network,
-    roles: dict[str, str | float],
-    found: Moments,
-    gain: np.ndarray,
-    mean: np.ndarray,
-) -> None:
-    """Let a norm that reads values of some moments multiply by a gain, and give a mean."""
-    centre, variance, eps = found.mean, found.variance, float(roles["eps"])
-    if "weight" not in roles:  # no affine part: the statistics have to say it
-        safe = np.where(np.abs(gain) > 1e-12, gain, 1.0)
-        centre, variance = centre - mean / safe, np.maximum(1.0 / safe**2 - eps, 0.0)
-    else:
-        fill(network.module, str(roles["weight"]), gain * np.sqrt(variance + eps))
-        fill(network.module, str(roles["bias"]), mean)
-    fill(network.module, str(roles["running_mean"]), centre)
-    fill(network.module, str(roles["running_var"]), variance)
-
-
-def describe_norm(network: Network, roles: dict[str, str | float], found: Moments) -> None:
-    """Give a norm the moments of what it reads as its statistics; its function stays."""
-    if "weight" in roles:  # otherwise the statistics are the function
-        parts = [
-            tensor_at(network.module, str(roles[name])).detach().double().cpu().numpy()
-            for name in ("weight", "bias", "running_mean", "running_var")
-        ]
-        weight, bias, mean, variance = parts
-        scale = weight / np.sqrt(variance + float(roles["eps"]))
-        restate_norm(network, roles, found, scale, bias + scale * (found.mean - mean))
+    roles = network.book.norms[plan.node]
+    write_norm(network.module, roles, gain, shift, found.mean, found.variance)
 
 
 def settle_weight(
@@ -275,8 +245,8 @@ def rescale(fused: Network, mixer: Mixer) -> None:
         mixer: The networks it is made of, and their maps.
     """
     base = mixer.balanced.networks[mixer.anchor]
-    able = producers(base)
-    for norm, node in folds(base).items():
+    able = single_weights(base)
+    for norm, node in foldable_norms(base).items():
         weight, dim = able[node]
         tensors = [tensor_at(n.module, weight) for n in mixer.balanced.networks]
         wanted = mixer.mix(weight, [_squares(t, dim) for t in tensors], along=dim)

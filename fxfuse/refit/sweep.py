@@ -45,6 +45,7 @@ from ..calibration.least_squares import (
     weight_as_rows,
 )
 from ..calibration.moments import Moments
+from ..calibration.norms import write_norm, write_statistics
 from ..calibration.run import Frontier, Run, Track, working_batch
 from ..coupling.mixing import Mixer
 from ..graph.state import tensor_at
@@ -54,9 +55,7 @@ from ._targets import Aim, Parents, Targets, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle
 from .moments import (
     Outcome,
-    describe_norm,
     gain_of,
-    restate_norm,
     settle_norm,
     settle_weight,
 )
@@ -207,7 +206,8 @@ class Fit:
         gain = self._gain(wanted, found) if self.aim.swing else np.ones_like(found.mean)
         if producer.norm is not None:
             found.shift = found.shift + self._offset().to(found.shift)
-            restate_norm(self.network, producer.roles, found, gain, mean)
+            module, roles = self.network.module, producer.roles
+            write_norm(module, roles, gain, mean, found.mean, found.variance)
             return
         self._scale(gain)
         if producer.bias is not None:
@@ -379,7 +379,7 @@ class _Sweep:
             show(batch, run)
             self.track.rest(batch)
         for aim, moments in self.read.values():
-            describe_norm(self.fused, aim.producer.roles, moments)
+            write_statistics(self.fused.module, aim.producer.roles, moments)
         self.read = {}
 
     def _watch(self, node: fx.Node, value: Any) -> None:
@@ -426,7 +426,8 @@ class _Sweep:
 
         def show(batch: int, run: Run) -> None:
             x, at = run.value_of(source), goal.sample.at[batch]
-            places = (len(x), *affine.places(tuple(x.shape[2:]))) if affine.kernel else x.shape[:-1]
+            spatial = affine.output_sizes(tuple(x.shape[2:]))
+            places = (len(x), *spatial) if affine.kernel else x.shape[:-1]
             fits.append(tuple(places) == goal.shapes[batch])
             if fits[-1]:
                 inputs.append(reads_at(x, affine, at))

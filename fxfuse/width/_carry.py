@@ -20,7 +20,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
-from ..calibration.affine import fold, folds
+from ..calibration.norms import fold_norms, foldable_norms
 from ..coupling.mixing import Mixer, correspond
 from ..depth.deepen import Balanced
 from ..errors import DataError, NotEquivalent, PairingError
@@ -150,7 +150,7 @@ def strengths(network: Network) -> dict[str, np.ndarray]:
 
     A space of blocks without weights of its own (heads) takes the strength of what is inside them.
     """
-    state = fold(network, folds(network))
+    state = fold_norms(network, foldable_norms(network))
     contracted = {t for names in network.book.weights.values() for t in names}
     strength = {}
     for space in network.spaces:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from fxfuse.calibration.affine import Affine
 from fxfuse.calibration.least_squares import (
@@ -245,7 +244,7 @@ def test_without_information_the_prior_stays():
 
 def test_more_ridge_is_nearer_to_the_prior():
     torch.manual_seed(0)
-    affine = Affine.of(nn.Conv2d(2, 3, 3, padding=1))
+    affine = Affine(torch.randn(3, 2, 3, 3), torch.randn(3), (1, 1), (1, 1), (1, 1))
     refit, x = Refit(affine), torch.randn(6, 2, 5, 5)
     refit.add(x, torch.randn(6, 3, 5, 5))
     far = [

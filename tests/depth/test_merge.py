@@ -195,6 +195,6 @@ def test_what_cannot_merge_is_refused_with_the_reason(reason):
 def test_an_offset_needs_a_bias_to_go_to():
     net = randomise(mlp(6, 8, 7, 3, bias=False))
     net[4].bias = None
-    with pytest.raises(PassError, match="no place"):
+    with pytest.raises(PassError, match="cannot be stored"):
         merged(net, VECTORS, [1], fitted_line)
     assert gap(net, merged(net, VECTORS, [1], fitted_line_through_zero), VECTORS) < 1

@@ -1,59 +1,24 @@
-"""Emission: folding, mixing and settling, against what the formulas say."""
+"""Emission: mixing and settling, against what the formulas say."""
 
 import numpy as np
 import torch
-from hypothesis import given, settings
 from scipy.sparse import csr_array
 
 import fxfuse
-from fxfuse.calibration.affine import fold, folds, producers
 from fxfuse.coupling.measure import View, measure, measuring_batch, measuring_points
 from fxfuse.coupling.mixing import Mixer, absent_tensors
 from fxfuse.coupling.plans import two_maps
 from fxfuse.coupling.transport import Transport
-from fxfuse.graph.trace import trace
 from fxfuse.ir import Coupling
 from fxfuse.refit.emit import outputs_to_settle
 from fxfuse.refit.moments import MatchMoments, frontier_samples
-from tests.support.nets import build, gap, outputs, random_nets, randomise, residual, stages
+from tests.support.nets import build, gap, outputs, randomise, residual, stages
 from tests.support.problems import network, prepared
 from tests.support.tolerances import FUNCTION
 
 
 def images(count=40):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-@settings(max_examples=10)
-@given(random_nets())
-def test_folding_keeps_what_is_in_front_of_the_norm_exact(net):
-    x = images(4)
-    found = network(net, x)
-    folded = folds(found)
-    state = fold(found, folded)
-    twin = trace(net)
-    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
-    for node, roles in found.book.norms.items():
-        variance = 1.0 - float(roles["eps"])
-        values = {"running_mean": 0.0, "running_var": variance}
-        values |= {"weight": state.scales[node], "bias": state.shifts[node]}
-        for role, value in values.items():
-            tensor = tensors[roles[role]]
-            tensor.data.copy_(torch.as_tensor(value).expand_as(tensor))
-    for name in state.factors:
-        tensors[name].data.copy_(torch.as_tensor(state[name]))
-    reference = outputs(net, x)
-    error = float((outputs(twin.eval(), x) - reference).abs().max())
-    assert error < FUNCTION * max(float(reference.abs().max()), 1e-3)
-
-
-def test_a_norm_behind_a_shared_convolution_is_not_folded():
-    net, x = build("shared")
-    found = network(net, x)
-    calls = [weights[0] for weights in found.book.weights.values()]
-    twice = {n for n, weights in found.book.weights.items() if calls.count(weights[0]) == 2}
-    assert len(twice) == 2 and not twice & set(producers(found))
-    assert folds(found) and not twice & set(folds(found).values())
 
 
 def test_a_tensor_is_mixed_as_the_formula_says():
