@@ -23,8 +23,6 @@ from ..graph._modes import is_choice, only_in_training
 from ..ir import Layer, Segment
 from ..spaces.network import Network
 
-_COMMUTATIVE = {"add", "mul", "maximum", "minimum"}
-
 
 class _Step(NamedTuple):
     """A step of the chain: from one node to the next, and the nodes between them."""
@@ -197,7 +195,7 @@ def module_path(node: fx.Node) -> str:
 
 def describe(network: Network, node: fx.Node) -> str:
     """Return which operators a node runs, without widths; the same however the code spells it."""
-    return repr([step for step in network.steps(node) if step[0] != "opaque"])
+    return repr(network.steps(node))
 
 
 def _kind(network: Network, entry: fx.Node, nodes: list[fx.Node]) -> str:
@@ -205,8 +203,7 @@ def _kind(network: Network, entry: fx.Node, nodes: list[fx.Node]) -> str:
     hashes = {entry: "entry"}
     for node in nodes:
         inputs = [hashes.get(n, "outside") for n in network.inputs_of(node)]
-        names = {step[1] for step in network.steps(node) if len(step) > 1}
-        if names & _COMMUTATIVE:
+        if network.commutes(node):
             inputs.sort()
         text = f"{describe(network, node)}({','.join(inputs)})"
         hashes[node] = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -215,13 +212,4 @@ def _kind(network: Network, entry: fx.Node, nodes: list[fx.Node]) -> str:
 
 def _summary(network: Network, nodes: list[fx.Node]) -> str:
     """Name the operators of nodes, as "conv3x3, batch_norm, relu"."""
-    words = []
-    for step in (s for n in nodes for s in network.steps(n)):
-        if step[0] == "convolution":
-            kernel, grouping = "x".join(map(str, step[1])), step[-1]
-            words.append(f"conv{kernel}" + ("" if grouping == "dense" else f" {grouping}"))
-        elif step[0] in ("matmul", "linear"):
-            words.append("linear")
-        elif step[0] not in ("opaque", "move", "constant"):
-            words.append(step[0] if step[0].endswith("norm") else str(step[1]))
-    return ", ".join(words)
+    return ", ".join(step.word for n in nodes for step in network.steps(n) if step.word)

@@ -100,17 +100,19 @@ def _map_of(
     network: Network, node: fx.Node, x: Tensor, weight: str, bias: str | None, turned: bool
 ) -> Affine | None:
     """Return the map that a node's parameters suggest, if they suggest one."""
-    steps = [s for s in network.steps(node) if s[0] in ("convolution", "matmul")]
+    contractions = network.contractions(node)
     kernel = tensor_at(network.module, weight).detach().double()
     offset = None if bias is None else tensor_at(network.module, bias).detach().double()
-    if len(steps) != 1 or offset is not None and offset.shape != kernel.shape[turned : turned + 1]:
+    fits = offset is None or offset.shape == kernel.shape[turned : turned + 1]
+    if len(contractions) != 1 or not fits:
         return None
-    if steps[0][0] == "matmul":
+    conv = contractions[0].geometry
+    if conv is None:
         return Affine(kernel.T if turned else kernel, offset) if kernel.dim() == 2 else None
-    _, _, stride, padding, dilation, _, transposed, _ = steps[0]
-    if transposed or turned or x.dim() != kernel.dim():
+    if conv.transposed or turned or x.dim() != kernel.dim():
         return None
-    return Affine(kernel, offset, stride, padding, dilation, x.shape[1] // kernel.shape[1])
+    groups = x.shape[1] // kernel.shape[1]
+    return Affine(kernel, offset, conv.stride, conv.padding, conv.dilation, groups)
 
 
 def _computes(affine: Affine, x: Tensor, y: Tensor) -> bool:

@@ -82,7 +82,7 @@ def points_of(network: Network, view: View) -> dict[str, str]:
         point = node
         while len(point.users) == 1:
             user = next(iter(point.users))
-            adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
+            adds = network.adds(user)
             if adds and view.singly and _joins_second(network, point, user):
                 break
             passed = network.is_norm(user) or adds or network.is_idle(user)

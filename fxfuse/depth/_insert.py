@@ -20,7 +20,7 @@ from .._progress import counted
 from ..errors import PassError
 from ..graph.passes import graph_pass
 from ..graph.state import add_part, part_at, replace_tensor, settle_sizes, tensor_at, tensors_of
-from ..spaces._labels import TensorAxis
+from ..spaces._ledger import TensorAxis
 from ..spaces.network import OPEN, Network
 from ._neutral import Insertion, LayerCopy, is_skip, make_neutral, no_neutral_form, renamed
 
@@ -383,8 +383,8 @@ def _joins_units(insertion: Insertion) -> bool:
     if insertion.parts or not layer.branched:
         return False
     merge = insertion.nodes[layer.merge]
-    parts, rules = template.inputs_of(merge), {s[0] for s in template.steps(merge)}
-    return rules == {"cat"} and len(parts) > 1 and is_skip(template, parts[0], layer.entry)
+    parts, joins = template.inputs_of(merge), template.joins(merge)
+    return joins and len(parts) > 1 and is_skip(template, parts[0], layer.entry)
 
 
 def _leave_unread(module: fx.GraphModule, insertion: Insertion, streams: Streams) -> None:

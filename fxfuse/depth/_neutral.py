@@ -152,14 +152,15 @@ def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     for name in template.book.tensors[layer.merge]:
         copied.fill(name, 0.0)
     weight = copied[weights[0]].data
-    convolutions = [s for s in template.steps(layer.merge) if s[0] == "convolution"]
+    convolutions = [s.geometry for s in template.contractions(layer.merge) if s.geometry]
     if len(weights) != 1 or len(convolutions) > 1:
         raise no_neutral_form(layer, "several contractions in one step")
-    for _, kernel, stride, padding, dilation, _, transposed, _ in convolutions:
-        centred = all(2 * p == d * (k - 1) for k, p, d in zip(kernel, padding, dilation))
-        if transposed or set(stride) != {1} or not centred:
+    for conv in convolutions:
+        sides = zip(conv.kernel, conv.padding, conv.dilation)
+        centred = all(2 * p == d * (k - 1) for k, p, d in sides)
+        if conv.transposed or set(conv.stride) != {1} or not centred:
             raise no_neutral_form(layer, "its convolution changes the size or is not centred")
-    grouped = bool(convolutions) and convolutions[0][-1] != "dense"
+    grouped = any(conv.grouping != "dense" for conv in convolutions)
     rows = torch.arange(weight.shape[0] if grouped else min(weight.shape[:2]))
     centre = tuple(k // 2 for k in weight.shape[2:])
     at: tuple[Any, ...] = (rows, rows % weight.shape[1], *centre)
@@ -186,9 +187,8 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
     The block then adds nothing to its skip.
     """
     layer, template = copied.insertion.layer, copied.insertion.template
-    merge = copied.insertion.nodes[layer.merge]
-    node = _branch(copied.insertion, layer, "add")
-    if node is None:
+    merge, node = copied.insertion.nodes[layer.merge], _branch(copied.insertion, layer)
+    if node is None or not template.adds(merge):
         raise no_neutral_form(layer, f"'{merge.name}' is not the sum of a branch and the entry")
     while True:
         writers = _last_writers(template, node)
@@ -203,15 +203,12 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
         node = before[0]
 
 
-def _branch(insertion: Insertion, layer: Layer, operator: str) -> fx.Node | None:
-    """Return the end of a block's branch, if an operator joins it with the block's entry."""
+def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
+    """Return the end of a block's branch, if nothing but it meets the block's entry at its end."""
     template, merge = insertion.template, insertion.nodes[layer.merge]
-    operators = {s[1] for s in template.steps(merge) if len(s) > 1}
     inputs = template.inputs_of(merge)
     branches = [n for n in inputs if not is_skip(template, n, layer.entry)]
-    if operators != {operator} or len(inputs) != 2 or len(branches) != 1:
-        return None
-    return branches[0]
+    return branches[0] if len(inputs) == 2 and len(branches) == 1 else None
 
 
 def _last_writers(network: Network, node: fx.Node) -> list[str]:
@@ -298,8 +295,8 @@ def _straight(insertion: Insertion, node: fx.Node) -> tuple[float, float]:
 def _open_gate(copied: LayerCopy, layer: Layer) -> None:
     """Let a gate multiply by one: its last contraction writes what its activation makes one of."""
     insertion = copied.insertion
-    template, node = insertion.template, _branch(insertion, layer, "mul")
-    if node is None:
+    template, node = insertion.template, _branch(insertion, layer)
+    if node is None or not template.multiplies(layer.merge):
         raise no_neutral_form(insertion.layer, f"'{layer.name}' is neither plain nor a gate")
     while not template.book.weights.get(node.name):
         node = template.inputs_of(node)[0]
@@ -322,7 +319,7 @@ def changes_nothing(insertion: Insertion, node: fx.Node) -> bool:
     into = insertion.into
     before = next(n for n in into.module.graph.nodes if n.name == insertion.after)
     while not into.is_activation(before):
-        if not (into.is_idle(before) or into.rules(before) <= {"spatial", "move"}):
+        if not (into.is_idle(before) or into.moves_or_resamples(before)):
             return False
         inputs = into.inputs_of(before)
         if not inputs:

@@ -278,8 +278,7 @@ def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
 
 
 def _is_sum(network: Network, node: fx.Node) -> bool:
-    adds = {s[1] for s in network.steps(node) if s[0] == "pointwise"} == {"add"}
-    return adds and len(network.inputs_of(node)) == 2 and network.rules(node) == {"pointwise"}
+    return network.adds(node) and len(network.inputs_of(node)) == 2
 
 
 def _adds(parts: Sequence[Tensor], value: Tensor) -> bool:
@@ -329,11 +328,10 @@ def _swings(network: Network, joint: str) -> bool:
         for user in waiting.pop().users:
             if network.is_idle(user):
                 waiting.append(user)
-            linear = {"cat", "stack"} & network.rules(user) or network.is_norm(user)
+            linear = network.joins(user) or network.is_norm(user)
             if linear or user.op == "output" or user.name in network.book.weights:
                 return False
-            adds = {s[1] for s in network.steps(user) if s[0] == "pointwise"} == {"add"}
-            if adds and len(network.inputs_of(user)) > 1:
+            if network.adds(user) and len(network.inputs_of(user)) > 1:
                 return False
     return True
 

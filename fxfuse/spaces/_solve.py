@@ -21,7 +21,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from ..ir import Axis, Frozen, Space, Spaces
-from ._labels import FIXED, KERNEL, Ledger, TensorAxis, distinct
+from ._ledger import FIXED, KERNEL, Ledger, TensorAxis, distinct
 
 CROSSED = "its blocks cross others"
 

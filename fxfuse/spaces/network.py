@@ -23,7 +23,8 @@ from ..graph._modes import is_choice
 from ..graph.state import tensors_of
 from ..graph.trace import Interpreter, plain_modes, tensors_in
 from ..ir import Spaces
-from ._labels import Facts, LabelRun, Ledger, TensorAxis, varying
+from ._labels import LabelRun, varying
+from ._ledger import Facts, Ledger, Property, Step, TensorAxis
 from ._solve import spaces_of
 from .operators import mirror
 
@@ -184,24 +185,56 @@ class Network:
                 found.add(node)
         return {n.name for n in found}
 
-    def steps(self, node: fx.Node | str) -> list[tuple[Any, ...]]:
-        """Return the descriptors of the operators that a node runs."""
-        return self.book.ops.get(node if isinstance(node, str) else node.name, [])
+    def steps(self, node: fx.Node | str) -> list[Step]:
+        """Return the operators that a node runs, without those that only hand values on."""
+        return self.book.steps.get(node if isinstance(node, str) else node.name, [])
 
-    def rules(self, node: fx.Node | str) -> set[str]:
-        """Return the kinds of operators that a node runs."""
-        return {step[0] for step in self.steps(node)} - {"opaque"}
+    def contractions(self, node: fx.Node | str) -> list[Step]:
+        """Return the operators of a node that sum products, as convolutions do."""
+        return [step for step in self.steps(node) if Property.CONTRACTS in step.properties]
 
-    def is_norm(self, node: fx.Node) -> bool:
+    def adds(self, node: fx.Node | str) -> bool:
+        """Tell whether a node only adds."""
+        return self._only(node, Property.ADDS)
+
+    def multiplies(self, node: fx.Node | str) -> bool:
+        """Tell whether a node only multiplies, value by value."""
+        return self._only(node, Property.MULTIPLIES)
+
+    def commutes(self, node: fx.Node | str) -> bool:
+        """Tell whether a node computes the same from its inputs in another order."""
+        return self._only(node, Property.COMMUTES)
+
+    def joins(self, node: fx.Node | str) -> bool:
+        """Tell whether a node only puts tensors side by side."""
+        return self._only(node, Property.JOINS)
+
+    def moves_or_resamples(self, node: fx.Node | str) -> bool:
+        """Tell whether a node hands on its input's values elsewhere, or pooled, or interpolated."""
+        return self._only(node, Property.MOVES | Property.RESAMPLES)
+
+    def is_elementwise(self, node: fx.Node | str) -> bool:
+        """Tell whether each value that a node computes depends on one place of its inputs."""
+        return self._only(node, Property.ELEMENTWISE)
+
+    def is_norm(self, node: fx.Node | str) -> bool:
         """Tell whether a node only normalises."""
-        rules = self.rules(node)
-        return bool(rules) and rules <= {"batch_norm", "layer_norm", "group_norm"}
+        return self._only(node, Property.NORMALISES)
+
+    def normalises_across_units(self, node: fx.Node | str) -> bool:
+        """Tell whether a node normalises several units together, as LayerNorm does."""
+        return any(Property.ACROSS_UNITS in step.properties for step in self.steps(node))
 
     def is_activation(self, node: fx.Node) -> bool:
         """Tell whether a node applies a function to each value of one tensor, without weights."""
         alone = len(self.inputs_of(node)) == 1 and node.name not in self.book.tensors
-        return alone and self.rules(node) == {"pointwise"}
+        return alone and self.is_elementwise(node)
 
     def is_idle(self, node: fx.Node) -> bool:
         """Tell whether a node does nothing in eval mode, as dropout does."""
-        return not self.rules(node) and node.op not in ("placeholder", "get_attr", "output")
+        return not self.steps(node) and node.op not in ("placeholder", "get_attr", "output")
+
+    def _only(self, node: fx.Node | str, properties: Property) -> bool:
+        """Tell whether a node does something, and only what has one of some properties."""
+        steps = self.steps(node)
+        return bool(steps) and all(step.properties & properties for step in steps)

@@ -35,11 +35,7 @@ Changed = TypeVar("Changed")
 
 def spaces_under_norms(network: Network) -> set[str]:
     """Return the spaces whose units are averaged over by a norm, as LayerNorm does."""
-    nodes = {
-        n.name
-        for n in network.module.graph.nodes
-        if network.rules(n) & {"layer_norm", "group_norm"}
-    }
+    nodes = {n.name for n in network.module.graph.nodes if network.normalises_across_units(n)}
     return {s.name for s in network.spaces if any(f.tensor in nodes for f in s.features)}
 
 
@@ -269,7 +265,7 @@ class _SizeFitter(Interpreter):
         for user in n.users:
             if self.network.book.shapes.get(user.name) != self.network.book.shapes[n.name]:
                 continue
-            if self.network.rules(user) == {"pointwise"}:
+            if self.network.is_elementwise(user):
                 growth.append(self.growth.get((user.name, dim), 0))
             elif self.network.is_idle(user):
                 growth.append(self._growth_of(user, dim))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxfuse.graph.trace import trace
+from fxfuse.spaces._ledger import Step
 from fxfuse.spaces._solve import spaces_of
 from fxfuse.spaces.network import OPEN, Network, label_network
 from tests.support.nets import NETS, Functional, Residual, build, conv, mlp, randomise
@@ -45,8 +46,8 @@ def test_the_fast_path_of_attention_is_switched_back(fails):
 def test_shapes_and_operators_are_known_by_node():
     book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
     assert book.shapes["a_0"] == book.shapes["add"] == (2, 4, 8, 8)
-    assert book.ops["a_0"][0][0] == "convolution"
-    assert [step[:2] for step in book.ops["add"]] == [("pointwise", "add")]
+    assert [step.name for step in book.steps["a_0"]] == ["convolution"]
+    assert book.steps["add"] == [Step("add")]
     assert "output" not in book.shapes
 
 
@@ -246,9 +247,79 @@ def test_inputs_leave_out_parameters_flags_and_sizes():
     assert [n.name for n in found.inputs_of(node(found, "view"))] == ["mul"]
 
 
-def test_steps_and_rules_take_nodes_and_names():
+def test_steps_are_asked_for_by_node_or_name():
     found = network(mlp(6, 8, 3), torch.randn(2, 6))
     relu = node(found, "_1")
-    assert found.steps(relu) == found.steps("_1") == [("pointwise", "relu")]
-    assert found.rules(relu) == {"pointwise"} and found.rules("_0") == {"matmul"}
+    assert found.steps(relu) == found.steps("_1") == [Step("relu")]
+    assert found.contractions("_0") == found.steps("_0") != [] == found.contractions("_1")
     assert found.steps("no such node") == []
+
+
+class Function(nn.Module):
+    """A network that applies a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@torch.fx.wrap
+def squared_and_added(x):
+    return x * x + x
+
+
+QUESTIONS = [
+    *("adds", "multiplies", "commutes", "joins", "moves_or_resamples", "is_elementwise"),
+    *("is_norm", "normalises_across_units", "is_activation", "is_idle"),
+]
+
+
+@pytest.mark.parametrize(
+    ("step", "properties"),
+    [
+        (lambda x: x + x, "adds commutes is_elementwise is_activation"),
+        (lambda x: x.add_(x), "adds commutes is_elementwise is_activation"),
+        (lambda x: x * x, "multiplies commutes is_elementwise is_activation"),
+        (lambda x: x - 1, "is_elementwise is_activation"),
+        (lambda x: torch.maximum(x, x), "commutes is_elementwise is_activation"),
+        (lambda x: x.erf(), "is_elementwise is_activation"),  # has no row
+        (lambda x: torch.cat([x, x]), "joins"),
+        (lambda x: torch.stack([x, x]), "joins"),
+        (lambda x: x.permute(0, 2, 1), "moves_or_resamples"),
+        (lambda x: nn.functional.avg_pool1d(x, 2), "moves_or_resamples"),
+        (lambda x: nn.functional.layer_norm(x, [5]), "is_norm normalises_across_units"),
+        (lambda x: nn.functional.group_norm(x, 2), "is_norm normalises_across_units"),
+        (lambda x: x.softmax(1), ""),
+        (lambda x: x.flatten(1), "is_idle"),
+        (lambda x: x.contiguous(), "is_idle"),
+        (lambda x: torch.matmul(x.mT, x), ""),
+    ],
+)
+def test_what_a_node_does_is_asked_by_name(step, properties):
+    found = network(Function(step), torch.randn(2, 4, 5))
+    last = found.module.graph.output_node().all_input_nodes[0]
+    assert {q for q in QUESTIONS if getattr(found, q)(last)} == {*properties.split()}
+
+
+def test_a_norm_of_each_unit_by_itself_is_a_norm_as_well():
+    found = network(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(2, 4, 5))
+    norm = node(found, "_0")
+    assert found.is_norm(norm) and not found.normalises_across_units(norm)
+
+
+def test_what_a_node_does_beside_something_else_is_not_all_it_does():
+    found = network(Function(lambda x: squared_and_added(x)), torch.randn(2, 6))
+    both = node(found, "squared_and_added")
+    assert [s.name for s in found.steps(both)] == ["mul", "add"]
+    assert found.commutes(both) and not found.adds(both) and not found.multiplies(both)
+
+
+def test_the_geometry_of_a_convolution_is_read_by_name():
+    found = network(nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2)), torch.randn(2, 4, 5, 5))
+    (step,) = found.contractions("_0")
+    assert (step.geometry.kernel, step.geometry.stride) == ((3, 3), (2, 2))
+    assert step.geometry.grouping == "grouped" and step.word == "conv3x3 grouped"
+    assert network(mlp(6, 8, 3), torch.randn(2, 6)).contractions("_0")[0].geometry is None

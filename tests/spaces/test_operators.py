@@ -5,6 +5,7 @@ Most cases put an operator between two layers, where 8 units would be free if it
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from fxfuse.graph.trace import trace
 from fxfuse.spaces import operators
 from fxfuse.spaces._labels import LabelRun, Labels
 from fxfuse.spaces.network import label_network
-from fxfuse.spaces.operators import RULES, mirror
+from fxfuse.spaces.operators import OPERATORS, mirror
 from tests.support.nets import gap, moved, randomise
 from tests.support.tolerances import PERMUTATION
 
@@ -596,10 +597,11 @@ def applied(monkeypatch):
 
         return run
 
-    for key, rule in RULES.items():
-        monkeypatch.setitem(RULES, key, watched(rule))
-    for name in ("pointwise", "unknown"):
-        monkeypatch.setattr(operators, name, watched(getattr(operators, name)))
+    for key, row in OPERATORS.items():
+        monkeypatch.setitem(OPERATORS, key, replace(row, rule=watched(row.rule)))
+    for name in ("UNTABLED_POINTWISE", "UNKNOWN"):
+        row = getattr(operators, name)
+        monkeypatch.setattr(operators, name, replace(row, rule=watched(row.rule)))
     return names
 
 
@@ -608,7 +610,24 @@ def test_every_rule_is_exercised_by_a_case(applied):
         net, x = build(case)
         fxfuse.find_spaces(net, x)
     mirrored_linear(bias=True)
-    assert {rule.__name__ for rule in RULES.values()} | {"pointwise", "unknown"} == applied
+    assert {row.rule.__name__ for row in OPERATORS.values()} | {"unknown"} == applied
+
+
+def test_rows_are_of_operators_that_exist():
+    assert [name for name in OPERATORS if not hasattr(torch.ops.aten, name)] == []
+
+
+@torch.library.custom_op("fxfuse_tests::linear", mutates_args=())
+def another_linear(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """An operator of another library that is called as one of ATen's."""
+    return x * scale
+
+
+def test_the_operators_of_other_libraries_have_no_row():
+    net, x = build(vectors(lambda net, x: another_linear(x, 2.0), free=0))
+    spaces = fxfuse.find_spaces(net, x)
+    assert spaces.free_units == 0
+    assert any("fxfuse_tests.linear" in f.reason for f in spaces.frozen)
 
 
 # --- what other backends run ----------------------------------------------------------------------
@@ -640,7 +659,7 @@ def test_linear_in_one_piece_ties_its_inputs_weight_and_bias(bias):
 
 def described(net, size):
     book = label_network(trace(nn.Sequential(net)), (torch.zeros(2, size, 6, 6),))
-    return [step for steps in book.ops.values() for step in steps]
+    return [step for steps in book.steps.values() for step in steps]
 
 
 def test_widths_do_not_describe_an_operator():
