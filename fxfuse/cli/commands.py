@@ -1,26 +1,23 @@
-"""What is written on the command line, checked before any work is done for it.
-
-The command line: `fxfuse demo`, `fuse`, `align` and `inspect`.
-"""
+"""The command line: `fxfuse demo`, `fuse`, `align` and `inspect`."""
 
 from __future__ import annotations
 
 import io
-import os
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
+from typer.core import TyperGroup
 
-from .._progress import heard_by
+from .._progress import Progress, heard_by
 from ..alignment.inspection import inspect
 from ..calibration.data import Calibration
 from ..errors import ArgumentError, DataError, FuseError
@@ -30,82 +27,27 @@ from ..io.save import save_at_least_weights
 from ..ir import Alignment
 from ..presets import average, best, c2m3, clafusion, elastic_zip, git_rebasin, hmt, otfusion, zipit
 from ..report import PICTURE_ENDINGS, Report, draw
+from .options import (
+    DATA,
+    MODEL,
+    AlignmentFile,
+    Anchor,
+    Data,
+    Models,
+    Output,
+    Page,
+    Picture,
+    Samples,
+    Seed,
+    Weights,
+    Width,
+    method_named,
+    parsed_weights,
+    require_no_options,
+    require_writable,
+)
 from .references import file_hashes, load_data, load_example, load_model
 from .terminal import show_alignment, show_inspection, stages
-
-T = TypeVar("T")
-
-
-def chosen(name: str, methods: Mapping[str, T]) -> T:
-    """Return the method of a name."""
-    if name in methods:
-        return methods[name]
-    raise ArgumentError(
-        f"the method '{name}'",
-        where="--method",
-        expected=f"one of {', '.join(methods)}",
-        do="leave it out for the best one",
-    )
-
-
-def require_fusing(method: str, able: Container[str], options: Mapping[str, object]) -> None:
-    """Refuse what means nothing to a method that is not `able` to align and mix."""
-    given = [name for name, value in options.items() if value is not None]
-    if given and method not in able:
-        raise ArgumentError(
-            f"{', '.join(given)} with the method '{method}'",
-            where="--method",
-            expected="no such option, as this method aligns and mixes nothing",
-            do="leave the option out, or choose another method",
-        )
-
-
-def shares(text: str | None) -> list[float] | Literal["auto"] | None:
-    """Return the numbers of a text with commas between them, or the word that leaves them open."""
-    if text == "auto":
-        return "auto"
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(
-            f"weights '{text}'",
-            where="--weights",
-            expected="numbers with commas between them, such as 0.7,0.3, or auto",
-            do="leave it out for equal weights",
-        ) from error
-
-
-def require_file(path: Path | None, option: str, endings: Sequence[str] = ()) -> None:
-    """Refuse a path that cannot be written before any work is done for it."""
-    fault = "" if path is None else _fault_of(path, endings)
-    if fault:
-        raise ArgumentError(
-            fault,
-            where=f"{option} {path}",
-            expected="the path of a file to write",
-            do=f"give a file name that ends in {' or '.join(endings or ['.safetensors'])}",
-        )
-
-
-def _fault_of(path: Path, endings: Sequence[str]) -> str:
-    try:
-        parent = path.resolve().parent
-        while not parent.exists():
-            parent = parent.parent
-        if path.is_dir():
-            return "a folder instead of a file"
-        if path.exists() and not path.is_file():
-            return "a device instead of a file"
-        if not parent.is_dir():
-            return f"a file in the way: {parent}"
-        if not os.access(parent, os.W_OK):
-            return f"a folder that cannot be written to: {parent}"
-    except (OSError, RuntimeError, ValueError) as error:
-        return f"a path that cannot be used: {error}"
-    if endings and path.suffix not in endings:
-        return f"a file with the ending '{path.suffix}'"
-    return ""
-
 
 METHODS: dict[str, Callable[..., fx.GraphModule]] = {
     "best": best,
@@ -118,15 +60,25 @@ METHODS: dict[str, Callable[..., fx.GraphModule]] = {
     "elastic_zip": elastic_zip,
     "c2m3": c2m3,
 }
-
-
 ALIGNING = {name: method for name, method in METHODS.items() if isinstance(method, Method)}
+FAILED, INTERRUPTED = 2, 130  # the statuses that shells know
+
+_out, _err = Console(), Console(stderr=True)
 
 
-STOPPED = 130  # what a shell says of a program that was interrupted
+class _Commands(TyperGroup):
+    """The commands; an interrupt ends each of them with one word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _err.print("stopped")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
+    cls=_Commands,
     help="Fuse trained PyTorch networks of different depth and width into one.",
     no_args_is_help=True,
     add_completion=False,
@@ -135,52 +87,8 @@ app = typer.Typer(
 )
 
 
-_out, _err = Console(), Console(stderr=True)
-
-
-_MODEL = "package.module:factory[?key=value&...][@checkpoint.safetensors]"
-
-
-_Models = Annotated[list[str], typer.Argument(help=_MODEL)]
-
-
-_DATA = "imagefolder:PATH[?size=..], mnist:PATH or package.module:factory"
-
-
-_Data = Annotated[str, typer.Option(help=_DATA)]
-
-
-_Samples = Annotated[int, typer.Option(help="Calibration samples to read.", min=1)]
-
-
-_OUTPUT = "The fused network, a safetensors file of its weights."
-
-
-_Output = Annotated[Path, typer.Option(help=_OUTPUT)]
-
-
-_PAIRS = "Which layers correspond, a file of what `align --json` prints."
-
-
-_Pairs = Annotated[Path | None, typer.Option(help=_PAIRS)]
-
-
-_PAGE = "Write a web page about the fusion, .html."
-
-
-_Page = Annotated[Path | None, typer.Option("--report", help=_PAGE)]
-
-
-_Seed = Annotated[int, typer.Option(help="Of the order of samples.", min=0, max=2**32 - 1)]
-
-
-_Picture = Annotated[
-    Path | None, typer.Option(help=f"Draw the alignment: {', '.join(PICTURE_ENDINGS)}.")
-]
-
-
 def main() -> None:
-    """Run the command line; errors of the library end it with status 2 and one message."""
+    """Run the command line; an error of the library ends it with one message."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
             stream.reconfigure(errors="backslashreplace")
@@ -188,10 +96,7 @@ def main() -> None:
         app()
     except FuseError as error:
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("stopped")
-        sys.exit(STOPPED)
+        sys.exit(FAILED)
 
 
 @app.command()
@@ -200,15 +105,20 @@ def demo(
         Path, typer.Option(help="Where to draw the alignment (.png, .svg or .pdf).")
     ] = Path("fxfuse-demo/alignment.png"),
     seed: Annotated[
-        int, typer.Option(help="Of the split, the training and the order.", min=0, max=2**32 - 1)
+        int,
+        typer.Option(
+            help="Seed of the split, the training and the order of the samples.",
+            min=0,
+            max=2**32 - 1,
+        ),
     ] = 0,
 ) -> None:
     """Train two small networks on real digits, align and fuse them, and compare."""
     from .demo import run_demo  # scikit-learn, which only the demo needs
 
-    require_file(picture, "--picture", PICTURE_ENDINGS)
-    with stages(_err) as report:
-        result = run_demo(picture, seed, lambda task, done, steps: report(task, done / steps))
+    require_writable(picture, "--picture", PICTURE_ENDINGS)
+    with stages(_err) as progress:
+        result = run_demo(picture, seed, progress)
     table = Table(title=f"scikit-learn digits, {result.test_images} test images, seed {seed}")
     table.add_column("network")
     table.add_column("parameters", justify="right")
@@ -221,8 +131,8 @@ def demo(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
-    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -249,26 +159,27 @@ def inspect_command(
             expected="either data, or the shape of each input",
             do="give one of them, such as --input 3x224x224",
         )
-    with stages(_err) as report:
-        (loaded,) = _load([model], report)
-        example = tuple(map(load_example, inputs or ()))
-        if data is not None:
-            example = _read(data, 2, 0, report).example()
-        found = inspect(loaded, example, progress=report)
+    with stages(_err) as progress:
+        (network,) = _load([model], progress)
+        if data is None:
+            example = tuple(map(load_example, inputs or ()))
+        else:
+            example = _read(data, 2, 0, progress).example()
+        inspection = inspect(network, example, progress=progress)
     if as_json:
-        typer.echo(found.to_json())
+        typer.echo(inspection.to_json())
     else:
-        show_inspection(_out, found)
+        show_inspection(_out, inspection)
 
 
 @app.command("align")
 def align_command(
-    models: _Models,
-    data: _Data,
+    models: Models,
+    data: Data,
     method: Annotated[str, typer.Option(help=", ".join(ALIGNING))] = "best",
-    samples: _Samples = 1000,
-    seed: _Seed = 0,
-    picture: _Picture = None,
+    samples: Samples = 1000,
+    seed: Seed = 0,
+    picture: Picture = None,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -277,134 +188,133 @@ def align_command(
     ] = False,
 ) -> None:
     """Show which layers of two or more models correspond."""
-    how = chosen(method, ALIGNING)
-    require_file(picture, "--picture", PICTURE_ENDINGS)
-    with stages(_err) as report:
-        loaded = _load(models, report)
-        calibration = _read(data, samples, seed, report)
-        alignment = align(loaded, calibration, method=how, progress=report)
+    aligning = method_named(method, ALIGNING)
+    require_writable(picture, "--picture", PICTURE_ENDINGS)
+    with stages(_err) as progress:
+        networks = _load(models, progress)
+        calibration = _read(data, samples, seed, progress)
+        alignment = align(networks, calibration, method=aligning, progress=progress)
     if as_json:
         typer.echo(alignment.to_json(), nl=False)
     else:
         show_alignment(_out, alignment)
-    _draw(alignment, picture, quiet=as_json)
+    if picture is not None:
+        draw(alignment, picture)
+        if not as_json:
+            _say(f"alignment drawn in {picture}")
 
 
 @app.command("fuse")
 def fuse_command(
-    models: _Models,
-    data: _Data,
-    output: _Output,
-    weights: Annotated[
-        str | None, typer.Option(help="Shares of the models, such as 0.7,0.3, or auto; else equal.")
-    ] = None,
-    width: Annotated[
-        float | None,
-        typer.Option(help="Of the fused network, relative to the anchor's, on the whole; from 1."),
-    ] = None,
-    anchor: Annotated[
-        int | None, typer.Option(help="Index of the model whose widths to take (the deepest).")
-    ] = None,
-    alignment: _Pairs = None,
+    models: Models,
+    data: Data,
+    output: Output,
+    weights: Weights = None,
+    width: Width = None,
+    anchor: Anchor = None,
+    alignment: AlignmentFile = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
-    samples: _Samples = 1000,
-    seed: _Seed = 0,
-    picture: _Picture = None,
-    page: _Page = None,
+    samples: Samples = 1000,
+    seed: Seed = 0,
+    picture: Picture = None,
+    page: Page = None,
 ) -> None:
     """Fuse trained models into one and save it."""
-    how, given = chosen(method, METHODS), shares(weights)
-    require_file(output, "--output")
-    require_file(picture, "--picture", PICTURE_ENDINGS)
-    require_file(page, "--report", [".html"])
-    fusing: dict[str, Any] = {"--weights": given, "--width": width, "--anchor": anchor}
-    shown = {"--alignment": alignment, "--picture": picture, "--report": page}
-    require_fusing(method, ALIGNING, fusing | shown)
-    plan = None if alignment is None else Alignment.load(alignment)
-    with stages(_err) as report:
-        loaded = _load(models, report)
-        files = file_hashes(models)
-        calibration = _read(data, samples, seed, report)
-        wanted: dict[str, Any] = {"alignment": plan, "weights": given, "anchor": anchor}
-        wanted |= {} if width is None else {"width": width}
-        fused = how(loaded, calibration, **wanted, progress=report)
-        report("save weights", 0.0)
-        facts = fused.meta["fxfuse"]
-        if isinstance(facts, Report):
-            facts = replace(facts, files=files, seeds=facts.seeds | {"data": seed})
-            fused.meta["fxfuse"] = facts
+    fusing = method_named(method, METHODS)
+    require_writable(output, "--output")
+    require_writable(picture, "--picture", PICTURE_ENDINGS)
+    require_writable(page, "--report", [".html"])
+    options: dict[str, Any] = {
+        "weights": parsed_weights(weights),
+        "width": width,
+        "anchor": anchor,
+        "alignment": alignment,
+    }
+    files = {"--picture": picture, "--report": page}
+    named = {f"--{name}": value for name, value in options.items()}
+    require_no_options(method, ALIGNING, named | files)
+    options["alignment"] = None if alignment is None else Alignment.load(alignment)
+    given = {name: value for name, value in options.items() if value is not None}
+    with stages(_err) as progress:
+        networks = _load(models, progress)
+        hashes = file_hashes(models)
+        calibration = _read(data, samples, seed, progress)
+        fused = fusing(networks, calibration, **given, progress=progress)
+        record = fused.meta["fxfuse"]
+        if isinstance(record, Report):
+            record = replace(record, files=hashes, seeds=record.seeds | {"data": seed})
+            fused.meta["fxfuse"] = record
+        progress("save weights", 0.0)
         refusal = save_at_least_weights(fused, output)
-        if isinstance(facts, Report) and page is not None:
-            named = dict(zip(facts.alignment.names, loaded)) | {"fused": fused}
-            with _reading(data):
-                report("compare", 0.0)
-                labelled = load_data(data, seed=seed)
-                with heard_by(partial(report, "compare")):
-                    scores = compare(named, labelled, calibration.samples)
-            facts.save_html(page, scores, _origin(models, data, calibration.samples))
+        if page is not None:
+            compared = dict(zip(record.alignment.names, networks)) | {"fused": fused}
+            scores = _scores(compared, data, seed, calibration.samples, progress)
+            record.save_html(page, scores, _origin(models, data, calibration.samples))
     if refusal is not None:
         _say(f"weights alone, as there is {refusal.met}: {refusal.where}")
-    if not isinstance(facts, Report):
-        _say(f"the weights of {len(facts.pairs)} layers transferred: {output}")
-        return
-    _show_fusion(facts, calibration.samples, output)
-    _draw(facts.alignment, picture)
+    if isinstance(record, Report):
+        _show_fusion(record, calibration.samples, output)
+    else:
+        _say(f"the weights of {len(record.pairs)} layers transferred: {output}")
+    if picture is not None:
+        draw(record.alignment, picture)
+        _say(f"alignment drawn in {picture}")
     if page is not None:
         _say(f"report written in {page}")
 
 
-def _show_fusion(facts: Report, samples: int, output: Path) -> None:
-    show_alignment(_out, facts.alignment)
+def _show_fusion(report: Report, samples: int, output: Path) -> None:
+    show_alignment(_out, report.alignment)
     _say(
-        f"fused {len(facts.alignment.names)} models on {samples} samples in "
-        f"{sum(facts.seconds.values()):.1f} s, widths of model {facts.anchor}: {output}"
+        f"fused {len(report.alignment.names)} models on {samples} samples in "
+        f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}"
     )
+
+
+def _scores(
+    networks: dict[str, nn.Module], data: str, seed: int, samples: int, progress: Progress
+) -> dict[str, tuple[float, float]]:
+    """Return accuracy and loss of each network on the calibration data, if these have labels."""
+    progress("compare", 0.0)
+    with _data_errors(data), heard_by(partial(progress, "compare")):
+        return compare(networks, load_data(data, seed=seed), samples)
 
 
 def _origin(models: Sequence[str], data: str, samples: int) -> dict[str, str]:
     """Return what the command line says of a fusion, by name."""
-    told = {f"model {k}": reference for k, reference in enumerate(models)}
-    return told | {"data": data, "samples": str(samples)}
+    references = {f"model {k}": reference for k, reference in enumerate(models)}
+    return references | {"data": data, "samples": str(samples)}
 
 
-def _load(models: Sequence[str], report: Callable[[str, float], None]) -> list[nn.Module]:
-    loaded: list[nn.Module] = []
+def _load(models: Sequence[str], progress: Progress) -> list[nn.Module]:
+    networks: list[nn.Module] = []
     for reference in models:
-        report("load models", len(loaded) / len(models))
-        loaded.append(load_model(reference))
-    return loaded
+        progress("load models", len(networks) / len(models))
+        networks.append(load_model(reference))
+    return networks
 
 
-def _read(
-    reference: str, samples: int, seed: int, report: Callable[[str, float], None]
-) -> Calibration:
-    report("read data", 0.0)
-    source = load_data(reference, seed=seed)
-    with _reading(reference), heard_by(partial(report, "read data")):
-        return Calibration(source, samples)
+def _read(data: str, samples: int, seed: int, progress: Progress) -> Calibration:
+    progress("read data", 0.0)
+    batches = load_data(data, seed=seed)
+    with _data_errors(data), heard_by(partial(progress, "read data")):
+        return Calibration(batches, samples)
 
 
 @contextmanager
-def _reading(reference: str) -> Iterator[None]:
+def _data_errors(reference: str) -> Iterator[None]:
+    """Make an error of the library of whatever the user's own loader raises."""
     try:
         yield
     except FuseError:
         raise
-    except Exception as error:  # whatever the user's own loader raises
+    except Exception as error:
         raise DataError(
             f"data that cannot be read: {type(error).__name__}: {error}",
             where=f"'{reference}'",
             expected="batches whose first entry is the input",
             do="read the first batches in Python, and mend what fails there",
         ) from error
-
-
-def _draw(alignment: Alignment, picture: Path | None, quiet: bool = False) -> None:
-    if picture is None:
-        return
-    draw(alignment, picture)
-    if not quiet:
-        _say(f"alignment drawn in {picture}")
 
 
 def _say(text: str) -> None:

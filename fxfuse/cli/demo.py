@@ -8,7 +8,6 @@ the test images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +16,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from .._progress import Progress, counted, heard_by
 from ..fusion.fuse import align, fuse
 from ..ir import Alignment
-from ..report.alignment_picture import draw
-
-Progress = Callable[[str, int, int], None]
-
+from ..report import draw
 
 TEST, CHOICE, CALIBRATION = 597, 200, 500  # images to test on, to choose with, to fuse on
-
-
 PARENTS = ((4, 16), (3, 12))  # blocks per stage, width
-
-
 EPOCHS, TUNING = 12, 3  # of training and of fine-tuning
 
 
@@ -78,7 +71,7 @@ class DigitNet(nn.Module):
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """What the demo did and measured.
 
     Attributes:
         rows: Name, number of parameters and test accuracy in percent of each network.
@@ -101,95 +94,92 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
     Args:
         picture: Where to draw the alignment.
         seed: Of the split, the training and the order of samples.
-        progress: Called with a task, the steps done and the steps in all.
+        progress: Called with the name of a stage and the share of it that is done.
     """
-    report = progress or (lambda task, done, steps: None)
-    test_x, choice_x, train_x = _digits(seed)[0].split([TEST, CHOICE, 1797 - TEST - CHOICE])
-    test_y, choice_y, train_y = _digits(seed)[1].split([TEST, CHOICE, 1797 - TEST - CHOICE])
+    progress = progress or (lambda stage, share: None)
+    images, labels = _digits(seed)
+    sizes = [TEST, CHOICE, len(images) - TEST - CHOICE]
+    test, choice, training = zip(images.split(sizes), labels.split(sizes))
     parents: list[nn.Module] = []
     for i, (depth, width) in enumerate(PARENTS):
         torch.manual_seed(seed + 1 + i)
         parent = DigitNet(depth, width)
-        name = f"train parent {i + 1} of 2"
-        train(parent, train_x, train_y, EPOCHS, 0.05, partial(report, name))
-        parents.append(parent.eval())
-    calibration = train_x[:CALIBRATION]
-    report("align and fuse", 0, 2)
+        with heard_by(partial(progress, f"train parent {i + 1} of {len(PARENTS)}")):
+            train(parent, *training, EPOCHS, 0.05)
+        parents.append(parent)
+    calibration = training[0][:CALIBRATION]
+    progress("align and fuse", 0.0)
     alignment = align(parents, calibration)
-    report("align and fuse", 1, 2)
+    progress("align and fuse", 0.5)
     fused = fuse(parents, calibration, alignment=alignment)
-    report("align and fuse", 2, 2)
-    scores = [_accuracy(p, test_x, test_y) for p in parents]
-    better = max(parents, key=lambda net: _accuracy(net, choice_x, choice_y))
+    progress("align and fuse", 1.0)
     rows = [
-        (_describe("deeper", *PARENTS[0]), _size(parents[0]), scores[0]),
-        (_describe("shallower", *PARENTS[1]), _size(parents[1]), scores[1]),
-        ("ensemble of both", sum(map(_size, parents)), _ensemble(parents, test_x, test_y)),
-        ("fused, no training", _size(fused), _accuracy(fused, test_x, test_y)),
+        (f"{name} parent, {depth} + {depth} blocks, width {width}", _size(parent), score)
+        for name, (depth, width), parent, score in zip(
+            ("deeper", "shallower"), PARENTS, parents, (_accuracy(p, *test) for p in parents)
+        )
     ]
+    rows.append(("ensemble of both", sum(map(_size, parents)), _ensemble(parents, *test)))
+    rows.append(("fused, no training", _size(fused), _accuracy(fused, *test)))
+    better = max(parents, key=lambda parent: _accuracy(parent, *choice))
     for name, net in (("fused, fine-tuned", fused), ("better parent, fine-tuned", better)):
         tuned = copy.deepcopy(net)
         torch.manual_seed(seed + 10)
-        train(tuned, train_x, train_y, TUNING, 0.02, partial(report, name))
-        rows.append((name, _size(tuned), _accuracy(tuned, test_x, test_y)))
+        with heard_by(partial(progress, name)):
+            train(tuned, *training, TUNING, 0.02)
+        rows.append((name, _size(tuned), _accuracy(tuned, *test)))
     draw(alignment, picture)
-    return DemoResult(tuple(rows), alignment, len(test_y), picture, fused)
+    return DemoResult(tuple(rows), alignment, TEST, picture, fused)
 
 
 def train(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epochs: int,
-    rate: float,
-    progress: Callable[[int, int], None],
-    batch: int = 64,
+    net: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, batch: int = 64
 ) -> None:
     """Train a classifier in place by SGD with momentum and a cosine schedule.
 
     Args:
         net: Left in eval mode.
-        x: Images `(n, ...)`.
-        y: Labels `(n,)`.
+        images: `(n, ...)`.
+        labels: `(n,)`.
         epochs: Passes over the images.
         rate: Highest learning rate.
-        progress: Called with the epochs done and in all.
         batch: Images per step.
     """
     optimiser = torch.optim.SGD(net.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
     net.train()
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(x)).split(batch):
+    for _ in counted(range(epochs)):
+        for rows in torch.randperm(len(images)).split(batch):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
             optimiser.step()
         schedule.step()
-        progress(epoch + 1, epochs)
     net.eval()
 
 
 def _digits(seed: int) -> tuple[Tensor, Tensor]:
+    """Return images `(1797, 1, 8, 8)` and labels `(1797,)` in an order drawn with the seed."""
     digits = load_digits()
-    x = (torch.tensor(digits.images, dtype=torch.float32)[:, None] - 4.9) / 6.0
-    y = torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return x[order], y[order]
+    images = (torch.tensor(digits.images, dtype=torch.float32)[:, None] - 4.9) / 6.0
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order], labels[order]
 
 
-def _accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+def _accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
-        return 100.0 * float((net(x).argmax(1) == y).float().mean())
+        return _percent_right(net(images), labels)
 
 
-def _ensemble(nets: list[nn.Module], x: Tensor, y: Tensor) -> float:
+def _ensemble(nets: list[nn.Module], images: Tensor, labels: Tensor) -> float:
+    """Return the accuracy of the mean of the networks' probabilities."""
     with torch.no_grad():
-        mean = torch.stack([net(x).softmax(1) for net in nets]).mean(0)
-    return 100.0 * float((mean.argmax(1) == y).float().mean())
+        mean = torch.stack([net(images).softmax(1) for net in nets]).mean(0)
+    return _percent_right(mean, labels)
 
 
-def _describe(name: str, depth: int, width: int) -> str:
-    return f"{name} parent, {depth} + {depth} blocks, width {width}"
+def _percent_right(scores: Tensor, labels: Tensor) -> float:
+    return 100.0 * float((scores.argmax(1) == labels).float().mean())
 
 
 def _size(net: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""What the command line calls models and data by.
+"""Models and data from the references that the command line takes.
 
-A model is `package.module:factory[?key=value&...][@checkpoint]`, the checkpoint a file of
-`safetensors` or `torch.save`; data are
-`imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
+A model is `package.module:factory[?key=value&...][@checkpoint]`, with a checkpoint of safetensors
+or of `torch.save`. Data are `imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or
+`package.module:factory[?...]`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .._files import sha256_of
 from ..errors import DataError, FuseError, ReferenceFormatError
 from ..io.checkpoints import load_weights
 
 _LARGEST = 1 << 28  # numbers in one sample
-
-
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -35,8 +35,8 @@ def load_model(reference: str) -> nn.Module:
         ReferenceFormatError: If the reference cannot be resolved.
         CheckpointError: If the checkpoint cannot be read or does not fit.
     """
-    spec, _, checkpoint = reference.partition("@")
-    model = _call(spec, reference)
+    factory, _, checkpoint = reference.partition("@")
+    model = _resolved(factory, reference)
     if not isinstance(model, nn.Module):
         raise _unresolved(reference, f"the factory returned a {type(model).__name__}")
     if checkpoint:
@@ -56,10 +56,7 @@ def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
     kind, _, rest = reference.partition(":")
     makers = {"imagefolder": _image_folder, "mnist": _mnist}
     if kind not in makers:
-        return _call(reference, reference)
-    import torch
-    from torch.utils.data import DataLoader
-
+        return _resolved(reference, reference)
     path, options = _split_options(rest, reference)
     try:
         dataset = makers[kind](path, **options)
@@ -86,8 +83,6 @@ def load_example(reference: str, samples: int = 2) -> Tensor:
     Raises:
         ReferenceFormatError: If it is no shape, or too large to be one.
     """
-    import torch
-
     sizes, _, kind = reference.partition(":")
     try:
         shape = [int(size) for size in sizes.split("x")]
@@ -113,27 +108,28 @@ def file_hashes(references: Sequence[str]) -> dict[str, str]:
     return {path: sha256_of(path) for path in paths if path}
 
 
-def _call(spec: str, reference: str) -> Any:
+def _resolved(spec: str, reference: str) -> Any:
+    """Return what `package.module:name[?options]` names: the object, or what it makes if called."""
     path, options = _split_options(spec, reference)
-    module_name, colon, factory_name = path.partition(":")
-    if not colon or not module_name or not factory_name:
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
         raise _unresolved(reference, "it has no 'package.module:factory'")
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules in the current folder, as `python -m` has it
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in factory_name.split("."):
-            found = getattr(found, part)
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
     except (Exception, SystemExit) as error:  # the module's own code runs here
         raise _unresolved(reference, f"{type(error).__name__}: {error}") from error
-    if isinstance(found, nn.Module) or not callable(found):
+    if isinstance(target, nn.Module) or not callable(target):
         if options:
-            raise _unresolved(reference, f"{factory_name} takes no options, it is no factory")
-        return found
+            raise _unresolved(reference, f"{name} takes no options, it is no factory")
+        return target
     try:
-        return found(**options)
+        return target(**options)
     except (Exception, SystemExit) as error:
-        raise _unresolved(reference, f"{factory_name} failed: {error}") from error
+        raise _unresolved(reference, f"{name} failed: {error}") from error
 
 
 def _split_options(spec: str, reference: str) -> tuple[str, dict[str, Any]]:
@@ -154,9 +150,9 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _unresolved(reference: str, why: str) -> ReferenceFormatError:
+def _unresolved(reference: str, reason: str) -> ReferenceFormatError:
     return ReferenceFormatError(
-        f"a reference that cannot be resolved: {why}",
+        f"a reference that cannot be resolved: {reason}",
         where=f"'{reference}'",
         expected="package.module:factory[?key=value&...][@checkpoint.safetensors], "
         "and for data also imagefolder:PATH or mnist:PATH",
@@ -182,8 +178,6 @@ def _mnist(path: str) -> Any:
 
 
 def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    import torch
-
     shapes = {tuple(image.shape) for image, _ in samples}
     if len(shapes) > 1:
         raise DataError(
@@ -192,4 +186,5 @@ def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
             expected="images of one size",
             do="give a size: imagefolder:PATH?size=224",
         )
-    return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+    images, labels = zip(*samples)
+    return torch.stack(images), torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""What the command line shows: tables where somebody looks, plain text elsewhere, and progress."""
+"""What the command line shows: tables and progress on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -16,56 +16,57 @@ from ..ir import Alignment
 
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Show the stages of a long job as bars, with the time each took; nothing off a terminal.
+    """Show the stages of a long job as bars with the time each took, on a terminal only.
 
     Yields:
-        What to call with a stage's name and the share of it that is done. As long as that is zero,
-        the bar pulses: the stage runs, and how far it is is not known.
+        What to call with a stage's name and the share of it that is done. A bar pulses until its
+        first share above zero, as until then nobody knows how far the stage is.
     """
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        current: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        current: dict[str, TaskID] = {}  # the stage that runs, once there is one
 
         def report(stage: str, share: float) -> None:
             if stage not in current:
-                _finish(bar, current)
-                current[stage] = bar.add_task(stage, total=None)
+                _finish(bars, current)
+                current[stage] = bars.add_task(stage, total=None)
             if share > 0:
-                bar.update(current[stage], total=1.0, completed=share)
+                bars.update(current[stage], total=1.0, completed=share)
 
         yield report
-        _finish(bar, current)
+        _finish(bars, current)
 
 
-def _finish(bar: Progress, current: dict[str, TaskID]) -> None:
+def _finish(bars: Progress, current: dict[str, TaskID]) -> None:
     for task in current.values():
-        bar.update(task, total=1.0, completed=1.0)
+        bars.update(task, total=1.0, completed=1.0)
     current.clear()
 
 
-def show_inspection(console: Console, found: Inspection) -> None:
-    """Print what was found in a network."""
+def show_inspection(console: Console, inspection: Inspection) -> None:
+    """Print what the analysis finds in a network."""
     if not console.is_terminal:
-        _plain(console, str(found))
+        _plain(console, str(inspection))
         return
-    console.print(found.summary, style="bold", markup=False, highlight=False)
-    console.print("chain: " + " > ".join(found.chain), markup=False, highlight=False)
+    console.print(inspection.summary, style="bold", markup=False, highlight=False)
+    console.print("chain: " + " > ".join(inspection.chain), markup=False, highlight=False)
     layers = _table("layers", "layer", "units", "kind", "form")
-    for segment in found.segments:
+    for segment in inspection.segments:
         layers.add_section()
         _row(layers, segment.label, style="dim")
-        for x in segment.layers:
-            form = "block" if x.branched else "layer"
-            _row(layers, x.name, f"{x.width:,}", str(found.kinds[x.kind]), form)
+        for layer in segment.layers:
+            kind, form = inspection.kinds[layer.kind], "block" if layer.branched else "layer"
+            _row(layers, layer.name, f"{layer.width:,}", str(kind), form)
     kinds = _table("kinds of layers", "kind", "made of")
-    for kind, i in found.kinds.items():
-        _row(kinds, str(i), shortened(kind))
+    for name, number in inspection.kinds.items():
+        _row(kinds, str(number), shortened(name))
     spaces = _table("spaces", "space", "units", "axes", "in blocks of")
-    for s in found.spaces:
-        _row(spaces, s.name, f"{s.size:,}", str(len(s.axes)), s.parent or "")
+    for space in inspection.spaces:
+        axes, parent = str(len(space.axes)), space.parent or ""
+        _row(spaces, space.name, f"{space.size:,}", axes, parent)
     fixed = _table("fixed", "units", "why")
-    for reason, group in found.reasons.items():
-        _row(fixed, described(group), reason)
+    for reason, places in inspection.reasons.items():
+        _row(fixed, described(places), reason)
     for table in (layers, kinds, spaces, fixed):
         if table.row_count:
             console.print(table)
@@ -77,13 +78,14 @@ def show_alignment(console: Console, alignment: Alignment) -> None:
         _plain(console, str(alignment))
         return
     table = _table("alignment", *alignment.names, "cost")
-    for s in alignment.segments:
+    for segment in alignment.segments:
         table.add_section()
-        _row(table, s.label, style="dim")
-        for i in range(len(s.slots[0])):
-            costs = [s.cost_of(k, i) for k in range(len(s.slots)) if k != s.reference]
-            shown = " ".join("" if c is None else f"{c:.4f}" for c in costs)
-            _row(table, *(row[i] or "+" for row in s.slots), shown)
+        _row(table, segment.label, style="dim")
+        others = [k for k in range(len(segment.slots)) if k != segment.reference]
+        for i in range(len(segment.slots[0])):
+            costs = [segment.cost_of(k, i) for k in others]
+            shown = " ".join("" if cost is None else f"{cost:.4f}" for cost in costs)
+            _row(table, *(row[i] or "+" for row in segment.slots), shown)
     console.print(table)
     console.print("+ is a layer to be inserted")
 
