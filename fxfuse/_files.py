@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one."""
+"""Files written in one step: at any time, the old file or the whole new one is there."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .errors import WriteError
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
-    Whatever ends the run in between, `path` is the old file or the whole new one. A process that is
-    killed leaves the hidden temporary file behind, any other end removes it.
+    Whatever ends the run in between, `path` is the old file or the whole new one. If the process is
+    killed, the hidden temporary file stays behind; in all other cases it is removed.
 
     Raises:
         WriteError: If the file cannot be written.
@@ -29,16 +29,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"a file that cannot be written: {error}",
             where=str(path),
             expected="a folder that can be written to, with enough space",
-            do="choose another path, or make room; what was there is as it was",
+            do="choose another path, or make room; a file that was there is unchanged",
         ) from error
 
 
 def _write_beside(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # named before it is there: an interrupt between the two would else leave it behind
+    # the name comes before the file: an interrupt in between would otherwise leave the file behind
     temporary = path.with_name(f".{path.stem}-{secrets.token_urlsafe(6)}{path.suffix}")
     try:
-        temporary.open("xb").close()  # with the rights of any new file
+        temporary.open("xb").close()  # gives it the rights of any new file
         write(temporary)
         with open(temporary, "rb+") as whole:
             os.fsync(whole.fileno())  # some file systems rename before they write

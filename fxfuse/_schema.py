@@ -1,9 +1,9 @@
 """Frozen data classes to plain JSON values and back, every value checked against its annotation.
 
-Numbers that JSON lacks are written as "inf", "-inf" and "nan". Annotations are
-`None`, `bool`, `int`, `float`, `str`, unions of these, `tuple[X, ...]`, `frozenset[str]`,
-`dict[str, X]`, data classes, and `Any`, which takes what was parsed as it is. A field that has
-`written=False` in its metadata is left out.
+Annotations may be `None`, `bool`, `int`, `float`, `str`, unions of these, `tuple[X, ...]`,
+`frozenset[str]`, `dict[str, X]`, data classes, and `Any`, which takes what was parsed as it is.
+Numbers that JSON lacks are written as "inf", "-inf" and "nan". A field that has `written=False` in
+its metadata is left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import ArgumentError, FuseError
 
-_NAMED = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
-
-
+_NUMBERS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -60,13 +58,17 @@ def _default(field: Field[Any]) -> Any:
 
 
 def parsed(text: str, what: str) -> Any:
-    """Parse JSON; `what` it is of is named in the error.
+    """Parse JSON.
+
+    Args:
+        text: The text.
+        what: What the text is of, for the error.
 
     Raises:
         ArgumentError: If it is no JSON, or a key occurs twice in one object.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
         raise ArgumentError(
             f"text that is no JSON: {error}",
@@ -76,24 +78,24 @@ def parsed(text: str, what: str) -> Any:
         ) from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key that occurs twice among {', '.join(k for k, _ in pairs)}")
-    return found
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key that occurs twice among {', '.join(key for key, _ in pairs)}")
+    return fields
 
 
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} without quotes")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} without quotes")  # as json.loads would take NaN
 
 
 def read(hint: Any, value: Any, where: str) -> Any:
-    """Return a parsed JSON value as what an annotation says.
+    """Return a parsed JSON value as its annotation wants it.
 
     Args:
         hint: The annotation.
         value: What was parsed.
-        where: Where it is from; the place inside is added in errors.
+        where: What it is of; errors add the place inside.
 
     Raises:
         ArgumentError: At the first value of another type, unknown or missing key.
@@ -111,8 +113,8 @@ def read(hint: Any, value: Any, where: str) -> Any:
         return {key: read(parts[1], part, f"{where}.{key}") for key, part in value.items()}
     if origin in (Union, types.UnionType):
         return _one_of(parts, value, where)
-    if hint is float and isinstance(value, str) and value in _NAMED:
-        return _NAMED[value]
+    if hint is float and isinstance(value, str) and value in _NUMBERS:
+        return _NUMBERS[value]
     if hint is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
@@ -131,13 +133,13 @@ def _tuple(parts: Sequence[Any], value: list[Any], where: str) -> tuple[Any, ...
 def _one_of(parts: Sequence[Any], value: Any, where: str) -> Any:
     if value is None and type(None) in parts:
         return None
-    rest = [part for part in parts if part is not type(None)]
-    for part in rest[:-1]:
+    *others, last = (part for part in parts if part is not type(None))
+    for part in others:
         try:
             return read(part, value, where)
         except FuseError:
             continue
-    return read(rest[-1], value, where)
+    return read(last, value, where)
 
 
 def _object(kind: type, value: Any, where: str) -> Any:

@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the packages that it computes with."""
-    found = {"python": platform.python_version(), "fxfuse": __version__}
-    found |= {"torch": str(torch.__version__), "numpy": numpy.__version__}
+    numbers = {"python": platform.python_version(), "fxfuse": __version__}
+    numbers |= {"torch": str(torch.__version__), "numpy": numpy.__version__}
     for name in ("scipy", "POT"):
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # installed by other means than a package
-            found[name] = "unknown"
-    return found
+            numbers[name] = "unknown"
+    return numbers

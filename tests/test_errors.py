@@ -1,4 +1,4 @@
-"""None"""
+"""The family of errors: four parts each, kept by copying and pickling."""
 
 import copy
 import inspect
@@ -10,8 +10,6 @@ from fxfuse import errors
 from fxfuse.errors import ArgumentError, FuseError, NotEquivalent, PassError
 
 KINDS = [k for k in vars(errors).values() if inspect.isclass(k) and issubclass(k, FuseError)]
-
-
 PARTS = dict(where="layer 'a.b'", expected="a sum", do="add one")
 
 

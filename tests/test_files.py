@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one."""
+"""Files written in one step: the old file or the whole new one."""
 
 import hashlib
 import multiprocessing
@@ -20,10 +20,10 @@ FORK = "fork" in multiprocessing.get_all_start_methods()
 
 def test_a_file_is_written_into_a_new_folder_with_the_usual_rights(tmp_path):
     write_atomically(tmp_path / "new" / "a.txt", lambda path: path.write_text("whole"))
-    (found,) = (tmp_path / "new").iterdir()
+    (file,) = (tmp_path / "new").iterdir()
     (tmp_path / "plain").write_text("")
-    assert found.name == "a.txt" and found.read_text() == "whole"
-    assert found.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert file.name == "a.txt" and file.read_text() == "whole"
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [OSError(ENOSPC, "No space left"), SafetensorError("No space")])
@@ -41,13 +41,13 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, error):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and path.read_text() == "old"
 
 
-def test_errors_of_the_writer_itself_stay_what_they_are(tmp_path):
+def test_other_errors_of_the_writing_function_are_passed_on(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_atomically(tmp_path / "a.txt", lambda path: 1 / 0)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_a_file_is_refused(tmp_path):
+def test_paths_that_cannot_be_files_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "a.txt", tmp_path / ("x" * 300)):
         with pytest.raises(WriteError):
@@ -55,8 +55,7 @@ def test_what_cannot_be_a_file_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_disk_that_is_really_full(tmp_path):
-    """Of the file sizes that a process may write, which is what a test can limit."""
+def test_a_limit_on_file_sizes_acts_as_a_full_disk(tmp_path):
     resource = pytest.importorskip("resource")
     path, before = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
     save_file({"a": torch.ones(2)}, path)
@@ -69,7 +68,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert torch.equal(load_file(path)["a"], torch.ones(2)) and len(list(tmp_path.iterdir())) == 1
 
 
-def _write_on_and_on(path):
+def _write_again_and_again(path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     number = 0
     while True:
@@ -85,18 +84,18 @@ def test_a_process_that_is_stopped_leaves_a_whole_file(tmp_path, how):
     path, context = tmp_path / "a.safetensors", multiprocessing.get_context("fork")
     for wait in (0.0005, 0.001, 0.002, 0.003, 0.005):
         write_atomically(path, lambda temporary: save_file({"a": torch.zeros(8)}, temporary))
-        process = context.Process(target=_write_on_and_on, args=(path,))
+        process = context.Process(target=_write_again_and_again, args=(path,))
         process.start()
         while path.stat().st_size < 800_000 and process.is_alive():
             time.sleep(0.0002)  # until it writes
         time.sleep(wait)
         os.kill(process.pid, how)
         process.join(20)
-        left = process.exitcode
-        process.kill()  # if it is there yet
-        assert left not in (None, 0)
-        found = load_file(path)["a"]
-        assert len(found) == 200_000 and (found == found[0]).all()
+        status = process.exitcode
+        process.kill()  # if it is still there
+        assert status not in (None, 0)
+        numbers = load_file(path)["a"]
+        assert len(numbers) == 200_000 and (numbers == numbers[0]).all()
         if how == signal.SIGINT:
             assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -62,13 +62,13 @@ def test_what_has_its_default_may_be_left_out(value):
     assert ("pair" in short) == (value.pair != (1, "a")) and "count" in short
 
 
-def test_numbers_that_are_none_are_read_again():
-    found = read(tuple[float, ...], written((math.nan, math.inf, -math.inf)), "it")
-    assert math.isnan(found[0]) and found[1:] == (math.inf, -math.inf)
+def test_numbers_that_json_lacks_are_read_again():
+    numbers = read(tuple[float, ...], written((math.nan, math.inf, -math.inf)), "it")
+    assert math.isnan(numbers[0]) and numbers[1:] == (math.inf, -math.inf)
 
 
 @given(st.sampled_from(sorted(set(Outer.__dataclass_fields__) - {"unwritten"})), JSON)
-def test_any_value_is_taken_or_refused(key, value):
+def test_any_value_is_accepted_or_refused(key, value):
     whole = written(Outer(1, True, (Inner("a", (1.0,)),), table={}))
     try:
         assert isinstance(read(Outer, whole | {key: value}, "it"), Outer)
@@ -94,7 +94,7 @@ GOOD = written(Outer(1, True, (Inner("a", (1.0,)),)))
         ({"more": 1}, "it", "an object with 'count'"),
     ],
 )
-def test_errors_say_where_and_what_belongs_there(change, where, expected):
+def test_errors_name_the_place_and_what_belongs_there(change, where, expected):
     with pytest.raises(ArgumentError) as caught:
         read(Outer, GOOD | change, "it")
     assert caught.value.where == where and caught.value.expected.startswith(expected)

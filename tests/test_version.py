@@ -4,7 +4,7 @@ import fxfuse
 from fxfuse.version import versions
 
 
-def test_versions_are_told_and_known():
-    found = versions()
-    assert list(found) == ["python", "fxfuse", "torch", "numpy", "scipy", "POT"]
-    assert found["fxfuse"] == fxfuse.__version__ and "unknown" not in found.values()
+def test_the_version_of_each_package_is_known():
+    numbers = versions()
+    assert list(numbers) == ["python", "fxfuse", "torch", "numpy", "scipy", "POT"]
+    assert numbers["fxfuse"] == fxfuse.__version__ and "unknown" not in numbers.values()

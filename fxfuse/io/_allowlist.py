@@ -1,8 +1,8 @@
 """What a saved network may call, and by what name: tensor operators and layers, nothing else.
 
-A saved graph is a program, so a file from a stranger may name only what computes on tensors. All
-that opens files, runs code that it is given, or reaches what is behind an object is left out
-(`torch.load`, `operator.call`, `Tensor.apply_`, attributes with underscores).
+A saved graph is a program, so a file from a stranger may name only what computes on tensors. Left
+out is whatever opens files, runs code that it is given, or reaches behind an object: `torch.load`,
+`operator.call`, `Tensor.apply_`, attributes with underscores.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.overrides import get_overridable_functions
 
-_SPACES: dict[str, ModuleType] = {
+_MODULES: dict[str, ModuleType] = {
     "torch": torch,
     "torch.nn.functional": functional,
     "torch.linalg": linalg,
     "torch.fft": fft,
     "torch.special": special,
 }
-
-
 _MAKERS = {  # what torch does not list among the functions that take tensors
     *("_assert", "arange", "as_tensor", "bartlett_window", "blackman_window", "broadcast_shapes"),
     *("empty", "eye", "fftfreq", "full", "hamming_window", "hann_window", "hardsigmoid"),
@@ -43,24 +41,14 @@ _MAKERS = {  # what torch does not list among the functions that take tensors
 
 
 _BUILTINS = ("abs", "bool", "float", "getattr", "int", "len", "round")
-
-
 _NO_OPERATORS = {"attrgetter", "call", "itemgetter", "methodcaller"}
-
-
 _NO_METHODS = {
     *("apply_", "backward", "map2_", "map_", "module_load", "numpy", "register_hook"),
     *("register_post_accumulate_grad_hook", "reinforce", "share_memory_", "storage", "to_dlpack"),
     *("untyped_storage", "storage_type"),
 }
-
-
-_CLASSES = ("torch.nn.modules.", "torchvision.ops.", "torchvision.models.")
-
-
-_WRAPPED = ("torchvision.ops.", "torchvision.models.")
-
-
+_CLASSES = ("torch.nn.modules.", "torchvision.ops.", "torchvision.models.")  # of layers
+_WRAPPED = ("torchvision.ops.", "torchvision.models.")  # where functions are wrapped for tracing
 _MODES = "fxfuse.graph._modes"
 _MOVED = {"fxfuse.modes": _MODES}  # where files written by earlier versions look for them
 
@@ -68,20 +56,21 @@ _MOVED = {"fxfuse.modes": _MODES}  # where files written by earlier versions loo
 @cache
 def _functions() -> dict[str, Callable[..., Any]]:
     """Return the functions of torch, operator, math and builtins by name."""
-    known = {id(f) for fs in get_overridable_functions().values() for f in fs}
-    found: dict[str, Callable[..., Any]] = {}
-    for space, module in _SPACES.items():
-        held = vars(module)
-        for name, function in held.items():
-            plain = held.get(name[:-1]) if name.endswith("_") else function  # relu_ as relu
-            named = name in _MAKERS or not name.startswith("_") and id(plain) in known
-            if named and callable(function) and not isinstance(function, type):
-                found[f"{space}.{name}"] = function
+    take_tensors = {id(f) for fs in get_overridable_functions().values() for f in fs}
+    functions: dict[str, Callable[..., Any]] = {}
+    for module_name, module in _MODULES.items():
+        members = vars(module)
+        for name, function in members.items():
+            base = members.get(name[:-1]) if name.endswith("_") else function  # relu_ as relu
+            allowed = name in _MAKERS or not name.startswith("_") and id(base) in take_tensors
+            if allowed and callable(function) and not isinstance(function, type):
+                functions[f"{module_name}.{name}"] = function
     for name in set(operator.__all__) - _NO_OPERATORS:
-        found[f"operator.{name}"] = getattr(operator, name)
-    numbers = {name: f for name, f in vars(math).items() if callable(f) and name[0] != "_"}
-    found |= {f"math.{name}": function for name, function in numbers.items()}
-    return found | {f"builtins.{name}": getattr(builtins, name) for name in _BUILTINS}
+        functions[f"operator.{name}"] = getattr(operator, name)
+    for name, function in vars(math).items():
+        if callable(function) and not name.startswith("_"):
+            functions[f"math.{name}"] = function
+    return functions | {f"builtins.{name}": getattr(builtins, name) for name in _BUILTINS}
 
 
 @cache
@@ -91,9 +80,11 @@ def _names() -> dict[int, str]:
 
 def name_of_function(function: Any) -> str | None:
     """Return the name of a function that may be saved, None if it may not."""
-    known = _names().get(id(function))
-    if known is not None or function is None:
-        return known
+    if function is None:
+        return None
+    listed = _names().get(id(function))
+    if listed is not None:
+        return listed
     name = f"{getattr(function, '__module__', None)}.{getattr(function, '__name__', None)}"
     return name if function_of(name) is function else None
 
@@ -103,13 +94,13 @@ def function_of(name: str) -> Callable[..., Any] | None:
 
     Of torchvision, it is one that is public in its operators, or that was given to `torch.fx.wrap`.
     """
-    known = _functions().get(name)
-    space, _, leaf = name.rpartition(".")
-    if known is not None or not space.startswith(_WRAPPED):
-        return known
-    module = _module(space)
+    listed = _functions().get(name)
+    module_name, _, leaf = name.rpartition(".")
+    if listed is not None or not module_name.startswith(_WRAPPED):
+        return listed
+    module = _module(module_name)
     function = getattr(module, leaf, None)
-    if not isinstance(function, FunctionType) or function.__module__ != space:
+    if not isinstance(function, FunctionType) or function.__module__ != module_name:
         return None
     wrapped = (id(vars(module)), leaf) in _symbolic_trace._wrapped_fns_to_patch
     public = getattr(_module("torchvision.ops"), leaf, None) is function
@@ -125,10 +116,11 @@ def is_method(name: str) -> bool:
 @cache
 def _attributes() -> frozenset[str]:
     """Return the attributes of tensors, and the fields of what operators return."""
-    kinds = [Tensor, *(k for k in vars(torch.return_types).values() if isinstance(k, type))]
-    named = {n for k in kinds for n in dir(k) if not n.startswith("_")}
-    plain = {n for n in named if any(not callable(getattr(k, n, len)) for k in kinds)}
-    return frozenset(plain - {"grad_fn"})
+    returned = (kind for kind in vars(torch.return_types).values() if isinstance(kind, type))
+    kinds = [Tensor, *returned]
+    names = {name for kind in kinds for name in dir(kind) if not name.startswith("_")}
+    data = {name for name in names if any(not callable(getattr(k, name, len)) for k in kinds)}
+    return frozenset(data - {"grad_fn"})
 
 
 def is_attribute(name: Any) -> bool:
@@ -144,13 +136,14 @@ def name_of_class(kind: type) -> str | None:
 
 def class_of(name: str) -> type[nn.Module] | None:
     """Return the class of layers of a name: of torch, of torchvision, or a live mode flag."""
-    space, _, leaf = name.rpartition(".")
-    space = _MOVED.get(space, space)
-    if not f"{space}.".startswith(_CLASSES) and space != _MODES:
+    module_name, _, leaf = name.rpartition(".")
+    module_name = _MOVED.get(module_name, module_name)
+    if not f"{module_name}.".startswith(_CLASSES) and module_name != _MODES:
         return None
-    found = getattr(_module(space), leaf, None)
-    real = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == space
-    return found if real else None
+    kind = getattr(_module(module_name), leaf, None)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        return None
+    return kind if kind.__module__ == module_name else None
 
 
 def _module(name: str) -> ModuleType | None:

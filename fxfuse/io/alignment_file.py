@@ -1,7 +1,7 @@
-"""Alignments as JSON: to be read and edited by hand, and checked on the way in.
+"""Alignments as JSON, to be read and edited by hand, and checked on the way in.
 
-`layers` of a segment has one entry for each slot, with the layer of each network, in the order of
-`networks`, or null where the network has none. The network `reference` has one in every slot. To
+The `layers` of a segment have an entry for each slot: the layer of each network, in the order of
+`networks`, or null where a network has none. The network `reference` has one in every slot. To
 change an alignment, move a name to another slot. `costs` may be left out.
 """
 
@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from .._files import write_atomically
+from .._files import write_text
 from .._schema import parsed, read, unexpected, written
 from ..errors import ArgumentError
 from ..ir import Alignment, SegmentAlignment
 
 FORMAT, VERSION = "fxfuse alignment", 1
 
-
 Matrix = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
 class _Segment:
+    """A segment as the file has it: `layers` by slot, not by network."""
+
     label: str
     reference: int
     layers: tuple[tuple[str | None, ...], ...]
@@ -34,6 +35,8 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _File:
+    """What the file holds."""
+
     format: str
     version: int
     networks: tuple[str, ...]
@@ -42,9 +45,8 @@ class _File:
 
 def to_json(alignment: Alignment) -> str:
     """Return an alignment as JSON, one line for each slot, to be read and edited by hand."""
-    rows = (tuple(zip(*s.slots)) for s in alignment.segments)
     segments = tuple(
-        _Segment(s.label, s.reference, row, s.costs) for s, row in zip(alignment.segments, rows)
+        _Segment(s.label, s.reference, tuple(zip(*s.slots)), s.costs) for s in alignment.segments
     )
     return _text(written(_File(FORMAT, VERSION, alignment.names, segments))) + "\n"
 
@@ -57,14 +59,14 @@ def from_json(text: str) -> Alignment:
     Raises:
         ArgumentError: If it is no such JSON, or a slot, a layer or a cost is out of place.
     """
-    found = _checked_header(parsed(text, "the alignment"))
-    _require_whole(found)
+    file = _read_file(parsed(text, "the alignment"))
+    _require_consistent(file)
     segments = []
-    for s in found.segments:
-        slots = tuple(zip(*s.layers))
-        costs = s.costs or (None,) * len(slots)
-        segments.append(SegmentAlignment(s.label, s.reference, slots, costs))
-    return Alignment(tuple(segments), found.networks)
+    for segment in file.segments:
+        slots = tuple(zip(*segment.layers))
+        costs = segment.costs or (None,) * len(slots)
+        segments.append(SegmentAlignment(segment.label, segment.reference, slots, costs))
+    return Alignment(tuple(segments), file.networks)
 
 
 def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
@@ -73,8 +75,7 @@ def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     Raises:
         WriteError: If the file cannot be written.
     """
-    text = to_json(alignment)
-    write_atomically(Path(path), lambda file: _write(file, text))
+    write_text(path, to_json(alignment))
 
 
 def load_alignment(path: str | os.PathLike[str]) -> Alignment:
@@ -99,35 +100,29 @@ def load_alignment(path: str | os.PathLike[str]) -> Alignment:
         raise ArgumentError(error.met, where=where, expected=error.expected, do=error.do) from error
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
 def _text(value: Any, indent: int = 0) -> str:
-    """Return JSON in which only what holds lists of lists, or objects, takes several lines."""
-    parts = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(value, (dict, list)) or not parts:
+    """Return a value as JSON: objects and lists of lists over several lines, other lists in one."""
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(key)}: {_text(part, indent + 2)}" for key, part in value.items()]
+        opening, closing = "{}"
+    elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        lines = [_text(part, indent + 2) for part in value]
+        opening, closing = "[]"
+    else:
         return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list) and not any(isinstance(part, (dict, list)) for part in parts):
-        return json.dumps(value, ensure_ascii=False)
-    inner, end = "\n" + " " * (indent + 2), "\n" + " " * indent
-    lines = [_text(part, indent + 2) for part in parts]
-    if isinstance(value, dict):
-        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines)]
-        return "{" + inner + f",{inner}".join(lines) + end + "}"
-    return "[" + inner + f",{inner}".join(lines) + end + "]"
+    inner, outer = "\n" + " " * (indent + 2), "\n" + " " * indent
+    return opening + inner + f",{inner}".join(lines) + outer + closing
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
-def _checked_header(value: Any) -> _File:
-    """Return the contents, once it is known that they are of this format and version."""
+def _read_file(value: Any) -> _File:
+    """Return the contents, if they are of this format and version."""
     header = value if isinstance(value, dict) else {}
     if header.get("format") != FORMAT or header.get("version") != VERSION:
-        found = {key: header.get(key) for key in ("format", "version")}
         raise ArgumentError(
-            f"JSON of format {found['format']!r}, version {found['version']!r}",
+            f"JSON of format {header.get('format')!r}, version {header.get('version')!r}",
             where="the alignment",
             expected=f"format '{FORMAT}', version {VERSION}",
             do="write it with `to_json` of an alignment, by this version of fxfuse",
@@ -135,40 +130,41 @@ def _checked_header(value: Any) -> _File:
     return cast(_File, read(_File, value, "the alignment"))
 
 
-def _require_whole(found: _File) -> None:
+def _require_consistent(file: _File) -> None:
     """Refuse slots, layers and costs that do not belong together."""
-    count = len(found.networks)
-    seen: list[set[str]] = [set() for _ in found.networks]
-    if not count or not found.segments:
+    count = len(file.networks)
+    if not count or not file.segments:
         raise unexpected([], "the alignment", "at least one network and one segment")
-    for i, s in enumerate(found.segments):
+    used: list[set[str]] = [set() for _ in file.networks]
+    for i, segment in enumerate(file.segments):
         where = f"the alignment.segments[{i}]"
-        if not 0 <= s.reference < count:
-            raise unexpected(s.reference, f"{where}.reference", f"0 to {count - 1}")
-        if not s.layers:
+        if not 0 <= segment.reference < count:
+            raise unexpected(segment.reference, f"{where}.reference", f"0 to {count - 1}")
+        if not segment.layers:
             raise unexpected([], f"{where}.layers", "at least one slot")
-        for j, row in enumerate(s.layers):
-            _require_slot(row, s.reference, found.networks, seen, f"{where}.layers[{j}]")
-        _require_costs(s, count, where)
+        for j, slot in enumerate(segment.layers):
+            _require_slot(slot, segment.reference, file.networks, used, f"{where}.layers[{j}]")
+        _require_costs(segment, count, where)
 
 
 def _require_slot(
-    row: tuple[str | None, ...],
+    slot: tuple[str | None, ...],
     reference: int,
     networks: tuple[str, ...],
-    seen: list[set[str]],
+    used: list[set[str]],
     where: str,
 ) -> None:
-    if len(row) != len(networks):
-        raise unexpected(list(row), where, f"a layer or null for each of {', '.join(networks)}")
-    if row[reference] is None:
+    """Refuse a slot with the layers of other networks, or with layers that others `used`."""
+    if len(slot) != len(networks):
+        raise unexpected(list(slot), where, f"a layer or null for each of {', '.join(networks)}")
+    if slot[reference] is None:
         expected = f"a layer of {networks[reference]}, which has one in every slot"
-        raise unexpected(list(row), where, expected)
-    for name, known in zip(row, seen):
-        if name in known:
+        raise unexpected(list(slot), where, expected)
+    for name, names in zip(slot, used):
+        if name in names:
             raise unexpected(name, where, "each layer of a network once; this one came before")
         if name is not None:
-            known.add(name)
+            names.add(name)
 
 
 def _require_costs(segment: _Segment, count: int, where: str) -> None:
@@ -178,7 +174,7 @@ def _require_costs(segment: _Segment, count: int, where: str) -> None:
     if len(segment.costs) != count:
         raise unexpected(written(segment.costs), f"{where}.costs", f"{count} entries")
     for k, matrix in enumerate(segment.costs):
-        width = sum(row[k] is not None for row in segment.layers)
-        shape = f"{len(segment.layers)} rows of {width} numbers, or null"
-        if matrix is not None and [len(r) for r in matrix] != [width] * len(segment.layers):
+        rows, columns = len(segment.layers), sum(slot[k] is not None for slot in segment.layers)
+        if matrix is not None and [len(row) for row in matrix] != [columns] * rows:
+            shape = f"{rows} rows of {columns} numbers, or null"
             raise unexpected(written(matrix), f"{where}.costs[{k}]", shape)

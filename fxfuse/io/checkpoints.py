@@ -1,7 +1,7 @@
 """Weights from files and to files, without running anything that is in them.
 
-Read are `.safetensors` files, and files of `torch.save` with `weights_only=True`: a state
-dictionary, or one nested under a usual key. Wrappers' prefixes are taken off its names.
+A file is safetensors, or one of `torch.save`, which is read with `weights_only=True`. It holds a
+state dictionary, or one nested under a usual key. Prefixes of wrappers are taken off its names.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ from .._files import write_atomically
 from ..errors import CheckpointError
 
 KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net", "weights")
-
-
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
-
 
 State = dict[str, Tensor]
 
@@ -45,12 +42,13 @@ def read_state(path: str | os.PathLike[str]) -> State:
     """
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path)[0]
-    found = _unpickled(Path(path))
-    state = _state_in(found)
+    content = _unpickled(Path(path))
+    state = _state_in(content)
     if state is None:
-        held = ", ".join(map(repr, found)) if isinstance(found, dict) else type(found).__name__
+        is_dict = isinstance(content, dict)
+        names = ", ".join(map(repr, content)) if is_dict else type(content).__name__
         raise CheckpointError(
-            f"a checkpoint without weights, but with {shorten(held, 200, placeholder=' ...')}",
+            f"a checkpoint without weights, but with {shorten(names, 200, placeholder=' ...')}",
             where=str(path),
             expected="tensors by name, or such under one of the keys " + ", ".join(KEYS),
             do="take the state dictionary out and save that: safetensors.torch.save_file(...)",
@@ -78,19 +76,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: If the file cannot be read, or its names or shapes are not the model's.
     """
-    known = model.state_dict()
-    state = _without_prefix(read_state(path), set(known))
+    expected = model.state_dict()
+    state = _without_prefix(read_state(path), set(expected))
     try:
         try:
             model.load_state_dict(state)  # fills in what older files lack, unlike a check of names
-        except ValueError:  # classes that want to know how old a file is, which not all files say
-            numbered = OrderedDict(state)
-            vars(numbered)["_metadata"] = getattr(known, "_metadata", None)
-            model.load_state_dict(numbered)
+        except ValueError:  # of a class that asks for the version of its state
+            versioned = OrderedDict(state)
+            vars(versioned)["_metadata"] = getattr(expected, "_metadata", None)
+            model.load_state_dict(versioned)
     except Exception as error:
-        found = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
+        faults = shorten(" ".join(str(error).splitlines()[1:]), 400, placeholder=" ...")
         raise CheckpointError(
-            f"a checkpoint that does not fit: {found or error}",
+            f"a checkpoint that does not fit: {faults or error}",
             where=f"{path} into {type(model).__name__}",
             expected="the names and shapes of the model's state_dict",
             do="build the model with the options it was trained with: ?key=value",
@@ -107,10 +105,11 @@ def save_weights(
     Raises:
         WriteError: If the file cannot be written.
     """
-    own = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    separate = _separate(contiguous)
 
     def write(file: Path) -> None:
-        save_file(own, file, metadata)
+        save_file(separate, file, metadata)
         _order_header(file)
 
     write_atomically(Path(path), write)
@@ -124,23 +123,24 @@ def _order_header(path: Path) -> None:
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        facts = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
-        text = json.dumps(facts | header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(facts["__metadata__"]) > 1 and len(text) <= size:
+        metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+        ordered = {"__metadata__": metadata} | header
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(metadata) > 1 and len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
 
 
-def _apart(tensors: State) -> State:
+def _separate(tensors: State) -> State:
     """Give tensors that share memory, which the format does not know, memory of their own."""
-    seen: set[int] = set()
-    found = {}
+    used: set[int] = set()
+    separate = {}
     for name, tensor in tensors.items():
         memory = tensor.untyped_storage()
-        shared = memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes
-        seen.add(memory.data_ptr())
-        found[name] = tensor.clone() if shared else tensor
-    return found
+        shared = memory.data_ptr() in used or memory.nbytes() != tensor.nbytes
+        used.add(memory.data_ptr())
+        separate[name] = tensor.clone() if shared else tensor
+    return separate
 
 
 # --- files of torch.save --------------------------------------------------------------------------
@@ -152,10 +152,10 @@ def _unpickled(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of storages that old files name
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
-        told = f"runs code when it is read: {named[1]}" if named else "is no file of torch.save"
+        code = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
+        fault = f"runs code when it is read: {code[1]}" if code else "is no file of torch.save"
         raise CheckpointError(  # torch's own words end in the advice to run it all the same
-            f"a checkpoint that {told}",
+            f"a checkpoint that {fault}",
             where=str(path),
             expected="tensors alone, in a state dictionary",
             do="if its origin is trusted, load it where its code is, and save the weights alone: "
@@ -175,13 +175,13 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
     )
 
 
-def _state_in(found: Any) -> State | None:
-    """Return the state dictionary that an unpickled value is or holds."""
-    if not isinstance(found, dict) or not found:
+def _state_in(content: Any) -> State | None:
+    """Return the state dictionary that an unpickled value is or holds, None if there is none."""
+    if not isinstance(content, dict) or not content:
         return None
-    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        return found
-    nested = (_state_in(found[key]) for key in KEYS if key in found)
+    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        return content
+    nested = (_state_in(content[key]) for key in KEYS if key in content)
     return next((state for state in nested if state is not None), None)
 
 

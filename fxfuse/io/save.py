@@ -1,10 +1,10 @@
 """Networks as files: weights and architecture in one, without pickles and without model code.
 
-A file is a safetensors file, so that it is written in one step and any program reads its weights;
-`load_state_dict` of the original class takes them. Its metadata have the architecture as JSON:
+A file is a safetensors file: any program reads its weights, and `load_state_dict` of the original
+class takes them. Its metadata hold the architecture as JSON:
 
 - `fxfuse`: an object with `format`, `version`, `made_with` (versions), `report`, and the `tensors`
-  and `modules` of `encoding`; tensors that are no state are in there as base64.
+  and `modules` of `_codec`, which include tensors that are no state.
 - `sha256`: of that text, and of name, type, shape and bytes of each tensor in the order of names.
 """
 
@@ -34,12 +34,12 @@ def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """Write a network to a file, from which `load` rebuilds it without the original model's code.
 
     The file is a safetensors file of the network's state dictionary, with the architecture in its
-    metadata. Tied weights, modes and frozen parameters are kept; gradients are not. Of the report,
-    what it took, seconds and memory, is left out: the same network gives the same file.
+    metadata. Tied weights, modes and frozen parameters are kept; gradients are not. The report is
+    kept without its seconds and its memory, so that the same network gives the same file.
 
     Args:
         network: What `fuse`, `balance` or `permute` returned, or any other `GraphModule`.
-        path: Where to; a file that is there is replaced in one step.
+        path: The file to write. An older one is replaced in one step.
 
     Raises:
         SaveError: If the network has parts that only code of their own can rebuild.
@@ -66,7 +66,7 @@ def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     description, state = encode(network)
     report = network.meta.get("fxfuse")
     header = {"format": FORMAT, "version": VERSION, "made_with": versions()}
-    header["report"] = written(_lasting(report)) if isinstance(report, Report) else None
+    header["report"] = written(_reproducible(report)) if isinstance(report, Report) else None
     text = json.dumps(header | description, allow_nan=False)
     _require_room(text)
     save_weights(state, path, {"format": "pt", "fxfuse": text, "sha256": _digest(text, state)})
@@ -75,7 +75,10 @@ def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
 def save_at_least_weights(
     network: fx.GraphModule, path: str | os.PathLike[str]
 ) -> SaveError | None:
-    """Write a network as `save` does, or its weights alone where that is refused; return why.
+    """Write a network as `save` does, or its weights alone where `save` refuses it.
+
+    Returns:
+        Why it was refused, None if it was not.
 
     Raises:
         WriteError: If the file cannot be written.
@@ -91,9 +94,9 @@ def save_at_least_weights(
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Return the network of a file that `save` wrote, on the CPU, in the mode it was in.
 
-    Nothing is unpickled or imported but torch, torchvision and this package, and what the file
-    names is run only if it computes on tensors. Named tuples come back as such, of a class of
-    their own.
+    Nothing is unpickled, and nothing imported but torch, torchvision and this package. Functions
+    that the file names are called only if they compute on tensors. Named tuples come back as
+    tuples of the same name and fields, but of another class.
 
     Args:
         path: The file.
@@ -116,8 +119,10 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     if metadata.get("sha256") != _digest(text, state):
         raise refused("a file whose contents have changed since it was written", where)
     try:
-        header = _checked(parsed(text, "the description"), where)
-        network = decode({key: header[key] for key in ("tensors", "modules")}, state, where)
+        header = parsed(text, "the description")
+        _require_format(header, where)
+        tables = {key: header.get(key) for key in ("tensors", "modules")}
+        network = decode(tables, state, where)
         report = read(Report | None, header.get("report"), "the report")
     except CheckpointError:
         raise
@@ -128,22 +133,21 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     return network
 
 
-def _lasting(report: Report) -> Report:
-    """Return a report without what is another one each time."""
+def _reproducible(report: Report) -> Report:
+    """Return a report without what differs from run to run."""
     return replace(report, seconds={}, memory={})
 
 
-def _checked(header: Any, where: str) -> dict[str, Any]:
-    """Return the header, once it is known that it is of this format and version."""
-    known = header if isinstance(header, dict) else {}
-    if known.get("format") != FORMAT or known.get("version") != VERSION:
+def _require_format(header: Any, where: str) -> None:
+    """Refuse what is of another format or version."""
+    fields = header if isinstance(header, dict) else {}
+    if fields.get("format") != FORMAT or fields.get("version") != VERSION:
         raise CheckpointError(
-            f"a file of format {known.get('format')!r}, version {known.get('version')!r}",
+            f"a file of format {fields.get('format')!r}, version {fields.get('version')!r}",
             where=where,
             expected=f"format '{FORMAT}', version {VERSION}",
             do="read it with the fxfuse that wrote it",
         )
-    return {"tensors": None, "modules": None} | known
 
 
 def _digest(text: str, state: Mapping[str, Tensor]) -> str:

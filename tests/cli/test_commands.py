@@ -118,7 +118,7 @@ def test_fuse_writes_weights_that_load_into_the_deeper_model(folder, monkeypatch
     assert "60 samples" in shown.out and "+" in shown.out and not shown.err
 
 
-def test_the_file_has_the_network_too_and_what_it_was_made_of(folder, monkeypatch):
+def test_the_file_holds_the_network_and_a_report_with_hashes_and_seeds(folder, monkeypatch):
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--seed", "3") == 0
     report = fxfuse.load("out/fused.safetensors").meta["fxfuse"]
     assert list(report.files) == ["deep.safetensors", "shallow.safetensors"]
@@ -140,15 +140,15 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
-    found, chosen = [], []
+    heads, chosen = [], []
     monkeypatch.setattr(
         "fxfuse.fusion.assemble.nearest", lambda ways, *_: chosen.append(1) or (0, ways[0].mixer)
     )
     options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
     for extra in ([], *(o.split() for o in options)):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0
-        found.append(load_file("out/fused.safetensors")["6.weight"].clone())
-    assert all(x.shape != found[0].shape or not torch.equal(x, found[0]) for x in found[1:])
+        heads.append(load_file("out/fused.safetensors")["6.weight"].clone())
+    assert all(x.shape != heads[0].shape or not torch.equal(x, heads[0]) for x in heads[1:])
     assert not chosen
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--weights", "auto") == 0 and chosen
 
@@ -192,7 +192,7 @@ def test_every_preset_is_a_method():
     assert named == cli.METHODS
 
 
-def test_what_transfers_takes_no_options_of_fusing(folder, monkeypatch, capsys):
+def test_methods_that_transfer_take_no_options_of_fusing(folder, monkeypatch, capsys):
     extra = ["--method", "hmt", "--alignment", "a.json", "--report", "a.html"]
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 2
     assert "--alignment, --report with the method 'hmt'" in capsys.readouterr().err
@@ -215,8 +215,8 @@ def test_align_prints_text_or_json_and_draws(folder, monkeypatch, capsys):
     assert run(monkeypatch, *arguments, "--json", "--picture", "a.svg") == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert facts["networks"] == list(alignment.names) and (folder / "a.svg").stat().st_size
-    for found, segment in zip(facts["segments"], alignment.segments):
-        assert found["layers"] == [list(row) for row in zip(*segment.slots)]
+    for printed, segment in zip(facts["segments"], alignment.segments):
+        assert printed["layers"] == [list(row) for row in zip(*segment.slots)]
 
 
 def test_an_alignment_that_was_printed_and_edited_is_fused_along(folder, monkeypatch, capsys):
@@ -237,7 +237,7 @@ def test_an_alignment_that_was_printed_and_edited_is_fused_along(folder, monkeyp
 
 
 @pytest.mark.parametrize("text", [None, "{}", "[1]"])
-def test_what_is_no_alignment_is_refused_before_any_work(folder, monkeypatch, capsys, text):
+def test_a_file_without_an_alignment_is_refused_before_any_work(folder, monkeypatch, capsys, text):
     if text is not None:
         (folder / "a.json").write_text(text)
     assert run(monkeypatch, "fuse", "my_nets:stopped", *OPTIONS, "--alignment", "a.json") == 2
@@ -248,10 +248,10 @@ def test_what_is_no_alignment_is_refused_before_any_work(folder, monkeypatch, ca
 def test_inspect_prints_text_or_json(folder, monkeypatch, capsys, inputs):
     assert run(monkeypatch, "inspect", MODELS[0], *inputs) == 0
     shown = capsys.readouterr()
-    found = fxfuse.inspect(cli.load_model(MODELS[0]), torch.zeros(2, 6))
-    assert shown.out == f"{found}\n" and not shown.err
+    inspection = fxfuse.inspect(cli.load_model(MODELS[0]), torch.zeros(2, 6))
+    assert shown.out == f"{inspection}\n" and not shown.err
     assert run(monkeypatch, "inspect", MODELS[0], *inputs, "--json") == 0
-    assert capsys.readouterr().out == found.to_json() + "\n"
+    assert capsys.readouterr().out == inspection.to_json() + "\n"
 
 
 def test_inputs_of_several_types_may_be_given_by_shape(folder, monkeypatch, capsys):
@@ -262,9 +262,7 @@ def test_inputs_of_several_types_may_be_given_by_shape(folder, monkeypatch, caps
     assert "Bilinear" in capsys.readouterr().out
 
 
-def test_a_report_tells_references_hashes_and_accuracies_where_there_are_labels(
-    folder, monkeypatch, capsys
-):
+def test_a_report_shows_references_hashes_and_with_labels_accuracies(folder, monkeypatch, capsys):
     labelled = "import torch\nx = torch.randn(40, 6)\ndata = [(x, torch.arange(40) % 3)]\n"
     (folder / "labelled.py").write_text(labelled)
     pages = []

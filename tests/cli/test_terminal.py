@@ -1,4 +1,4 @@
-"""What a terminal shows, and what a pipe gets."""
+"""What a terminal shows, and what a pipe receives."""
 
 import io
 
@@ -42,16 +42,16 @@ def test_a_stage_that_is_left_counts_as_done():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_tables_fit_into_80_columns_and_keep_brackets(terminal):
     net = residual((6, 2), (8, 2))
-    found = fxfuse.inspect(net, torch.randn(2, 3, 16, 16))
+    inspection = fxfuse.inspect(net, torch.randn(2, 3, 16, 16))
     where = console(terminal)
-    show_inspection(where, found)
+    show_inspection(where, inspection)
     text = shown(where)
     assert all(len(line) <= 80 for line in text.splitlines())
     squeezed = "".join(c for c in text if c.isalnum() or c in "[].")
-    for layer in found.layers:
+    for layer in inspection.layers:
         assert layer.name in squeezed and layer.kind.split()[-1] in squeezed
-    assert all(space.name in squeezed for space in found.spaces)
-    assert f"{found.frozen[0].tensor}[{found.frozen[0].dim}]" in squeezed
+    assert all(space.name in squeezed for space in inspection.spaces)
+    assert f"{inspection.frozen[0].tensor}[{inspection.frozen[0].dim}]" in squeezed
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -26,8 +26,6 @@ ALIGNMENT = Alignment(
     ),
     ("deep", "sch\u00f6n \u2713"),
 )
-
-
 TREE = json.loads(ALIGNMENT.to_json())
 
 
@@ -75,7 +73,7 @@ SLOTS = ("segments", 0, "layers")
         (("segments", 0, "extra"), 1, "segments[0]"),
     ],
 )
-def test_edits_that_make_no_sense_are_refused_with_their_place(path, value, where):
+def test_senseless_edits_are_refused_with_their_place(path, value, where):
     with pytest.raises(ArgumentError) as caught:
         Alignment.from_json(json.dumps(changed(TREE, path, value)))
     assert where in caught.value.where
@@ -88,7 +86,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
             Alignment.load(path)
 
 
-def test_what_is_wrong_in_a_file_is_told_with_its_name(tmp_path):
+def test_an_error_in_a_file_names_the_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(changed(TREE, ("segments", 0, "extra"), 1)))
     with pytest.raises(ArgumentError) as caught:
@@ -98,17 +96,17 @@ def test_what_is_wrong_in_a_file_is_told_with_its_name(tmp_path):
 
 @settings(max_examples=100)
 @given(st.sampled_from(list(places(TREE))), JSON)
-def test_any_value_in_any_place_is_taken_or_refused(path, value):
+def test_any_value_in_any_place_is_accepted_or_refused(path, value):
     try:
-        found = Alignment.from_json(json.dumps(changed(TREE, path, value)))
+        alignment = Alignment.from_json(json.dumps(changed(TREE, path, value)))
     except FuseError:
         return
-    assert str(found) and Alignment.from_json(found.to_json()).names == found.names
+    assert str(alignment) and Alignment.from_json(alignment.to_json()).names == alignment.names
 
 
 @settings(max_examples=100)
 @given(st.integers(0, len(ALIGNMENT.to_json())), st.integers(0, 9), st.text(max_size=3))
-def test_any_text_is_taken_or_refused(start, length, new):
+def test_any_text_is_accepted_or_refused(start, length, new):
     text = ALIGNMENT.to_json()
     try:
         Alignment.from_json(text[:start] + new + text[start + length :])
@@ -123,9 +121,11 @@ def nets():
     return [randomise(mlp(6, 8, 7, 5, 3), 0), randomise(mlp(6, 5, 4, 3), 1)]
 
 
-def edited(models, data, edit):
+def edited(models, data, shallow_layers):
+    """The alignment of two networks, with other layers of the second in the first segment."""
     tree = json.loads(fxfuse.align(models, data).to_json())
-    edit(tree["segments"][0]["layers"])
+    slots = tree["segments"][0]["layers"]
+    slots[:] = [[deep, shallow] for (deep, _), shallow in zip(slots, shallow_layers)]
     for segment in tree["segments"]:
         segment["costs"] = None
     return Alignment.from_json(json.dumps(tree))
@@ -133,25 +133,17 @@ def edited(models, data, edit):
 
 def test_an_edit_changes_the_fusion():
     models, data = nets(), torch.randn(40, 6)
-    found = []
-    for rows in (["0", "2", None], ["0", None, "2"]):
-
-        def edit(layers, rows=rows):
-            layers[:] = [[deep, own] for (deep, _), own in zip(layers, rows)]
-
-        alignment = edited(models, data, edit)
-        found.append(fxfuse.fuse(models, data, alignment=alignment).state_dict())
-    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+    states = []
+    for shallow_layers in (["0", "2", None], ["0", None, "2"]):
+        alignment = edited(models, data, shallow_layers)
+        states.append(fxfuse.fuse(models, data, alignment=alignment).state_dict())
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("rows", [["2", "0", None], ["0", "9", None], ["0", None, None]])
-def test_layers_out_of_order_unknown_or_left_out_are_refused_where_they_are_used(rows):
+@pytest.mark.parametrize("layers", [["2", "0", None], ["0", "9", None], ["0", None, None]])
+def test_layers_out_of_order_unknown_or_left_out_are_refused_where_they_are_used(layers):
     models, data = nets(), torch.randn(40, 6)
-
-    def edit(layers):
-        layers[:] = [[deep, own] for (deep, _), own in zip(layers, rows)]
-
-    alignment = edited(models, data, edit)
+    alignment = edited(models, data, layers)
     for use in (fxfuse.fuse, fxfuse.balance):
         with pytest.raises(ArgumentError) as caught:
             use(models, data, alignment=alignment)
@@ -163,8 +155,8 @@ def test_layers_of_other_kinds_side_by_side_are_refused():
     data = torch.randn(8, 3, 8, 8)
     tree = json.loads(fxfuse.align(models, data).to_json())
     stage = next(s for s in tree["segments"] if len(s["layers"]) == 3)
-    own = [row[1] for row in stage["layers"] if row[1]]  # the first one has a projection
-    stage["layers"] = [[row[0], x] for row, x in zip(stage["layers"], [None, *own])]
+    shallow = [row[1] for row in stage["layers"] if row[1]]  # the first one has a projection
+    stage["layers"] = [[row[0], x] for row, x in zip(stage["layers"], [None, *shallow])]
     stage["costs"] = None
     with pytest.raises(ArgumentError, match="different kinds"):
         fxfuse.fuse(models, data, alignment=Alignment.from_json(json.dumps(tree)))

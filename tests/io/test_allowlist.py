@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models, ops
 
 from fxfuse.graph import _modes as modes
-from fxfuse.io import _allowlist as naming
+from fxfuse.io import _allowlist as allowlist
 
 FUNCTIONS = [
     *(torch.relu, torch.relu_, torch.cat, torch.flatten, torch.arange, torch.zeros, torch._assert),
@@ -25,82 +25,69 @@ FUNCTIONS = [
 
 HARMFUL = [
     *("torch.load", "torch.save", "torch.hub.load", "torch.compile", "torch.from_file"),
-    *(
-        "torch.jit.load",
-        "torch.ops.load_library",
-        "torch.import_ir_module",
-        "torch.set_num_threads",
-    ),
+    *("torch.jit.load", "torch.ops.load_library", "torch.import_ir_module"),
     *("torch.nn.functional.boolean_dispatch", "torch.nn.functional.importlib", "torch.os"),
-    *(
-        "operator.call",
-        "operator.methodcaller",
-        "operator.attrgetter",
-        "builtins.eval",
-        "os.system",
-    ),
+    *("torch.set_num_threads", "operator.call", "operator.methodcaller", "operator.attrgetter"),
+    *("os.system", "builtins.eval"),
     *("builtins.exec", "builtins.open", "builtins.__import__", "builtins.setattr", "math.__doc__"),
     *("torchvision.io.write_file", "torchvision.models.get_model", "torchvision.ops.os.system"),
     *("torchvision.datasets.utils.download_url", "torchvision.models.resnet.resnet18"),
-    *(
-        "torchvision.models._api.get_weight",
-        "torchvision.ops.misc.warnings.warn",
-        "",
-        ".",
-        "torch.",
-    ),
+    *("torchvision.models._api.get_weight", "torchvision.ops.misc.warnings.warn"),
+    *("", ".", "torch."),
 ]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_functions_on_tensors_have_a_name_that_leads_back(function):
-    assert naming.function_of(naming.name_of_function(function)) is function
+    assert allowlist.function_of(allowlist.name_of_function(function)) is function
 
 
 @pytest.mark.parametrize("name", HARMFUL)
-def test_nothing_else_can_be_named(name):
-    assert naming.function_of(name) is None and naming.class_of(name) is None
+def test_no_other_name_leads_to_a_function(name):
+    assert allowlist.function_of(name) is None and allowlist.class_of(name) is None
 
 
 @pytest.mark.parametrize(
     "function", [torch.load, os.system, eval, operator.methodcaller, lambda x: x, open]
 )
-def test_nothing_else_has_a_name(function):
-    assert naming.name_of_function(function) is None
+def test_no_other_function_has_a_name(function):
+    assert allowlist.name_of_function(function) is None
 
 
 def test_no_function_reaches_files_or_the_interpreter():
     words = ("load", "save", "file", "import", "script", "compile", "eval", "exec", "thread")
-    names = [n for n in naming._functions() if any(w in n.rpartition(".")[2] for w in words)]
+    names = [n for n in allowlist._functions() if any(w in n.rpartition(".")[2] for w in words)]
     assert not names
-    known = [f for f in vars(builtins).values() if naming.name_of_function(f)]
-    assert {f.__name__ for f in known} == set(naming._BUILTINS)
+    allowed = [f for f in vars(builtins).values() if allowlist.name_of_function(f)]
+    assert {f.__name__ for f in allowed} == set(allowlist._BUILTINS)
 
 
 def test_methods_and_attributes_are_those_of_tensors():
-    assert all(map(naming.is_method, ["view", "add_", "size", "to", "contiguous", "expand"]))
+    assert all(map(allowlist.is_method, ["view", "add_", "size", "to", "contiguous", "expand"]))
     harmful = ["apply_", "map_", "backward", "register_hook", "numpy", "storage", "__class__"]
-    assert not any(map(naming.is_method, [*harmful, "format", "no_such", "a.b", "_make_subclass"]))
-    assert all(map(naming.is_attribute, ["shape", "device", "T", "values", "indices", "real"]))
+    assert not any(
+        map(allowlist.is_method, [*harmful, "format", "no_such", "a.b", "_make_subclass"])
+    )
+    assert all(map(allowlist.is_attribute, ["shape", "device", "T", "values", "indices", "real"]))
     harmful = ["__class__", "grad_fn", "_base", "numpy", "apply_", "__globals__", "format", None, 5]
-    assert not any(map(naming.is_attribute, harmful))
+    assert not any(map(allowlist.is_attribute, harmful))
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.MultiheadAttention, ops.StochasticDepth, modes.Tap])
 def test_classes_of_layers_have_a_name_that_leads_back(kind):
-    assert naming.class_of(naming.name_of_class(kind)) is kind
+    assert allowlist.class_of(allowlist.name_of_class(kind)) is kind
 
 
-class Own(nn.Linear):
+class Custom(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize("kind", [Own, torch.Tensor, dict, nn.Parameter, type])
-def test_other_classes_have_none(kind):
-    assert naming.name_of_class(kind) is None
+@pytest.mark.parametrize("kind", [Custom, torch.Tensor, dict, nn.Parameter, type])
+def test_other_classes_have_no_name(kind):
+    assert allowlist.name_of_class(kind) is None
 
 
-def test_functions_are_not_classes_and_foreign_imports_lead_nowhere():
-    assert naming.class_of("torch.nn.modules.linear.F") is None
-    assert naming.class_of("torch.nn.modules.conv.Module") is None
-    assert naming.class_of("fxfuse.graph._modes.nn") is None
+def test_imports_of_a_module_are_no_classes_of_it():
+    assert allowlist.class_of("torch.nn.modules.linear.F") is None
+    assert allowlist.class_of("torch.nn.modules.conv.Module") is None
+    assert allowlist.class_of("fxfuse.graph._modes.nn") is None

@@ -1,4 +1,4 @@
-"""Weights from files of others: read without running anything, or refused."""
+"""Weights from files of strangers: read without running anything, or refused."""
 
 import io
 import os
@@ -118,12 +118,8 @@ def test_compiled_programs_and_other_archives_are_refused(tmp_path):
     (tmp_path / "text.pt").write_text("text")
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    for path in [
-        *tmp_path.iterdir(),
-        tmp_path / "none.pt",
-        tmp_path / "none.safetensors",
-        tmp_path,
-    ]:
+    missing = [tmp_path / "none.pt", tmp_path / "none.safetensors"]
+    for path in [*tmp_path.iterdir(), *missing, tmp_path]:
         with pytest.raises(CheckpointError) as caught:
             read_state(path)
         assert caught.value.where == str(path)
@@ -154,23 +150,23 @@ def test_tied_sliced_and_transposed_tensors_are_written_as_they_are(tmp_path):
     tensors = {"a": whole, "b": whole, "row": whole[1], "t": whole.T, "none": torch.ones(0, 2)}
     tensors |= {"other": whole.clone().requires_grad_(), "half": whole.bfloat16()}
     save_weights(tensors, tmp_path / "w.safetensors", {"key": "value"})
-    found, metadata = read_safetensors(tmp_path / "w.safetensors")
-    assert same(found, tensors) and metadata == {"key": "value"}
+    state, metadata = read_safetensors(tmp_path / "w.safetensors")
+    assert same(state, tensors) and metadata == {"key": "value"}
 
 
 @given(st.dictionaries(st.text(min_size=1), st.text(), max_size=5))
-def test_the_same_tensors_and_facts_are_the_same_bytes(metadata):
-    tensors, found = {"b": torch.ones(3), 'Ä\n"': torch.zeros(2, 2)}, []
+def test_the_same_tensors_and_metadata_are_the_same_bytes(metadata):
+    tensors, contents = {"b": torch.ones(3), 'Ä\n"': torch.zeros(2, 2)}, []
     with TemporaryDirectory() as folder:
         path = Path(folder, "w.safetensors")
         for items in (metadata.items(), reversed(metadata.items())):
             save_weights(tensors, path, dict(items))
-            found.append(path.read_bytes())
+            contents.append(path.read_bytes())
             assert read_safetensors(path)[1] == metadata
-        assert found[0] == found[1] and same(read_safetensors(path)[0], tensors)
+        assert contents[0] == contents[1] and same(read_safetensors(path)[0], tensors)
 
 
-def test_what_is_read_is_no_part_of_the_file(tmp_path):
+def test_tensors_outlive_a_change_of_the_file_that_they_were_read_from(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights({"a": torch.ones(1000)}, path)
     state, _ = read_safetensors(path)
@@ -206,8 +202,6 @@ def _bytes(ending):
 
 
 FILES = {ending: _bytes(ending) for ending in ("pt", "th", "safetensors")}
-
-
 BROKEN = st.tuples(
     st.sampled_from(sorted(FILES)),
     st.floats(0, 1),

@@ -32,7 +32,7 @@ def test_a_description_is_plain_json_and_the_state_has_the_networks_names():
     assert kinds[-1] == "torch.fx.GraphModule" and "torch.nn.modules.linear.Linear" in kinds
 
 
-def test_what_is_held_twice_is_written_once():
+def test_tied_tensors_and_shared_modules_are_written_once():
     net = mlp(4, 4, 4, 3)
     net[2].weight = net[0].weight
     net[3] = net[1]
@@ -41,23 +41,23 @@ def test_what_is_held_twice_is_written_once():
     assert len(description["modules"]) == 5  # three linear layers, one activation, the network
 
 
-class Own(nn.Module):
+class Custom(nn.Module):
     def forward(self, x):
         return x
 
 
-def own_function(x):
+def custom_function(x):
     return x
 
 
-class Keeper(fx.Tracer):
+class LeafTracer(fx.Tracer):
     def is_leaf_module(self, m, module_qualified_name):
         return True
 
 
-def keeping(net):
+def with_leaves(net):
     """A graph in which every part stays a module of its own."""
-    return fx.GraphModule(net, Keeper().trace(net))
+    return fx.GraphModule(net, LeafTracer().trace(net))
 
 
 def calling(function):
@@ -84,7 +84,7 @@ def hooked():
     return net
 
 
-def looking_at(name):
+def reading_attribute(name):
     graph = fx.Graph()
     graph.output(graph.call_function(getattr, (graph.placeholder("x"), name)))
     return fx.GraphModule(nn.Module(), graph)
@@ -93,19 +93,19 @@ def looking_at(name):
 @pytest.mark.parametrize(
     ("make", "met", "where"),
     [
-        (lambda: keeping(nn.Sequential(Own())), "class Own", "0"),
-        (lambda: calling(own_function), "own_function", "own_function"),
+        (lambda: with_leaves(nn.Sequential(Custom())), "class Custom", "0"),
+        (lambda: calling(custom_function), "custom_function", "custom_function"),
         (lambda: calling(torch.load), "torch.serialization.load", "load"),
         (lambda: calling_method("apply_"), "'apply_'", "apply_"),
-        (lambda: looking_at("grad_fn"), "'grad_fn'", "getattr"),
-        (lambda: with_setting(own_function), "own_function", "0.extra"),
+        (lambda: reading_attribute("grad_fn"), "'grad_fn'", "getattr"),
+        (lambda: with_setting(custom_function), "custom_function", "0.extra"),
         (lambda: with_setting(np.ones(2)), "ndarray", "0.extra"),
         (hooked, "hooks", "0"),
         (lambda: with_setting(torch.ones(2).to_sparse()), "sparse", "0.extra"),
         (lambda: with_setting(torch.ones(2, device="meta")), "without data", "0.extra"),
     ],
 )
-def test_what_only_code_can_rebuild_is_refused_with_its_place(make, met, where):
+def test_parts_that_only_code_can_rebuild_are_refused_with_their_place(make, met, where):
     with pytest.raises(SaveError) as caught:
         encode(make())
     assert met in caught.value.met and where in caught.value.where
@@ -129,11 +129,7 @@ class Everything(nn.Module):
 
 
 NET = trace(randomise(Everything()))
-
-
 DESCRIPTION, STATE = encode(NET)
-
-
 PLACES = list(places(DESCRIPTION))
 
 
@@ -145,22 +141,21 @@ def value_at(path):
 
 
 def decoded(description):
-    return decode(
-        json.loads(json.dumps(description)), {k: v.clone() for k, v in STATE.items()}, "f"
-    )
+    state = {name: tensor.clone() for name, tensor in STATE.items()}
+    return decode(json.loads(json.dumps(description)), state, "f")
 
 
 def test_the_network_comes_back():
-    found, x = decoded(DESCRIPTION), torch.randn(3, 4)
-    a, b = NET(x), found(x)
+    again, x = decoded(DESCRIPTION), torch.randn(3, 4)
+    a, b = NET(x), again(x)
     assert torch.equal(a["a"], b["a"]) and torch.equal(a["b"][0], b["b"][0])
-    assert b["b"][1:] == (None, True) and found.code == NET.code
+    assert b["b"][1:] == (None, True) and again.code == NET.code
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=120)
 @given(st.sampled_from(PLACES), JSON)
-def test_any_value_in_any_place_is_taken_or_refused(path, value):
+def test_any_value_in_any_place_is_accepted_or_refused(path, value):
     try:
         assert isinstance(decoded(changed(DESCRIPTION, path, value)), fx.GraphModule)
     except CheckpointError as error:
@@ -170,7 +165,7 @@ def test_any_value_in_any_place_is_taken_or_refused(path, value):
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=200)
 @given(st.sampled_from(PLACES), st.sampled_from(PLACES))
-def test_parts_that_are_swapped_are_taken_or_refused(one, other):
+def test_swapped_parts_are_accepted_or_refused(one, other):
     new = changed(DESCRIPTION, one, copy.deepcopy(value_at(other)))
     try:
         decoded(new)
@@ -192,7 +187,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_texts_that_would_be_code_are_not_run(tmp_path, monkeypatch, attack):
+def test_texts_with_code_in_them_are_not_run(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
     for path in [p for p in PLACES if isinstance(value_at(p), str)]:
         try:
@@ -212,7 +207,7 @@ def test_texts_that_would_be_code_are_not_run(tmp_path, monkeypatch, attack):
 
 @pytest.mark.parametrize("name", ["layer", "inner", "scale", "weight"])
 def test_a_part_whose_name_would_be_code_is_refused(tmp_path, monkeypatch, name):
-    """Renamed wherever it stands, so that nothing but its letters is wrong."""
+    """It is renamed everywhere, so that nothing is wrong but the letters of the name."""
     monkeypatch.chdir(tmp_path)
     for quote in "\"'":
         attack = f"inner{quote}), open({quote}executed{quote}, {quote}w{quote}), str({quote}a"
@@ -257,13 +252,13 @@ def node_of(op):
         (("modules",), DESCRIPTION["modules"][:1], "where the network should be"),
     ],
 )
-def test_what_is_not_allowed_is_named(path, value, message):
+def test_the_error_names_what_is_not_allowed(path, value, message):
     with pytest.raises(CheckpointError) as caught:
         decoded(changed(DESCRIPTION, path, value))
     assert message in caught.value.met and "fxfuse.save" in caught.value.expected
 
 
-def test_looks_at_hidden_attributes_are_refused():
+def test_reading_a_hidden_attribute_is_refused():
     place = ("modules", len(DESCRIPTION["modules"]) - 1, "nodes")
     nodes = value_at(place)
     i = next(i for i, n in enumerate(nodes) if n["target"] == "builtins.getattr")
@@ -273,6 +268,6 @@ def test_looks_at_hidden_attributes_are_refused():
             decoded(changed(DESCRIPTION, (*place, i, "args"), args))
 
 
-def test_tensors_that_the_network_does_not_have_are_refused():
+def test_tensors_that_belong_to_no_part_of_the_network_are_refused():
     with pytest.raises(CheckpointError, match="not those of the network"):
         decode(DESCRIPTION, STATE | {"more": torch.ones(1)}, "f")

@@ -66,7 +66,7 @@ def require_same(net, again, x):
     ]
 
 
-def again(net, folder):
+def reload(net, folder):
     save(net, folder / "net.safetensors")
     return load(folder / "net.safetensors")
 
@@ -98,9 +98,9 @@ FUSED = {
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_network_comes_back_with_its_report(tmp_path, name):
     net = FUSED[name]()
-    found = again(net, tmp_path)
-    require_same(net, found, torch.randn(4, 6) if name == "layers" else images())
-    assert found.meta["fxfuse"] == net.meta["fxfuse"]
+    again = reload(net, tmp_path)
+    require_same(net, again, torch.randn(4, 6) if name == "layers" else images())
+    assert again.meta["fxfuse"] == net.meta["fxfuse"]
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
 
 
@@ -109,7 +109,7 @@ def test_pictures_of_a_report_that_was_saved_say_what_they_said(tmp_path):
     method = fxfuse.Method(balancing=Shorten())
     nets = [randomise(mlp(4, 8, 7, 5, 3)), randomise(mlp(4, 6, 5, 3), 1)]
     net = fxfuse.fuse(nets, torch.randn(40, 4), method=method)
-    old, new = (n.meta["fxfuse"] for n in (net, again(net, tmp_path)))
+    old, new = (n.meta["fxfuse"] for n in (net, reload(net, tmp_path)))
     assert any(old.removed) and new.removed == old.removed
     assert old.memory and old.seconds and not new.memory and not new.seconds
     assert old.alignment.facts and new.alignment.facts == old.alignment.facts
@@ -123,7 +123,7 @@ def test_pictures_of_a_report_that_was_saved_say_what_they_said(tmp_path):
 def test_every_structure_comes_back(tmp_path, name):
     net, x = build(name)
     graph = trace(net)
-    require_same(graph, again(graph, tmp_path), x)
+    require_same(graph, reload(graph, tmp_path), x)
 
 
 @given(random_nets())
@@ -131,23 +131,23 @@ def test_every_structure_comes_back(tmp_path, name):
 def test_networks_come_back_and_their_weights_load_into_the_original_class(tmp_path, net):
     x = images(2)
     shuffled = fxfuse.permute(net, x)
-    found = again(shuffled, tmp_path)
-    require_same(shuffled, found, x)
+    again = reload(shuffled, tmp_path)
+    require_same(shuffled, again, x)
     load_weights(net, tmp_path / "net.safetensors")
-    assert torch.allclose(run(net, x)[0], run(found, x)[0], rtol=FUNCTION, atol=FUNCTION)
+    assert torch.allclose(run(net, x)[0], run(again, x)[0], rtol=FUNCTION, atol=FUNCTION)
 
 
 @pytest.mark.parametrize("kind", [Named, Keyed])
 def test_heads_of_training_mode_come_back(tmp_path, kind):
     net, x = trace(randomise(kind())), torch.randn(4, 6)
-    found = again(net, tmp_path)
+    again = reload(net, tmp_path)
     for mode in (False, True):
-        assert same(run(net.train(mode), x), run(found.train(mode), x))
-        assert type(net(x)).__name__ == type(found(x)).__name__
+        assert same(run(net.train(mode), x), run(again.train(mode), x))
+        assert type(net(x)).__name__ == type(again(x)).__name__
 
 
 class Odd(nn.Module):
-    """Everything about tensors that a state dictionary does not tell."""
+    """Everything about tensors that a state dictionary does not hold."""
 
     def __init__(self):
         super().__init__()
@@ -170,25 +170,25 @@ class Odd(nn.Module):
         return self.b(self.a(y)) + self.hidden[0] * self.seen + self.none.sum()
 
 
-def test_ties_modes_types_layouts_and_what_is_no_state_come_back(tmp_path):
+def test_ties_modes_types_layouts_and_tensors_outside_the_state_come_back(tmp_path):
     odd = Odd().train()
     odd.drop.eval()
     net = trace(odd)
     net.register_buffer("twin", net.a.bias)
-    found, x = again(net, tmp_path), images(2)
-    require_same(net, found, x)
-    assert found.a.weight is found.b.weight and not found.a.bias.requires_grad
-    assert found.twin is found.a.bias and found.training and not found.drop.training
-    assert found.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    hidden = {n for n, _ in found.named_buffers()} - set(found.state_dict())
+    again, x = reload(net, tmp_path), images(2)
+    require_same(net, again, x)
+    assert again.a.weight is again.b.weight and not again.a.bias.requires_grad
+    assert again.twin is again.a.bias and again.training and not again.drop.training
+    assert again.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    hidden = {n for n, _ in again.named_buffers()} - set(again.state_dict())
     assert hidden == {"hidden", "none", "deep", "constant"}
-    assert found.deep.dtype == torch.complex128 and found.soft.dtype == torch.float16
+    assert again.deep.dtype == torch.complex128 and again.soft.dtype == torch.float16
     for name, buffer in net.named_buffers():
-        assert torch.equal(buffer, found.get_buffer(name))
+        assert torch.equal(buffer, again.get_buffer(name))
 
 
-class Numbered(nn.Linear):
-    """A class that numbers its state and refuses one without a number."""
+class Versioned(nn.Linear):
+    """A class that refuses a state of another version."""
 
     _version = 3
 
@@ -198,10 +198,10 @@ class Numbered(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def test_the_number_of_a_state_comes_back(tmp_path):
-    net = Numbered(4, 3)
-    net.load_state_dict(again(trace(net), tmp_path).state_dict())
-    other = Numbered(4, 3)
+def test_the_version_of_a_state_comes_back(tmp_path):
+    net = Versioned(4, 3)
+    net.load_state_dict(reload(trace(net), tmp_path).state_dict())
+    other = Versioned(4, 3)
     load_weights(other, tmp_path / "net.safetensors")
     assert torch.equal(other.weight, net.weight)
 
@@ -221,10 +221,10 @@ class Recurrent(nn.Module):
 
 def test_layers_with_other_state_come_back_and_learn(tmp_path):
     net = trace(Recurrent().eval())
-    found, x = again(net, tmp_path), torch.randn(2, 5, 4)
-    require_same(net, found, x)
-    found.train()(x).sum().backward()
-    assert all(p.grad is not None for p in found.parameters())
+    again, x = reload(net, tmp_path), torch.randn(2, 5, 4)
+    require_same(net, again, x)
+    again.train()(x).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
 
 
 # --- what can be done with it ---------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_layers_with_other_state_come_back_and_learn(tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return again(FUSED["blocks"](), tmp_path_factory.mktemp("loaded"))
+    return reload(FUSED["blocks"](), tmp_path_factory.mktemp("loaded"))
 
 
 def test_it_still_trains(loaded):
@@ -269,7 +269,7 @@ def test_it_is_exported_and_compiled(loaded):
 
 def test_it_is_saved_traced_and_fused_again(loaded, tmp_path):
     x = images(24)
-    require_same(loaded, again(loaded, tmp_path), x)
+    require_same(loaded, reload(loaded, tmp_path), x)
     fused = fxfuse.fuse([loaded, fxfuse.permute(loaded, x)], x)
     assert torch.allclose(run(fused, x)[0], run(loaded, x)[0], rtol=1e-3, atol=1e-3)
 
@@ -404,11 +404,11 @@ def test_broken_files_are_refused(small, share, how, new):
     other = path.with_name("broken.safetensors")
     other.write_bytes(broken(whole, share, how, new))
     try:
-        found = load(other)
+        again = load(other)
     except FuseError as error:
         assert str(other) in error.where
     else:
-        require_same(net, found, torch.randn(2, 6))
+        require_same(net, again, torch.randn(2, 6))
 
 
 # --- what is not written --------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def test_only_graphs_are_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_are_written_alone_where_the_rest_is_refused(small):
+def test_weights_alone_are_written_where_the_network_is_refused(small):
     net, path, _, state = small
     assert save_at_least_weights(net, path) is None and load(path)
     net.get_submodule("0").extra = object()
@@ -444,7 +444,7 @@ def test_a_full_disk_leaves_the_old_network(small, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_part_that_is_refused_leaves_no_file(tmp_path, small):
+def test_a_refused_part_leaves_the_old_file(tmp_path, small):
     net, path, *_ = small
     before = path.read_bytes()
     net.get_submodule("0").extra = object()
@@ -464,7 +464,7 @@ def test_networks_of_torchvision_come_back(tmp_path, name):
     net = coverage.build(name)
     x = coverage.example(name, net, 2)
     shuffled = fxfuse.permute(net, x[:1], seed=1)
-    require_same(shuffled, again(shuffled, tmp_path), x)
+    require_same(shuffled, reload(shuffled, tmp_path), x)
     load_weights(net, tmp_path / "net.safetensors")
 
 

@@ -52,15 +52,15 @@ def test_matched_layers_are_joined(alignment):
     assert sum(line.kind == "pair" for line in lay_out(alignment).lines) == pairs
 
 
-def test_what_is_removed_is_drawn_as_merged_and_nothing_is_inserted_for_it():
-    kept = lay_out(EXAMPLE)
-    assert len(boxes(kept, "inserted")) == 2  # of which one explains the kind
-    lost = lay_out(EXAMPLE, ({"a2"}, ()))
-    assert [b.text for b in boxes(lost, "merged") if b.text] == ["a2"]
-    assert not boxes(lost, "inserted")
+def test_a_removed_layer_is_drawn_as_merged_and_nothing_is_inserted_for_it():
+    deepened = lay_out(EXAMPLE)
+    assert len(boxes(deepened, "inserted")) == 2  # one of them is in the legend
+    shortened = lay_out(EXAMPLE, ({"a2"}, ()))
+    assert [b.text for b in boxes(shortened, "merged") if b.text] == ["a2"]
+    assert not boxes(shortened, "inserted")
 
 
-def test_boxes_tell_name_width_and_cost():
+def test_boxes_hold_name_width_and_cost():
     facts = {b.text: (b.note, "\n".join(b.facts)) for b in boxes(lay_out(EXAMPLE), "layer")}
     assert facts["b2"][0] == "10" and "matched with a3, cost 0.9" in facts["b2"][1]
     assert "10 units, 1,000 parameters" in facts["b2"][1] and "linear, relu" in facts["b2"][1]
@@ -70,7 +70,7 @@ NAMESPACE = {"s": "http://www.w3.org/2000/svg"}
 
 
 @given(alignments())
-def test_it_is_xml_and_shows_every_layer_by_its_full_name(alignment):
+def test_an_svg_is_xml_and_has_the_full_name_of_every_layer(alignment):
     root = ElementTree.fromstring(svg_of(lay_out(alignment), "an <alignment> & more"))
     assert root.get("aria-label") == "an <alignment> & more"
     groups = root.findall("s:g[@class='fx-layer']", NAMESPACE)
@@ -79,7 +79,7 @@ def test_it_is_xml_and_shows_every_layer_by_its_full_name(alignment):
 
 
 @given(alignments())
-def test_it_names_nothing_to_fetch(alignment):
+def test_an_svg_refers_to_nothing_outside(alignment):
     text = svg_of(lay_out(alignment), "x")
     assert "href" not in text and "<image" not in text and "@import" not in text
 

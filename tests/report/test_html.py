@@ -24,9 +24,7 @@ BROWSER = next(
 )
 
 
-EMPTY = {"meta", "link", "rect", "line", "br"}
-
-
+EMPTY = {"meta", "link", "rect", "line", "br"}  # tags that need not close
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -57,17 +55,23 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def report_of(alignment, word="x"):
+def report_of(alignment, word):
+    """A report in which the word stands wherever a text can stand."""
     count = len(alignment.names)
-    facts = CouplingReport("soft", 1.0, 0.5)
-    spaces = (
-        SpaceReport(word, 4, (None,) * count, (1.0,) * count, (4,) * count, (facts,) * count),
+    coupling = CouplingReport("soft", 1.0, 0.5)
+    space = SpaceReport(word, 4, *((x,) * count for x in (None, 1.0, 4, coupling)))
+    return Report(
+        alignment,
+        anchor=0,
+        weights=(1 / count,) * count,
+        spaces=(space,),
+        frozen=(Frozen(word, 0, 3, word, word),),
+        errors=(0.1,) * count,
+        seconds={word: 1.0},
+        heads=(word,),
+        layers=(LayerFit(word, 0.25, float("inf")),),
+        divergence=0.5,
     )
-    frozen = (Frozen(word, 0, 3, word, word),)
-    shares, errors = (1 / count,) * count, (0.1,) * count
-    layers = (LayerFit(word, 0.25, float("inf")),)
-    seconds = {word: 1.0}
-    return Report(alignment, 0, shares, spaces, frozen, errors, seconds, (word,), layers, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +86,18 @@ def test_any_names_are_escaped(tmp_path_factory, alignment):
     path = tmp_path_factory.mktemp("page") / "a.html"
     word = "".join(NASTY)
     report_of(alignment, word).save_html(path, {word: 50.0, "b": (1.0, 2.0)}, {word: word})
-    read = Reader(path.read_text())
-    assert read.fetched == ["data:,"]
-    assert clean(word) in [text for text in read.texts]
-    shown = "\n".join(read.texts)
+    page = Reader(path.read_text())
+    assert page.fetched == ["data:,"]
+    assert clean(word) in page.texts
+    shown = "\n".join(page.texts)
     assert all(clean(name) in shown for _, name in layers_of(alignment))
-    assert [tag for tag, _ in read.tags].count("script") == 1
+    assert [tag for tag, _ in page.tags].count("script") == 1
 
 
-def test_it_tells_what_there_is(report, tmp_path):
+def test_it_shows_every_fact_of_the_report(report, tmp_path):
     report.save_html(tmp_path / "a.html", {"fused": (91.25, 0.31)}, {"seed": "17"})
     page = (tmp_path / "a.html").read_text()
-    read = Reader(page)
-    shown = " ".join(read.texts)
+    shown = " ".join(Reader(page).texts)
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads == [
         "Accuracy",
@@ -114,7 +117,7 @@ def test_it_tells_what_there_is(report, tmp_path):
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
 
 
-def test_what_is_not_known_is_left_out(report, tmp_path):
+def test_sections_without_facts_are_left_out(report, tmp_path):
     bare = replace(report, layers=(), frozen=(), memory={}, versions={}, maps={})
     bare.save_html(tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
@@ -131,9 +134,9 @@ def test_merged_layers_are_drawn_as_such(tmp_path):
 
 
 def browse(page, folder):
-    """Show a page; return what the console says, what was asked for, and the page afterwards."""
-    asked = "performance.getEntriesByType('resource').map((e) => e.name).join(' ')"
-    script = f"<script>document.title = 'asked: ' + {asked};</script>"
+    """Show a page; return the console's lines, what was requested, and the page afterwards."""
+    requested = "performance.getEntriesByType('resource').map((e) => e.name).join(' ')"
+    script = f"<script>document.title = 'requested: ' + {requested};</script>"
     (folder / "a.html").write_text(page.replace("</body>", script + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     options += ["--disable-component-update", "--disable-sync", "--disable-extensions"]
@@ -141,7 +144,7 @@ def browse(page, folder):
     options += ["--enable-logging=stderr", "--dump-dom", (folder / "a.html").as_uri()]
     done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=100)
     console = [line for line in done.stderr.split("\n") if "CONSOLE" in line]
-    return console, re.search("<title>asked: (.*?)</title>", done.stdout)[1], done.stdout
+    return console, re.search("<title>requested: (.*?)</title>", done.stdout)[1], done.stdout
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -149,8 +152,8 @@ def browse(page, folder):
 def test_a_browser_shows_it_without_complaint_or_request(report, tmp_path):
     report.save_html(tmp_path / "page.html", {"fused": 91.0})
     page = (tmp_path / "page.html").read_text()
-    console, asked, shown = browse(page, tmp_path)
-    assert (console, asked) == ([], "")
+    console, requested, shown = browse(page, tmp_path)
+    assert (console, requested) == ([], "")
     picture = shown[shown.index('<div id="picture"') :]
     assert "<svg" in picture and "8 units" in picture
     assert "<title>" not in picture, "the script did not run"

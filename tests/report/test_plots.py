@@ -1,4 +1,4 @@
-"""Heat maps and curves."""
+"""Heat maps, bars and curves."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,6 @@ from fxfuse.report.plots import draw_coupling, draw_fits, near_diagonal
 from tests.support.alignments import EXAMPLE
 
 
-def text_of(path):
-    """All texts of a matplotlib picture, which stand in comments beside their outlines."""
-    return path.read_text()
-
-
 @given(st.permutations(range(9)))
 def test_ordering_undoes_a_permutation(order):
     matrix = csr_array(eye_array(9).tocsr()[np.array(order)])
@@ -25,14 +20,14 @@ def test_ordering_undoes_a_permutation(order):
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99))
-def test_ordering_is_an_order_also_with_empty_rows(rows, columns, density, seed):
+def test_ordering_keeps_every_row_even_if_some_are_empty(rows, columns, density, seed):
     matrix = csr_array(random_array((rows, columns), density=density, rng=seed))
     assert sorted(near_diagonal(matrix)) == list(range(rows))
 
 
-def test_costs_are_drawn_with_layers(tmp_path):
+def test_costs_are_drawn_with_the_names_of_the_layers(tmp_path):
     EXAMPLE.draw_costs(tmp_path / "a.svg")
-    text = text_of(tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()  # matplotlib writes texts as comments, too
     assert all(f"<!-- {name} -->" in text for name in ("a1", "a2", "a3", "b1", "b2"))
 
 
@@ -43,7 +38,7 @@ def test_pairs_that_never_match_can_be_drawn(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_costs_that_nobody_measured_are_refused(tmp_path):
+def test_an_alignment_without_costs_is_refused(tmp_path):
     segment = SegmentAlignment("x", 0, (("a",), ("b",)), (None, None))
     with pytest.raises(ArgumentError, match="without measured costs"):
         Alignment((segment,), ("p", "q")).draw_costs(tmp_path / "a.png")
@@ -53,13 +48,13 @@ def test_costs_that_nobody_measured_are_refused(tmp_path):
 @pytest.mark.parametrize("matrix", [csr_array((3, 2)), csr_array(np.ones((4, 5))), eye_array(99)])
 def test_couplings_of_any_density_can_be_drawn(tmp_path, matrix):
     draw_coupling(matrix, tmp_path / "a.svg", "title & $more_")
-    assert "fused units ordered" in text_of(tmp_path / "a.svg")
+    assert "fused units ordered" in (tmp_path / "a.svg").read_text()
 
 
-def test_fits_are_drawn_also_below_zero(tmp_path):
+def test_fits_below_zero_are_drawn_too(tmp_path):
     fits = [LayerFit("stage.conv1", 0.9, 0.1), LayerFit("stage.conv2", -3.0, float("inf"))]
     draw_fits(fits, tmp_path / "a.svg")
-    text = text_of(tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
     assert "<!-- stage.conv1 -->" in text and "0.90" in text
     with pytest.raises(ArgumentError, match="without refitted layers"):
         draw_fits([], tmp_path / "b.svg")
@@ -67,6 +62,6 @@ def test_fits_are_drawn_also_below_zero(tmp_path):
 
 def test_a_barrier_is_drawn(tmp_path):
     Barrier((0.0, 1.0), (1.0, 2.0), (50.0, 60.0), ("a", "b")).draw(tmp_path / "a.svg")
-    assert "weight of b (the rest: a)" in text_of(tmp_path / "a.svg")
+    assert "weight of b (the rest: a)" in (tmp_path / "a.svg").read_text()
     with pytest.raises(ArgumentError, match="jpg"):
         Barrier((0.0, 1.0), (1.0, 2.0), (50.0, 60.0), ("a", "b")).draw(tmp_path / "a.jpg")

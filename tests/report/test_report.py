@@ -1,4 +1,4 @@
-"""What a fusion says of itself."""
+"""What a report of a fusion says."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion.assemble import describe
 from fxfuse.ir import Coupling
-from fxfuse.report import report as module
+from fxfuse.report import CouplingReport
 from tests.support.nets import mlp, randomise
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
@@ -31,24 +31,24 @@ def report(nets):
     return fxfuse.fuse(nets, X).meta["fxfuse"]
 
 
-def of(matrix):
+def described(matrix):
     matrix = csr_array(matrix)
     return describe(Coupling(matrix, csr_array(matrix.T)))
 
 
 @given(st.permutations(range(6)))
 def test_permutations_are_told_from_identities(order):
-    found = of(eye_array(6).tocsr()[np.array(order)])
+    coupling = described(eye_array(6).tocsr()[np.array(order)])
     stays = np.mean(np.array(order) == np.arange(6))
-    assert found.kind == ("identity" if stays == 1 else "permutation")
-    assert (found.mass, found.identity) == (1.0, pytest.approx(stays))
+    assert coupling.kind == ("identity" if stays == 1 else "permutation")
+    assert (coupling.mass, coupling.identity) == (1.0, pytest.approx(stays))
 
 
 def test_other_couplings_have_their_names():
-    assert of(np.eye(4, 3)).kind == "one to one" and of(np.eye(4, 3)).mass == 0.75
-    assert of(np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])).kind == "merging"
-    assert of(np.full((2, 2), 0.5)) == module.CouplingReport("soft", 1.0, 0.5)
-    assert of(np.zeros((3, 2))) == module.CouplingReport("absent", 0.0, 0.0)
+    assert described(np.eye(4, 3)).kind == "one to one" and described(np.eye(4, 3)).mass == 0.75
+    assert described(np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])).kind == "merging"
+    assert described(np.full((2, 2), 0.5)) == CouplingReport("soft", 1.0, 0.5)
+    assert described(np.zeros((3, 2))) == CouplingReport("absent", 0.0, 0.0)
 
 
 def test_spaces_say_how_each_network_takes_part(report):
@@ -62,11 +62,11 @@ def test_spaces_say_how_each_network_takes_part(report):
 def test_maps_are_kept_within_a_limit(nets, report, monkeypatch, tmp_path):
     assert set(report.maps) == {(s.name, k) for s in report.spaces for k in (0, 1)}
     monkeypatch.setattr("fxfuse.fusion.assemble.KEPT", 16)
-    less = fxfuse.fuse(nets, X).meta["fxfuse"]
-    assert 0 < sum(m.nnz for m in less.maps.values()) <= 16
-    left = next(s.name for s in report.spaces if (s.name, 1) not in less.maps)
+    limited = fxfuse.fuse(nets, X).meta["fxfuse"]
+    assert 0 < sum(m.nnz for m in limited.maps.values()) <= 16
+    missing = next(s.name for s in report.spaces if (s.name, 1) not in limited.maps)
     with pytest.raises(ArgumentError, match="not kept"):
-        less.draw_coupling(left, tmp_path / "a.svg")
+        limited.draw_coupling(missing, tmp_path / "a.svg")
     assert not list(tmp_path.iterdir())
 
 
@@ -78,17 +78,17 @@ def test_pictures_of_a_fusion(report, tmp_path):
     report.draw_fits(tmp_path / "c.svg")
 
 
-def test_versions_and_memory_are_told(report):
+def test_versions_and_memory_are_recorded(report):
     assert {"fxfuse", "torch", "python", "POT"} <= set(report.versions)
-    assert set(report.memory) <= set(report.seconds) == set(report.seconds)
+    assert set(report.memory) <= set(report.seconds)
     assert all(peak > 1 << 20 for peak in report.memory.values())
 
 
 def test_it_is_copied_and_pickled_with_the_network(nets):
     fused = fxfuse.fuse(nets, X)
-    for again in (copy.deepcopy(fused).meta["fxfuse"], pickle.loads(pickle.dumps(fused.meta))):
-        found = again["fxfuse"] if isinstance(again, dict) else again
-        assert found == fused.meta["fxfuse"] and set(found.maps) == set(fused.meta["fxfuse"].maps)
+    report = fused.meta["fxfuse"]
+    for meta in (copy.deepcopy(fused).meta, pickle.loads(pickle.dumps(fused.meta))):
+        assert meta["fxfuse"] == report and set(meta["fxfuse"].maps) == set(report.maps)
 
 
 def test_removed_layers_are_named(nets, report):

@@ -1,12 +1,10 @@
-"""Random alignments, also of networks with awkward names."""
+"""Random alignments, some of them of networks and layers with awkward names."""
 
 from hypothesis import strategies as st
 
 from fxfuse.ir import Alignment, LayerFacts, SegmentAlignment
 
 NASTY = ["<b>&amp;", 'a"b', "c'd", "$x_1$", "e\\n", "\u00e9\u4e2d", "x\x01y", "</script>", "]]>"]
-
-
 PARTS = st.one_of(st.sampled_from(NASTY), st.text("abcxyz012_", min_size=1, max_size=9))
 
 
@@ -32,11 +30,10 @@ def alignments(draw):
             measured = k != reference and draw(st.booleans())
             costs.append(draw(st.tuples(*[rows] * depth)) if measured else None)
             slots.append(tuple(row))
-        found = SegmentAlignment(draw(PARTS), reference, tuple(slots), tuple(costs))
-        segments.append(_finite(found))
+        segment = SegmentAlignment(draw(PARTS), reference, tuple(slots), tuple(costs))
+        segments.append(_finite(segment))
     names = tuple(f"{draw(PARTS)} {k}" for k in range(count))
-    known = tuple(facts) if draw(st.booleans()) else ()
-    return Alignment(tuple(segments), names, known)
+    return Alignment(tuple(segments), names, tuple(facts) if draw(st.booleans()) else ())
 
 
 def _finite(segment):
@@ -52,6 +49,7 @@ def _finite(segment):
 
 
 def layers_of(alignment):
+    """Every layer, as `(index of its network, name)`."""
     return [
         (k, name)
         for s in alignment.segments

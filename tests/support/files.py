@@ -2,7 +2,7 @@
 
 
 def broken(data, share, how, new):
-    """Bytes with a fault at a share of their length."""
+    """Bytes with a fault at a share of their length: cut off, dropped, replaced or inserted."""
     at = min(int(share * len(data)), len(data) - 1)
     if how == "cut":
         return data[:at]
