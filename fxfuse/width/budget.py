@@ -1,18 +1,13 @@
-"""Which units of a wider fused network get places of their own.
+"""Give a fused network more units than its anchor has, for the units that match worst.
 
-Networks that were trained apart are less alike the deeper one looks into them, and what an early
-layer loses later ones can correct. So room does most near the outputs; early layers can be common.
+Fusing takes means of matched units. A unit with a place of its own is not averaged: no other
+network writes that place, and only its own network reads it. With places for all units the fused
+network is the networks side by side, and its outputs are exactly the mean of theirs. A `Room` says
+which units get places. Spaces over whose units a norm averages, groups and heads keep their width.
 
 References:
-    Stoica et al. 2024 (ZipIt, "partial zipping"): networks are zipped up to a layer, and heads left
-    apart. Difference: as much is left apart as a number of multiply-adds allows.
-
-Give the fused network more units than its anchor has, and keep the least alike ones apart.
-
-A unit that is split off its match gets a place of its own, which no other network writes or is read
-by: what a fusion loses by taking means, it does not lose there. With room for all of them the
-fused network is the networks side by side, and its outputs are the mean of theirs exactly. Spaces
-over whose units a norm takes moments, groups and heads keep their width.
+    Stoica et al. 2024 (ZipIt, "partial zipping"): networks are zipped up to a layer, and apart from
+    there. Difference: as much is left apart as a number of multiply-adds allows.
 """
 
 from __future__ import annotations
@@ -42,103 +37,117 @@ from ..ir import Coupling, Space
 from ..spaces.network import Network
 from .reshape import change_most, reshaped, shapes_at, spaces_under_norms
 
-Owner = tuple[int, int]  # a network and one of its units
+Owner = tuple[int, int]  # a network, and one of its units in a space
+
+Candidates = Mapping[str, Sequence[Owner]]  # by space, the units least like their matches first
+
+# --- which units get places -------------------------------------------------------------------
+
+Room = Callable[[Network, float, Candidates], dict[str, Sequence[Owner]]]
 
 
-Unlike = Mapping[str, Sequence[Owner]]  # by space: who could have a place, the least alike first
-
-
-Room = Callable[[Network, float, Unlike], dict[str, Sequence[Owner]]]
-
-
-def evenly(base: Network, width: float, unlike: Unlike) -> dict[str, Sequence[Owner]]:
-    """Make every space as much wider, so that an architecture with a width can be met.
+def evenly(base: Network, width: float, candidates: Candidates) -> dict[str, Sequence[Owner]]:
+    """Make all spaces wider by one factor, as an architecture with a width is.
 
     Args:
         base: The network that is to be wider.
-        width: How many times its units each space has room for.
-        unlike: By space, the units that could have places of their own, the least alike first.
+        width: What the number of units of each space may be multiplied by.
+        candidates: By space, the units that could get places of their own, the least alike first.
 
     Returns:
         Those that get one, by space.
     """
     return {
         name: owners[: round(min(base.spaces[name].size * (width - 1), len(owners)))]
-        for name, owners in unlike.items()
+        for name, owners in candidates.items()
     }
 
 
-def deepest_first(base: Network, width: float, unlike: Unlike) -> dict[str, Sequence[Owner]]:
-    """Give room to the deepest spaces first, of one network after the other.
+def deepest_first(
+    base: Network, width: float, candidates: Candidates
+) -> dict[str, Sequence[Owner]]:
+    """Give places in the deepest spaces first, and to one network after the other.
 
-    There is as much of it as keeps the network's multiply-adds within those it would have if it
-    were made wider `evenly`, in all its spaces. A space is as deep as its values lie on average: a
-    residual stream is half as deep as the last layer. One network that has all its units says more
-    than two that have half, so that with the fewest comes first.
+    Networks that were trained apart are less alike in deeper layers, and later layers can correct
+    what early ones lose. A space is as deep as its values lie on average: a residual stream is half
+    as deep as the last layer. One network with all its units says more than two with half of
+    theirs; that with the fewest units comes first.
+
+    There are as many places as keep the multiply-adds of the network within those that it would
+    have if all its spaces were made wider `evenly`.
 
     Args:
         base: The network that is to be wider.
-        width: How many times its units each space would have.
-        unlike: By space, the units that could have places of their own, the least alike first.
+        width: What the number of units of each space would be multiplied by.
+        candidates: By space, the units that could get places of their own, the least alike first.
 
     Returns:
         Those that get one, by space.
     """
-    own = {space.name: space.size for space in base.spaces}
+    sizes = {space.name: space.size for space in base.spaces}
     depths = _depths(base)
-    deepest = sorted(unlike, key=depths.__getitem__, reverse=True)
-    needs = Counter(k for owners in unlike.values() for k, _ in owners)
-    first_come = sorted(needs, key=lambda k: (needs[k], k))
+    deepest = sorted(candidates, key=depths.__getitem__, reverse=True)
+    needs = Counter(k for owners in candidates.values() for k, _ in owners)
+    networks = sorted(needs, key=lambda k: (needs[k], k))
     order = [
-        (n, owner) for k in first_come for n in deepest for owner in unlike[n] if owner[0] == k
+        (name, owner)
+        for k in networks
+        for name in deepest
+        for owner in candidates[name]
+        if owner[0] == k
     ]
-    most = max((1 + len(owners) / own[name] for name, owners in unlike.items()), default=1.0)
-    work = _Work(base)
-    limit = work.at(own | {name: round(own[name] * min(width, most)) for name in unlike})
+    most = max((1 + len(owners) / sizes[n] for n, owners in candidates.items()), default=1.0)
+    work = _MultiplyAdds(base)
+    limit = work.at(sizes | {name: round(sizes[name] * min(width, most)) for name in candidates})
 
     def first(count: int) -> dict[str, Sequence[Owner]]:
-        found: dict[str, list[Owner]] = {name: [] for name in unlike}
+        chosen: dict[str, list[Owner]] = {name: [] for name in candidates}
         for name, owner in order[:count]:
-            found[name].append(owner)
-        return {name: tuple(owners) for name, owners in found.items()}
+            chosen[name].append(owner)
+        return {name: tuple(owners) for name, owners in chosen.items()}
 
     def cost(count: int) -> float:
-        return work.at(own | {n: own[n] + len(owners) for n, owners in first(count).items()})
+        return work.at(sizes | {n: sizes[n] + len(owners) for n, owners in first(count).items()})
 
     return first(bisect_right(range(len(order) + 1), limit, key=cost) - 1)
 
 
 def _depths(base: Network) -> dict[str, float]:
     """Return where the values of each space lie on average, counted in nodes."""
-    place = {node.name: i for i, node in enumerate(base.module.graph.nodes)}
-    found = {
-        s.name: [place[f.tensor] for f in s.features if f.tensor in place] for s in base.spaces
+    position = {node.name: i for i, node in enumerate(base.module.graph.nodes)}
+    positions = {
+        space.name: [position[f.tensor] for f in space.features if f.tensor in position]
+        for space in base.spaces
     }
-    return {name: fmean(places) if places else 0.0 for name, places in found.items()}
+    return {name: fmean(found) if found else 0.0 for name, found in positions.items()}
 
 
-class _Work:
+class _MultiplyAdds:
     """The multiply-adds of a network by the numbers of its units."""
 
     def __init__(self, base: Network) -> None:
         self.base = base
-        self.own = {space.name: space.size for space in base.spaces}
         counter = _Counter(base.module)
         with torch.no_grad():
             counter.run(*base.example)
-        self.spent = counter.spent
-        self.held = self._weights(self.own)
+        self.by_node = counter.by_node
+        self.weights = self._weights({space.name: space.size for space in base.spaces})
 
     def at(self, sizes: dict[str, int]) -> float:
         """Return what a run on the example costs at some sizes."""
-        held = self._weights(sizes)
-        return sum(c * held[n] / self.held[n] if n in held else c for n, c in self.spent.items())
+        weights = self._weights(sizes)
+        return sum(
+            count * weights[node] / self.weights[node] if node in weights else count
+            for node, count in self.by_node.items()
+        )
 
     def _weights(self, sizes: dict[str, int]) -> dict[str, int]:
         """Return how many weights each node contracts with what it reads."""
         shapes, contracted = shapes_at(self.base, sizes), self.base.book.weights
         return {
-            n: sum(prod(shapes[w]) for w in contracted[n]) for n in self.spent if n in contracted
+            node: sum(prod(shapes[name]) for name in contracted[node])
+            for node in self.by_node
+            if node in contracted
         }
 
 
@@ -147,18 +156,19 @@ class _Counter(Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.spent: dict[str, int] = {}
+        self.by_node: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
         if counter.get_total_flops():
-            self.spent[n.name] = counter.get_total_flops()
+            self.by_node[n.name] = counter.get_total_flops()
         return value
 
 
-MULTIPLES = (1, 2, 4, 8)  # of which numbers of units are tried
+# --- a wider network --------------------------------------------------------------------------
 
+MULTIPLES = (1, 2, 4, 8)  # of which numbers of new units are tried
 
 LEAST = 1e-6  # share of a network in units that it has in common with others, at least
 
@@ -196,25 +206,25 @@ def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.
         mixer: The networks.
         measured: What was measured of them; not used up.
     """
-    pairs = {key: found for key, found in measured.pairs.items() if key[0] in mixer.match.base}
-    alone = Measurements(pairs, {})
-    return ground_costs(mixer.match, alone, correlation)
+    base = mixer.match.base
+    pairs = {key: moments for key, moments in measured.pairs.items() if key[0] in base}
+    return ground_costs(mixer.match, Measurements(pairs, {}), correlation)
 
 
 def widened(
     mixer: Mixer, width: float, costs: Mapping[tuple[str, int], np.ndarray], room: Room
 ) -> tuple[Mixer, dict[str, str]]:
-    """Widen the fused network and split off the units that are least like what they are matched to.
+    """Widen the fused network, and give places of their own to the units least like their matches.
 
     Args:
         mixer: The networks and their maps.
         width: Of the fused network, relative to its anchor's.
         costs: How unlike units are, where that is known.
-        room: Which spaces get how much of it.
+        room: Chooses the units that get places.
 
     Returns:
-        The networks with a last one of no weight, whose structure the fused one takes, and the
-        spaces that keep their width, with the reason.
+        The networks with a host behind them, whose structure the fused network takes and which has
+        no weight; and the spaces that keep their width, with the reason.
 
     Raises:
         ArgumentError: If the coupling treats every layer by itself.
@@ -226,84 +236,92 @@ def widened(
             expected="a coupling that gives each space one pair of maps",
             do="use fxfuse.coupling.Transport(), or leave the width out",
         )
-    base = mixer.balanced.networks[mixer.anchor]
-    apart = room(base, width, {name: _unlike(mixer, name, costs) for name in _able(mixer)})
-    host, kept = _host(base, {name: len(owners) for name, owners in apart.items()})
-    old = mixer.balanced
-    balanced = Balanced((*old.networks, host), (*old.absent, ()), (*old.errors, 0.0))
-    last = len(old.networks)
-    match = correspond(balanced, last)
+    anchor, count = mixer.anchor, len(mixer.balanced.networks)
+    base = mixer.balanced.networks[anchor]
+    chosen = room(base, width, {n: _candidates(mixer, n, costs) for n in _widenable(mixer)})
+    host, kept = _host(base, {name: len(owners) for name, owners in chosen.items()})
+    networks = (*mixer.balanced.networks, host)
+    absent, errors = (*mixer.balanced.absent, ()), (*mixer.balanced.errors, 0.0)
+    balanced = Balanced(networks, absent, errors)
+    match = correspond(balanced, count)
     couplings = {}
     for name, spaces in match.spaces.items():
-        own = spaces[mixer.anchor].name
-        chosen = apart.get(own, ())[: spaces[last].size - spaces[mixer.anchor].size]
-        for k in range(last):
-            couplings[name, k] = _with_room(mixer.couplings[own, k], k, chosen)
-        nothing = csr_array((spaces[last].size, spaces[last].size))
-        couplings[name, last] = Coupling(nothing, nothing)
-    outputs = mixer.output_weights  # who has a say there has one in its own units
-    weights = [max(w, LEAST) if out else w for w, out in zip(mixer.weights, outputs)]
-    found = replace(
+        old_name, gained = spaces[anchor].name, spaces[count].size - spaces[anchor].size
+        apart = chosen.get(old_name, ())[:gained]
+        for k in range(count):
+            couplings[name, k] = _with_room(mixer.couplings[old_name, k], k, apart)
+        nothing = csr_array((spaces[count].size, spaces[count].size))
+        couplings[name, count] = Coupling(nothing, nothing)
+    # a network without weight that counts in the outputs still needs its own units
+    outputs = mixer.output_weights
+    weights = [max(w, LEAST) if output else w for w, output in zip(mixer.weights, outputs)]
+    wide = replace(
         mixer,
         balanced=balanced,
-        anchor=last,
+        anchor=count,
         match=_without_last(match, mixer.match.lead),
         weights=(*weights, 0.0),
         couplings=couplings,
         ensemble=(*outputs, 0.0),
     )
-    return found, kept
+    return wide, kept
 
 
-def _able(mixer: Mixer) -> list[str]:
+def _widenable(mixer: Mixer) -> list[str]:
     """Return the spaces that can have any number of units."""
     base = mixer.balanced.networks[mixer.anchor]
-    outer, even = {s.parent for s in base.spaces}, spaces_under_norms(base)
+    parents, under_norms = {s.parent for s in base.spaces}, spaces_under_norms(base)
     return [
         s.name
         for s in base.spaces
         if s.blocks is None
-        and s.name not in outer | even
+        and s.name not in parents | under_norms
         and s.axes
         and all(a.groups == 1 or a.groups == s.size for a in s.axes)
         and any(a.reads for a in s.axes)
     ]
 
 
-def _unlike(mixer: Mixer, name: str, costs: Mapping[tuple[str, int], np.ndarray]) -> list[Owner]:
-    """Return the units that could have places of their own, the least alike first."""
+def _candidates(
+    mixer: Mixer, name: str, costs: Mapping[tuple[str, int], np.ndarray]
+) -> list[Owner]:
+    """Return the units of a space that could get places of their own, the least alike first."""
     spaces, base = mixer.match.spaces[name], mixer.match.base[name]
-    found: list[tuple[float, Owner]] = []
+    candidates: list[tuple[float, Owner]] = []
     for k, space in enumerate(spaces):
         if k == base or not mixer.match.present[name][k] or not mixer.output_weights[k]:
             continue
         cost = costs.get((name, k), np.zeros((spaces[base].size, space.size)))
         plan = mixer.couplings[name, k].project.toarray()
-        mean = (plan * cost).sum(0) / np.maximum(plan.sum(0), 1e-12)
-        found += [(-float(c), (k, unit)) for unit, c in enumerate(mean)]
-    return [owner for _, owner in sorted(found)]
+        to_matches = (plan * cost).sum(0) / np.maximum(plan.sum(0), 1e-12)
+        candidates += [(-float(c), (k, unit)) for unit, c in enumerate(to_matches)]
+    return [owner for _, owner in sorted(candidates)]
 
 
 def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
     """Return a network of the anchor's structure with more units, and what could not have more.
 
-    Where sizes come in equal parts, not every number of units can be had: those that cannot be
-    given as many as they should are given as many as a multiple of 2, 4 or 8 allows.
+    Not every number of units can be had where sizes come in equal parts. A space that cannot have
+    as many as asked for gets as many as a multiple of 2, 4 or 8 allows.
+
+    Args:
+        base: The anchor.
+        more: How many units each space is to gain.
     """
-    own = {s.name: s.size for s in base.spaces}
-    host, sizes, more = base, dict(own), dict(more)
-    kept = dict.fromkeys((name for name, extra in more.items() if extra), "")
+    old = {s.name: s.size for s in base.spaces}
+    host, sizes, more = base, dict(old), dict(more)
+    kept = dict.fromkeys((name for name, gained in more.items() if gained), "")
 
     def widened_by(names: set[str]) -> Network:
-        return _sized(base, sizes | {name: own[name] + more[name] for name in names})
+        return _sized(base, sizes | {name: old[name] + more[name] for name in names})
 
-    for step in MULTIPLES:
-        more |= {name: more[name] - more[name] % step for name in kept}
+    for multiple in MULTIPLES:
+        more |= {name: more[name] - more[name] % multiple for name in kept}
         before = kept
         wider, kept = change_most([name for name in before if more[name]], widened_by)
         host = wider or host
         kept |= {name: why for name, why in before.items() if not more[name]}
-        sizes |= {name: own[name] + more[name] for name in before if name not in kept}
+        sizes |= {name: old[name] + more[name] for name in before if name not in kept}
     return host, kept
 
 
@@ -311,51 +329,56 @@ def _sized(base: Network, sizes: dict[str, int]) -> Network:
     """Return a network of other widths, if its spaces come out as they should."""
     wide = Network.of(base.name, reshaped(base, sizes), base.example)
     balanced = Balanced((base, wide), ((), ()), (0.0, 0.0))
-    for name, (own, there) in correspond(balanced, 0).spaces.items():
-        if there.size != sizes[name]:
-            raise _elsewhere(own, there.size, sizes[name])
+    for name, (old, new) in correspond(balanced, 0).spaces.items():
+        if new.size != sizes[name]:
+            raise _of_another_size(old, new.size, sizes[name])
     return wide
 
 
 def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     """Return the maps of network `k` once some units have places of their own, behind the others.
 
-    What a unit that is split off wrote is left to the other networks' units there, and what read it
-    reads its own place.
+    A unit of this network that is apart no longer writes where it was matched; the network's other
+    units there are scaled up to give as much as before. What read it reads its own place.
+
+    Args:
+        coupling: The maps without the new places.
+        k: The network.
+        apart: The owners of the new places, in order.
     """
     own = [(place, unit) for place, (owner, unit) in enumerate(apart) if owner == k]
+    places, units = [place for place, _ in own], [unit for _, unit in own]
     size, width = coupling.project.shape
-    gone = np.zeros(width, dtype=bool)
-    gone[[unit for _, unit in own]] = True
+    moved = np.zeros(width, dtype=bool)
+    moved[units] = True
     project, unproject = coo_array(coupling.project), coo_array(coupling.unproject)
-    stays = ~gone[project.col]
+    stays = ~moved[project.col]
     left = csr_array(
         (project.data[stays], (project.row[stays], project.col[stays])), shape=(size, width)
     )
     before, after = coupling.given, np.asarray(left.sum(1)).ravel()
     scale = np.divide(before, after, out=np.zeros(size), where=after > 1e-12)
-    places = [place for place, _ in own], [unit for _, unit in own]
-    new = csr_array((np.ones(len(own)), places), shape=(len(apart), width))
-    reads = ~gone[unproject.row]
-    rows = np.concatenate([unproject.row[reads], np.array(places[1], dtype=int)])
-    columns = np.concatenate([unproject.col[reads], size + np.array(places[0], dtype=int)])
+    written = csr_array((np.ones(len(own)), (places, units)), shape=(len(apart), width))
+    reads = ~moved[unproject.row]
+    rows = np.concatenate([unproject.row[reads], np.array(units, dtype=int)])
+    columns = np.concatenate([unproject.col[reads], size + np.array(places, dtype=int)])
     data = np.concatenate([unproject.data[reads], np.ones(len(own))])
     return Coupling(
-        csr_array(vstack([left.multiply(scale[:, None]), new])),
+        csr_array(vstack([left.multiply(scale[:, None]), written])),
         csr_array((data, (rows, columns)), shape=(width, size + len(apart))),
         coupling.cost,
     )
 
 
 def _without_last(match: Correspondence, lead: int) -> Correspondence:
-    """Let the last network have no say, only a structure."""
-    present = {name: (*here[:-1], False) for name, here in match.present.items()}
+    """Let the last network have no units of its own, only a structure."""
+    present = {name: (*of_networks[:-1], False) for name, of_networks in match.present.items()}
     return replace(match, present=present, lead=lead)
 
 
-def _elsewhere(space: Space, found: int, wanted: int) -> FuseError:
+def _of_another_size(space: Space, size: int, wanted: int) -> FuseError:
     return FuseError(
-        f"a space that came out with {found} units",
+        f"a space that came out with {size} units",
         where=f"space '{space.name}'",
         expected=f"{wanted} units",
         do="leave its width as it is",

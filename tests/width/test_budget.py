@@ -1,6 +1,7 @@
-"""Room goes to the deepest spaces, within the multiply-adds of an evenly wider network.
+"""Units with places of their own: which get them, and what a fused network with them computes.
 
-Room for units: the mean of the networks where there is enough, the plain fusion at none."""
+With places for all units it computes the mean of the networks, with none it is the plain fusion.
+"""
 
 import math
 
@@ -33,23 +34,28 @@ from tests.support.nets import (
 )
 from tests.support.tolerances import FUNCTION
 
-ROOM_INPUTS = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-ROOM_IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+VECTORS, FEW_IMAGES = drawn(40, 6), drawn(12, 3, 8, 8)
+X, IMAGES = drawn(60, 6), drawn(24, 3, 8, 8)
+
+# --- which units get places -------------------------------------------------------------------
 
 
 def network(net, x):
     return Network.of("net", trace(net.eval()), (x,))
 
 
-def everyone(base, more=1.0):
-    """Let every space have so many times its units that could have places of their own."""
+def all_units(base, more=1.0):
+    """In each space, candidates of another network: `more` times as many units as the base has."""
     return {s.name: [(1, u) for u in range(int(s.size * more))] for s in base.spaces}
 
 
-def counts(found):
-    return {name: len(owners) for name, owners in found.items()}
+def counts(places):
+    return {name: len(owners) for name, owners in places.items()}
 
 
 def multiply_adds(net, x):
@@ -61,86 +67,80 @@ def multiply_adds(net, x):
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=4), st.floats(1.0, 3.0))
 @settings(max_examples=30, deadline=None)
 def test_no_more_multiply_adds_than_an_evenly_wider_network(widths, width):
-    base = network(mlp(6, *widths, 3), ROOM_INPUTS)
-    unlike = everyone(base)
-    found = counts(deepest_first(base, width, unlike))
-    wide = [w + n for w, n in zip(widths, found.values())]
-    even = [w + n for w, n in zip(widths, counts(evenly(base, width, unlike)).values())]
-    assert multiply_adds(mlp(6, *wide, 3), ROOM_INPUTS) <= multiply_adds(
-        mlp(6, *even, 3), ROOM_INPUTS
-    )
-    gaps = [name for name, n in found.items() if n < len(unlike[name])]
-    begun = [name for name, n in found.items() if n]
-    order = list(found)
-    assert not gaps or all(order.index(name) >= order.index(gaps[-1]) for name in begun)
+    base = network(mlp(6, *widths, 3), VECTORS)
+    candidates = all_units(base)
+    gained = counts(deepest_first(base, width, candidates))
+    wide = [w + n for w, n in zip(widths, gained.values())]
+    even = [w + n for w, n in zip(widths, counts(evenly(base, width, candidates)).values())]
+    assert multiply_adds(mlp(6, *wide, 3), VECTORS) <= multiply_adds(mlp(6, *even, 3), VECTORS)
+    incomplete = [name for name, n in gained.items() if n < len(candidates[name])]
+    begun, order = [name for name, n in gained.items() if n], list(gained)
+    deepest = order.index(incomplete[-1]) if incomplete else 0
+    assert all(order.index(name) >= deepest for name in begun)
 
 
 @given(st.floats(1.0, 3.0))
 @settings(max_examples=10, deadline=None)
 def test_one_more_unit_would_not_fit(width):
-    base = network(mlp(6, 8, 9, 7, 3), ROOM_INPUTS)
-    unlike = everyone(base)
-    found = counts(deepest_first(base, width, unlike))
-    if found == counts(unlike):
+    base = network(mlp(6, 8, 9, 7, 3), VECTORS)
+    candidates = all_units(base)
+    gained = counts(deepest_first(base, width, candidates))
+    if gained == counts(candidates):
         return
-    name = [n for n in found if found[n] < len(unlike[n])][-1]
-    sizes = {s.name: s.size + found[s.name] + (s.name == name) for s in base.spaces}
+    name = [n for n in gained if gained[n] < len(candidates[n])][-1]
+    sizes = {s.name: s.size + gained[s.name] + (s.name == name) for s in base.spaces}
     limit = [round(s.size * min(width, 2.0)) for s in base.spaces]
-    assert multiply_adds(mlp(6, *sizes.values(), 3), ROOM_INPUTS) > multiply_adds(
-        mlp(6, *limit, 3), ROOM_INPUTS
+    assert multiply_adds(mlp(6, *sizes.values(), 3), VECTORS) > multiply_adds(
+        mlp(6, *limit, 3), VECTORS
     )
 
 
-def test_what_some_spaces_cannot_use_others_get():
-    base = network(mlp(6, 8, 8, 8, 3), ROOM_INPUTS)
-    unlike = everyone(base)
-    first, *rest = unlike
-    alone = {first: [], **{name: unlike[name] for name in rest}}
-    shared, given = deepest_first(base, 1.5, alone), evenly(base, 1.5, alone)
-    assert sum(map(len, shared.values())) > sum(map(len, given.values()))
+def test_places_that_one_space_does_not_use_go_to_the_others():
+    base = network(mlp(6, 8, 8, 8, 3), VECTORS)
+    candidates = all_units(base)
+    first, *rest = candidates
+    others = {first: [], **{name: candidates[name] for name in rest}}
+    by_depth, by_factor = deepest_first(base, 1.5, others), evenly(base, 1.5, others)
+    assert sum(map(len, by_depth.values())) > sum(map(len, by_factor.values()))
 
 
 def test_a_stream_is_half_as_deep_as_the_last_layer():
-    base = network(residual((6, 3)).eval(), ROOM_IMAGES)
+    base = network(residual((6, 3)).eval(), FEW_IMAGES)
     stream = max(base.spaces, key=lambda s: len(s.axes)).name
     inner = [s.name for s in base.spaces if s.name != stream]
-    found = deepest_first(base, 1.6, everyone(base))
-    full = {name for name, owners in found.items() if len(owners) == base.spaces[name].size}
-    assert inner[-1] in full and not found[inner[0]]
+    places = deepest_first(base, 1.6, all_units(base))
+    full = {name for name, owners in places.items() if len(owners) == base.spaces[name].size}
+    assert inner[-1] in full and not places[inner[0]]
 
 
 @pytest.mark.parametrize("smaller", [1, 2])
-def test_the_network_that_needs_least_room_comes_first(smaller):
-    base = network(mlp(6, 8, 8, 8, 3), ROOM_INPUTS)
+def test_the_network_with_the_fewest_units_comes_first(smaller):
+    base = network(mlp(6, 8, 8, 8, 3), VECTORS)
     needs = {k: 3 if k == smaller else 8 for k in (1, 2)}
-    unlike = {s.name: [(k, u) for k in (1, 2) for u in range(needs[k])] for s in base.spaces}
+    candidates = {s.name: [(k, u) for k in (1, 2) for u in range(needs[k])] for s in base.spaces}
     for width, whole in ((1.2, False), (1.7, True)):
-        found = [k for owners in deepest_first(base, width, unlike).values() for k, _ in owners]
-        assert found.count(smaller) == 9 if whole else set(found) == {smaller}
+        places = deepest_first(base, width, candidates)
+        owners = [k for of_space in places.values() for k, _ in of_space]
+        assert owners.count(smaller) == 9 if whole else set(owners) == {smaller}
 
 
 @pytest.mark.parametrize("room", [evenly, deepest_first])
 @pytest.mark.parametrize("width", [3.0, 7.5, math.inf])
-def test_with_room_for_all_everybody_gets_some(room, width):
-    base = network(residual((6, 2), (8, 2)).eval(), ROOM_IMAGES)
-    unlike = everyone(base, 2.0)
-    assert counts(room(base, width, unlike)) == counts(unlike)
+def test_with_room_for_all_every_unit_gets_a_place(room, width):
+    base = network(residual((6, 2), (8, 2)).eval(), FEW_IMAGES)
+    candidates = all_units(base, 2.0)
+    assert counts(room(base, width, candidates)) == counts(candidates)
 
 
-def test_deeper_room_is_nearer_to_the_mean():
-    """Late units that are apart are read by none but their own network: early ones are common."""
+def test_the_fused_network_grows_most_in_its_deepest_layers():
     nets = [randomise(mlp(6, 16, 16, 16, 3), seed) for seed in (1, 2)]
-    fused = fxfuse.fuse(nets, ROOM_INPUTS, width=1.5)
+    fused = fxfuse.fuse(nets, VECTORS, width=1.5)
     assert isinstance(fused.get_submodule("4"), nn.Linear)
     sizes = [m.out_features for m in fused.modules() if isinstance(m, nn.Linear)]
     assert sizes[2] == 32 and sizes[0] < sizes[1] < 32
 
 
-X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-
-
-IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
+# --- what the fused network computes ----------------------------------------------------------
 
 PAIRS = {
     "depths": lambda: ([mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3)], X),
@@ -170,7 +170,7 @@ def size(net):
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("choices", [{}, {"refit": MatchMoments()}], ids=["default", "moments"])
-def test_with_room_for_all_the_outputs_are_the_mean(name, choices):
+def test_with_places_for_all_units_the_outputs_are_the_mean(name, choices):
     nets, x = pair(name)
     shares = [0.5, 0.3, 0.2][: len(nets)]
     shares = [s / sum(shares) for s in shares]
@@ -186,13 +186,13 @@ def test_with_room_for_all_the_outputs_are_the_mean(name, choices):
     st.lists(st.integers(2, 9), min_size=1, max_size=3),
     st.integers(0, 9),
 )
-def test_any_widths_and_depths_fit_side_by_side(first, second, seed):
+def test_networks_of_any_widths_and_depths_fit_side_by_side(first, second, seed):
     nets = [randomise(mlp(6, *widths, 3), seed + i) for i, widths in enumerate((first, second))]
     fused = fxfuse.fuse(nets, X, width=100.0)
     assert relative(outputs(fused, X), mean_of(nets, X)) < FUNCTION
 
 
-def test_between_nothing_and_all_the_network_grows():
+def test_the_network_grows_with_the_width_until_all_units_have_places():
     nets, x = pair("residual")
     plain, same = fxfuse.fuse(nets, x), fxfuse.fuse(nets, x, width=1.0)
     assert not moved(plain, same)
@@ -200,7 +200,7 @@ def test_between_nothing_and_all_the_network_grows():
     assert sizes == sorted(sizes) and len(set(sizes)) == 4  # two of one width fill twice of it
 
 
-def test_units_that_are_alike_share_a_place_before_those_that_are_not():
+def test_the_units_least_alike_get_the_places():
     nets = [randomise(mlp(12, 8, 3), seed) for seed in (1, 2)]
     for net, reads in zip(nets, ([0, 1, 2, 3, 4, 5, 6, 7], [8, 4, 9, 0, 2, 10, 6, 7])):
         net[0].weight.data = torch.eye(12)[reads]
@@ -211,7 +211,7 @@ def test_units_that_are_alike_share_a_place_before_those_that_are_not():
     assert relative(outputs(fused, x), mean_of(nets, x)) < FUNCTION
 
 
-def test_a_network_that_is_evenly_wider_still_loads_and_trains():
+def test_an_evenly_wider_network_loads_into_its_class_and_trains():
     nets, x = pair("depths")
     fused = fxfuse.fuse(nets, x, width=1.5, method=fxfuse.Method(room=evenly))
     wide = mlp(6, 12, 12, 12, 3)
@@ -236,7 +236,7 @@ def test_sizes_that_come_in_equal_parts_are_rounded_not_left_as_they_were(width,
     assert not fused.meta["fxfuse"].narrow
 
 
-def test_norms_over_units_keep_their_width_and_what_is_inside_grows():
+def test_spaces_under_norms_keep_their_width_and_those_inside_blocks_grow():
     nets = [randomise(Tokens(depth=d), d) for d in (3, 2)]
     x = torch.randn(8, *IMAGES.shape[1:])
     fused = fxfuse.fuse(nets, x, width=2.0)
@@ -245,7 +245,7 @@ def test_norms_over_units_keep_their_width_and_what_is_inside_grows():
 
 
 @pytest.mark.parametrize("coupling", [Zip()])
-def test_other_couplings_leave_room_too(coupling):
+def test_other_couplings_give_places_too(coupling):
     nets, x = pair("stages")
     method = fxfuse.Method(coupling=coupling)
     fused = fxfuse.fuse(nets, x, width=9.0, method=method, anchor=0)
@@ -261,7 +261,7 @@ def test_other_couplings_leave_room_too(coupling):
         ({"width": 2.0, "method": fxfuse.Method(coupling=LayerByLayer())}, "every layer by itself"),
     ],
 )
-def test_widths_that_cannot_be_are_refused(options, words):
+def test_impossible_widths_are_refused(options, words):
     nets = [randomise(nn.Sequential(*mlp(6, 5, 5, 3)), s) for s in (1, 2)]
     with pytest.raises(ArgumentError, match=words) as caught:
         fxfuse.fuse(nets, X, **options)

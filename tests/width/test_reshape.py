@@ -34,12 +34,11 @@ def test_the_spaces_have_the_sizes_that_were_asked_for(name, factor):
     net, x = build(name)
     network, sizes, module = grown(net, x, factor)
     lint(module)
-    found = Network.of("wide", module, network.example).spaces
-    by_places = {}
+    wanted = {}  # by the places of the units; two spaces may lie in the same places
     for space in network.spaces:
-        by_places.setdefault(space.signature, []).append(sizes[space.name])
-    for space in found:
-        assert space.size in by_places[space.signature], space.name
+        wanted.setdefault(space.signature, []).append(sizes[space.name])
+    for space in Network.of("wide", module, network.example).spaces:
+        assert space.size in wanted[space.signature], space.name
     assert outputs(module, x).shape == outputs(net, x).shape
 
 
@@ -51,7 +50,7 @@ def test_random_networks_take_other_widths(net, factor):
     assert total == sum(sizes.values())
 
 
-def test_blocks_stay_and_change_inside_but_one_unit_never_stays_alone():
+def test_blocks_change_inside_and_keep_two_units_at_least():
     net, x = build("grouped")
     network = analysed(net, x, "net")
     blocks = next(s.name for s in network.spaces if s.name in {t.parent for t in network.spaces})
@@ -61,7 +60,7 @@ def test_blocks_stay_and_change_inside_but_one_unit_never_stays_alone():
         assert {sizes[s.name] for s in network.spaces if s.parent == blocks} == {4 * inside}
 
 
-def test_blocks_that_are_units_themselves_change_in_number():
+def test_groups_that_are_units_of_a_space_change_in_number():
     twice = nn.Conv2d(4, 8, 3, padding=1, groups=4)
     net = randomise(nn.Sequential(conv(3, 4), twice, nn.ReLU(), Pooled(8, 3)))
     network, sizes, module = grown(net)
@@ -70,13 +69,13 @@ def test_blocks_that_are_units_themselves_change_in_number():
     assert (wide.groups, wide.in_channels, wide.out_channels) == (8, 8, 16)
 
 
-def test_spaces_under_a_norm_take_whole_multiples():
+def test_spaces_under_a_norm_grow_by_whole_factors():
     network = analysed(*build("layer norm"), "net")
     assert [sizes_of(network, f)["0"] for f in (1.5, 2, 2.7, 3, 0.5)] == [8, 16, 16, 24, 4]
 
 
 class Literals(nn.Module):
-    """Sizes written in the code, each of which has to change with the widths."""
+    """A network whose code holds sizes, each of which has to change with the widths."""
 
     def __init__(self, width=8, heads=2):
         super().__init__()
@@ -100,8 +99,8 @@ class Literals(nn.Module):
 
 def test_sizes_in_the_code_change_where_they_must():
     network, sizes, module = grown(randomise(Literals()))
-    found = Network.of("wide", module, network.example).spaces
-    assert sorted(s.size for s in found) == sorted(sizes.values())
+    spaces = Network.of("wide", module, network.example).spaces
+    assert sorted(s.size for s in spaces) == sorted(sizes.values())
     args = {n.name: n.args for n in module.graph.nodes}
     assert args["reshape"][2] == 16 and args["permute"][1:] == (0, 2, 1)
     assert args["reshape_1"][2:] == (4, 2, 8)
@@ -111,7 +110,7 @@ def test_sizes_in_the_code_change_where_they_must():
 @pytest.mark.parametrize("between", [False, True])
 def test_a_padded_shortcut_grows_with_what_it_is_added_to(between):
     net, x = build("padded")
-    if between:  # whatever does nothing may lie between the two
+    if between:  # a module that does nothing may lie between the padding and the sum
 
         class Block(type(net[1])):
             def __init__(self, block):
@@ -134,13 +133,13 @@ def test_sizes_that_cannot_change_are_refused():
     assert "'pad'" in caught.value.where and "like" in caught.value.do
 
 
-def test_fewer_changes_and_later_sizes_come_first():
+def test_variants_with_few_changes_come_first_and_change_the_last_sizes():
     given = ((5, 4, [4, 7]), {"dim": 4})
-    found = list(_variants(given, lambda n: [2 * n] if n == 4 else []))
-    assert found[0] == given and len(found) == 8
-    assert found[1] == ((5, 4, [4, 7]), {"dim": 8})
-    assert found[2] == ((5, 4, [8, 7]), {"dim": 4})
-    assert found[-1] == ((5, 8, [8, 7]), {"dim": 8})
+    variants = list(_variants(given, lambda n: [2 * n] if n == 4 else []))
+    assert variants[0] == given and len(variants) == 8
+    assert variants[1] == ((5, 4, [4, 7]), {"dim": 8})
+    assert variants[2] == ((5, 4, [8, 7]), {"dim": 4})
+    assert variants[-1] == ((5, 8, [8, 7]), {"dim": 8})
 
 
 def test_the_network_is_not_modified():
