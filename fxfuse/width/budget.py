@@ -98,7 +98,8 @@ def deepest_first(
     ]
     most = max((1 + len(owners) / sizes[n] for n, owners in candidates.items()), default=1.0)
     work = _MultiplyAdds(base)
-    limit = work.at(sizes | {name: round(sizes[name] * min(width, most)) for name in candidates})
+    even = {name: sizes[name] + round(sizes[name] * (min(width, most) - 1)) for name in candidates}
+    limit = work.at(sizes | even)
 
     def first(count: int) -> dict[str, Sequence[Owner]]:
         chosen: dict[str, list[Owner]] = {name: [] for name in candidates}

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,6 +65,7 @@ def multiply_adds(net, x):
 
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=4), st.floats(1.0, 3.0))
+@example([5], 1.5)  # both round halves to the even number
 @settings(max_examples=30, deadline=None)
 def test_no_more_multiply_adds_than_an_evenly_wider_network(widths, width):
     base = network(mlp(6, *widths, 3), VECTORS)
@@ -89,7 +90,7 @@ def test_one_more_unit_would_not_fit(width):
         return
     name = [n for n in gained if gained[n] < len(candidates[n])][-1]
     sizes = {s.name: s.size + gained[s.name] + (s.name == name) for s in base.spaces}
-    limit = [round(s.size * min(width, 2.0)) for s in base.spaces]
+    limit = [s.size + round(s.size * (min(width, 2.0) - 1)) for s in base.spaces]
     assert multiply_adds(mlp(6, *sizes.values(), 3), VECTORS) > multiply_adds(
         mlp(6, *limit, 3), VECTORS
     )
