@@ -19,13 +19,13 @@ POOR = 0.5  # a layer that explains a smaller share of its target is named in th
 
 @dataclass(frozen=True)
 class CouplingReport:
-    """How one network's units of a space met the fused ones.
+    """How the units of one network in a space correspond to the fused ones.
 
     Attributes:
-        kind: `identity`, `permutation`, `one to one` (some units to none), `merging` (several whole
-            units to one), `soft`, or `absent` if the network gives nothing.
-        mass: What it gives to a fused unit on average; 1 where it gives to all.
-        identity: Share of the mass that stays at the same index.
+        kind: `identity`, `permutation`, `one to one` (some units have no partner), `merging`
+            (several whole units go to one), `soft`, or `absent` if the network gives nothing.
+        mass: What a fused unit is given on average; 1 if the network gives to every one.
+        identity: Share of the mass that keeps its index.
     """
 
     kind: str
@@ -35,9 +35,16 @@ class CouplingReport:
 
 @dataclass(frozen=True)
 class SpaceReport:
-    """One space of the fused network: its size, and how well each network's units matched.
+    """One space of the fused network, and how well each network's units matched.
 
-    A network that does not have the space has no cost and no confidence.
+    Attributes:
+        name: The first tensor that writes it.
+        size: Its units.
+        costs: Per network, the mean ground cost per unit of mass; None where nothing was measured.
+        confidences: Per network, the largest share that one unit has in a fused one, on average: 1
+            if every unit has one partner. None if the network does not have the space.
+        sizes: Per network, its units in the space.
+        couplings: Per network, how they correspond.
     """
 
     name: str
@@ -56,25 +63,28 @@ class Report:
         alignment: The layers that were matched.
         anchor: Index of the network whose depth and widths the result has.
         weights: Share of each network.
-        spaces: Sizes, coupling costs and confidences.
+        spaces: The spaces of the fused network, and how they were coupled.
         frozen: What stayed in place, and why.
-        errors: Relative error of each network once depths were equal, zero if its layers stayed.
+        errors: Relative error of each network's outputs after its depth was changed; 0 if it was
+            not, or if that kept the function.
         seconds: Wall time of each stage.
-        heads: How each network's own head reads the fused network, if there are such.
+        heads: How each network's own head reads the fused network, if heads were kept apart.
         layers: How the contractions were refitted, in order.
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data; None if
             outputs are not 2-D.
-        versions: Of Python, this package and what it computes with.
+        versions: Of Python, of this package and of those that it computes with.
         files: SHA-256 of each file that a network came from, by its path.
-        seeds: Of what was drawn at random, by the choice that drew it.
-        removed: Per network, the layers that it lost when depths were made equal; empty if none
-            did.
-        narrow: The spaces that kept their width though more was asked for, with the reason.
+        seeds: Seeds of what was drawn at random, by the name of what was drawn.
+        removed: Per network, the layers that it lost when depths were made equal; empty if no
+            network lost any.
+        narrow: The spaces that kept their width though a larger one was asked for, by name, with
+            the reason.
         memory: Peak resident bytes of the process so far, at the end of each stage.
-        lead: Index of the network whose units the fused ones are, wherever it has them.
-        mixed: Whether `weights="auto"` left what writes the outputs as it was mixed.
-        maps: `(space, network)` to what its units give `(fused units, units)`: those with the
+        lead: Index of the network whose units keep their places in the fused network; None stands
+            for the anchor.
+        mixed: Whether `weights="auto"` left the layers that write the outputs as they were mixed.
+        maps: By `(space, network)`, what its units give, `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
 
@@ -108,7 +118,7 @@ class Report:
     def draw_coupling(
         self, space: str, path: str | os.PathLike[str], network: int | None = None
     ) -> None:
-        """Write heat maps of the coupling of a space, in place and with ordered rows.
+        """Write heat maps of the coupling of a space, as it is and with its rows ordered.
 
         Args:
             space: Its name, one of `spaces`.

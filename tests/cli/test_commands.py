@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,12 @@ def test_python_dash_m_is_the_same(folder):
     )
     assert done.returncode == 2 and "cannot be resolved" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_module_handles_signals():
+    """Whoever imports the library decides himself what an interrupt does."""
+    sources = Path(fxfuse.__file__).parent.rglob("*.py")
+    assert not [p for p in sources if re.search(r"^\s*(import|from) signal\b", p.read_text(), re.M)]
 
 
 def test_every_preset_is_a_method():
