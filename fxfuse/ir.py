@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
+Place = tuple[str, int]  # name of a parameter, buffer or node, and one of its axes
 Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
-
 
 OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
 
@@ -123,7 +123,7 @@ class Spaces:
 
     spaces: tuple[Space, ...]
     frozen: tuple[Frozen, ...] = ()
-    sizes: dict[tuple[str, int], int] = field(default_factory=dict)
+    sizes: dict[Place, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Space]:
         return iter(self.spaces)
@@ -135,18 +135,18 @@ class Spaces:
         return {s.name: s for s in self.spaces}[name]
 
     @cached_property
-    def places(self) -> dict[tuple[str, int], list[tuple[Space, Axis]]]:
+    def places(self) -> dict[Place, list[tuple[Space, Axis]]]:
         """The spaces on each axis `(tensor, dim)` of a parameter or buffer."""
-        found: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
+        found: dict[Place, list[tuple[Space, Axis]]] = {}
         for space in self.spaces:
             for axis in space.axes:
                 found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
         return found
 
     @cached_property
-    def shown(self) -> dict[tuple[str, int], list[tuple[Space, Axis]]]:
+    def shown(self) -> dict[Place, list[tuple[Space, Axis]]]:
         """The spaces on each axis `(node, dim)` of a node's output."""
-        found: dict[tuple[str, int], list[tuple[Space, Axis]]] = {}
+        found: dict[Place, list[tuple[Space, Axis]]] = {}
         for space in self.spaces:
             for axis in space.features:
                 found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
@@ -157,8 +157,8 @@ class Spaces:
         return [pair for place in self._dims.get(tensor, ()) for pair in self.places[place]]
 
     @cached_property
-    def _dims(self) -> dict[str, list[tuple[str, int]]]:
-        found: dict[str, list[tuple[str, int]]] = {}
+    def _dims(self) -> dict[str, list[Place]]:
+        found: dict[str, list[Place]] = {}
         for place in self.places:
             found.setdefault(place[0], []).append(place)
         return found

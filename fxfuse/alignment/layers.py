@@ -164,9 +164,9 @@ def _layer(
 
 
 def _feature_axis(network: Network, node: fx.Node, rank: int) -> int:
-    dims = {axis.dim for axis in network.book.features.get(node.name, [])}
-    if len(dims) == 1:
-        return dims.pop()
+    axis = network.feature_axis(node)
+    if axis is not None:
+        return axis
     return 1 if rank in (2, 4, 5) else rank - 1
 
 

@@ -87,7 +87,7 @@ def points_of(network: Network, view: View) -> dict[str, str]:
                 break
             passed = network.is_norm(user) or adds or network.is_idle(user)
             passed = passed or view.activated and network.is_activation(user)
-            if not passed or not network.book.features.get(user.name):
+            if not passed or not network.features.get(user.name):
                 break  # also where the units of the next value are not known
             point = user
         points[node.name] = point.name
@@ -264,7 +264,7 @@ def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, 
 def last_contraction(network: Network) -> tuple[str, int, int]:
     """Return the last contraction in front of the output, its feature axis and its width."""
     node = [*network.book.weights][-1]
-    dim = network.book.features[node][0].dim
+    dim = network.features[node][0]
     return node, dim, network.book.shapes[node][dim]
 
 

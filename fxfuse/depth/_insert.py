@@ -20,7 +20,6 @@ from .._progress import counted
 from ..errors import PassError
 from ..graph.passes import graph_pass
 from ..graph.state import add_part, part_at, replace_tensor, settle_sizes, tensor_at, tensors_of
-from ..spaces._ledger import TensorAxis
 from ..spaces.network import OPEN, Network
 from ._neutral import Insertion, LayerCopy, is_skip, make_neutral, no_neutral_form, renamed
 
@@ -237,14 +236,14 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _shape(insertion: Insertion, name: str, tensor: Tensor, width: int) -> tuple[int, ...]:
     """Return the shape of a template's tensor where the stream has another width."""
-    spaces, layer, book = insertion.template.spaces, insertion.layer, insertion.template.book
+    spaces, layer = insertion.template.spaces, insertion.layer
     ends = [layer.entry] if layer.branched else [layer.entry, layer.nodes[-1]]
     shape = list(tensor.shape)
     for space, axis in spaces.on(name):
         end = next((e for e in ends if any(f.tensor == e for f in space.features)), None)
         if end is None:
             continue
-        size, old = spaces.sizes[name, axis.dim], _width(book.features.get(end), book.shapes[end])
+        size, old = spaces.sizes[name, axis.dim], _width(insertion.template, end)
         if axis.groups == 1:
             shape[axis.dim] = size * width // old
         elif size != axis.groups and width != old:  # a depthwise one keeps one input per row
@@ -257,9 +256,15 @@ def _shape(insertion: Insertion, name: str, tensor: Tensor, width: int) -> tuple
     return tuple(shape)
 
 
-def _width(features: list[TensorAxis] | None, shape: tuple[int, ...]) -> int:
-    """Return the number of units of a value; where no unit can move, the size of its usual axis."""
-    return len(features[0].labels) if features else shape[1 if len(shape) in (2, 4, 5) else -1]
+def _width(network: Network, node: str) -> int:
+    """Return the number of units of a value; of one without units, the size of the usual axis."""
+    shape, axes = network.shapes[node], network.features.get(node)
+    return shape[axes[0]] if axes else _usual_width(shape)
+
+
+def _usual_width(shape: tuple[int, ...]) -> int:
+    """Return the size of the axis along which values of a rank usually have their units."""
+    return shape[1 if len(shape) in (2, 4, 5) else -1]
 
 
 # --- streams that get more units --------------------------------------------------------------
@@ -283,7 +288,7 @@ class Streams:
         """Return how many units the stream behind a node has now."""
         place = self._stream(node)
         if place is None:
-            return _width(None, self.network.book.shapes[node])
+            return _usual_width(self.network.shapes[node])
         return len(self._units[place]) + sum(count for _, count in self._added.get(place, ()))
 
     def widen(self, module: fx.GraphModule, node: str, count: int) -> bool:

@@ -217,9 +217,7 @@ def _head(network: Network, at: str) -> Head:
 def output_axis(network: Network) -> int | None:
     """Return the axis of the units that a network returns, None unless it is one tensor's."""
     returned = network.module.graph.output_node().args[0]
-    features = network.book.features.get(returned.name, []) if isinstance(returned, fx.Node) else []
-    dims = {axis.dim for axis in features}
-    return dims.pop() if len(dims) == 1 else None
+    return network.feature_axis(returned) if isinstance(returned, fx.Node) else None
 
 
 def _crossing(network: Network, at: str, node: str, what: str) -> PairingError:

@@ -29,8 +29,7 @@ from ..graph.state import add_part, replace_tensor, tensor_at
 from ..graph.trace import copy_modes, run_once
 from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Spaces
-from ..spaces._solve import spaces_of
-from ..spaces.network import OPEN, Network, label_network
+from ..spaces.network import OPEN, Network
 from ..spaces.spaces import rearrange
 from ._cut import Head, output_axis
 
@@ -124,9 +123,9 @@ def head_spaces(crossing: Crossing) -> Spaces:
     """Find the spaces of a head, the units it reads among them."""
     crossing.source.meta[OPEN] = crossing.dim
     example = crossing.taken(crossing.value), *crossing.inputs
-    spaces = spaces_of(label_network(crossing.head.module, example))
+    head = Network.of(crossing.head.name, crossing.head.module, example)
     del crossing.source.meta[OPEN]
-    return spaces
+    return head.spaces
 
 
 def reads_alike(crossing: Crossing, module: fx.GraphModule) -> bool:

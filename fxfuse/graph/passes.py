@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import PassError
-from .trace import Interpreter
+from .trace import Interpreter, eval_mode
 from .verify import lint, require_equal
 
 _level: ContextVar[int | None] = ContextVar("fxfuse_debug", default=None)
@@ -160,12 +160,9 @@ class _Watcher(Interpreter):
 
 def _kept_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]:
     """Return the joins that go on holding what was joined: nothing writes to either later."""
-    watcher, modes = _Watcher(module), {m: m.training for m in module.modules()}
-    module.eval()
-    with torch.no_grad():
+    watcher = _Watcher(module)
+    with eval_mode(module), torch.no_grad():
         watcher.run(*example)
-    for part, mode in modes.items():
-        part.training = mode
     joins = watcher.joins.items()
     return {n for n, values in joins if all(t._version == version for t, version in values)}
 

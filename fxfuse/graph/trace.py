@@ -34,6 +34,18 @@ def plain_modes() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for a while; each part gets its own mode back."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 class Interpreter(fx.Interpreter):
     """Run a graph as its own code does: with lists that the called function may write to."""
 
@@ -277,10 +289,8 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
     Raises:
         DataError: If the model refuses the batch or computes values that are not finite.
     """
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(module), torch.no_grad():
             out = _forward(module, example)
     except Exception as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in example)
@@ -290,9 +300,6 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
             expected="data that every model takes as its input",
             do="check the data's shape, type and order of axes against the models",
         ) from error
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
     tensors = tensors_in(out)
     if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
         raise DataError(

@@ -299,7 +299,7 @@ def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: obje
     assert isinstance(value, Tensor), "there is one input"
     if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
         return False
-    dims = {a.dim % value.dim() for a in network.book.features.get(node.name, ())}
+    dims = {dim % value.dim() for dim in network.features.get(node.name, ())}
     return len(dims) <= 1
 
 

@@ -85,7 +85,7 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
     found = dict.fromkeys(network.book.norms, 1)
     taken = set(foldable_norms(network).values())
     for node, (weight, dim) in single_weights(network).items():
-        axes = {a.dim for a in network.book.features.get(node, [])}
+        axes = set(network.features.get(node, ()))
         biases = {shapes.get(t) for t in network.book.tensors[node] if t != weight}
         plain = biases <= {shapes[weight][dim : dim + 1]}
         if node not in taken and len(axes) == 1 and plain:
@@ -146,7 +146,7 @@ def _weight_plan(
 ) -> WeightPlan:
     base, (weight, dim) = mixer.balanced.networks[mixer.anchor], writes
     bias = next((t for t in base.book.tensors[node] if t != weight), None)
-    axis = base.book.features[node][0].dim
+    axis = base.features[node][0]
     return WeightPlan(node, weight, dim, bias, axis, _target(mixer, weight, dim, moments))
 
 

@@ -1,13 +1,12 @@
-"""Unit labels on tensors, the rules by which they meet, and the ledger of what a run finds.
+"""Unit labels on tensors, and the two rules by which labels meet.
 
-Every parameter axis starts with one fresh integer label per position. While the real network runs
-once, each operator is mirrored on labels (`operators`). A tensor carries zero or more *layers* of
-labels: integer tensors of its own rank, of size 1 along every axis on which labels do not vary. The
-label `NOTHING` marks places that hold zero (padding), `FIXED` places that must stay where they are.
+Each axis of a parameter starts with a new label at every position. The real network then runs
+once, and each operator is repeated on labels (`operators`). A tensor has any number of *layers* of
+labels: integer tensors of its own rank, of size 1 along each axis on which the labels do not vary.
+The label `NOTHING` marks places that hold zero (padding), `FIXED` those that must stay as they are.
 
-All ties come from two rules. `merge`: labels that meet at one place of an elementwise operator are
-the same unit. `contract`: axes that a product sums over, written with letters as in `einsum`, are
-the same units. The ledger of ties, freezes, blocks and places is all that `_solve` needs.
+`merge`: labels that meet at one place of an elementwise operator are one unit. `contract`: the axes
+that a product sums over, written with letters as in `einsum`, hold the same units.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._ledger import FIXED, NOTHING, Ledger, TensorAxis
+from ._ledger import FIXED, NOTHING, Ledger
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Labels:
 
     Attributes:
         layers: Label tensors of the tensor's rank, collapsed where they do not vary.
-        fill: What lives where no layer speaks: `FIXED` (data) or `NOTHING` (one constant).
-        sources: The parameters a tensor was computed from; empty once activations are mixed in.
+        fill: What the places without a label hold: `FIXED` (data) or `NOTHING` (one constant).
+        sources: The parameters it was computed from; empty once activations are mixed in.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -70,7 +69,7 @@ class LabelRun:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        self.book = Ledger()
+        self.ledger = Ledger()
         self.node = ""
         self._labels = WeakTensorKeyDictionary()
         self._names = WeakTensorKeyDictionary()
@@ -85,8 +84,8 @@ class LabelRun:
     def _start(self, name: str, tensor: Tensor) -> None:
         layers = []
         for d, n in enumerate(tensor.shape):
-            labels = self.book.new(n)
-            self.book.axes.append(TensorAxis(name, d, labels.numpy()))
+            labels = self.ledger.new(n)
+            self.ledger.axes[name, d] = labels.numpy()
             layer = labels.view([-1 if e == d else 1 for e in range(tensor.dim())])
             self._place(layer)
             if n > 1:
@@ -96,7 +95,7 @@ class LabelRun:
 
     def open(self, tensor: Tensor, dim: int) -> None:
         """Label the units along one axis of an input, which would otherwise have to stay."""
-        labels = self.book.new(tensor.shape[dim])
+        labels = self.ledger.new(tensor.shape[dim])
         if len(labels) > 1:
             layer = labels.view([-1 if d == dim else 1 for d in range(tensor.dim())])
             self.put(tensor, Labels((layer,)))
@@ -104,14 +103,14 @@ class LabelRun:
     def _place(self, layer: Tensor) -> None:
         if id(layer) not in self._placed:  # an elementwise operator hands its input's layer on
             self._placed[id(layer)] = layer
-            self.book.place(layer)
+            self.ledger.place(layer)
 
     def of(self, tensor: Any) -> Labels:
-        """Return what is known of a tensor; of an unknown one, that it must stay as it is."""
+        """Return the labels of a tensor; one without labels must stay as it is."""
         return self._labels.get(tensor) or Labels()
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
-        """Note the labels of an operator's output (parameters keep their own)."""
+        """Give the output of an operator its labels; parameters keep their own."""
         for layer in labels.layers:
             self._place(layer)
         if tensor not in self._names:
@@ -125,15 +124,15 @@ class LabelRun:
         return tensor in self._names
 
     def written(self, tensor: Tensor, labels: Labels) -> None:
-        """Take note that a tensor was written in place: its views may now hold other units.
+        """Account for a tensor that was written in place: its views may now hold other units.
 
-        Writing that moves no unit (an activation in place) changes nothing. Otherwise whatever
-        shares the memory is fixed, and so is what was written.
+        If it holds the same units as before (an activation in place), nothing changes. Otherwise
+        whatever shares the memory is fixed, and so is what was written.
         """
-        known = self.of(tensor)
-        pairs = zip(known.layers, labels.layers)
-        alike = len(known.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
-        if alike and known.fill == labels.fill:
+        before = self.of(tensor)
+        pairs = zip(before.layers, labels.layers)
+        same = len(before.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
+        if same and before.fill == labels.fill:
             return
         for reference in self._sharing.get(tensor.untyped_storage().data_ptr(), ()):
             other = reference()
@@ -143,40 +142,41 @@ class LabelRun:
                 self._labels[other] = Labels()
 
     def freeze(self, layers: Sequence[Tensor], reason: str) -> None:
-        """Freeze the units of some layers, naming the node that runs."""
+        """Freeze the units of some layers on behalf of the running node."""
         for layer in layers:
-            self.book.freeze(layer, self.node, reason)
+            self.ledger.freeze(layer, self.node, reason)
 
     def freeze_unused(self) -> None:
-        """Freeze the tensors that no operator took: values kept from before may hide them."""
-        used = {name for names in self.book.tensors.values() for name in names}
-        for axis in self.book.axes:
-            if axis.tensor not in used:
-                self.book.frozen.append((axis.labels, "", "a tensor that no operator takes"))
+        """Freeze the tensors that no operator took: values computed earlier may depend on them."""
+        used = {name for names in self.ledger.tensors.values() for name in names}
+        for (tensor, _), labels in self.ledger.axes.items():
+            if tensor not in used:
+                self.ledger.frozen.append((labels, "", "a tensor that no operator takes"))
 
     def dense_axis(self, weight: Tensor, dim: int, labels: Tensor, groups: int) -> None:
         """Label the input axis of a grouped convolution with the units it reads.
 
-        A grouped weight stores `in / groups` positions; the units differ from group to group, so
-        the axis is kept in its dense form, one label per input channel.
+        A grouped weight stores `in / groups` positions, but each group reads other units. The axis
+        therefore gets its dense form, with one label for each input channel.
         """
         name = self._names.get(weight)
         if name is None:
             self.freeze([labels], "read by a grouped convolution whose weight is computed")
         elif name in self._dense_axes:
-            self.book.tie(self._dense_axes[name], labels)
+            self.ledger.tie(self._dense_axes[name], labels)
         else:
             self._dense_axes[name] = labels
-            self.book.axes[:] = [a for a in self.book.axes if (a.tensor, a.dim) != (name, dim)]
-            self.book.axes.append(TensorAxis(name, dim, labels.numpy(), groups))
+            del self.ledger.axes[name, dim]  # the dense axis goes to the end
+            self.ledger.axes[name, dim] = labels.numpy()
+            self.ledger.grouped[name, dim] = groups
             self._place(labels)
 
     def uses(self, tensors: Iterable[Any], contracted: bool = False) -> None:
-        """Note the parameters that the running node touches, and whether it sums over them."""
+        """Note the parameters that the running node touches, or those that it contracts."""
+        by_node = self.ledger.weights if contracted else self.ledger.tensors
         for tensor in tensors:
-            notes = self.book.weights if contracted else self.book.tensors
             for name in self.of(tensor).sources:
-                names = notes.setdefault(self.node, [])
+                names = by_node.setdefault(self.node, [])
                 if name not in names:
                     names.append(name)
 
@@ -187,10 +187,10 @@ Operand = tuple[Labels, tuple[int, ...]]
 def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
     """Combine tensors place by place, broadcasting from the right.
 
-    Layers that vary along the same axes are tied. A layer whose axes refine those of another
-    operand's layer makes its units members of that layer's blocks. Along the axes where another
-    operand varies without labels, units stay in their rows; if these are all the axes of a layer,
-    it is frozen and not handed on.
+    Layers that vary along the same axes are tied. If a layer varies along more axes than another
+    operand's, its units become members of blocks, the units of the other. Where another operand
+    varies along an axis without labels, units stay in their rows along it; a layer with no other
+    axis is frozen, and not handed on.
 
     Args:
         run: The run.
@@ -198,7 +198,7 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
         rank: Rank of the result.
     """
     operands = [_align(labels, shape, rank) for labels, shape in operands]
-    operands, apart = _told_apart(run, operands)
+    operands, apart = _join_if_met(run, operands)
     by_axes: dict[tuple[int, ...], dict[int, Tensor]] = {}
     for i, (labels, _) in enumerate(operands):
         for layer in labels.layers:
@@ -208,28 +208,29 @@ def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
         layer = _tie_all(run, list(holders.values()))
         others = [o for i, o in enumerate(operands) if i not in holders and o[0].fill == FIXED]
         if all([_meet(run, layer, o) for o in others]):
-            coarser = any(set(varying(x)) > set(axes) for o in others for x in o[0].layers)
-            result += [] if coarser else [layer]  # the finer layer knows its blocks
+            refined = any(set(varying(x)) > set(axes) for o in others for x in o[0].layers)
+            result += [] if refined else [layer]  # a finer layer knows its blocks
     fill = NOTHING if all(o[0].fill == NOTHING for o in operands) else FIXED
     sources = [o[0].sources for o in operands]
     return Labels((*result, *apart), fill, sum(sources, ()) if all(sources) else ())
 
 
 def _meet(run: LabelRun, layer: Tensor, other: Operand) -> bool:
-    """Let a layer meet an operand that has none along the same axes; tell whether it lives on."""
+    """Let a layer meet an operand without one along the same axes; tell whether it is handed on."""
     labels, shape = other
     axes = set(varying(layer))
-    alone = {d for d in axes if shape[d] > 1}
+    unlabelled = {d for d in axes if shape[d] > 1}
     for x in labels.layers:
         if set(varying(x)) < axes:
-            run.book.group(x.flatten(), _rows(layer, varying(x)))
+            run.ledger.group(x.flatten(), _rows(layer, varying(x)))
         if set(varying(x)) < axes or set(varying(x)) > axes:
-            alone -= set(varying(x))
-    return hold(run, layer, alone, "meets values that vary along its axis without being its units")
+            unlabelled -= set(varying(x))
+    reason = "meets values that vary along its axis without being its units"
+    return hold(run, layer, unlabelled, reason)
 
 
 def hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
-    """Keep the units of a layer in their rows along some axes; tell whether any may move."""
+    """Keep the units of a layer in their rows along some axes; tell whether any may still move."""
     if axes == set(varying(layer)):
         run.freeze([layer], reason)
     elif axes:
@@ -237,19 +238,19 @@ def hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
     return axes != set(varying(layer))
 
 
-def _told_apart(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand], list[Tensor]]:
-    """Join the layers along one axis of one operand, if others meet them; else set them apart."""
+def _join_if_met(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand], list[Tensor]]:
+    """Join the layers along one axis of an operand if another meets them; else set them apart."""
     joined, apart = [], []
     for i, (labels, shape) in enumerate(operands):
         layers = []
-        for axes, found in along_same_axes(labels.layers).items():
+        for axes, alike in along_same_axes(labels.layers).items():
             others = [o for j, o in enumerate(operands) if j != i and o[0].fill == FIXED]
-            if len(found) == 1:
-                layers += found
+            if len(alike) == 1:
+                layers += alike
             elif any(o[1][d] > 1 for o in others for d in axes):
-                layers += [joint(run, found)]
+                layers += [joint(run, alike)]
             else:
-                apart += found
+                apart += alike
         joined.append((Labels(tuple(layers), labels.fill, labels.sources), shape))
     return joined, apart
 
@@ -261,26 +262,26 @@ def extents(tensor: Tensor) -> tuple[int, ...]:
 
 def along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
     """Sort layers by the axes along which they vary."""
-    found: dict[tuple[int, ...], list[Tensor]] = {}
+    by_axes: dict[tuple[int, ...], list[Tensor]] = {}
     for layer in layers:
-        found.setdefault(varying(layer), []).append(layer)
-    return found
+        by_axes.setdefault(varying(layer), []).append(layer)
+    return by_axes
 
 
 def joint(run: LabelRun, layers: Sequence[Tensor]) -> Tensor:
-    """Join layers along the same axes, as flattening makes them, into one.
+    """Join several layers along the same axes into one, as flattening two axes makes them.
 
-    Each combination of labels is a new unit, and each of the old labels a block of those.
+    Each combination of labels is a new unit, and each old label is a block of such units.
     """
     if len(layers) == 1:
         return layers[0]
     layers = torch.broadcast_tensors(*layers)
     places = torch.stack([x.flatten() for x in layers])
     combinations, which = torch.unique(places, dim=1, return_inverse=True)
-    units = run.book.new(combinations.shape[1])
+    units = run.ledger.new(combinations.shape[1])
     units[(combinations == NOTHING).any(0)] = NOTHING
     for labels in combinations:
-        run.book.gather(labels, units)
+        run.ledger.group_each(labels, units)
     return units[which].view(layers[0].shape)
 
 
@@ -293,7 +294,7 @@ def _align(labels: Labels, shape: tuple[int, ...], rank: int) -> Operand:
 def _tie_all(run: LabelRun, layers: list[Tensor]) -> Tensor:
     first = layers[0]
     for other in layers[1:]:
-        tied = run.book.tie(first, other)
+        tied = run.ledger.tie(first, other)
         first = first if torch.equal(tied, first) else tied
     return first
 
@@ -309,25 +310,24 @@ def rows_over(run: LabelRun, layer: Tensor, axes: tuple[int, ...]) -> Tensor:
 
     Places with the same units (windows that repeat heads) are the same block.
     """
-    known = run.rows.get((id(layer), axes))
-    if known is not None:
-        return known[1]
+    if (id(layer), axes) in run.rows:
+        return run.rows[id(layer), axes][1]
     rows = _rows(layer, axes)
     unique, inverse = np.unique(rows.numpy(), axis=0, return_inverse=True)
-    blocks = run.book.new(len(unique))
-    run.book.group(blocks, torch.from_numpy(unique))
+    blocks = run.ledger.new(len(unique))
+    run.ledger.group(blocks, torch.from_numpy(unique))
     shape = [n if d in axes else 1 for d, n in enumerate(layer.shape)]
-    found = blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
-    run.rows[id(layer), axes] = layer, found
-    return found
+    labels = blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
+    run.rows[id(layer), axes] = layer, labels
+    return labels
 
 
 def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
     """Multiply two tensors and sum over the letters that `out` lacks.
 
-    Layers that vary along a summed letter are tied to each other; where both also vary along a
-    shared batch letter, each batch place is a block of what is summed there. The other layers
-    pass to the output, where they meet as in `merge`.
+    Layers that vary along a summed letter are tied to each other. Where both also vary along a
+    batch letter, each place of the batch is a block of the units that are summed there. The other
+    layers pass to the output, where they meet as in `merge`.
 
     Args:
         run: The run.
@@ -339,20 +339,20 @@ def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) ->
     """
     summed = [c for c in la if c in lb and c not in out]
     letters = out + "".join(summed)
-    ka, pa = _split(run.of(a).layers, la, letters, summed)
-    kb, pb = _split(run.of(b).layers, lb, letters, summed)
-    _note_reads(run, a, b, ka, kb)
-    ka, kb = _one_each(run, ka), _one_each(run, kb)
+    summed_a, passing_a = _split(run.of(a).layers, la, letters, summed)
+    summed_b, passing_b = _split(run.of(b).layers, lb, letters, summed)
+    _note_reads(run, a, b, summed_a, summed_b)
+    summed_a, summed_b = _one_each(run, summed_a), _one_each(run, summed_b)
     blocks = []
-    for x in ka:
-        for y in kb:
-            run.book.tie(x, y)
+    for x in summed_a:
+        for y in summed_b:
+            run.ledger.tie(x, y)
             blocks += _batch_blocks(run, x, y, len(out))
-    for layers, other, found in ((ka, b, kb), (kb, a, ka)):
-        if not found and run.of(other).fill == FIXED:
+    for layers, other, partners in ((summed_a, b, summed_b), (summed_b, a, summed_a)):
+        if not partners and run.of(other).fill == FIXED:
             run.freeze(layers, "summed against values that are not its units")
     operands = []
-    for tensor, names, passing in ((a, la, pa), (b, lb, pb)):
+    for tensor, names, passing in ((a, la, passing_a), (b, lb, passing_b)):
         sizes = dict(zip(names, tensor.shape))
         layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
         operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
@@ -360,14 +360,13 @@ def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) ->
 
 
 def _one_each(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
-    found = along_same_axes(layers).values()
-    return [joint(run, same) for same in found]
+    return [joint(run, alike) for alike in along_same_axes(layers).values()]
 
 
 def _split(
     layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Spread layers over all letters; part those that vary along a summed letter from the rest."""
+    """Spread layers over all letters; return those that vary along a summed one, and the others."""
     inner: list[Tensor] = []
     outer: list[Tensor] = []
     for layer in layers:
@@ -378,12 +377,16 @@ def _split(
     return inner, outer
 
 
-def _note_reads(run: LabelRun, a: Tensor, b: Tensor, ka: list[Tensor], kb: list[Tensor]) -> None:
-    readers = kb if run.of(b).sources else ka if run.of(a).sources else []
-    run.book.reads.extend(x.flatten().numpy() for x in readers)
+def _note_reads(
+    run: LabelRun, a: Tensor, b: Tensor, summed_a: list[Tensor], summed_b: list[Tensor]
+) -> None:
+    """Note the summed labels of the operand that is a parameter."""
+    readers = summed_b if run.of(b).sources else summed_a if run.of(a).sources else []
+    run.ledger.reads.extend(x.flatten().numpy() for x in readers)
 
 
 def _batch_blocks(run: LabelRun, x: Tensor, y: Tensor, rank: int) -> list[Tensor]:
+    """Make each place of a batch along which both vary a block of the units summed there."""
     shared = tuple(d for d in varying(x) if d < rank and y.shape[d] > 1)
     if not shared:
         return []

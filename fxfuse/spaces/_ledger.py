@@ -1,18 +1,20 @@
-"""What one labelled run of a network writes down.
+"""What a labelled run of a network writes down: what each node does, and what holds for its units.
 
-Every unit is a whole number, its label. `Facts` is what the later stages ask about; `Ledger` adds
-which labels are the same unit, which must stay and which travel together: all that `_solve` needs.
+Every unit goes by a whole number, its label. The ledger says which labels are one unit, which units
+must stay in place and which travel together: all that `_solve` needs to find the spaces.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..ir import Place
 
 NOTHING, FIXED = 0, 1  # labels of places that hold zero, and of places that must stay
 KERNEL = "a kernel position"  # why the units along a kernel stay: not worth a word in reports
@@ -22,22 +24,22 @@ class Property(Flag):
     """What is known of an operator beside its rule for labels: columns of the table `OPERATORS`."""
 
     NONE = 0
-    SILENT = auto()  # no step of its own: its values are those of its input, or have no meaning
+    SILENT = auto()  # is no step: it hands its input on as it is, or its values mean nothing
     CONSTANT = auto()  # makes one value
-    MOVES = auto()  # hands values on, each to other places
-    RESAMPLES = auto()  # pools or interpolates along trailing axes
-    CONTRACTS = auto()  # sums products
+    MOVES = auto()  # puts the values of its input in other places
+    RESAMPLES = auto()  # pools or interpolates along the trailing axes
+    CONTRACTS = auto()  # sums products over an axis
     NORMALISES = auto()
-    ACROSS_UNITS = auto()  # normalises by statistics of several units together
+    ACROSS_UNITS = auto()  # normalises with statistics of several units together
     JOINS = auto()  # puts tensors side by side
     ELEMENTWISE = auto()
     ADDS = auto()
     MULTIPLIES = auto()
-    COMMUTES = auto()  # gives the same whichever operand comes first
+    COMMUTES = auto()  # gives the same for its operands in another order
 
 
 class Geometry(NamedTuple):
-    """What makes two convolutions the same step; never a width."""
+    """The settings of a convolution; no width is among them."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,13 +52,13 @@ class Geometry(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One operator that a node runs, equal to another where both do the same, whatever the widths.
+    """One operator that a node runs. Two steps are equal if they differ in nothing but widths.
 
     Attributes:
-        name: What ATen calls it.
-        settings: Its hyper-parameters, of a convolution its `Geometry`.
-        properties: What is known of it.
-        word: What a summary of a layer calls it, empty if it leaves it out.
+        name: ATen's name of the operator.
+        settings: Its hyper-parameters; of a convolution, its `Geometry`.
+        properties: What is known of the operator.
+        word: Its name in the summary of a layer; empty if summaries leave it out.
     """
 
     name: str
@@ -66,78 +68,49 @@ class Step:
 
     @property
     def geometry(self) -> Geometry | None:
-        """The geometry of a convolution."""
+        """The settings of a convolution, None of any other operator."""
         return self.settings if isinstance(self.settings, Geometry) else None
 
 
-@dataclass(frozen=True)
-class TensorAxis:
-    """One labelled axis of a parameter, buffer or node output.
-
-    Attributes:
-        tensor: Qualified name.
-        dim: The axis. With `groups > 1` it is the dense input axis of a grouped convolution.
-        labels: `(positions,)` one label per position.
-        groups: Number of groups the dense axis is cut into.
-    """
-
-    tensor: str
-    dim: int
-    labels: np.ndarray
-    groups: int = 1
-
-
 @dataclass
-class Facts:
-    """What a labelled run found that the later stages ask about.
+class Ledger:
+    """Everything that one labelled run wrote down, in the order in which it happened.
+
+    What the nodes do, by their names:
 
     Attributes:
-        features: Per node, the labelled axes of its output.
-        shapes: Per node, the shape of its output.
-        steps: Per node, the operators it runs, silent ones left out.
-        weights: Per node, the parameters it contracts with its input.
-        tensors: Per node, every parameter and buffer it touches.
-        norms: Per node that normalises by running statistics, the tensors by role and its epsilon.
-        unknown: Operators without a rule, as `(node, operator)`.
+        shapes: The shape of its output; empty for an output of several tensors.
+        steps: The operators it runs, silent ones left out.
+        weights: The parameters that it contracts with its input.
+        tensors: Every parameter and buffer that it touches.
+        norms: Of a node that normalises with running statistics, its tensors by role, and `eps`.
+        outputs: The axes of its output that have labels, each with the labels along it.
+        size: Number of labels so far; the first two are `NOTHING` and `FIXED`.
+        axes: The labels along each axis of a parameter or buffer.
+        grouped: Those axes that are the dense input axis of a grouped convolution, with the number
+            of groups.
+        ties: Pairs of label arrays that are the same units.
+        frozen: Label arrays that must stay in place, each with the node and the reason.
+        blocks: `(blocks (b,), members (b, n))`: the members of a row travel with their block.
+        places: Label arrays that share a tensor; units of one space occur in the same places.
+        reads: Labels of parameter axes that a contraction sums over. The dense input axes of
+            grouped convolutions are not among them, although all are such axes.
     """
 
-    features: dict[str, list[TensorAxis]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
     weights: dict[str, list[str]] = field(default_factory=dict)
     tensors: dict[str, list[str]] = field(default_factory=dict)
     norms: dict[str, dict[str, str | float]] = field(default_factory=dict)
-    unknown: list[tuple[str, str]] = field(default_factory=list)
-
-
-@dataclass
-class Ledger(Facts):
-    """Everything one labelled run wrote down, in the order in which it happened.
-
-    Beside the facts these are label arrays, which are large and of no use once spaces are found.
-
-    Attributes:
-        size: Number of labels given out so far.
-        ties: Pairs of label arrays that are the same units.
-        frozen: Label arrays that must stay in place, each with the node and the reason.
-        groups: `(blocks (b,), members (b, n))`: members of one row travel with their block.
-        places: Label arrays that share a tensor; units of one space occur in the same places.
-        reads: Labels of parameter axes that a contraction sums over; dense axes of grouped
-            convolutions, which carry the labels of what they read, all are such.
-        axes: The labelled axes of parameters and buffers.
-    """
-
+    outputs: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
     size: int = 2
+    axes: dict[Place, np.ndarray] = field(default_factory=dict)
+    grouped: dict[Place, int] = field(default_factory=dict)
     ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     frozen: list[tuple[np.ndarray, str, str]] = field(default_factory=list)
-    groups: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    blocks: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
-    axes: list[TensorAxis] = field(default_factory=list)
-
-    def facts(self) -> Facts:
-        """Return the facts alone."""
-        return Facts(*(getattr(self, f.name) for f in fields(Facts)))
 
     def new(self, count: int) -> Tensor:
         """Return `count` labels that no other unit has."""
@@ -145,38 +118,38 @@ class Ledger(Facts):
         return torch.arange(self.size - count, self.size)
 
     def tie(self, a: Tensor, b: Tensor) -> Tensor:
-        """Say that labels at the same place are the same unit; return the label of each place."""
+        """Note that labels at the same place are one unit; return the label of each place."""
         a, b = torch.broadcast_tensors(a, b)
-        met = (a != b) & (a != NOTHING) & (b != NOTHING)
-        if bool(met.any()):
+        differ = (a != b) & (a != NOTHING) & (b != NOTHING)
+        if bool(differ.any()):
             base = 1 + int(b.max())
-            pairs = distinct((a[met] * base + b[met]).numpy())  # as one number: sorts faster
+            pairs = distinct((a[differ] * base + b[differ]).numpy())  # one number sorts faster
             self.ties.append(np.divmod(pairs, base))
         return torch.where(a == NOTHING, b, a)
 
     def freeze(self, layer: Tensor, node: str, reason: str) -> None:
-        """Say that the units of a layer must stay where they are."""
+        """Note that the units of a layer must stay in place."""
         self.frozen.append((distinct(layer.numpy()), node, reason))
 
     def group(self, blocks: Tensor, members: Tensor) -> None:
-        """Say that the units of each row of `members` `(b, n)` travel with their block `(b,)`.
+        """Note that the units of each row of `members` `(b, n)` travel with their block `(b,)`.
 
-        Places without a unit of their own are blocks that stay, each for itself.
+        A block that is no unit (`NOTHING` or `FIXED`) becomes a block of its own, which stays.
         """
-        stuck = blocks <= FIXED
-        if bool(stuck.any()):
-            blocks = torch.where(stuck, self.new(len(blocks)), blocks)
-            self.frozen.append((blocks[stuck].numpy(), "", "its block has no unit of its own"))
-        self.groups.append((blocks.numpy(), members.numpy()))
+        fixed = blocks <= FIXED
+        if bool(fixed.any()):
+            blocks = torch.where(fixed, self.new(len(blocks)), blocks)
+            self.frozen.append((blocks[fixed].numpy(), "", "its block has no unit of its own"))
+        self.blocks.append((blocks.numpy(), members.numpy()))
 
-    def gather(self, blocks: Tensor, members: Tensor) -> None:
-        """Say that each of `members` `(n,)` travels with its entry of `blocks` `(n,)`."""
+    def group_each(self, blocks: Tensor, members: Tensor) -> None:
+        """Note that each of `members` `(n,)` travels with its entry of `blocks` `(n,)`."""
         order = torch.argsort(blocks, stable=True)
         names, counts = torch.unique(blocks, return_counts=True)
         rows = members[order].split(counts.tolist())
         for count in torch.unique(counts):
-            same = [row for row in rows if len(row) == count]
-            self.group(names[counts == count], torch.stack(same))
+            alike = [row for row in rows if len(row) == count]
+            self.group(names[counts == count], torch.stack(alike))
 
     def place(self, layer: Tensor) -> None:
         """Note the units that share one tensor."""
@@ -186,8 +159,8 @@ class Ledger(Facts):
 def distinct(numbers: np.ndarray) -> np.ndarray:
     """Return the whole numbers that occur, ascending.
 
-    As `np.unique`, which hashes them: at a few thousand of them sorting takes a tenth of the time.
+    As `np.unique`, which hashes them: for a few thousand, sorting takes a tenth of the time.
     """
     numbers = np.sort(numbers, axis=None)
-    found: np.ndarray = numbers[np.diff(numbers, prepend=numbers[:1] - 1) != 0]
-    return found
+    first: np.ndarray = numbers[np.diff(numbers, prepend=numbers[:1] - 1) != 0]
+    return first

@@ -76,7 +76,6 @@ class Op:
 
 def unknown(run: LabelRun, op: Op) -> Labels:
     """Freeze everything that passes through an operator that has no rule."""
-    run.book.unknown.append((run.node, str(op.func)))
     return fixed(run, op, f"no rule for {op.func}")
 
 
@@ -124,7 +123,7 @@ def alive(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
     """Return the layers that still vary; note that a unit taken out alone is unlike the others."""
     for layer in layers:
         if layer.numel() and not varying(layer):
-            run.book.place(layer)
+            run.ledger.place(layer)
     return [layer for layer in layers if varying(layer)]
 
 
@@ -162,7 +161,7 @@ def folded(run: LabelRun, op: Op) -> Labels:
     for layer in run.of(tensor).layers:
         if varying(layer) == (axis,):
             units = layer.view(-1, patch)
-            run.book.tie(units, units[:, :1])
+            run.ledger.tie(units, units[:, :1])
             layers.append(units[:, 0].view(*[1] * axis, -1, 1, 1))
         elif set(varying(layer)) < set(range(axis)):
             layers.append(layer.unsqueeze(-1))
@@ -335,7 +334,7 @@ def batch_norm(run: LabelRun, op: Op) -> list[Labels]:
             operands.append(on_axis(run, op[key], 1, rank))
             roles.update((key, name) for name in run.of(op[key]).sources)
     if "running_mean" in roles and "running_var" in roles:
-        run.book.norms[run.node] = roles
+        run.ledger.norms[run.node] = roles
     return [merge(run, operands, rank)] + [Labels()] * (len(op.out) - 1)
 
 
@@ -449,16 +448,16 @@ def _channels(run: LabelRun, op: Op) -> tuple[list[Tensor], list[Tensor]]:
     run.freeze(others, "units along a convolved axis")
     first = [x[(slice(1), slice(None), *[slice(1)] * (rank - 2))] for x in channels]
     for layer, alike in zip(channels, first):
-        run.book.tie(layer, alike)
+        run.ledger.tie(layer, alike)
     found = along_same_axes(first).values()
     return [joint(run, same) for same in found], beside
 
 
 def _read(run: LabelRun, units: list[Tensor], ins: list[Tensor], fill: int) -> None:
     for read in ins:
-        run.book.reads.append(read.numpy())
+        run.ledger.reads.append(read.numpy())
         for unit in units:
-            run.book.tie(unit, read)
+            run.ledger.tie(unit, read)
         if not units:
             run.freeze([read], "reads what cannot be moved")
     if not ins:
@@ -470,13 +469,13 @@ def _group_channels(run: LabelRun, ins: Tensor, outs: Tensor) -> None:
     stuck = (ins == NOTHING).any(1) | (ins == FIXED).any(1)
     run.freeze([x[stuck] for x in (ins, outs) if stuck.any()], "a group that reads constants")
     ins, outs = ins[~stuck], outs[~stuck]
-    blocks = ins[:, 0] if ins.shape[1] == 1 else run.book.new(len(ins))
+    blocks = ins[:, 0] if ins.shape[1] == 1 else run.ledger.new(len(ins))
     if ins.shape[1] > 1:
-        run.book.group(blocks, ins)
+        run.ledger.group(blocks, ins)
     if outs.shape[1] == 1:
-        run.book.tie(blocks, outs[:, 0])
+        run.ledger.tie(blocks, outs[:, 0])
     else:
-        run.book.group(blocks, outs)
+        run.ledger.group(blocks, outs)
 
 
 def _write(run: LabelRun, op: Op, outs: list[Tensor], beside: list[Tensor]) -> Labels:

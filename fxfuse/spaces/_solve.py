@@ -1,19 +1,17 @@
-"""Blocks of units: sets of units that travel together with one unit, their block.
+"""From the ledger of a labelled run to unit spaces.
 
-Blocks with the same units are one block, and a block whose units all lie in another is a unit of
-that other. Two families of blocks that cross like the rows and columns of a table leave the choice
-of which of them moves; the other one then stays. Whatever crosses otherwise stays.
+Tied labels are one unit (connected components). Two units are exchangeable if they occur in the
+same places equally often and lie in exchangeable blocks. Nothing else is needed for padded
+shortcuts, half-tied streams and concatenations to fall into the right spaces.
 
-From the ledger of a labelled run to unit spaces.
-
-Ties are solved once as connected components. Two units are exchangeable when they occur in the same
-places with the same multiplicity, and in blocks that are exchangeable themselves; everything else
-falls apart by itself (padded shortcuts, half-tied streams, concatenations).
+A block is a unit that a set of units travels with. Blocks of the same units are one block. A block
+whose units all lie in another is a unit of that other. Where two families of blocks cross as rows
+and columns of a table do, one family moves and the other stays; what crosses otherwise stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +19,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from ..ir import Axis, Frozen, Space, Spaces
-from ._ledger import FIXED, KERNEL, Ledger, TensorAxis, distinct
+from ._ledger import FIXED, KERNEL, Ledger, distinct
 
 CROSSED = "its blocks cross others"
 
@@ -47,35 +45,36 @@ class Sets:
 
 
 def tied(unit: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the unit of each label once more pairs of labels are tied: the smallest label."""
+    """Return the unit of each label once more pairs are tied; a unit goes by its smallest label."""
     ends, size = (unit[a], unit[b]), len(unit)
     graph = coo_array((np.ones(len(a), dtype=bool), ends), shape=(size, size))
     _, component = connected_components(graph, directed=False)
     _, first = np.unique(component, return_index=True)
-    found: np.ndarray = first[component][unit]
-    return found
+    units: np.ndarray = first[component][unit]
+    return units
 
 
-def solve(book: Ledger) -> tuple[np.ndarray, Sets, np.ndarray]:
-    """Solve all ties of a ledger, those that follow from blocks included.
+def solve(ledger: Ledger) -> tuple[np.ndarray, Sets, np.ndarray]:
+    """Solve all ties of a ledger, and those that follow from its blocks.
 
     Returns:
-        The unit of each label, the sets of units that travel together, and which units are frozen.
+        The unit of each label, the sets of units that travel together, and whether each unit is
+        frozen.
     """
-    unit = tied(np.arange(book.size), *_concatenate(book.ties, 2))
-    rows, held = _rows(book), np.zeros(book.size, dtype=bool)
-    for labels, _, _ in book.frozen:
-        held[labels] = True
+    unit = tied(np.arange(ledger.size), *_concatenate(ledger.ties, 2))
+    rows, stays = _rows(ledger), np.zeros(ledger.size, dtype=bool)
+    for labels, _, _ in ledger.frozen:
+        stays[labels] = True
     while True:
-        unit, sets, stuck = _merge(unit, rows)
-        held[stuck] = True
+        unit, sets, fixed = _merge(unit, rows)
+        stays[fixed] = True
         sets = _nest(sets)
-        frozen = np.zeros(book.size, dtype=bool)
-        frozen[unit[held]] = frozen[: FIXED + 1] = True
-        pairs, stay = _straighten(book, unit, sets, _spread(frozen, sets))
+        frozen = np.zeros(ledger.size, dtype=bool)
+        frozen[unit[stays]] = frozen[: FIXED + 1] = True
+        pairs, rows_that_stay = _move_columns(ledger, unit, sets, _with_frozen_blocks(frozen, sets))
         if not len(pairs):
             return unit, sets, frozen
-        held[stay] = True
+        stays[rows_that_stay] = True
         unit = tied(unit, *pairs.T)
 
 
@@ -84,16 +83,17 @@ def _concatenate(parts: Sequence[tuple[np.ndarray, ...]], width: int) -> list[np
     return [np.concatenate([none, *(p[i].ravel() for p in parts)]) for i in range(width)]
 
 
-def _rows(book: Ledger) -> Sets:
-    owner, member = _concatenate(book.groups, 2)
+def _rows(ledger: Ledger) -> Sets:
+    """Return the sets of a ledger as it wrote them down, by labels."""
+    owner, member = _concatenate(ledger.blocks, 2)
     widths = np.repeat(
-        [m.shape[1] for _, m in book.groups], [len(b) for b, _ in book.groups]
+        [m.shape[1] for _, m in ledger.blocks], [len(b) for b, _ in ledger.blocks]
     ).astype(np.int64)
     return Sets(owner, np.repeat(np.arange(len(owner)), widths), member)
 
 
-def _spread(frozen: np.ndarray, sets: Sets) -> np.ndarray:
-    """A block with a fixed member stays."""
+def _with_frozen_blocks(frozen: np.ndarray, sets: Sets) -> np.ndarray:
+    """Freeze the blocks that have a frozen member as well."""
     frozen = frozen.copy()
     while True:
         more = sets.owner[sets.index[frozen[sets.member]]]
@@ -106,28 +106,31 @@ def _spread(frozen: np.ndarray, sets: Sets) -> np.ndarray:
 
 
 def _merge(unit: np.ndarray, rows: Sets) -> tuple[np.ndarray, Sets, np.ndarray]:
-    """Tie blocks with the same members; return units, distinct sets, and blocks that stay."""
+    """Tie blocks with the same members; return units, distinct sets, and blocks that stay.
+
+    Sets are compared by the sum of random numbers, one for each member.
+    """
     draw = np.random.default_rng(0).integers(1 << 63, size=len(unit), dtype=np.uint64)
     while True:
         owner, member = unit[rows.owner], unit[rows.member]
-        stuck = owner[rows.index[member <= FIXED]]
+        fixed = owner[rows.index[member <= FIXED]]
         code = distinct(rows.index[member > FIXED] * len(unit) + member[member > FIXED])
         index, member = np.divmod(code, len(unit))
         row, start, count = np.unique(index, return_index=True, return_counts=True)
-        name = np.add.reduceat(draw[member], start) if len(start) else draw[:0]
-        real = (count > 1) | (member[start] != owner[row])
-        row, name, start, count = row[real], name[real], start[real], count[real]
-        _, first, same = np.unique(name, return_index=True, return_inverse=True)
-        other, own = owner[row[first]][same], owner[row]
-        if not (other != own).any():
+        sums = np.add.reduceat(draw[member], start) if len(start) else draw[:0]
+        real = (count > 1) | (member[start] != owner[row])  # not a unit that is its own block
+        row, sums, start, count = row[real], sums[real], start[real], count[real]
+        _, first, same = np.unique(sums, return_index=True, return_inverse=True)
+        blocks, blocks_of_same = owner[row], owner[row[first]][same]
+        if not (blocks_of_same != blocks).any():
             break
-        unit = tied(unit, other, own)
+        unit = tied(unit, blocks_of_same, blocks)
     if len(first):
         entries = np.concatenate([np.arange(s, s + n) for s, n in zip(start[first], count[first])])
     else:
         entries = np.zeros(0, dtype=np.int64)
-    sets = Sets(own[first], np.repeat(np.arange(len(first)), count[first]), member[entries])
-    return unit, sets, stuck
+    sets = Sets(blocks[first], np.repeat(np.arange(len(first)), count[first]), member[entries])
+    return unit, sets, fixed
 
 
 # --- blocks within blocks -----------------------------------------------------------------------
@@ -149,9 +152,9 @@ def _nest(sets: Sets) -> Sets:
         shape = (len(sets.owner),) * 2
         lies = csr_array((np.ones(len(small), dtype=np.int64), (small, large)), shape=shape)
         between = (lies @ lies)[small, large] > 0
-        gone = np.asarray((lies.T @ inside)[sets.index, member]).ravel() > 0
-        index = np.concatenate([sets.index[~gone], large[~between]])
-        member = np.concatenate([sets.member[~gone], sets.owner[small[~between]]])
+        replaced = np.asarray((lies.T @ inside)[sets.index, member]).ravel() > 0
+        index = np.concatenate([sets.index[~replaced], large[~between]])
+        member = np.concatenate([sets.member[~replaced], sets.owner[small[~between]]])
         index, member = np.unique(np.stack([index, member]), axis=1)
         sets = Sets(sets.owner, index, member)
     return sets
@@ -170,37 +173,37 @@ class _Table:
 
     @property
     def turned(self) -> _Table:
+        """The table with rows and columns exchanged."""
         return _Table(self.units, self.column, self.row)
 
 
-def _straighten(
-    book: Ledger, unit: np.ndarray, sets: Sets, frozen: np.ndarray
+def _move_columns(
+    ledger: Ledger, unit: np.ndarray, sets: Sets, frozen: np.ndarray
 ) -> tuple[np.ndarray, list[int]]:
-    """Tie the units of each column of a table, so that columns move and rows stay.
+    """Let the columns of each table move: its units are tied to their columns, its rows stay.
 
     Columns are the family with more blocks that can move.
 
     Returns:
         The `(pairs, 2)` to tie, and the blocks that stay.
     """
-    pairs, stay = [np.zeros((0, 2), dtype=np.int64)], []
+    pairs, rows = [np.zeros((0, 2), dtype=np.int64)], []
     tables = _tables(sets)
-    axes = _axes_of(book, unit, tables)
-    for table, found in zip(tables, axes):
-        movable = [
-            len(distinct(own[~frozen[own]]))
-            for own in (sets.owner[distinct(table.row)], sets.owner[distinct(table.column)])
-        ]
-        ways = [(movable[1], table), (movable[0], table.turned)]
-        for count, way in sorted(ways, key=lambda w: -w[0]):
-            if count > 1 and all(_in_order(way, units) for units in found):
+    for table, axes in zip(tables, _axes_of(ledger, unit, tables)):
+        ways = []
+        for way in (table, table.turned):
+            blocks = sets.owner[distinct(way.column)]
+            ways.append((len(distinct(blocks[~frozen[blocks]])), way))
+        for movable, way in sorted(ways, key=lambda w: -w[0]):
+            if movable > 1 and all(_in_order(way, units) for units in axes):
                 pairs.append(np.stack([way.units, sets.owner[way.column]], axis=1))
-                stay.extend(sets.owner[distinct(way.row)].tolist())
+                rows.extend(sets.owner[distinct(way.row)].tolist())
                 break
-    return np.concatenate(pairs), stay
+    return np.concatenate(pairs), rows
 
 
 def _tables(sets: Sets) -> list[_Table]:
+    """Return the groups of sets that cross as rows and columns do, and touch no other set."""
     order = np.argsort(sets.member, kind="stable")
     units, start, count = np.unique(sets.member[order], return_index=True, return_counts=True)
     twice = count == 2
@@ -211,17 +214,20 @@ def _tables(sets: Sets) -> list[_Table]:
     whole = np.bincount(part[sets.index], minlength=len(sets.owner))
     sorting = np.argsort(part[one], kind="stable")
     names, begin, length = np.unique(part[one][sorting], return_index=True, return_counts=True)
-    found = []
+    tables = []
     for name, b, n in zip(names, begin, length):
-        here = sorting[b : b + n]
+        entries = sorting[b : b + n]
         if whole[name] == 2 * n:
-            table = _table(crossing[here], one[here], two[here])
-            found += [table] if table is not None else []
-    return found
+            table = _table(crossing[entries], one[entries], two[entries])
+            tables += [table] if table is not None else []
+    return tables
 
 
 def _table(units: np.ndarray, one: np.ndarray, two: np.ndarray) -> _Table | None:
-    """Tell rows from columns: two sets are of one family when they share no unit."""
+    """Make a table of units in two sets each; None if these are no rows and columns.
+
+    Two sets of one family share no unit.
+    """
     columns = np.union1d(two[one == one[0]], one[two == one[0]])
     turned = np.isin(one, columns)
     row, column = np.where(turned, two, one), np.where(turned, one, two)
@@ -234,24 +240,24 @@ def _table(units: np.ndarray, one: np.ndarray, two: np.ndarray) -> _Table | None
     return _Table(units, row, column)
 
 
-def _axes_of(book: Ledger, unit: np.ndarray, tables: list[_Table]) -> list[list[np.ndarray]]:
+def _axes_of(ledger: Ledger, unit: np.ndarray, tables: list[_Table]) -> list[list[np.ndarray]]:
     """Return for each table the units on every parameter axis that holds some of its units."""
     owner = np.full(len(unit), -1)
     for i, table in enumerate(tables):
         owner[table.units] = i
-    found: list[list[np.ndarray]] = [[] for _ in tables]
-    for axis in book.axes if tables else ():
-        units = unit[axis.labels]
+    axes: list[list[np.ndarray]] = [[] for _ in tables]
+    for labels in ledger.axes.values() if tables else ():
+        units = unit[labels]
         for i in distinct(owner[units]):
             if i >= 0:
-                found[i].append(units[owner[units] == i])
-    return found
+                axes[i].append(units[owner[units] == i])
+    return axes
 
 
 def _in_order(table: _Table, units: np.ndarray) -> bool:
-    """Tell whether the rows follow each other in the same order in every column of an axis.
+    """Tell whether every column of an axis has the rows in the same order.
 
-    A unit that occurs several times takes the places of another one in their order.
+    Otherwise a column that moves would not fit in the place of another.
     """
     order = np.argsort(table.units)
     at = order[np.searchsorted(table.units[order], units)]
@@ -261,18 +267,18 @@ def _in_order(table: _Table, units: np.ndarray) -> bool:
     return len(set(count)) == 1 and bool((row.reshape(len(count), -1) == row[: count[0]]).all())
 
 
-# --- whom a unit travels with -------------------------------------------------------------------
+# --- which block a unit travels with ------------------------------------------------------------
 
 
 def parents(sets: Sets, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each unit's block (-1 for none) and the blocks that stay.
+    """Return the block of each unit, -1 for none, and the blocks that stay.
 
-    A unit in two blocks travels with both: it may only move inside their intersection, which gets
-    a number below -1, and the blocks stay. The same holds for a block of several sets of units of
-    one kind: its units may not go from one set to another.
+    A unit in two blocks may only move inside their intersection; this gets a number below -1, and
+    the two blocks stay. So it is with a block of several sets of units of one class: units may not
+    go from one set to another.
 
     Args:
-        sets: Who travels with whom.
+        sets: Which units travel with which block.
         kind: Class of each unit; units of different classes never change places.
     """
     parent = np.full(len(kind), -1)
@@ -283,17 +289,17 @@ def parents(sets: Sets, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     plain = (count == 1) & ~mixed[first]
     parent[units[plain]] = sets.owner[first[plain]]
     crossed = [sets.owner[mixed]]
-    virtual: dict[tuple[int, ...], int] = {}
+    intersections: dict[tuple[int, ...], int] = {}
     for u, s, n in zip(units[~plain], start[~plain], count[~plain]):
         key = tuple(sorted(sets.index[order[s : s + n]].tolist()))
-        parent[u] = virtual.setdefault(key, -2 - len(virtual))
+        parent[u] = intersections.setdefault(key, -2 - len(intersections))
         crossed.append(sets.owner[list(key)])
-    crossed.append(_in_circles(parent))
+    crossed.append(_leave_circles(parent))
     return parent, distinct(np.concatenate(crossed))
 
 
 def _mixed(sets: Sets, kind: np.ndarray) -> np.ndarray:
-    """Tell which sets share their block with another set of units of the same kind."""
+    """Tell which sets share their block with another set of units of the same class."""
     entries = np.stack([sets.owner[sets.index], kind[sets.member], sets.index])
     entries = np.unique(entries, axis=1)
     _, same, count = np.unique(entries[:2], axis=1, return_inverse=True, return_counts=True)
@@ -302,36 +308,36 @@ def _mixed(sets: Sets, kind: np.ndarray) -> np.ndarray:
     return np.isin(sets.owner, sets.owner[mixed])
 
 
-def _in_circles(parent: np.ndarray) -> np.ndarray:
-    """Free the units that would travel with themselves from their blocks, and return them."""
+def _leave_circles(parent: np.ndarray) -> np.ndarray:
+    """Take units that would travel with themselves out of their blocks, in place; return them."""
     child = np.flatnonzero(parent >= 0)
     ends = (child, parent[child])
     graph = coo_array((np.ones(len(child), dtype=bool), ends), shape=(len(parent),) * 2)
     _, part = connected_components(graph, connection="strong")
-    found: np.ndarray = child[(np.bincount(part)[part[child]] > 1) | (parent[child] == child)]
-    parent[found] = -1
-    return found
+    circular: np.ndarray = child[(np.bincount(part)[part[child]] > 1) | (parent[child] == child)]
+    parent[circular] = -1
+    return circular
 
 
-def spaces_of(book: Ledger) -> Spaces:
+# --- units to spaces ------------------------------------------------------------------------------
+
+
+def spaces_of(ledger: Ledger) -> Spaces:
     """Solve the ties of a ledger and sort its units into spaces."""
-    unit, sets, frozen = solve(book)
-    cls = _classes(book, unit)
+    unit, sets, frozen = solve(ledger)
+    cls = _classes(ledger, unit)
     parent, crossed = parents(sets, cls)
     frozen[crossed] = True
     cls = _refine_by_blocks(cls, parent, frozen, unit)
-    spaces = _build(book, unit, cls, parent, frozen)
-    return Spaces(spaces, _report(book, unit, frozen), _sizes(book))
+    spaces = _build(ledger, unit, cls, parent, frozen)
+    sizes = {place: len(labels) for place, labels in ledger.axes.items()}
+    return Spaces(spaces, _report(ledger, unit, frozen), sizes)
 
 
-def _sizes(book: Ledger) -> dict[tuple[str, int], int]:
-    return {(a.tensor, a.dim): len(a.labels) for a in book.axes}
-
-
-def _classes(book: Ledger, unit: np.ndarray) -> np.ndarray:
-    """Split units by the places they occur in and how often; return a class per label."""
-    cls, count = np.zeros(book.size, dtype=np.int64), 1
-    for place in book.places:
+def _classes(ledger: Ledger, unit: np.ndarray) -> np.ndarray:
+    """Return the class of each label: units of one class occur equally often in the same places."""
+    cls, count = np.zeros(ledger.size, dtype=np.int64), 1
+    for place in ledger.places:
         units, times = np.unique(unit[place], return_counts=True)
         key = cls[units] * (times.max() + 1) + times
         _, split = np.unique(key, return_inverse=True)
@@ -343,9 +349,9 @@ def _classes(book: Ledger, unit: np.ndarray) -> np.ndarray:
 def _refine_by_blocks(
     cls: np.ndarray, parent: np.ndarray, frozen: np.ndarray, unit: np.ndarray
 ) -> np.ndarray:
-    """Split classes until exchangeable units lie in exchangeable blocks of equal make.
+    """Split classes until their units lie in exchangeable blocks, and blocks have alike members.
 
-    A block with a fixed member stays (marked in `frozen`); its members may move inside it.
+    A block with a frozen member is frozen too, in place; its other members may move inside it.
     """
     live = distinct(unit)
     inside = live[parent[live] >= 0]
@@ -357,51 +363,52 @@ def _refine_by_blocks(
     refined = cls.copy()
     _, refined[live] = np.unique(cls[live], return_inverse=True)
     while True:
-        make = np.zeros(len(unit), dtype=np.uint64)  # the sum tells the kinds of all members
-        np.add.at(make, parent[inside], draw[refined[inside]])
+        members = np.zeros(len(unit), dtype=np.uint64)  # the sum tells the classes of all members
+        np.add.at(members, parent[inside], draw[refined[inside]])
         outer = np.where(block >= 0, refined[block], -1)
-        _, split = _distinct(refined[live], stays, outer, make[live])
+        split = _row_numbers(refined[live], stays, outer, members[live])
         if split.max(initial=-1) == refined[live].max(initial=-1):
             return refined
         refined[live] = split
 
 
-def _distinct(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct rows of some columns as numbers, and the number of each row."""
-    numbers, code = np.zeros(0, dtype=np.int64), np.zeros(len(columns[0]), dtype=np.int64)
+def _row_numbers(*columns: np.ndarray) -> np.ndarray:
+    """Number the rows that some columns make, equal rows alike, from 0."""
+    number = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
-        names, part = np.unique(column, return_inverse=True)
-        numbers, code = np.unique(code * len(names) + part, return_inverse=True)
-    return numbers, code
+        values, code = np.unique(column, return_inverse=True)
+        _, number = np.unique(number * len(values) + code, return_inverse=True)
+    return number
 
 
 def _build(
-    book: Ledger, unit: np.ndarray, cls: np.ndarray, parent: np.ndarray, frozen: np.ndarray
+    ledger: Ledger, unit: np.ndarray, cls: np.ndarray, parent: np.ndarray, frozen: np.ndarray
 ) -> tuple[Space, ...]:
-    wide = [a for a in book.axes if len(a.labels) > 1]  # an axis of one position has no symmetry
-    parametric = distinct(np.concatenate([unit[a.labels] for a in wide] + [[0]]))
+    wide = {place: x for place, x in ledger.axes.items() if len(x) > 1}  # one unit has no symmetry
+    parametric = distinct(np.concatenate([unit[labels] for labels in wide.values()] + [[0]]))
     members_of: dict[int, list[int]] = {}
     for u in _with_blocks(parametric, parent):
         if u > 1 and not frozen[u]:
             members_of.setdefault(int(cls[u]), []).append(int(u))
-    position, where = np.full(book.size, -1), np.full(book.size, -1)
+    position, space = np.full(ledger.size, -1), np.full(ledger.size, -1)  # of each unit
     for c, units in members_of.items():
         units.sort(key=lambda u: (min(int(parent[u]), 1 << 60), u) if parent[u] >= 0 else (0, u))
-        position[units], where[units] = np.arange(len(units)), c
-    reads = np.zeros(book.size, dtype=bool)
-    for labels in book.reads:
+        position[units], space[units] = np.arange(len(units)), c
+    reads = np.zeros(ledger.size, dtype=bool)
+    for labels in ledger.reads:
         reads[labels] = True
     axes: dict[int, list[Axis]] = {c: [] for c in members_of}
-    for axis in wide:
-        read = axis.groups > 1 or bool(reads[axis.labels].any())
-        for c, found in _locate(axis, unit, position, where, read):
-            axes[c].append(found)
+    for (tensor, dim), labels in wide.items():
+        groups = ledger.grouped.get((tensor, dim), 1)
+        read = groups > 1 or bool(reads[labels].any())
+        for c, index in _locate(unit[labels], position, space):
+            axes[c].append(Axis(tensor, dim, index, read, groups))
     features: dict[int, list[Axis]] = {c: [] for c in members_of}
-    for outputs in book.features.values():
-        for axis in outputs:
-            for c, found in _locate(axis, unit, position, where, False):
-                features[c].append(found)
-    return _name(members_of, axes, features, parent, where, position)
+    for node, outputs in ledger.outputs.items():
+        for dim, labels in outputs:
+            for c, index in _locate(unit[labels], position, space):
+                features[c].append(Axis(node, dim, index))
+    return _name(members_of, axes, features, parent, space, position)
 
 
 def _with_blocks(units: np.ndarray, parent: np.ndarray) -> np.ndarray:
@@ -415,19 +422,15 @@ def _with_blocks(units: np.ndarray, parent: np.ndarray) -> np.ndarray:
 
 
 def _locate(
-    axis: TensorAxis, unit: np.ndarray, position: np.ndarray, where: np.ndarray, reads: bool
-) -> list[tuple[int, Axis]]:
-    """Return, for each space on an axis, the positions of its units in unit order."""
-    units = unit[axis.labels]
-    at = np.flatnonzero(where[units] >= 0)
-    at = at[np.lexsort((position[units[at]], where[units[at]]))]
-    found = []
-    for part in np.split(at, np.flatnonzero(np.diff(where[units[at]])) + 1):
+    units: np.ndarray, position: np.ndarray, space: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Return each space on an axis, and the positions `(units, times)` of its units there."""
+    at = np.flatnonzero(space[units] >= 0)
+    at = at[np.lexsort((position[units[at]], space[units[at]]))]
+    for part in np.split(at, np.flatnonzero(np.diff(space[units[at]])) + 1):
         if len(part):
-            index = part.reshape(-1, np.count_nonzero(units[part] == units[part[0]]))
-            space = int(where[units[part[0]]])
-            found.append((space, Axis(axis.tensor, axis.dim, index, reads, axis.groups)))
-    return found
+            times = np.count_nonzero(units[part] == units[part[0]])
+            yield int(space[units[part[0]]]), part.reshape(-1, times)
 
 
 def _name(
@@ -435,10 +438,10 @@ def _name(
     axes: dict[int, list[Axis]],
     features: dict[int, list[Axis]],
     parent: np.ndarray,
-    where: np.ndarray,
+    space: np.ndarray,
     position: np.ndarray,
 ) -> tuple[Space, ...]:
-    outer_of = {c: _outer(units[0], parent, where) for c, units in members.items()}
+    outer_of = {c: _outer(units[0], parent, space) for c, units in members.items()}
     within: dict[int, list[str]] = {c: [] for c in (*members, -1)}
     for c, outer in outer_of.items():
         within[outer] += [a.tensor for a in axes[c]]
@@ -471,27 +474,27 @@ def _name(
     return tuple(sorted(spaces, key=lambda s: _depth(s, depth)))
 
 
-def _outer(unit: int, parent: np.ndarray, where: np.ndarray) -> int:
+def _outer(unit: int, parent: np.ndarray, space: np.ndarray) -> int:
     """Return the space of the block that a unit lies in, -1 if that block moves with nothing."""
-    return int(where[parent[unit]]) if parent[unit] >= 0 else -1
+    return int(space[parent[unit]]) if parent[unit] >= 0 else -1
 
 
 def _depth(space: Space, by_name: dict[str, Space]) -> int:
     return 0 if space.parent is None else 1 + _depth(by_name[space.parent], by_name)
 
 
-def _report(book: Ledger, unit: np.ndarray, frozen: np.ndarray) -> tuple[Frozen, ...]:
-    cause = np.full(book.size, -1)
-    for i, (labels, _, _) in reversed(list(enumerate(book.frozen))):
+def _report(ledger: Ledger, unit: np.ndarray, frozen: np.ndarray) -> tuple[Frozen, ...]:
+    cause = np.full(ledger.size, -1)  # of each unit, its first entry among the frozen ones
+    for i, (labels, _, _) in reversed(list(enumerate(ledger.frozen))):
         cause[unit[labels]] = i
     report = []
-    for axis in book.axes:
-        units = unit[axis.labels]
-        stuck = units[frozen[units]]
-        if not len(stuck) or len(axis.labels) < 2:
+    for (tensor, dim), labels in ledger.axes.items():
+        units = unit[labels]
+        stay = units[frozen[units]]
+        if not len(stay) or len(labels) < 2:
             continue
-        why = cause[stuck[0]]
-        _, node, reason = book.frozen[why] if why >= 0 else (None, "", CROSSED)
+        first = cause[stay[0]]
+        _, node, reason = ledger.frozen[first] if first >= 0 else (None, "", CROSSED)
         if reason != KERNEL:
-            report.append(Frozen(axis.tensor, axis.dim, len(stuck), node, reason))
+            report.append(Frozen(tensor, dim, len(stay), node, reason))
     return tuple(report)

@@ -1,171 +1,70 @@
-"""One real run of a traced network with every ATen operator mirrored on unit labels.
-
-The run goes node by node, so each operator, shape and label is known by the fx node it belongs to.
-Working below `torch.nn`, it sees the same few dozen operators however a network is written.
-
-A network under work: its graph, the example it is analysed on, its ledger and its spaces.
-"""
+"""A network under work: its graph, the example it is analysed on, and what its nodes do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._progress import part, tell
-from ..graph._modes import is_choice
-from ..graph.state import tensors_of
-from ..graph.trace import Interpreter, plain_modes, tensors_in
+from .._progress import part
 from ..ir import Spaces
-from ._labels import LabelRun, varying
-from ._ledger import Facts, Ledger, Property, Step, TensorAxis
+from ._labelling import OPEN as OPEN
+from ._labelling import label_network
+from ._ledger import Property, Step
 from ._solve import spaces_of
-from .operators import mirror
-
-OPEN = "open"  # key of the meta of an output whose units are free; of an input, with their axis
-
-
-class _MirrorMode(TorchDispatchMode):
-    def __init__(self, run: LabelRun) -> None:
-        TorchDispatchMode.__init__(self)
-        self.run = run
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the default wraps every call, which imports the whole compiler: 2 s, 300 MB
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        first = next((a for a in args if isinstance(a, Tensor)), None)
-        before = () if first is None else tuple(first.shape)
-        out = func(*args, **(kwargs or {}))
-        mirror(self.run, func, args, kwargs or {}, out, before)
-        return out
-
-
-class _NodeInterpreter(Interpreter):
-    """Name the running node, and keep what is known of its value for after the run."""
-
-    def __init__(self, module: fx.GraphModule, run: LabelRun) -> None:
-        super().__init__(module)
-        self.done, self.steps = 0, len(module.graph.nodes)
-        self.graph_module, self.labelled = module, run
-        self.layers: dict[str, list[Tensor]] = {}
-        self.outputs: list[Tensor] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        run, shapes = self.labelled, self.labelled.book.shapes
-        run.node = n.name
-        value = super().run_node(n)
-        self.done += 1
-        tell(self.done / self.steps)
-        if n.op == "placeholder" and OPEN in n.meta:
-            run.open(value, n.meta[OPEN])
-        if n.op == "output" or is_choice(self.graph_module, n):  # given the outputs of both modes
-            given, _ = self.fetch_args_kwargs_from_env(n)
-            self.outputs += [layer for t in tensors_in(given) for layer in run.of(t).layers]
-        if n.op != "output" and isinstance(value, Tensor):
-            shapes[n.name] = tuple(value.shape)
-            self.layers[n.name] = [x for x in run.of(value).layers if len(varying(x)) == 1]
-        elif n.op != "output" and tensors_in(value):
-            shapes[n.name] = ()
-        return value
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Take the forms of attention and recurrent layers that show what they are made of."""
-    mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors
-    fastpath, fused = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    mkldnn.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        mkldnn.enabled = fused
-
-
-def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger:
-    """Run a traced network once, in eval mode, on labels and return the ledger.
-
-    The fused attention kernels hide their structure, so the run takes their plain forms. What the
-    network reads and returns is fixed, unless its graph says otherwise: the units of an output node
-    with `OPEN` in its meta are free, if they lie along one axis, and those of a placeholder with it
-    along the axis it gives.
-
-    Args:
-        module: Traced network; not modified, its modes are restored.
-        example: Input tensors.
-    """
-    modes = {m: m.training for m in module.modules()}
-    with plain_modes():
-        run = LabelRun(tensors_of(module).items())
-    module.eval()
-    try:
-        with plain_modes(), _plain_kernels(), torch.no_grad(), _MirrorMode(run):
-            interpreter = _NodeInterpreter(module, run)
-            interpreter.run(*example)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-    _freeze_outputs(run, module, interpreter.outputs)
-    run.freeze_unused()
-    for node, layers in interpreter.layers.items():
-        axes = [TensorAxis(node, varying(x)[0], x.flatten().numpy()) for x in layers]
-        run.book.features[node] = axes
-    return run.book
-
-
-def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]) -> None:
-    """Freeze what a network returns; where it is cut, only units that are no single axis."""
-    if OPEN not in module.graph.output_node().meta:
-        run.freeze(outputs, "an output of the network")
-    elif len(outputs) > 1 or any(len(varying(layer)) > 1 for layer in outputs):
-        run.freeze(outputs, "laid out along several axes where the network is cut")
 
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """One traced network with everything the stages ask about it.
+    """A traced network, with its unit spaces and what each of its nodes does.
 
     Attributes:
-        name: How it is called in reports and errors.
+        name: Its name in reports and errors.
         module: Its graph, private to this library.
         example: The inputs it was analysed on.
-        book: What the labelled run found.
         spaces: Its unit spaces.
+        shapes: Node -> the shape of its output; empty for an output of several tensors.
+        features: Node -> the axes of its output along which there are units, fixed ones included.
+        weights: Node -> the parameters that it contracts with its input.
+        tensors: Node -> every parameter and buffer that it touches.
+        norms: Node that normalises with running statistics -> its tensors by role, and `eps`.
+        operators: Node -> the operators that it runs, except those that only hand values on.
     """
 
     name: str
     module: fx.GraphModule
     example: tuple[Tensor, ...]
-    book: Facts
     spaces: Spaces
+    shapes: dict[str, tuple[int, ...]]
+    features: dict[str, tuple[int, ...]]
+    weights: dict[str, list[str]]
+    tensors: dict[str, list[str]]
+    norms: dict[str, dict[str, str | float]]
+    operators: dict[str, list[Step]]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        module: fx.GraphModule,
-        example: tuple[Tensor, ...],
-    ) -> Network:
+    def of(cls, name: str, module: fx.GraphModule, example: tuple[Tensor, ...]) -> Network:
         """Analyse a traced network."""
         with part(0.0, 0.8):
-            book = label_network(module, example)
-        return cls(name, module, example, book.facts(), spaces_of(book))
+            ledger = label_network(module, example)
+        outputs = ledger.outputs.items()
+        return cls(
+            name,
+            module,
+            example,
+            spaces_of(ledger),
+            ledger.shapes,
+            {node: tuple(dict.fromkeys(dim for dim, _ in axes)) for node, axes in outputs},
+            ledger.weights,
+            ledger.tensors,
+            ledger.norms,
+            ledger.steps,
+        )
+
+    @property
+    def book(self) -> Network:
+        """The network itself; in the way of those that still read `network.book.shapes`."""
+        return self
 
     def inputs_of(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose tensors a node reads, parameters and sizes left out."""
@@ -175,19 +74,24 @@ class Network:
         """Tell whether a node computes a tensor, or several, from the network's inputs."""
         if node.op == "placeholder":
             return True
-        return node.op not in ("get_attr", "output") and node.name in self.book.shapes
+        return node.op not in ("get_attr", "output") and node.name in self.shapes
 
     def fed(self) -> set[str]:
         """Return the nodes that the network's inputs reach."""
-        found: set[fx.Node] = set()
+        reached: set[fx.Node] = set()
         for node in self.module.graph.nodes:
-            if node.op == "placeholder" or found.intersection(node.all_input_nodes):
-                found.add(node)
-        return {n.name for n in found}
+            if node.op == "placeholder" or reached.intersection(node.all_input_nodes):
+                reached.add(node)
+        return {n.name for n in reached}
+
+    def feature_axis(self, node: fx.Node | str) -> int | None:
+        """Return the axis of a node's output along which its units lie; None unless it is one."""
+        axes = self.features.get(node if isinstance(node, str) else node.name, ())
+        return axes[0] if len(axes) == 1 else None
 
     def steps(self, node: fx.Node | str) -> list[Step]:
-        """Return the operators that a node runs, without those that only hand values on."""
-        return self.book.steps.get(node if isinstance(node, str) else node.name, [])
+        """Return the operators that a node runs, except those that only hand values on."""
+        return self.operators.get(node if isinstance(node, str) else node.name, [])
 
     def contractions(self, node: fx.Node | str) -> list[Step]:
         """Return the operators of a node that sum products, as convolutions do."""
@@ -227,7 +131,7 @@ class Network:
 
     def is_activation(self, node: fx.Node) -> bool:
         """Tell whether a node applies a function to each value of one tensor, without weights."""
-        alone = len(self.inputs_of(node)) == 1 and node.name not in self.book.tensors
+        alone = len(self.inputs_of(node)) == 1 and node.name not in self.tensors
         return alone and self.is_elementwise(node)
 
     def is_idle(self, node: fx.Node) -> bool:

@@ -180,7 +180,7 @@ def mirror(
     run.uses(op.tensors)
     operator = operator_of(op)
     if P.SILENT not in operator.properties:
-        run.book.steps.setdefault(run.node, []).append(_step(op, operator))
+        run.ledger.steps.setdefault(run.node, []).append(_step(op, operator))
     result = operator.rule(run, op)
     results = result if isinstance(result, list) else [result] * len(outputs)
     for tensor, labels in zip(outputs, results):

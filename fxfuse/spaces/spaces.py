@@ -19,8 +19,8 @@ from ..graph.trace import (
     trace_sharing,
 )
 from ..ir import Axis, Space, Spaces
+from ._labelling import label_network
 from ._solve import spaces_of
-from .network import label_network
 
 
 @plain_modes()
@@ -73,11 +73,11 @@ def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Space
     graph = trace_sharing(module)
     inputs = as_example(example, device_of(graph))
     try:
-        book = label_network(graph, inputs)
-    except Exception:  # a plain run says what is wrong with the batch, or cuts off what refuses it
+        ledger = label_network(graph, inputs)
+    except Exception:  # a plain run says what is wrong with the batch, or cuts what refuses it
         run_once(graph, inputs, "the model")
-        book = label_network(graph, inputs)
-    return graph, spaces_of(book)
+        ledger = label_network(graph, inputs)
+    return graph, spaces_of(ledger)
 
 
 def rearrange(
@@ -86,31 +86,31 @@ def rearrange(
     """Move units: the place of unit `u` of space `s` takes the content of unit `order[s][u]`."""
     moved = copy_modes(module, copy.deepcopy(module))
     for name, tensor in tensors_of(moved).items():
-        dense = tensor.detach()
-        axes = spaces.on(name)
-        by_dim: dict[int, list[tuple[Space, Axis]]] = {}
-        for space, axis in axes:
-            by_dim.setdefault(axis.dim, []).append((space, axis))
-        sources = {d: _sources(spaces.sizes[name, d], found, order) for d, found in by_dim.items()}
-        groups = next((a.groups for _, a in axes if a.groups > 1), 1)
+        values, axes = tensor.detach(), [axis for _, axis in spaces.on(name)]
+        sources = {
+            dim: _sources(spaces.sizes[name, dim], spaces.places[name, dim], order)
+            for dim in {axis.dim for axis in axes}
+        }
+        groups = max((axis.groups for axis in axes), default=1)
         if groups > 1:
-            dense = _gather_grouped(dense, sources, groups)
+            values = _gather_grouped(values, sources, groups)
         else:
-            for d, source in sources.items():
-                dense = dense.index_select(d, source.to(dense.device))
-        tensor.data.copy_(dense)
+            for dim, source in sources.items():
+                values = values.index_select(dim, source.to(values.device))
+        tensor.data.copy_(values)
     return moved
 
 
-def _sources(size: int, found: list[tuple[Space, Axis]], order: dict[str, np.ndarray]) -> Tensor:
+def _sources(size: int, along: list[tuple[Space, Axis]], order: dict[str, np.ndarray]) -> Tensor:
+    """Return, for each position along an axis, the position whose content it takes."""
     source = np.arange(size)
-    for space, axis in found:
+    for space, axis in along:
         source[axis.index] = axis.index[order[space.name]]
     return torch.from_numpy(source)
 
 
 def _gather_grouped(weight: Tensor, sources: dict[int, Tensor], groups: int) -> Tensor:
-    """Gather rows and, within each row, the inputs of the group that the row came from."""
+    """Move the rows of a grouped weight, and the inputs within the group each row came from."""
     rows, inner = weight.shape[0], weight.shape[1]
     out = sources.get(0, torch.arange(rows))
     dense = sources.get(1, torch.arange(inner * groups)).view(groups, inner)
@@ -121,12 +121,13 @@ def _gather_grouped(weight: Tensor, sources: dict[int, Tensor], groups: int) -> 
 
 
 def _shuffle(space: Space, order: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Draw an order of a space's units, given the order of the blocks that they travel with."""
     if space.blocks is None:
         return rng.permutation(space.size)
     source = np.empty(space.size, dtype=int)
     moved = order.get(space.parent) if space.parent else None
     for block in np.unique(space.blocks):
-        here = np.flatnonzero(space.blocks == block)
-        there = np.flatnonzero(space.blocks == (block if moved is None else moved[block]))
-        source[here] = rng.permutation(there)
+        units = np.flatnonzero(space.blocks == block)
+        taken = np.flatnonzero(space.blocks == (block if moved is None else moved[block]))
+        source[units] = rng.permutation(taken)
     return source

@@ -253,7 +253,7 @@ class _SizeFitter(Interpreter):
             return True
         if value.dim() != len(old):
             return False
-        dims = {axis.dim for axis in self.network.book.features.get(n.name, [])}
+        dims = self.network.features.get(n.name, ())
         return all(value.shape[d] == old[d] + self._growth_of(n, d) for d in dims)
 
     def _growth_of(self, n: fx.Node, dim: int) -> int:

@@ -30,25 +30,25 @@ def run_of(*modules):
 
 
 def test_new_labels_are_never_given_twice_nor_special():
-    book = Ledger()
-    labels = torch.cat([book.new(3), book.new(0), book.new(4)])
+    ledger = Ledger()
+    labels = torch.cat([ledger.new(3), ledger.new(0), ledger.new(4)])
     assert len(set(labels.tolist())) == 7
     assert not {NOTHING, FIXED} & set(labels.tolist())
 
 
 @given(small, small)
 def test_a_tie_pairs_labels_place_by_place_and_lets_nothing_pass(a, b):
-    book = Ledger()
-    result = book.tie(torch.tensor(a), torch.tensor(b))
+    ledger = Ledger()
+    result = ledger.tie(torch.tensor(a), torch.tensor(b))
     expected = {(x, y) for x, y in zip(a, b) if x != y and NOTHING not in (x, y)}
-    assert {p for ties in book.ties for p in zip(*(t.tolist() for t in ties))} == expected
+    assert {p for ties in ledger.ties for p in zip(*(t.tolist() for t in ties))} == expected
     assert result.tolist() == [y if x == NOTHING else x for x, y in zip(a, b)]
 
 
 def test_a_tie_broadcasts():
-    book = Ledger()
-    book.tie(torch.tensor([[2], [3]]), torch.tensor([[4, 5]]))
-    assert set(zip(*(t.tolist() for t in book.ties[0]))) == {(2, 4), (2, 5), (3, 4), (3, 5)}
+    ledger = Ledger()
+    ledger.tie(torch.tensor([[2], [3]]), torch.tensor([[4, 5]]))
+    assert set(zip(*(t.tolist() for t in ledger.ties[0]))) == {(2, 4), (2, 5), (3, 4), (3, 5)}
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 3), st.booleans())
@@ -71,7 +71,7 @@ def test_collapse_keeps_an_axis_that_varies_in_one_place_only():
 
 def test_every_axis_of_every_floating_tensor_starts_with_labels_of_its_own():
     run = run_of(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    axes = {(a.tensor, a.dim): a.labels for a in run.book.axes}
+    axes = run.ledger.axes
     assert set(axes) == {
         ("0.weight", 0),
         ("0.weight", 1),
@@ -88,7 +88,7 @@ def test_every_axis_of_every_floating_tensor_starts_with_labels_of_its_own():
 def test_a_tensor_of_two_names_gets_labels_once():
     tied = nn.Linear(4, 3)
     run = run_of(tied, tied)
-    assert {a.tensor for a in run.book.axes} == {"0.weight", "0.bias"}
+    assert {tensor for tensor, _ in run.ledger.axes} == {"0.weight", "0.bias"}
 
 
 def test_what_is_not_known_stays_as_it_is():
@@ -111,7 +111,7 @@ def test_parameters_keep_their_own_labels():
 def test_labels_of_a_dead_tensor_are_forgotten():
     run = run_of()
     value = torch.zeros(3)
-    run.put(value, Labels((run.book.new(3),)))
+    run.put(value, Labels((run.ledger.new(3),)))
     assert len(run._labels) == 1
     del value
     gc.collect()
@@ -122,27 +122,27 @@ def test_freezing_names_the_running_node_and_the_reason():
     run = run_of()
     run.node = "here"
     run.freeze([torch.tensor([4, 2, 2])], "because")
-    (labels, node, reason) = run.book.frozen[0]
+    (labels, node, reason) = run.ledger.frozen[0]
     assert (labels.tolist(), node, reason) == ([2, 4], "here", "because")
 
 
 def test_the_dense_axis_of_a_grouped_weight_replaces_the_stored_one():
     conv = nn.Conv2d(6, 6, 1, groups=3)
     run = LabelRun(conv.named_parameters(prefix="c"))
-    units = run.book.new(6)
+    units = run.ledger.new(6)
     run.dense_axis(conv.weight, 1, units, 3)
-    (axis,) = [a for a in run.book.axes if (a.tensor, a.dim) == ("c.weight", 1)]
-    assert axis.groups == 3 and axis.labels.tolist() == units.tolist()
-    again = run.book.new(6)
+    assert run.ledger.axes["c.weight", 1].tolist() == units.tolist()
+    assert run.ledger.grouped == {("c.weight", 1): 3}
+    again = run.ledger.new(6)
     run.dense_axis(conv.weight, 1, again, 3)
-    assert [t.tolist() for t in run.book.ties[-1]] == [units.tolist(), again.tolist()]
+    assert [t.tolist() for t in run.ledger.ties[-1]] == [units.tolist(), again.tolist()]
 
 
 def test_a_grouped_weight_that_is_computed_freezes_what_it_reads():
     run = run_of()
-    units = run.book.new(4)
+    units = run.ledger.new(4)
     run.dense_axis(torch.zeros(4, 2, 1, 1), 1, units, 2)
-    assert run.book.frozen[0][0].tolist() == units.tolist()
+    assert run.ledger.frozen[0][0].tolist() == units.tolist()
 
 
 @pytest.mark.parametrize("contracted", [False, True])
@@ -151,8 +151,8 @@ def test_uses_are_noted_once_under_the_running_node(contracted):
     run = run_of(layer)
     run.node = "fc"
     run.uses([layer.weight, layer.weight, torch.zeros(2)], contracted)
-    book = run.book.weights if contracted else run.book.tensors
-    assert book == {"fc": ["0.weight"]}
+    ledger = run.ledger.weights if contracted else run.ledger.tensors
+    assert ledger == {"fc": ["0.weight"]}
 
 
 class Bench:
@@ -163,8 +163,7 @@ class Bench:
         self.run = LabelRun(self.tensors.items())
 
     def axis(self, name, dim):
-        found = [a.labels for a in self.run.book.axes if (a.tensor, a.dim) == (name, dim)]
-        return found[0].tolist()
+        return self.run.ledger.axes[name, dim].tolist()
 
     def operand(self, name):
         tensor = self.tensors[name]
@@ -172,15 +171,15 @@ class Bench:
 
     @property
     def ties(self):
-        return {frozenset(p) for t in self.run.book.ties for p in zip(*(x.tolist() for x in t))}
+        return {frozenset(p) for t in self.run.ledger.ties for p in zip(*(x.tolist() for x in t))}
 
     @property
     def frozen(self):
-        return {int(u) for labels, _, _ in self.run.book.frozen for u in labels}
+        return {int(u) for labels, _, _ in self.run.ledger.frozen for u in labels}
 
     @property
     def groups(self):
-        return [rows for _, members in self.run.book.groups for rows in members.tolist()]
+        return [rows for _, members in self.run.ledger.blocks for rows in members.tolist()]
 
 
 def pairs(a, b):
@@ -226,7 +225,7 @@ def test_units_that_meet_one_constant_stay_free():
 
 def test_a_finer_layer_makes_its_units_members_of_the_coarser_ones_blocks():
     bench = Bench(blocks=(2, 1))
-    units = bench.run.book.new(6).view(2, 3)
+    units = bench.run.ledger.new(6).view(2, 3)
     merge(bench.run, [bench.operand("blocks"), (Labels((units,)), (2, 3))], 2)
     assert units.tolist() == bench.groups
 
@@ -235,15 +234,15 @@ def test_computed_parameters_remember_their_sources_and_activations_do_not():
     bench = Bench(a=(4,), b=(4,))
     both = merge(bench.run, [bench.operand("a"), bench.operand("b")], 1)
     assert set(both.sources) == {"a", "b"}
-    mixed = merge(bench.run, [bench.operand("a"), (Labels((bench.run.book.new(4),)), (4,))], 1)
+    mixed = merge(bench.run, [bench.operand("a"), (Labels((bench.run.ledger.new(4),)), (4,))], 1)
     assert mixed.sources == ()
 
 
 def test_several_layers_along_one_axis_all_reach_the_result():
     """Two axes of a parameter, flattened into one, are two layers along this axis."""
     bench = Bench(a=(6,))
-    outer = bench.run.book.new(2).repeat_interleave(3)
-    inner = bench.run.book.new(3).repeat(2)
+    outer = bench.run.ledger.new(2).repeat_interleave(3)
+    inner = bench.run.ledger.new(3).repeat(2)
     flat = (Labels((outer, inner)), (6,))
     out = merge(bench.run, [flat, (Labels(fill=NOTHING), (6,))], 1)
     kept = {tuple(x.flatten().tolist()) for x in out.layers}
@@ -272,15 +271,15 @@ def test_a_product_with_unknown_values_freezes_what_it_sums_and_nothing_else():
 def test_a_product_notes_which_parameter_axes_are_read():
     bench = Bench(w=(5, 4))
     units = torch.zeros(2, 4)
-    bench.run.put(units, Labels((bench.run.book.new(4).view(1, 4),)))
+    bench.run.put(units, Labels((bench.run.ledger.new(4).view(1, 4),)))
     contract(bench.run, units, "mk", bench.tensors["w"], "nk", "mn")
-    assert [r.tolist() for r in bench.run.book.reads] == [bench.axis("w", 1)]
+    assert [r.tolist() for r in bench.run.ledger.reads] == [bench.axis("w", 1)]
 
 
 def test_each_place_of_a_batched_product_is_a_block_of_what_is_summed_there():
     bench = Bench(a=(1,))
     a, b = torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)
-    x, y = bench.run.book.new(8).view(2, 1, 4), bench.run.book.new(8).view(2, 4, 1)
+    x, y = bench.run.ledger.new(8).view(2, 1, 4), bench.run.ledger.new(8).view(2, 4, 1)
     bench.run.put(a, Labels((x,)))
     bench.run.put(b, Labels((y,)))
     out = contract(bench.run, a, "bmk", b, "bkn", "bmn")

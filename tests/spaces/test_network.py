@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from fxfuse.graph.trace import trace
+from fxfuse.spaces._labelling import OPEN, label_network
 from fxfuse.spaces._ledger import Step
 from fxfuse.spaces._solve import spaces_of
-from fxfuse.spaces.network import OPEN, Network, label_network
+from fxfuse.spaces.network import Network
 from tests.support.nets import NETS, Functional, Residual, build, conv, mlp, randomise
 
 
-def ledger(net, *x):
+def labelled(net, *x):
     return label_network(trace(net), x)
 
 
@@ -44,21 +45,21 @@ def test_the_fast_path_of_attention_is_switched_back(fails):
 
 
 def test_shapes_and_operators_are_known_by_node():
-    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
-    assert book.shapes["a_0"] == book.shapes["add"] == (2, 4, 8, 8)
-    assert [step.name for step in book.steps["a_0"]] == ["convolution"]
-    assert book.steps["add"] == [Step("add")]
-    assert "output" not in book.shapes
+    ledger = labelled(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert ledger.shapes["a_0"] == ledger.shapes["add"] == (2, 4, 8, 8)
+    assert [step.name for step in ledger.steps["a_0"]] == ["convolution"]
+    assert ledger.steps["add"] == [Step("add")]
+    assert "output" not in ledger.shapes
 
 
 def test_weights_are_what_a_node_contracts_and_tensors_all_it_touches():
-    book = ledger(Residual(3, 4), torch.zeros(2, 3, 8, 8))
-    assert book.weights == {
+    ledger = labelled(Residual(3, 4), torch.zeros(2, 3, 8, 8))
+    assert ledger.weights == {
         "a_0": ["a.0.weight"],
         "b_0": ["b.0.weight"],
         "skip_0": ["skip.0.weight"],
     }
-    assert set(book.tensors["a_1"]) == {
+    assert set(ledger.tensors["a_1"]) == {
         "a.1.weight",
         "a.1.bias",
         "a.1.running_mean",
@@ -67,8 +68,8 @@ def test_weights_are_what_a_node_contracts_and_tensors_all_it_touches():
 
 
 def test_norms_are_known_by_role():
-    book = ledger(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5)), torch.zeros(2, 4))
-    assert book.norms == {
+    ledger = labelled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5)), torch.zeros(2, 4))
+    assert ledger.norms == {
         "_1": {
             "eps": 0.5,
             "weight": "1.weight",
@@ -80,10 +81,10 @@ def test_norms_are_known_by_role():
 
 
 def test_units_of_a_node_are_known_by_axis():
-    book = ledger(mlp(6, 8, 3), torch.zeros(2, 6))
-    (axis,) = book.features["_0"]
-    assert (axis.dim, len(axis.labels)) == (1, 8)
-    assert book.features["_1"][0].labels.tolist() == axis.labels.tolist()
+    ledger = labelled(mlp(6, 8, 3), torch.zeros(2, 6))
+    ((dim, labels),) = ledger.outputs["_0"]
+    assert (dim, len(labels)) == (1, 8)
+    assert ledger.outputs["_1"][0][1].tolist() == labels.tolist()
 
 
 def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
@@ -95,10 +96,12 @@ def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
         def forward(self, x):
             return torch.renorm(self.a(x), 2, 0, 1.0)
 
-    book = ledger(Clipped(), torch.zeros(2, 6))
-    assert book.unknown == [("renorm", "aten.renorm.default")]
-    assert "no rule for aten.renorm.default" in {reason for _, _, reason in book.frozen}
-    assert ledger(mlp(6, 8, 3), torch.zeros(2, 6)).unknown == []
+    ledger = labelled(Clipped(), torch.zeros(2, 6))
+    without_rule = {node for _, node, reason in ledger.frozen if reason.startswith("no rule")}
+    assert without_rule == {"renorm"}
+    assert "no rule for aten.renorm.default" in {reason for _, _, reason in ledger.frozen}
+    fixed = labelled(mlp(6, 8, 3), torch.zeros(2, 6)).frozen
+    assert not any(reason.startswith("no rule") for _, _, reason in fixed)
 
 
 class Auxiliary(nn.Module):
@@ -120,18 +123,18 @@ class Result:
 
 
 def test_outputs_of_both_modes_are_frozen():
-    book = ledger(randomise(Auxiliary()), torch.randn(2, 6))
-    fixed = [set(labels) for labels, _, reason in book.frozen if "output" in reason]
-    by_tensor = {a.tensor: set(a.labels.tolist()) for a in book.axes if a.dim == 0}
+    ledger = labelled(randomise(Auxiliary()), torch.randn(2, 6))
+    fixed = [set(labels) for labels, _, reason in ledger.frozen if "output" in reason]
+    by_tensor = {t: set(labels.tolist()) for (t, d), labels in ledger.axes.items() if d == 0}
     assert by_tensor["b.weight"] in fixed and by_tensor["extra.weight"] in fixed
     assert by_tensor["a.weight"] not in fixed
-    assert book.weights["extra"] == ["extra.weight"]
+    assert ledger.weights["extra"] == ["extra.weight"]
 
 
 def test_a_value_of_several_tensors_has_a_place_in_the_graph_but_no_shape():
-    book = ledger(nn.Sequential(nn.Linear(6, 8), Halves()), torch.zeros(2, 6))
-    assert book.shapes["chunk"] == ()
-    assert book.shapes["getitem"] == (2, 4)
+    ledger = labelled(nn.Sequential(nn.Linear(6, 8), Halves()), torch.zeros(2, 6))
+    assert ledger.shapes["chunk"] == ()
+    assert ledger.shapes["getitem"] == (2, 4)
 
 
 class Halves(nn.Module):
@@ -154,9 +157,9 @@ def test_outputs_are_free_where_a_graph_says_so_if_they_lie_along_one_axis():
     assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5, 4]
     graph = trace(nn.Sequential(mlp(6, 5, 4), nn.Unflatten(1, (2, 2))))
     graph.graph.output_node().meta[OPEN] = True
-    book = label_network(graph, (torch.randn(2, 6),))
-    assert [s.size for s in spaces_of(book)] == [5]
-    assert any("several axes" in reason for _, _, reason in book.frozen)
+    ledger = label_network(graph, (torch.randn(2, 6),))
+    assert [s.size for s in spaces_of(ledger)] == [5]
+    assert any("several axes" in reason for _, _, reason in ledger.frozen)
 
 
 def test_inputs_have_units_where_a_graph_says_so():
@@ -186,10 +189,12 @@ def layer():
     )
 
 
-def test_a_network_knows_its_ledger_and_its_spaces():
+def test_a_network_knows_its_nodes_and_its_spaces():
     net, x = build("residual")
     found = network(net, x)
-    assert found.book.shapes["add"] == (2, 6, 8, 8)
+    assert found.shapes["add"] == (2, 6, 8, 8)
+    assert found.features["add"] == (1,) and found.feature_axis("add") == 1
+    assert found.feature_axis("no such node") is None
     assert [s.size for s in found.spaces] == [6, 6, 6, 8, 8]
     assert found.name == "net" and found.example == (x,)
 

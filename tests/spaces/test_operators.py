@@ -16,8 +16,8 @@ from torch import nn
 import fxfuse
 from fxfuse.graph.trace import trace
 from fxfuse.spaces import operators
+from fxfuse.spaces._labelling import label_network
 from fxfuse.spaces._labels import LabelRun, Labels
-from fxfuse.spaces.network import label_network
 from fxfuse.spaces.operators import OPERATORS, mirror
 from tests.support.nets import gap, moved, randomise
 from tests.support.tolerances import PERMUTATION
@@ -637,7 +637,7 @@ def mirrored_linear(bias):
     """Mirror `aten.linear`, which the CPU takes apart before anyone sees it."""
     layer, x = nn.Linear(8, 5, bias=bias), torch.zeros(2, 3, 8)
     run = LabelRun(layer.named_parameters())
-    units = run.book.new(8)
+    units = run.ledger.new(8)
     run.put(x, Labels((units.view(1, 1, 8),)))
     args = (x, layer.weight, layer.bias) if bias else (x, layer.weight)
     out = torch.zeros(2, 3, 5)
@@ -648,8 +648,8 @@ def mirrored_linear(bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_in_one_piece_ties_its_inputs_weight_and_bias(bias):
     run, units, out = mirrored_linear(bias)
-    axes = {(a.tensor, a.dim): a.labels.tolist() for a in run.book.axes}
-    tied = {p for t in run.book.ties for p in zip(*(x.tolist() for x in t))}
+    axes = {place: labels.tolist() for place, labels in run.ledger.axes.items()}
+    tied = {p for t in run.ledger.ties for p in zip(*(x.tolist() for x in t))}
     expected = {*zip(units.tolist(), axes["weight", 1])}
     if bias:
         expected |= {*zip(axes["weight", 0], axes["bias", 0])}
@@ -658,8 +658,8 @@ def test_linear_in_one_piece_ties_its_inputs_weight_and_bias(bias):
 
 
 def described(net, size):
-    book = label_network(trace(nn.Sequential(net)), (torch.zeros(2, size, 6, 6),))
-    return [step for steps in book.steps.values() for step in steps]
+    ledger = label_network(trace(nn.Sequential(net)), (torch.zeros(2, size, 6, 6),))
+    return [step for steps in ledger.steps.values() for step in steps]
 
 
 def test_widths_do_not_describe_an_operator():

@@ -7,22 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.spaces._ledger import Ledger, TensorAxis
+from fxfuse.spaces._ledger import Ledger
 from fxfuse.spaces._solve import parents, solve, spaces_of, tied
 from fxfuse.spaces.spaces import _shuffle, _sources
 
 
-def rearranged(book, seed):
+def rearranged(ledger, seed):
     """Return, for each label, the label whose content takes its place in a random permutation."""
-    spaces = spaces_of(book)
+    spaces = spaces_of(ledger)
     rng, order = np.random.default_rng(seed), {}
     for space in spaces:
         order[space.name] = _shuffle(space, order, rng)
-    taken = np.arange(book.size)
-    for axis in book.axes:
-        found = [(s, a) for s in spaces for a in s.axes if a.tensor == axis.tensor]
-        source = _sources(len(axis.labels), found, order).numpy()
-        taken[axis.labels] = axis.labels[source]
+    taken = np.arange(ledger.size)
+    for place, labels in ledger.axes.items():
+        source = _sources(len(labels), spaces.places.get(place, []), order).numpy()
+        taken[labels] = labels[source]
     return taken
 
 
@@ -36,15 +35,15 @@ pairs = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=3)
 
 @given(rows, pairs, st.lists(st.integers(0, 8), max_size=1), st.integers(0, 99))
 def test_what_travels_together_arrives_together(groups, ties, frozen, seed):
-    book = Book()
-    blocks, units = book.parameter("blocks.weight", 4), book.parameter("units.weight", 9)
+    ledger = HandWritten()
+    blocks, units = ledger.parameter("blocks.weight", 4), ledger.parameter("units.weight", 9)
     for block, members in groups:
-        book.group(blocks[block : block + 1], units[sorted(members)].view(1, -1))
+        ledger.group(blocks[block : block + 1], units[sorted(members)].view(1, -1))
     for a, b in ties:
-        book.tie(units[a], units[b])
-    book.freeze(units[frozen], "here", "because")
-    unit, _, _ = solve(book)
-    taken = rearranged(book, seed)
+        ledger.tie(units[a], units[b])
+    ledger.freeze(units[frozen], "here", "because")
+    unit, _, _ = solve(ledger)
+    taken = rearranged(ledger, seed)
     sets = {}
     for block, members in groups:
         who = frozenset(unit[units[sorted(members)].numpy()].tolist())
@@ -58,66 +57,66 @@ def test_what_travels_together_arrives_together(groups, ties, frozen, seed):
             assert moved in sets[int(unit[taken[block]])]
 
 
-def grid(book, shape, order=None):
+def grid(ledger, shape, order=None):
     """Two families of blocks and the units where they cross, laid out row by row or as told."""
     high, wide = shape
-    rows, columns = book.parameter("rows.weight", high), book.parameter("columns.weight", wide)
-    units = book.parameter("units.weight", high * wide)
+    rows, columns = ledger.parameter("rows.weight", high), ledger.parameter("columns.weight", wide)
+    units = ledger.parameter("units.weight", high * wide)
     table = units[torch.tensor(order)] if order else units
     table = table.view(high, wide)
-    book.group(rows, table)
-    book.group(columns, table.T)
+    ledger.group(rows, table)
+    ledger.group(columns, table.T)
     return rows, columns, table
 
 
 def test_of_the_rows_and_columns_of_a_table_the_larger_family_moves():
     for shape, name in (((2, 4), "columns"), ((5, 3), "rows")):
-        book = Book()
-        grid(book, shape)
-        (space,) = spaces_of(book)
+        ledger = HandWritten()
+        grid(ledger, shape)
+        (space,) = spaces_of(ledger)
         index = {axis.tensor: axis.index for axis in space.axes}
         assert space.name == name and space.size == max(shape)
         assert index["units.weight"].shape == (max(shape), min(shape))
 
 
 def test_of_rows_and_columns_those_move_that_are_not_fixed():
-    book = Book()
-    _, columns, _ = grid(book, (2, 4))
-    book.freeze(columns, "here", "because")
-    (space,) = spaces_of(book)
+    ledger = HandWritten()
+    _, columns, _ = grid(ledger, (2, 4))
+    ledger.freeze(columns, "here", "because")
+    (space,) = spaces_of(ledger)
     assert (space.name, space.size) == ("rows", 2)
 
 
 def test_a_table_with_a_hole_stays():
-    book = Book()
-    rows, columns = book.parameter("rows.weight", 2), book.parameter("columns.weight", 3)
-    units = book.parameter("units.weight", 5)
-    book.group(rows[:1], units[:3].view(1, 3))
-    book.group(rows[1:], units[3:].view(1, 2))
-    book.group(columns[:2], torch.stack([units[:2], units[3:]], 1))
-    book.group(columns[2:], units[2:3].view(1, 1))
-    assert spaces_of(book).free_units == 0
+    ledger = HandWritten()
+    rows, columns = ledger.parameter("rows.weight", 2), ledger.parameter("columns.weight", 3)
+    units = ledger.parameter("units.weight", 5)
+    ledger.group(rows[:1], units[:3].view(1, 3))
+    ledger.group(rows[1:], units[3:].view(1, 2))
+    ledger.group(columns[:2], torch.stack([units[:2], units[3:]], 1))
+    ledger.group(columns[2:], units[2:3].view(1, 1))
+    assert spaces_of(ledger).free_units == 0
 
 
 def test_columns_move_only_where_all_of_them_meet_the_rows_in_one_order():
-    book = Book()
-    grid(book, (2, 3), order=[0, 1, 2, 3, 5, 4])  # each row keeps its place in every column
-    assert [s.size for s in spaces_of(book)] == [3]
-    book = Book()
-    grid(book, (2, 3), order=[0, 3, 4, 1, 2, 5])  # the second column is upside down
-    assert [(s.name, s.size) for s in spaces_of(book)] == [("rows", 2)]
-    book = Book()
-    grid(book, (2, 3), order=[3, 1, 2, 0, 4, 5])  # and here each row is in another order too
-    assert spaces_of(book).free_units == 0
+    ledger = HandWritten()
+    grid(ledger, (2, 3), order=[0, 1, 2, 3, 5, 4])  # each row keeps its place in every column
+    assert [s.size for s in spaces_of(ledger)] == [3]
+    ledger = HandWritten()
+    grid(ledger, (2, 3), order=[0, 3, 4, 1, 2, 5])  # the second column is upside down
+    assert [(s.name, s.size) for s in spaces_of(ledger)] == [("rows", 2)]
+    ledger = HandWritten()
+    grid(ledger, (2, 3), order=[3, 1, 2, 0, 4, 5])  # and here each row is in another order too
+    assert spaces_of(ledger).free_units == 0
 
 
 def test_blocks_within_a_block_are_its_units():
-    book = Book()
-    outer, inner = book.parameter("outer.weight", 2), book.parameter("inner.weight", 4)
-    units = book.parameter("units.weight", 8)
-    book.group(outer, units.view(2, 4))
-    book.group(inner, units.view(4, 2))
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    outer, inner = ledger.parameter("outer.weight", 2), ledger.parameter("inner.weight", 4)
+    units = ledger.parameter("units.weight", 8)
+    ledger.group(outer, units.view(2, 4))
+    ledger.group(inner, units.view(4, 2))
+    spaces = spaces_of(ledger)
     assert [(s.name, s.size, s.parent) for s in spaces] == [
         ("outer", 2, None),
         ("inner", 4, "outer"),
@@ -126,33 +125,33 @@ def test_blocks_within_a_block_are_its_units():
 
 
 def test_blocks_that_would_lie_in_each_other_stay():
-    book = Book()
-    one, two = book.parameter("one.weight", 1), book.parameter("two.weight", 1)
-    a, b = book.parameter("a.weight", 4), book.parameter("b.weight", 4)
-    book.group(one, a[:2].view(1, 2))
-    book.group(two, a.view(1, 4))
-    book.group(two, b[:2].view(1, 2))
-    book.group(one, b.view(1, 4))
-    assert all(s.parent is None for s in spaces_of(book))
+    ledger = HandWritten()
+    one, two = ledger.parameter("one.weight", 1), ledger.parameter("two.weight", 1)
+    a, b = ledger.parameter("a.weight", 4), ledger.parameter("b.weight", 4)
+    ledger.group(one, a[:2].view(1, 2))
+    ledger.group(two, a.view(1, 4))
+    ledger.group(two, b[:2].view(1, 2))
+    ledger.group(one, b.view(1, 4))
+    assert all(s.parent is None for s in spaces_of(ledger))
 
 
 def test_units_of_one_kind_keep_to_their_set_and_the_block_stays():
-    book = Book()
-    blocks, units = book.parameter("blocks.weight", 2), book.parameter("units.weight", 8)
+    ledger = HandWritten()
+    blocks, units = ledger.parameter("blocks.weight", 2), ledger.parameter("units.weight", 8)
     for half in units.view(2, 4):
-        book.group(blocks, half.view(2, 2))
-    _, sets, _ = solve(book)
-    parent, crossed = parents(sets, np.zeros(book.size, dtype=int))
+        ledger.group(blocks, half.view(2, 2))
+    _, sets, _ = solve(ledger)
+    parent, crossed = parents(sets, np.zeros(ledger.size, dtype=int))
     assert set(crossed) == set(blocks.tolist())
     assert [len(set(parent[row])) for row in units.view(4, 2).numpy()] == [1] * 4
     assert len(set(parent[units.numpy()])) == 4
 
 
 def test_places_without_a_unit_are_blocks_each_for_itself():
-    book = Book()
-    units = book.parameter("units.weight", 6)
-    book.group(torch.tensor([1, 1, 0]), units.view(3, 2))
-    assert [(s.size, s.parent) for s in spaces_of(book)] == [(2, None)] * 3
+    ledger = HandWritten()
+    units = ledger.parameter("units.weight", 6)
+    ledger.group(torch.tensor([1, 1, 0]), units.view(3, 2))
+    assert [(s.size, s.parent) for s in spaces_of(ledger)] == [(2, None)] * 3
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=8))
@@ -163,53 +162,53 @@ def test_tied_labels_are_the_smallest_of_them(found):
     assert (unit[unit] == unit).all()
 
 
-class Book(Ledger):
+class HandWritten(Ledger):
     """A ledger with parameters of one axis each."""
 
     def parameter(self, name, size, reads=False):
         labels = self.new(size)
-        self.axes.append(TensorAxis(name, 0, labels.numpy()))
+        self.axes[name, 0] = labels.numpy()
         self.place(labels)
         if reads:
             self.reads.append(labels.numpy())
         return labels
 
 
-def sizes(book):
-    return {s.name: s.size for s in spaces_of(book)}
+def sizes(ledger):
+    return {s.name: s.size for s in spaces_of(ledger)}
 
 
 def test_untied_parameters_are_spaces_of_their_own():
-    book = Book()
-    book.parameter("a.weight", 3)
-    book.parameter("b.weight", 3)
-    assert sizes(book) == {"a": 3, "b": 3}
+    ledger = HandWritten()
+    ledger.parameter("a.weight", 3)
+    ledger.parameter("b.weight", 3)
+    assert sizes(ledger) == {"a": 3, "b": 3}
 
 
 @given(st.permutations(range(4)), st.permutations(range(4)))
 def test_ties_are_transitive_and_keep_who_is_who(first, second):
-    book = Book()
-    a, b, c = (book.parameter(f"{n}.weight", 4) for n in "abc")
-    book.tie(a, b[torch.tensor(first)])
-    book.tie(b, c[torch.tensor(second)])
-    (space,) = spaces_of(book)
+    ledger = HandWritten()
+    a, b, c = (ledger.parameter(f"{n}.weight", 4) for n in "abc")
+    ledger.tie(a, b[torch.tensor(first)])
+    ledger.tie(b, c[torch.tensor(second)])
+    (space,) = spaces_of(ledger)
     index = {axis.tensor: axis.index.ravel() for axis in space.axes}
     assert np.array_equal(index["b.weight"], np.array(first)[index["a.weight"]])
     assert np.array_equal(index["c.weight"], np.array(second)[index["b.weight"]])
 
 
 def test_units_in_other_places_are_other_spaces():
-    book = Book()
-    a, b = book.parameter("a.weight", 5), book.parameter("b.weight", 2)
-    book.tie(a[1:3], b)
-    assert sorted(s.size for s in spaces_of(book)) == [2, 3]
+    ledger = HandWritten()
+    a, b = ledger.parameter("a.weight", 5), ledger.parameter("b.weight", 2)
+    ledger.tie(a[1:3], b)
+    assert sorted(s.size for s in spaces_of(ledger)) == [2, 3]
 
 
 def test_units_that_occur_more_often_are_other_spaces():
-    book = Book()
-    a, b = book.parameter("a.weight", 4), book.parameter("b.weight", 6)
-    book.tie(a[torch.tensor([0, 1, 2, 3, 2, 3])], b)
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    a, b = ledger.parameter("a.weight", 4), ledger.parameter("b.weight", 6)
+    ledger.tie(a[torch.tensor([0, 1, 2, 3, 2, 3])], b)
+    spaces = spaces_of(ledger)
     assert sorted(s.size for s in spaces) == [2, 2]
     assert sorted(a.index.shape for s in spaces for a in s.axes if a.tensor == "b.weight") == [
         (2, 1),
@@ -218,19 +217,19 @@ def test_units_that_occur_more_often_are_other_spaces():
 
 
 def test_two_labels_that_become_one_unit_occur_twice():
-    book = Book()
-    a = book.parameter("a.weight", 4)
-    book.tie(a[:2], a[2:])
-    (space,) = spaces_of(book)
+    ledger = HandWritten()
+    a = ledger.parameter("a.weight", 4)
+    ledger.tie(a[:2], a[2:])
+    (space,) = spaces_of(ledger)
     assert space.size == 2 and space.axes[0].index.tolist() == [[0, 2], [1, 3]]
 
 
 def test_frozen_units_are_reported_with_node_and_reason_and_freeze_what_is_tied_to_them():
-    book = Book()
-    a, b = book.parameter("a.weight", 4), book.parameter("b.weight", 4)
-    book.tie(a, b)
-    book.freeze(b[:1], "here", "because")
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    a, b = ledger.parameter("a.weight", 4), ledger.parameter("b.weight", 4)
+    ledger.tie(a, b)
+    ledger.freeze(b[:1], "here", "because")
+    spaces = spaces_of(ledger)
     assert [s.size for s in spaces] == [3]
     assert [(f.tensor, f.count, f.node, f.reason) for f in spaces.frozen] == [
         ("a.weight", 1, "here", "because"),
@@ -239,18 +238,18 @@ def test_frozen_units_are_reported_with_node_and_reason_and_freeze_what_is_tied_
 
 
 def test_the_first_reason_for_freezing_counts():
-    book = Book()
-    a = book.parameter("a.weight", 2)
-    book.freeze(a, "first", "one")
-    book.freeze(a, "second", "two")
-    assert [(f.node, f.reason) for f in spaces_of(book).frozen] == [("first", "one")]
+    ledger = HandWritten()
+    a = ledger.parameter("a.weight", 2)
+    ledger.freeze(a, "first", "one")
+    ledger.freeze(a, "second", "two")
+    assert [(f.node, f.reason) for f in spaces_of(ledger).frozen] == [("first", "one")]
 
 
 def test_blocks_become_a_space_and_their_members_another_inside_it():
-    book = Book()
-    blocks, units = book.parameter("blocks.weight", 3), book.parameter("units.weight", 6)
-    book.group(blocks, units.view(3, 2))
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    blocks, units = ledger.parameter("blocks.weight", 3), ledger.parameter("units.weight", 6)
+    ledger.group(blocks, units.view(3, 2))
+    spaces = spaces_of(ledger)
     assert [(s.name, s.size, s.parent) for s in spaces] == [
         ("blocks", 3, None),
         ("units", 6, "blocks"),
@@ -260,32 +259,32 @@ def test_blocks_become_a_space_and_their_members_another_inside_it():
 
 
 def test_blocks_with_the_same_members_are_the_same_blocks():
-    book = Book()
-    units = book.parameter("units.weight", 6)
-    one, two = book.parameter("one.weight", 3), book.parameter("two.weight", 3)
-    book.group(one, units.view(3, 2))
-    book.group(two, units.view(3, 2))
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    units = ledger.parameter("units.weight", 6)
+    one, two = ledger.parameter("one.weight", 3), ledger.parameter("two.weight", 3)
+    ledger.group(one, units.view(3, 2))
+    ledger.group(two, units.view(3, 2))
+    spaces = spaces_of(ledger)
     assert [s.size for s in spaces] == [3, 6]
     assert {a.tensor for a in spaces.spaces[0].axes} == {"one.weight", "two.weight"}
 
 
 def test_blocks_of_different_make_are_not_exchangeable():
-    book = Book()
-    blocks, units = book.parameter("blocks.weight", 3), book.parameter("units.weight", 7)
-    book.group(blocks[:2], units[:4].view(2, 2))
-    book.group(blocks[2:], units[4:].view(1, 3))
-    found = sorted((s.size, s.parent is None) for s in spaces_of(book))
+    ledger = HandWritten()
+    blocks, units = ledger.parameter("blocks.weight", 3), ledger.parameter("units.weight", 7)
+    ledger.group(blocks[:2], units[:4].view(2, 2))
+    ledger.group(blocks[2:], units[4:].view(1, 3))
+    found = sorted((s.size, s.parent is None) for s in spaces_of(ledger))
     assert (2, True) in found and (4, False) in found and (3, True) not in found
 
 
 def test_blocks_that_cross_stay_and_units_move_inside_their_intersections():
-    book = Book()
-    rows, columns = book.parameter("rows.weight", 2), book.parameter("columns.weight", 2)
-    units = book.parameter("units.weight", 8).view(2, 2, 2)
-    book.group(rows, units.reshape(2, 4))
-    book.group(columns, units.transpose(0, 1).reshape(2, 4))
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    rows, columns = ledger.parameter("rows.weight", 2), ledger.parameter("columns.weight", 2)
+    units = ledger.parameter("units.weight", 8).view(2, 2, 2)
+    ledger.group(rows, units.reshape(2, 4))
+    ledger.group(columns, units.transpose(0, 1).reshape(2, 4))
+    spaces = spaces_of(ledger)
     assert {a.tensor for s in spaces for a in s.axes} == {"units.weight"}
     blocks = [
         np.sort(s.axes[0].index.ravel()[s.blocks == b]) for s in spaces for b in set(s.blocks)
@@ -294,11 +293,11 @@ def test_blocks_that_cross_stay_and_units_move_inside_their_intersections():
 
 
 def test_a_block_with_a_fixed_member_stays():
-    book = Book()
-    blocks, units = book.parameter("blocks.weight", 3), book.parameter("units.weight", 6)
-    book.group(blocks, units.view(3, 2))
-    book.freeze(units[:1], "here", "because")
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    blocks, units = ledger.parameter("blocks.weight", 3), ledger.parameter("units.weight", 6)
+    ledger.group(blocks, units.view(3, 2))
+    ledger.freeze(units[:1], "here", "because")
+    spaces = spaces_of(ledger)
     places = [
         a.index.ravel().tolist() for s in spaces for a in s.axes if a.tensor == "blocks.weight"
     ]
@@ -306,19 +305,19 @@ def test_a_block_with_a_fixed_member_stays():
 
 
 def test_an_axis_of_one_position_has_no_symmetry():
-    book = Book()
-    book.parameter("a.weight", 1)
-    spaces = spaces_of(book)
+    ledger = HandWritten()
+    ledger.parameter("a.weight", 1)
+    spaces = spaces_of(ledger)
     assert len(spaces) == 0 and not spaces.frozen
 
 
 def test_names_are_those_of_the_first_writer_and_unique():
-    book = Book()
-    a, b = book.parameter("a.weight", 3, reads=True), book.parameter("b.weight", 3)
-    book.tie(a, b)
-    c = book.parameter("b.bias", 2)
+    ledger = HandWritten()
+    a, b = ledger.parameter("a.weight", 3, reads=True), ledger.parameter("b.weight", 3)
+    ledger.tie(a, b)
+    c = ledger.parameter("b.bias", 2)
     assert c is not None
-    assert sizes(book) == {"b": 3, "b#2": 2}
+    assert sizes(ledger) == {"b": 3, "b#2": 2}
 
 
 def test_an_empty_ledger_has_no_spaces():
