@@ -1,6 +1,5 @@
 """Where units are measured, before or behind their activations, and which networks are compared."""
 
-
 import numpy as np
 import pytest
 import torch
