@@ -65,16 +65,16 @@ def parsed(text: str, what: str) -> Any:
         what: What the text is of, for the error.
 
     Raises:
-        ArgumentError: If it is no JSON, or a key occurs twice in one object.
+        ArgumentError: If it is not JSON, or a key occurs twice in one object.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
         raise ArgumentError(
-            f"text that is no JSON: {error}",
+            f"text that is not JSON: {error}",
             where=what,
-            expected="what was written there",
-            do="compare it with a fresh one; mind quotes, brackets and commas",
+            expected="JSON",
+            do="compare it with a newly written file; check quotes, brackets and commas",
         ) from error
 
 
@@ -95,7 +95,7 @@ def read(hint: Any, value: Any, where: str) -> Any:
     Args:
         hint: The annotation.
         value: What was parsed.
-        where: What it is of; errors add the place inside.
+        where: What the value belongs to; errors add the place inside it.
 
     Raises:
         ArgumentError: At the first value of another type, unknown or missing key.
@@ -151,7 +151,10 @@ def _object(kind: type, value: Any, where: str) -> Any:
     if unknown or missing:
         fault = f"an unknown key '{unknown[0]}'" if unknown else f"no key '{missing[0]}'"
         raise ArgumentError(
-            fault, where=where, expected=in_words(kind), do="correct the key, or write it anew"
+            fault,
+            where=where,
+            expected=in_words(kind),
+            do="correct the key, or write the file again",
         )
     return kind(**{key: read(hints[key][0], v, f"{where}.{key}") for key, v in value.items()})
 
@@ -186,5 +189,5 @@ def unexpected(value: Any, where: str, expected: str) -> ArgumentError:
         f"{shown} where something else belongs",
         where=where,
         expected=expected,
-        do="correct it, or write it anew",
+        do="correct it, or write the file again",
     )

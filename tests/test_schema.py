@@ -103,8 +103,8 @@ def test_errors_name_the_place_and_what_belongs_there(change, where, expected):
 @pytest.mark.parametrize(
     "text", ["", "{", "{'a': 1}", '{"a": 1, "a": 2}', "[NaN]", "[" * 9999, "9" * 9999, "[1,]"]
 )
-def test_text_that_is_no_json_is_refused(text):
-    with pytest.raises(ArgumentError, match="no JSON"):
+def test_text_that_is_not_json_is_refused(text):
+    with pytest.raises(ArgumentError, match="not JSON"):
         parsed(text, "it")
 
 

@@ -303,7 +303,7 @@ def _read(data: str, samples: int, seed: int, progress: Progress) -> Calibration
 
 @contextmanager
 def _data_errors(reference: str) -> Iterator[None]:
-    """Make an error of the library of whatever the user's own loader raises."""
+    """Turn whatever the user's own loader raises into an error of the library."""
     try:
         yield
     except FuseError:

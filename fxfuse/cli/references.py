@@ -81,7 +81,7 @@ def load_example(reference: str, samples: int = 2) -> Tensor:
     Floating-point inputs are drawn with a fixed seed, others are zero.
 
     Raises:
-        ReferenceFormatError: If it is no shape, or too large to be one.
+        ReferenceFormatError: If it is not a shape, or an implausibly large one.
     """
     sizes, _, kind = reference.partition(":")
     try:
@@ -124,7 +124,7 @@ def _resolved(spec: str, reference: str) -> Any:
         raise _unresolved(reference, f"{type(error).__name__}: {error}") from error
     if isinstance(target, nn.Module) or not callable(target):
         if options:
-            raise _unresolved(reference, f"{name} takes no options, it is no factory")
+            raise _unresolved(reference, f"{name} takes no options, as it is not a factory")
         return target
     try:
         return target(**options)

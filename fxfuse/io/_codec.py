@@ -85,7 +85,7 @@ class _NodeEntry:
 class _ModuleEntry:
     """A module: its class, and by name the places of its parts and tensors in the tables.
 
-    `hidden` are the buffers that are no state. Graphs have a `name`, that of their class, and
+    `hidden` are the buffers outside the state. Graphs have a `name`, that of their class, and
     `nodes`; other modules have the rest of what they hold in `settings`.
     """
 
@@ -148,7 +148,7 @@ class _Writer:
         self._module_places: dict[int, int] = {}
         for key, tensor in network.state_dict(keep_vars=True).items():
             with _saving(key):
-                require(isinstance(tensor, Tensor), "a state that is no tensor")
+                require(isinstance(tensor, Tensor), "a part of the state that is not a tensor")
                 self.state[key] = contiguous(tensor)
             self._keys.setdefault(id(tensor), key)
 
@@ -267,7 +267,7 @@ def _written_target(node: fx.Node) -> tuple[str, tuple[str, ...] | None]:
     if name is None:
         raise Wrong(f"a call of {called(node.target)}")
     if name == "builtins.getattr" and not is_attribute(node.args[1]):
-        raise Wrong(f"a look at the attribute {node.args[1]!r}")
+        raise Wrong(f"a read of the attribute {node.args[1]!r}")
     return name, None
 
 
@@ -299,7 +299,7 @@ def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.Grap
         return network
     except FuseError as error:
         raise refused(f"a network that cannot be rebuilt: {error.met}", where, error) from error
-    except Exception as error:  # whatever torch says to sizes, settings and arguments
+    except Exception as error:  # torch refuses sizes, settings and arguments in many ways
         reason = f"{type(error).__name__}: {error}" if type(error) is not Wrong else str(error)
         raise refused(f"a network that cannot be rebuilt: {reason[:300]}", where) from error
 
@@ -354,7 +354,7 @@ class _Reader:
         return module
 
     def _graph_module(self, entry: _ModuleEntry) -> fx.GraphModule:
-        require(entry.name.isidentifier(), f"a name that is no name of a class: {entry.name!r}")
+        require(entry.name.isidentifier(), f"a name that no class can have: {entry.name!r}")
         holder, contents = nn.Module(), self._contents(entry)
         vars(holder).update(contents)
         module = fx.GraphModule(holder, self._graph(entry, holder), entry.name)
@@ -372,7 +372,7 @@ class _Reader:
             for name, tensor in parameters.items()
             if not isinstance(tensor, (nn.Parameter, type(None)))
         ]
-        require(not others, f"parameters that are none: {others}")
+        require(not others, f"parameters that are plain tensors: {others}")
         names = [*parts, *parameters, *buffers]
         for name in names:
             require(_is_part_name(name), f"a name that is not allowed: {name[:100]!r}")
@@ -449,7 +449,7 @@ def _function_at(
     function = function_named(n.target)
     if function is getattr:
         good = len(args) in (2, 3) and not kwargs and is_attribute(args[1])
-        require(good, f"a look at an attribute that is not allowed: {str(args[1:2])[:100]}")
+        require(good, f"an attribute that may not be read: {str(args[1:2])[:100]}")
     return function
 
 

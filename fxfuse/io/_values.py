@@ -112,7 +112,7 @@ def function_named(name: str) -> Callable[..., Any]:
 @lru_cache(maxsize=256)
 def class_of_tuples(name: str, fields: tuple[str, ...]) -> type:
     """Return a class of named tuples like one in the model's code, which need not be there."""
-    require(all(isinstance(n, str) for n in (name, *fields)), "names that are no text")
+    require(all(isinstance(n, str) for n in (name, *fields)), "names that are not text")
     return namedtuple(name, fields)
 
 
@@ -186,6 +186,6 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 def in_memory_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return a tensor with its axes laid out in memory in an order, the outermost first."""
-    require(sorted(order) == list(range(tensor.dim())), "axes that are no permutation")
+    require(sorted(order) == list(range(tensor.dim())), "axes that are not a permutation")
     back = [order.index(dim) for dim in range(len(order))]
     return tensor.permute(order).contiguous().permute(back)

@@ -57,7 +57,7 @@ def from_json(text: str) -> Alignment:
     Whether the networks have these layers is checked where it is used.
 
     Raises:
-        ArgumentError: If it is no such JSON, or a slot, a layer or a cost is out of place.
+        ArgumentError: If it is not such JSON, or a slot, a layer or a cost is out of place.
     """
     file = _read_file(parsed(text, "the alignment"))
     _require_consistent(file)
@@ -82,7 +82,7 @@ def load_alignment(path: str | os.PathLike[str]) -> Alignment:
     """Return the alignment of a file.
 
     Raises:
-        ArgumentError: If it cannot be read, or is no alignment.
+        ArgumentError: If it cannot be read, or is not an alignment.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

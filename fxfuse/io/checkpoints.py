@@ -50,7 +50,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         raise CheckpointError(
             f"a checkpoint without weights, but with {shorten(names, 200, placeholder=' ...')}",
             where=str(path),
-            expected="tensors by name, or such under one of the keys " + ", ".join(KEYS),
+            expected="tensors by name, at the top or under one of the keys " + ", ".join(KEYS),
             do="take the state dictionary out and save that: safetensors.torch.save_file(...)",
         )
     return state
@@ -153,8 +153,8 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", f"{error} {error.__context__}")
-        fault = f"runs code when it is read: {code[1]}" if code else "is no file of torch.save"
-        raise CheckpointError(  # torch's own words end in the advice to run it all the same
+        fault = f"runs code when it is read: {code[1]}" if code else "is not a file of torch.save"
+        raise CheckpointError(  # torch's own message advises to run it anyway
             f"a checkpoint that {fault}",
             where=str(path),
             expected="tensors alone, in a state dictionary",
@@ -171,7 +171,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
         f"a checkpoint that cannot be read: {type(error).__name__}: {reason}",
         where=str(path),
         expected="a whole safetensors file, or one that torch.save wrote",
-        do="check the path, or get the file anew; convert others with safetensors.torch.save_file",
+        do="check the path, or get the file again; convert others with safetensors.torch.save_file",
     )
 
 

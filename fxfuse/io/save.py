@@ -4,7 +4,7 @@ A file is a safetensors file: any program reads its weights, and `load_state_dic
 class takes them. Its metadata hold the architecture as JSON:
 
 - `fxfuse`: an object with `format`, `version`, `made_with` (versions), `report`, and the `tensors`
-  and `modules` of `_codec`, which include tensors that are no state.
+  and `modules` of `_codec`, which include tensors outside the state.
 - `sha256`: of that text, and of name, type, shape and bytes of each tensor in the order of names.
 """
 
@@ -163,7 +163,7 @@ def _require_room(text: str) -> None:
     if len(text) > 90_000_000:  # of the 100 MB that a header may have
         raise SaveError(
             f"a description of {len(text) / 1e6:.0f} MB",
-            where="tensors of the network that are no state of it",
+            where="tensors outside the network's state",
             expected="at most 90 MB",
             do="register large constants as buffers, which go to the weights",
         )

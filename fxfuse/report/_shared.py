@@ -126,8 +126,8 @@ def parameters_in(alignment: Alignment, network: int) -> str:
     """Return how many parameters a network's layers have, as a table shows it; empty if unknown."""
     if not alignment.facts:
         return ""
-    facts = (facts_of(alignment, network, layer) for layer in layers_of(alignment, network))
-    return short_number(sum(known.parameters for known in facts if known is not None))
+    facts = (facts_of(alignment, network, name) for name in layers_of(alignment, network))
+    return short_number(sum(layer.parameters for layer in facts if layer is not None))
 
 
 @dataclass(frozen=True)

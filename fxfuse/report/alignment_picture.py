@@ -248,8 +248,8 @@ class _Layout:
                     self._layer_box(k, y, "inserted", "inserted", facts)
                 continue
             kind, text = "layer" if k in kept else "merged", self.names[number][k][1][i]
-            known = facts_of(self.alignment, k, name)
-            note = "" if known is None else str(known.width)
+            layer = facts_of(self.alignment, k, name)
+            note = "" if layer is None else str(layer.width)
             self._layer_box(k, y, kind, text, self._layer_facts(segment, k, i, name), note)
             if k != segment.reference and segment.slots[segment.reference][i] is not None:
                 self._pair(segment, k, i, y)
@@ -263,10 +263,10 @@ class _Layout:
 
     def _layer_facts(self, segment: SegmentAlignment, k: int, i: int, name: str) -> tuple[str, ...]:
         lines = [name, self.alignment.names[k]]
-        known = facts_of(self.alignment, k, name)
-        if known is not None:
-            made_of = known.kind.rpartition(" [")[0] or known.kind  # without its fingerprint
-            units, parameters = amount(known.width, "unit"), amount(known.parameters, "parameter")
+        layer = facts_of(self.alignment, k, name)
+        if layer is not None:
+            made_of = layer.kind.rpartition(" [")[0] or layer.kind  # without its fingerprint
+            units, parameters = amount(layer.width, "unit"), amount(layer.parameters, "parameter")
             lines += [f"{units}, {parameters}", made_of]
         cost, partner = segment.cost_of(k, i), segment.slots[segment.reference][i]
         if k != segment.reference and partner is not None:

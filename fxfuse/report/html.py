@@ -2,7 +2,7 @@
 
 The templates beside this module say what the page looks like; here are the facts that they show.
 They escape every text that comes from models, files or callers, and a content policy in the page
-forbids whatever a browser might fetch.
+forbids the browser to fetch anything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def save_page(
         report: What a fusion did.
         path: The file to write.
         accuracy: Accuracy in percent by the name of a network, or accuracy and loss.
-        facts: What else is known, by name.
+        facts: Other facts about the run, by name.
     """
     write_text(path, page_of(report, accuracy, facts))
 

@@ -114,7 +114,7 @@ def draw_coupling(matrix: csr_array, path: str | os.PathLike[str], title: str = 
     Args:
         matrix: `(fused units, units)`.
         path: A file ending in .png, .svg or .pdf.
-        title: What it is of.
+        title: Title of the picture, such as the space and the network.
 
     Raises:
         ArgumentError: If the ending is of no known format.

@@ -168,7 +168,7 @@ class Report:
             path: The file to write.
             accuracy: Accuracy in percent of each network that is to be compared, by name, or
                 accuracy and loss.
-            facts: What else is known of the run: seeds, file hashes, the command line.
+            facts: Other facts about the run, by name: file hashes, the command line.
         """
         from .html import save_page
 

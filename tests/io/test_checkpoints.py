@@ -96,7 +96,7 @@ def test_a_file_that_runs_code_is_refused_and_does_not(tmp_path, monkeypatch, co
 def test_a_plain_pickle_is_refused_without_running_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("w.pkl").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(CheckpointError, match="is no file of torch.save") as caught:
+    with pytest.raises(CheckpointError, match="is not a file of torch.save") as caught:
         read_state("w.pkl")
     assert not Path("executed").exists() and "weights_only" not in str(caught.value)
 

@@ -245,9 +245,9 @@ def node_of(op):
         (("modules", 0, "parameters", "weight"), 99, "no entry 99"),
         (("modules", 0, "hidden"), ["weight"], "hidden buffers"),
         (("modules", len(DESCRIPTION["modules"]) - 1, "parts", "layer"), -1, "no entry -1"),
-        (("tensors", 0, "parameter"), False, "parameters that are none: ['weight']"),
+        (("tensors", 0, "parameter"), False, "parameters that are plain tensors: ['weight']"),
         (("tensors", 0, "key"), "gone", "gone"),
-        (("tensors", 0, "order"), [0, 0], "no permutation"),
+        (("tensors", 0, "order"), [0, 0], "not a permutation"),
         (("modules",), [], "IndexError"),
         (("modules",), DESCRIPTION["modules"][:1], "where the network should be"),
     ],
@@ -264,7 +264,7 @@ def test_reading_a_hidden_attribute_is_refused():
     i = next(i for i, n in enumerate(nodes) if n["target"] == "builtins.getattr")
     for name in ("__class__", "grad_fn", "apply_", 3):
         args = [nodes[i]["args"][0], name]
-        with pytest.raises(CheckpointError, match="look at an attribute"):
+        with pytest.raises(CheckpointError, match="an attribute that may not be read"):
             decoded(changed(DESCRIPTION, (*place, i, "args"), args))
 
 
