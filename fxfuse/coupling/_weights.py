@@ -8,7 +8,7 @@ per group only its output axis counts, since each row then belongs to one unit w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,8 @@ from ..calibration.norms import fold_norms, foldable_norms
 from ..graph.state import floats_of
 from ..ir import Axis, Coupling
 from ..spaces.network import Network
-from .mixing import Mixer, apply_along, foreign_tensors
+from .mixing import Couplings, apply_along
+from .problem import Problem, foreign_tensors
 
 CHUNK = 1 << 22  # numbers that are turned to double precision at a time
 
@@ -38,42 +39,50 @@ class Products:
     cross: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Weights:
-    """The tensors of all networks that have a say in how their units match.
+    """The tensors of all networks that have a say in how their units match, as far as they do.
+
+    A matching puts couplings here as it finds them, and sees tensors carried by these.
 
     Attributes:
-        mixer: The networks; maps of axes are made of its couplings.
+        problem: The networks.
         states: Per network, its tensors by name, without those that have no say.
+        couplings: The coupling of each space and network, as far as it is known.
         maps: Maps of axes `(tensor, axis, network)` made so far.
     """
 
-    mixer: Mixer
+    problem: Problem
     states: tuple[dict[str, np.ndarray], ...]
+    couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     maps: dict[tuple[str, int, int], csr_array] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mixer: Mixer, folded: bool = False) -> Weights:
+    def of(
+        cls,
+        problem: Problem,
+        couplings: dict[tuple[str, int], Coupling] | None = None,
+        folded: bool = False,
+    ) -> Weights:
         """Gather the tensors of balanced networks, as they are or with norms folded in.
 
         Args:
-            mixer: The networks.
+            problem: The networks.
+            couplings: What is coupled already; what is put is added to it.
             folded: Fold norms by running statistics into the weights before them; what such a
                 norm adds counts as a bias, under the name of its running mean.
         """
-        base = mixer.balanced.networks[mixer.anchor]
-        alone = foldable_norms(base)
+        alone = foldable_norms(problem.structure)
         states = []
-        for network, absent in zip(mixer.balanced.networks, mixer.balanced.absent):
+        for network, absent in zip(problem.networks, problem.absent):
             found = _folded(network, alone) if folded else _raw(network)
             foreign = foreign_tensors(network, absent)
             states.append({n: t for n, t in found.items() if n not in foreign})
-        return cls(mixer, tuple(states))
+        return cls(problem, tuple(states), {} if couplings is None else couplings)
 
     def at(self, couplings: dict[tuple[str, int], Coupling]) -> Weights:
         """Return the same tensors with other couplings."""
-        known = self.mixer.couplings | couplings
-        return Weights(replace(self.mixer, couplings=known), self.states)
+        return Weights(self.problem, self.states, self.couplings | couplings)
 
     def having(self, tensor: str) -> list[int]:
         """Return the networks in which a tensor has a say."""
@@ -81,14 +90,14 @@ class Weights:
 
     def forget(self, name: str, k: int) -> None:
         """Take a coupling away, and the maps made of it."""
-        self.mixer.couplings.pop((name, k), None)
-        for axis in self.mixer.match.spaces[name][k].axes:
+        self.couplings.pop((name, k), None)
+        for axis in self.problem.spaces[name][k].axes:
             self.maps.pop((axis.tensor, axis.dim, k), None)
 
     def put(self, name: str, k: int, coupling: Coupling) -> None:
         """Set the coupling of a space."""
         self.forget(name, k)
-        self.mixer.couplings[name, k] = coupling
+        self.couplings[name, k] = coupling
 
     def axes(self, name: str) -> list[Axis]:
         """Return where a space lies in tensors with a say, in the anchor's coordinates."""
@@ -110,7 +119,7 @@ class Weights:
     @property
     def anchor(self) -> Network:
         """The network whose structure the fused one has."""
-        return self.mixer.balanced.networks[self.mixer.anchor]
+        return self.problem.structure
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, Axis]]]:
@@ -136,7 +145,7 @@ class Weights:
 
     def dense(self, tensor: str, k: int) -> np.ndarray:
         """Return one network's tensor as it is; dense, if grouped."""
-        value, places = self.states[k][tensor], self.mixer.balanced.networks[k].spaces.places
+        value, places = self.states[k][tensor], self.problem.networks[k].spaces.places
         for dim in self.dims(tensor):
             groups = max((a.groups for _, a in places.get((tensor, dim), ())), default=1)
             if groups > 1:
@@ -147,7 +156,7 @@ class Weights:
         """Return the map along one axis of a tensor, kept until a coupling on it changes."""
         key = (tensor, dim, k)
         if key not in self.maps:
-            self.maps[key] = self.mixer.axis_map(*key)
+            self.maps[key] = Couplings(self.problem, self.couplings).axis_map(*key)
         return self.maps[key]
 
     def rows(self, name: str, axis: Axis, k: int) -> np.ndarray:
@@ -158,7 +167,7 @@ class Weights:
             axis: Where it lies, as the anchor has it.
             k: The network.
         """
-        own = self.mixer.match.spaces[name][k].axes
+        own = self.problem.spaces[name][k].axes
         here = next(a for a in own if (a.tensor, a.dim) == (axis.tensor, axis.dim))
         return unit_rows(self.carried(axis.tensor, k, axis.dim), here)
 
@@ -166,13 +175,12 @@ class Weights:
         """Tell whether networks have a tensor, with couplings on all its other axes."""
         across = self.spaces_on(axis.tensor, axis.dim)
         pairs = [(s, k) for s in across for k in networks]
-        mapped = all(pair in self.mixer.couplings for pair in pairs)
+        mapped = all(pair in self.couplings for pair in pairs)
         return mapped and all(axis.tensor in self.states[k] for k in networks)
 
     def reference(self, name: str) -> int:
         """Return whose units the others' are compared with: the first's, if the base has none."""
-        match = self.mixer.match
-        base, here = match.base[name], match.present[name]
+        base, here = self.problem.base[name], self.problem.present[name]
         return base if here[base] or not any(here) else here.index(True)
 
     def products(self, name: str, k: int, axes: list[Axis]) -> Products | None:
@@ -187,7 +195,7 @@ class Weights:
             Their inner products, or None if there was nothing to compare.
         """
         other, total = self.reference(name), None
-        if other == k or (name, other) not in self.mixer.couplings:
+        if other == k or (name, other) not in self.couplings:
             return None
         for axis in axes:
             if not self.settled(axis, other, k):
@@ -207,8 +215,8 @@ def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
     """
     found = weights.products(name, k, weights.axes(name))
     if found is None:
-        spaces = weights.mixer.match.spaces[name]
-        return np.zeros((spaces[weights.mixer.match.base[name]].size, spaces[k].size))
+        spaces = weights.problem.spaces[name]
+        return np.zeros((spaces[weights.problem.base[name]].size, spaces[k].size))
     return squared_distance(found)
 
 

@@ -20,14 +20,15 @@ from .._progress import counted, part
 from ..ir import Coupling
 from ..solvers import Assignment
 from ._weights import Weights, cross, unit_rows
-from .measure import Measurements, View
-from .mixing import Correspondence, Mixer, apply_along
-from .plans import Plans, two_maps
+from .measure import Evidence, View
+from .mixing import Couplings, apply_along
+from .plans import Costs, CouplingMethod, Plans, two_maps
+from .problem import Problem
 from .weight_matching import (
     Free,
     Start,
     families,
-    follow,
+    followed,
     forward,
     inner,
     join,
@@ -44,7 +45,7 @@ Gains = dict[tuple[str, int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class CycleConsistent:
+class CycleConsistent(CouplingMethod):
     """Match all networks at once so that their weights are most alike in a common universe.
 
     The sum over pairs of networks and tensors of inner products, all axes mapped to the universe,
@@ -73,15 +74,15 @@ class CycleConsistent:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network.
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network.
 
         Raises:
             PairingError: If the networks differ in width.
         """
-        require_equal_widths(mixer.match, type(self).__name__)
-        weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
-        free = spaces_to_join(mixer)
+        require_equal_widths(problem, type(self).__name__)
+        weights = Weights.of(problem, folded=self.folded)
+        rng, free = np.random.default_rng(self.seed), spaces_to_join(weights)
         with part(0.0, 0.2):
             join(weights, free, self.start)
         _soften(weights, free, self.inward)
@@ -89,31 +90,29 @@ class CycleConsistent:
             for _ in counted(range(self.iterations)):
                 if not _step(weights, free, self.tolerance):
                     break
-        here = {key: mixer.couplings[key].project.toarray() for key in _keys(free)}
+        here = {key: weights.couplings[key].project.toarray() for key in _keys(free)}
         _move(weights, _corner(weights, free, here))
         with part(0.8, 1.0):
             merge_in_turn(weights, free, self.polish, 100, rng)
+        return Couplings(problem, weights.couplings)
 
 
 def _soften(weights: Weights, free: Free, share: float) -> None:
     """Move all maps towards the even ones; no further than a space's blocks let its units go."""
     if share:
-        known = {key: weights.mixer.couplings[key].project for key in _keys(free)}
-        match = weights.mixer.match
+        known = {key: weights.couplings[key].project for key in _keys(free)}
         parents = {s.name: s.parent for s in weights.anchor.spaces}
-        even = {key: csr_array(even_map(match, parents, *key)) for key in known}
+        even = {key: csr_array(even_map(weights.problem, parents, *key)) for key in known}
         _move(weights, {key: (1 - share) * known[key] + share * even[key] for key in known})
 
 
-def even_map(
-    match: Correspondence, parents: Mapping[str, str | None], name: str, k: int
-) -> np.ndarray:
+def even_map(problem: Problem, parents: Mapping[str, str | None], name: str, k: int) -> np.ndarray:
     """Return the mean of all permutations that a space allows, `(universe, units)`."""
-    base, own = match.spaces[name][match.base[name]], match.spaces[name][k]
+    base, own = problem.spaces[name][problem.base[name]], problem.spaces[name][k]
     if base.blocks is None or own.blocks is None:
         return np.full((base.size, own.size), 1.0 / own.size)
     parent, count = parents[name], int(own.blocks.max()) + 1
-    outer = even_map(match, parents, parent, k) if parent else np.eye(count)
+    outer = even_map(problem, parents, parent, k) if parent else np.eye(count)
     even: np.ndarray = outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
     return even
 
@@ -121,7 +120,7 @@ def even_map(
 def _step(weights: Weights, free: Free, tolerance: float) -> bool:
     """Take one Frank-Wolfe step; return whether it gained anything."""
     gains = slope(weights)
-    here = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+    here = {key: weights.couplings[key].project for key in _keys(free)}
     corner = _corner(weights, free, gains)
     curve = Polynomial(along(weights, corner))
     room = sum(float((corner[key] - here[key]).multiply(g).sum()) for key, g in gains.items())
@@ -176,16 +175,6 @@ def _square(curve: list[np.ndarray]) -> np.ndarray:
     return total
 
 
-def objective(weights: Weights) -> float:
-    """Return the sum over tensors and pairs of networks of their inner product, mapped."""
-    value = 0.0
-    for tensor in _tensors(weights):
-        mapped = [weights.carried(tensor, k) for k in weights.having(tensor)]
-        total = sum(mapped[1:], mapped[0])
-        value += (inner(total, total) - sum(inner(t, t) for t in mapped)) / 2
-    return value
-
-
 def slope(weights: Weights) -> Gains:
     """Return the derivative `(universe, units)` of the objective by each map."""
     gains: Gains = {}
@@ -207,15 +196,15 @@ def _tensors(weights: Weights) -> list[str]:
 
 def _corner(weights: Weights, free: Free, gains: Gains) -> Maps:
     """Return the permutations, in blocks where there are some, of the greatest linear gain."""
-    match = weights.mixer.match
-    plans = Plans(match, Assignment(), two_maps)
+    problem = weights.problem
+    plans = Plans(problem, Assignment(), two_maps)
     order = families(weights.anchor)
     for k, names in free.items():
-        costs = {(n, i): -g * members(match, n) for (n, i), g in gains.items() if i == k}
+        costs: Costs = {(n, i): -g * members(problem, n) for (n, i), g in gains.items() if i == k}
         for family in order:
             moving = [name for name in family if name in names]
             if any((name, k) in costs for name in moving):
-                follow(match, moving, k, costs)
+                costs = followed(problem, moving, k, costs)
             for name in moving:
                 plans.solve(name, k, costs)
     return {key: coupling.project for key, coupling in plans.couplings.items()}

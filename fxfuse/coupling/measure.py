@@ -20,11 +20,10 @@ from .._progress import tell
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
-from ..depth.deepen import Balanced
 from ..errors import DataError
 from ..ir import OUTPUTS, Axis
 from ..spaces.network import OPEN, Network
-from .mixing import Correspondence
+from .problem import Problem
 
 ENOUGH_SAMPLES, ENOUGH_POSITIONS = 512, 1 << 15  # more hardly change how alike units are
 
@@ -55,7 +54,7 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Measurements:
+class Evidence:
     """What one joint pass over the data found.
 
     Attributes:
@@ -106,28 +105,26 @@ def _joins_second(network: Network, node: fx.Node, add: fx.Node) -> bool:
     return behind and first.name in network.book.weights
 
 
-def bypasses(balanced: Balanced) -> list[Bypass]:
+def bypasses(problem: Problem) -> list[Bypass]:
     """Return, per network, the nodes that need not run because its layer is absent."""
-    found: list[Bypass] = []
-    for absent in balanced.absent:
+    bypassed: list[Bypass] = []
+    for absent in problem.absent:
         silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
-        found.append({n: (a.entry, n in a.carriers) for a in silent for n in a.nodes})
-    return found
+        bypassed.append({n: (a.entry, n in a.carriers) for a in silent for n in a.nodes})
+    return bypassed
 
 
 def measure(
-    balanced: Balanced,
-    match: Correspondence,
+    problem: Problem,
     data: Calibration,
     view: View | None,
     outputs: dict[str, int],
     samples: int,
-) -> Measurements:
+) -> Evidence:
     """Advance all networks together over the data and gather moments at the measuring points.
 
     Args:
-        balanced: Networks of one structure.
-        match: Their spaces.
+        problem: The networks and their spaces.
         data: Calibration inputs.
         view: How units are compared; None if they are not.
         outputs: Nodes whose output moments are wanted, with their feature axis.
@@ -137,11 +134,11 @@ def measure(
     Raises:
         DataError: If activations are not finite.
     """
-    networks = balanced.networks
-    visits = {} if view is None else _visits(balanced, match, view)
+    networks = problem.networks
+    visits = {} if view is None else _visits(problem, view)
     meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
     if not meters:
-        return Measurements({}, {})
+        return Evidence({}, {})
     by_node: dict[str, list[Key]] = {}
     for key in meters:
         by_node.setdefault(key[0], []).append(key)
@@ -162,7 +159,7 @@ def measure(
                         moved[k] = _unit_by_unit(values[k], axis, pair.across)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
-    around = bypasses(balanced)
+    around = bypasses(problem)
     for batch in data.chunks(measuring_batch(networks)):
         walk(networks, batch, visit, around)
         seen += len(batch[0])
@@ -175,7 +172,7 @@ def measure(
             break
     pairs = _pairs(visits, meters)
     _require_finite(pairs, networks)
-    return Measurements(pairs, kept)
+    return Evidence(pairs, kept)
 
 
 def measuring_batch(networks: Sequence[Network]) -> int:
@@ -233,16 +230,16 @@ class _Visit:
         return self.axes[0].index.shape[1] == 1 and not self.across
 
 
-def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, list[_Visit]]:
-    points = measuring_points(balanced.networks[0], view)
-    fed = balanced.networks[0].fed()
-    gone = [{n for a in absent for n in a.inner} for absent in balanced.absent]
+def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
+    points = measuring_points(problem.networks[0], view)
+    fed = problem.networks[0].fed()
+    gone = [{n for a in absent for n in a.inner} for absent in problem.absent]
     dims: dict[str, set[int]] = {}
-    for node, dim in (place for n in balanced.networks for place in n.spaces.shown):
+    for node, dim in (place for n in problem.networks for place in n.spaces.shown):
         dims.setdefault(node, set()).add(dim)
     visits: dict[Key, list[_Visit]] = {}
-    for name, spaces in match.spaces.items():
-        for i, k in _compared(match, name, view):
+    for name, spaces in problem.spaces.items():
+        for i, k in _compared(problem, name, view):
             own = {a.tensor: a for a in spaces[k].features}
             both = [(a, own[a.tensor]) for a in spaces[i].features if a.tensor in own]
             both = [p for p in both if p[0].tensor in fed - gone[k] - gone[i]]
@@ -253,8 +250,8 @@ def _visits(balanced: Balanced, match: Correspondence, view: View) -> dict[Key, 
             for visit in [v for v in found if not v.across] or found:
                 key = (visit.axes[0].tensor, None if visit.plain else name)
                 visits.setdefault(key, []).append(visit)
-    if view.outputs and OPEN not in balanced.networks[0].module.graph.output_node().meta:
-        node, dim, size = last_contraction(balanced.networks[0])
+    if view.outputs and OPEN not in problem.networks[0].module.graph.output_node().meta:
+        node, dim, size = last_contraction(problem.networks[0])
         axis = Axis(node, dim, np.arange(size)[:, None])
         pairs = permutations(range(len(gone)), 2)
         visits[node, None] = [_Visit(OUTPUTS, i, k, (axis, axis)) for i, k in pairs]
@@ -268,12 +265,12 @@ def last_contraction(network: Network) -> tuple[str, int, int]:
     return node, dim, network.book.shapes[node][dim]
 
 
-def _compared(match: Correspondence, name: str, view: View) -> list[tuple[int, int]]:
+def _compared(problem: Problem, name: str, view: View) -> list[tuple[int, int]]:
     """Return the pairs of networks whose units of a space are compared."""
-    here = [k for k, has in enumerate(match.present[name]) if has]
+    here = [k for k, has in enumerate(problem.present[name]) if has]
     if view.everything:
         return [(i, k) for i in here for k in here if i <= k]
-    base = match.base[name]
+    base = problem.base[name]
     return [(base, k) for k in here if k != base and base in here]
 
 

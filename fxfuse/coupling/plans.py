@@ -1,14 +1,14 @@
-"""Couple the units of each space: one (project, unproject) pair of maps per space and network.
+"""From ground costs to plans, and from plans to couplings: what all coupling methods share.
 
-A coupling method is an object with an attribute `view` (what it wants to see of the units, None if
-only weights) and `__call__(mixer, measured)`, which fills in `mixer.couplings`. What all of them
-share is here: from ground costs to plans, and from plans to maps. A residual stream is one space
-and gets one coupling from all its places together. Spaces inside blocks (groups, heads) are coupled
-in two steps: blocks by the cost of their best inner match, then units inside matched blocks.
-Blocks, and units that no weight reads (queries, keys), are not mixed: soft solvers leave them out.
+A coupling method is a function of a problem and of the evidence that it asked for, its `view`; it
+returns couplings. A residual stream is one space and gets one coupling from all its places
+together. Spaces inside blocks (groups, heads) are coupled in two steps: blocks by the cost of their
+best inner match, then units inside matched blocks. Blocks, and units that no weight reads (queries,
+keys), are not mixed: soft solvers leave them out.
+
 The mean of two units that have little in common is neither of them, and what reads it gets neither.
 A network may therefore have the less of a say in a fused unit, the less its units agree with the
-base network's there; where they do not, the base network's unit stays.
+base network's there; where they do not agree, the base network's unit stays.
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -18,9 +18,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -29,10 +29,11 @@ from scipy.sparse import coo_array, csr_array, eye_array
 from ..errors import PairingError
 from ..ir import Coupling, Space
 from ..solvers import Assignment, Exact, Solver
-from .measure import Measurements, View
-from .mixing import Correspondence, Mixer
+from .measure import Evidence, View
+from .mixing import Couplings
+from .problem import Problem
 
-Costs = dict[tuple[str, int], np.ndarray]
+Costs = Mapping[tuple[str, int], np.ndarray]  # space and network -> ground cost
 
 
 SAME = 1e-3  # relative cost of units that agree but for rounding
@@ -48,22 +49,24 @@ Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
 
 class CouplingMethod(Protocol):
-    """How the units of the networks find each other.
+    """How the units of the networks find each other; inherit from it for the defaults.
 
     Attributes:
-        view: What is to be measured of the units; None if only weights count.
+        widest: Whether the anchor is the widest network, if the caller names none.
     """
+
+    widest: ClassVar[bool] = False
 
     @property
     def view(self) -> View | None:
-        """What is to be measured of the units."""
+        """What is to be measured of the units; None if only weights count."""
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network.
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network.
 
         Args:
-            mixer: The networks; its couplings are filled in.
-            measured: What the joint pass over the data found; its pairs are used up.
+            problem: The networks, their spaces and shares.
+            evidence: What one pass over the data found of the units, in the method's view.
         """
 
 
@@ -105,21 +108,23 @@ def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) 
     return agreed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Plans:
-    """Solves the plan of each space between the base network and one other, given ground costs.
+    """Solves space by space, between the base network and one other, given ground costs.
+
+    What is solved is kept: a space inside blocks follows the plan of its blocks.
 
     Attributes:
-        match: The spaces.
+        problem: The spaces.
         solver: Ground cost and marginals to a plan.
         maps: Plan to project and unproject.
-        couplings: The maps found so far.
-        plans: The plans found so far.
+        couplings: The maps of what is solved.
+        plans: The plans of what is solved.
         agreement: Power of the agreement that a network's say in a fused unit is; see
             `transport.Transport`.
     """
 
-    match: Correspondence
+    problem: Problem
     solver: Solver
     maps: Maps
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
@@ -129,13 +134,13 @@ class Plans:
     def settle_given(self) -> list[tuple[str, int]]:
         """Settle what needs no solving; return the spaces and networks that are left."""
         left = []
-        for name, spaces in self.match.spaces.items():
+        for name, spaces in self.problem.spaces.items():
             for k in range(len(spaces)):
                 if (name, k) in self.couplings:
                     continue
-                if k == self.match.base[name]:
+                if k == self.problem.base[name]:
                     self.keep(name, k)
-                elif not self.match.present[name][k]:
+                elif not self.problem.present[name][k]:
                     self.drop(name, k)
                 else:
                     left.append((name, k))
@@ -143,7 +148,10 @@ class Plans:
 
     def solve(self, name: str, k: int, costs: Costs) -> None:
         """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
-        space, base = self.match.spaces[name][k], self.match.spaces[name][self.match.base[name]]
+        space, base = (
+            self.problem.spaces[name][k],
+            self.problem.spaces[name][self.problem.base[name]],
+        )
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
         solver = self._solver_of(name)
         if inner:
@@ -171,37 +179,40 @@ class Plans:
         No map on the reading side undoes there what a soft plan does: queries and keys meet each
         other, not a weight.
         """
-        read = any(a.reads for s in self.match.spaces[name] for a in s.axes)
-        blocks = any(self._encloses(name, spaces) for spaces in self.match.spaces.values())
+        read = any(a.reads for s in self.problem.spaces[name] for a in s.axes)
+        blocks = any(self._encloses(name, spaces) for spaces in self.problem.spaces.values())
         return Exact() if self.solver.soft and (blocks or not read) else self.solver
 
     def keep(self, name: str, k: int) -> None:
         """Leave the units of a space where they are."""
-        size = self.match.spaces[name][self.match.base[name]].size
+        size = self.problem.spaces[name][self.problem.base[name]].size
         self.plans[name, k] = csr_array(eye_array(size) / size)
         self.couplings[name, k] = Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
 
     def drop(self, name: str, k: int) -> None:
         """Take nothing from a network that does not have a space."""
-        fused, own = self.match.spaces[name][self.match.base[name]], self.match.spaces[name][k]
+        fused, own = (
+            self.problem.spaces[name][self.problem.base[name]],
+            self.problem.spaces[name][k],
+        )
         shape = fused.size, own.size
         self.couplings[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
 
     def _parent(self, name: str) -> str | None:
         """Return the anchor's name of the space whose blocks a space lies in."""
-        inside = self.match.spaces[name]
-        return next((p for p in self.match.spaces if self._encloses(p, inside)), None)
+        inside = self.problem.spaces[name]
+        return next((p for p in self.problem.spaces if self._encloses(p, inside)), None)
 
     def _encloses(self, name: str, inside: Sequence[Space]) -> bool:
-        pairs = zip(self.match.spaces[name], inside)
+        pairs = zip(self.problem.spaces[name], inside)
         return all(child.parent == outer.name for outer, child in pairs if child.size)
 
     def _children(self, name: str, k: int, costs: Costs) -> list[tuple[Space, Space, np.ndarray]]:
         """Return the measured spaces inside a space's blocks: of the base, of `k`, their cost."""
         found = []
-        for child, spaces in self.match.spaces.items():
+        for child, spaces in self.problem.spaces.items():
             if (child, k) in costs and self._encloses(name, spaces):
-                found.append((spaces[self.match.base[child]], spaces[k], costs[child, k]))
+                found.append((spaces[self.problem.base[child]], spaces[k], costs[child, k]))
         return found
 
 

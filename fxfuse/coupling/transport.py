@@ -19,8 +19,10 @@ Couple unit `i` of each network with unit `i` of the others: naive averaging.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 import networkx as nx
 import numpy as np
@@ -33,15 +35,16 @@ from ..ir import OUTPUTS, Coupling, Space
 from ..solvers import Exact, Solver
 from ..spaces.network import Network
 from ._weights import Weights, weight_cost
-from .measure import Measurements, View, points_of
-from .mixing import Correspondence, Mixer
-from .plans import Costs, Maps, Plans, two_maps, uniform
+from .measure import Evidence, Pair, View, points_of
+from .mixing import Couplings
+from .plans import Costs, CouplingMethod, Maps, Plans, two_maps, uniform
+from .problem import Problem
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Transport:
+class Transport(CouplingMethod):
     """Transport from each network's units to the base network's, space by space.
 
     Spaces whose units no node shows (inside attention) are matched last, by their weights.
@@ -73,78 +76,96 @@ class Transport:
                 do="use 0 for a full say everywhere, 4 for that of the default method",
             )
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network."""
-        plans = Plans(
-            mixer.match, self.solver, self.maps, mixer.couplings, agreement=self.agreement
-        )
-        with part(0.0, 0.5):
-            costs = ground_costs(mixer.match, measured, self.ground_cost)
-        with part(0.5, 1.0):
-            solve_all(mixer, plans, costs)
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network."""
+        plans = Plans(problem, self.solver, self.maps, agreement=self.agreement)
+        solve_all(plans, GroundCosts(problem, evidence, self.ground_cost))
+        return Couplings(problem, plans.couplings)
 
 
-def ground_costs(
-    match: Correspondence,
-    measured: Measurements,
-    ground_cost: GroundCost,
-) -> Costs:
-    """Return the cost between the base network's units and each other's; uses up the pairs."""
-    costs: Costs = {}
-    for name, i, k in counted(list(measured.pairs)):  # each may take gigabytes
-        places = list(measured.pairs.pop((name, i, k)).values())
-        if match.base[name] in (i, k) and i != k:
-            forward = match.base[name] == i
-            cost = ground_cost(places)
-            costs[name, k if forward else i] = cost if forward else cost.T
-    return costs
+class GroundCosts(Mapping[tuple[str, int], np.ndarray]):
+    """The cost between the base network's units and each other's, where these were measured.
+
+    A cost is computed each time it is asked for: of wide networks each takes gigabytes.
+
+    Args:
+        problem: The spaces.
+        evidence: What was measured of them.
+        ground_cost: Moments of two spaces to the cost between their units.
+    """
+
+    def __init__(self, problem: Problem, evidence: Evidence, ground_cost: GroundCost) -> None:
+        self._evidence, self._ground_cost = evidence, ground_cost
+        self._pairs: dict[tuple[str, int], Pair] = {}
+        for name, i, k in evidence.pairs:
+            base = problem.base.get(name)  # outputs have none
+            if base in (i, k) and i != k:
+                self._pairs[name, k if base == i else i] = name, i, k
+
+    def __getitem__(self, key: tuple[str, int]) -> np.ndarray:
+        """Return the cost `(units of the base, units)` of a space and network."""
+        pair = self._pairs[key]
+        cost = self._ground_cost(list(self._evidence.pairs[pair].values()))
+        return cost if pair[2] == key[1] else cost.T
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Iterate over the spaces and networks that were compared."""
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._pairs)
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether a space and network were compared, without computing their cost."""
+        return key in self._pairs
 
 
-def solve_all(mixer: Mixer, plans: Plans, costs: Costs) -> None:
+def solve_all(plans: Plans, costs: Costs) -> None:
     """Couple what is not coupled yet, given its costs; what has none is compared by weights."""
-    keys = plans.settle_given()
-    late = _unseen(mixer.match, keys, costs)
+    problem, keys = plans.problem, plans.settle_given()
+    late = _unseen(problem, keys, costs)
     early = [key for key in keys if key not in late]
     share = len(early) / max(len(keys), 1)
     with part(0.0, share):
         for key in counted(early):
             plans.solve(*key, costs)
-    weights = Weights.of(mixer)
+    weights = Weights.of(problem, plans.couplings)
     with part(share, 1.0):
         for k in counted(sorted({k for _, k in late})):
             own = [key for key in keys if key in late and key[1] == k]
-            shown = [key for key in own if mixer.match.spaces[key[0]][0].axes]
-            costs |= {key: weight_cost(weights, *key) for key in shown}
+            shown = [key for key in own if problem.spaces[key[0]][0].axes]
+            by_weights = {key: weight_cost(weights, *key) for key in shown}
+            costs = ChainMap(by_weights, cast(MutableMapping[tuple[str, int], np.ndarray], costs))
             for key in counted(own):
                 plans.solve(*key, costs)
 
 
 def _unseen(
-    match: Correspondence,
+    problem: Problem,
     keys: Sequence[tuple[str, int]],
     costs: Costs,
 ) -> set[tuple[str, int]]:
     """Return the spaces without a cost of their own, or around or beside such a one in blocks."""
     late: set[tuple[str, int]] = set()
     for k in {k for _, k in keys}:
-        family = {s[k].name: name for name, s in match.spaces.items()}
-        outer = {s[k].parent for s in match.spaces.values()}
+        family = {s[k].name: name for name, s in problem.spaces.items()}
+        outer = {s[k].parent for s in problem.spaces.values()}
         for name in (n for n, j in keys if j == k):
-            space = match.spaces[name][k]
+            space = problem.spaces[name][k]
             if (name, k) not in costs and space.name not in outer:
                 late.add((name, k))
                 if space.parent is not None:
                     late.add((family[space.parent], k))
         for name in (n for n, j in keys if j == k):
-            parent = match.spaces[name][k].parent
+            parent = problem.spaces[name][k].parent
             if parent is not None and (family[parent], k) in late:
                 late.add((name, k))
     return late
 
 
+AxisMaps = dict[tuple[str, str, int, int], Coupling]  # see `Couplings.of_axes`
 Flow = dict[str, Coupling]  # the contraction that wrote, and the maps of its output
-
-
 Reach = dict[str, set[str]]
 
 
@@ -158,26 +179,30 @@ class LayerByLayer(Transport):
 
     view: View = View(singly=True, outputs=True)
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space, network and tensor axis."""
-        base = mixer.balanced.networks[mixer.anchor]
-        points, reach = points_of(base, self.view), _reach(base)
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space, network and tensor axis."""
         with part(0.0, 0.5):
-            for (name, i, k), places in counted(measured.pairs.items()):
-                outputs = name == OUTPUTS
-                if i != (mixer.anchor if outputs else mixer.match.base[name]):
-                    continue
-                if outputs or base.spaces[name].blocks is None:
-                    maps = {node: self._maps(moments) for node, moments in places.items()}
-                    flow = {w: maps[point] for w, point in points.items() if point in maps}
-                    if outputs:
-                        _map_outputs(mixer, base, k, flow)
-                    else:
-                        _let_flow(mixer, base, base.spaces[name], k, flow, reach)
-        for pair in [p for p in measured.pairs if p[0] == OUTPUTS]:
-            del measured.pairs[pair]
+            of_axes = self._layer_by_layer(problem, evidence)
         with part(0.5, 1.0):
-            super().__call__(mixer, measured)
+            return replace(super().__call__(problem, evidence), of_axes=of_axes)
+
+    def _layer_by_layer(self, problem: Problem, evidence: Evidence) -> AxisMaps:
+        """Return the maps of the axes that the outputs of single layers lie along."""
+        base = problem.structure
+        points, reach = points_of(base, self.view), _reach(base)
+        of_axes: AxisMaps = {}
+        for (name, i, k), places in counted(evidence.pairs.items()):
+            outputs = name == OUTPUTS
+            if i != (problem.anchor if outputs else problem.base[name]):
+                continue
+            if outputs or base.spaces[name].blocks is None:
+                maps = {node: self._maps(moments) for node, moments in places.items()}
+                flow = {w: maps[point] for w, point in points.items() if point in maps}
+                if outputs:
+                    of_axes |= _map_outputs(base, k, flow)
+                else:
+                    of_axes |= _let_flow(base, base.spaces[name], k, flow, reach)
+        return of_axes
 
     def _maps(self, moments: PairMoments) -> Coupling:
         cost = self.ground_cost([moments])
@@ -192,7 +217,9 @@ def _reach(network: Network) -> Reach:
     return {n: nx.descendants(graph, n) for n in network.book.weights}
 
 
-def _let_flow(mixer: Mixer, base: Network, space: Space, k: int, flow: Flow, reach: Reach) -> None:
+def _let_flow(base: Network, space: Space, k: int, flow: Flow, reach: Reach) -> AxisMaps:
+    """Return the map of each axis of a space: that of the contractions which wrote last."""
+    of_axes: AxisMaps = {}
     writers = _writers(base, space)
     touched = {t: n for n, names in base.book.tensors.items() for t in names}
     for axis in space.axes:
@@ -200,19 +227,23 @@ def _let_flow(mixer: Mixer, base: Network, space: Space, k: int, flow: Flow, rea
         last = [node] if node in writers and not axis.reads else _last(writers, node, reach)
         found = [flow[w] for w in last if w in flow]
         if found:
-            mixer.layered[space.name, axis.tensor, axis.dim, k] = _mean(found)
+            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(found)
     output = base.module.graph.output_node()
     found = [flow[w] for w in _last(writers, output.name, reach) if w in flow]
     for axis in space.features if found else ():
         if axis.tensor in {n.name for n in output.all_input_nodes}:  # a head may read it there
-            mixer.layered[space.name, axis.tensor, axis.dim, k] = _mean(found)
+            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(found)
+    return of_axes
 
 
-def _map_outputs(mixer: Mixer, base: Network, k: int, flow: Flow) -> None:
+def _map_outputs(base: Network, k: int, flow: Flow) -> AxisMaps:
+    """Return the map of the axes that the network's outputs lie along."""
+    of_axes: AxisMaps = {}
     for node, coupling in flow.items():
         for tensor in base.book.tensors[node]:
             read = {axis.dim for _, axis in base.spaces.on(tensor)}
-            mixer.layered[OUTPUTS, tensor, int(0 in read), k] = coupling
+            of_axes[OUTPUTS, tensor, int(0 in read), k] = coupling
+    return of_axes
 
 
 def _writers(network: Network, space: Space) -> set[str]:
@@ -234,7 +265,7 @@ def _mean(couplings: Sequence[Coupling]) -> Coupling:
 
 
 @dataclass(frozen=True)
-class InPlace:
+class InPlace(CouplingMethod):
     """Leave every unit where it is: the baseline that knows nothing of permutations.
 
     With `MatchMoments(keep=True)` the result is the average of the weights, name by name. Nets of
@@ -259,20 +290,25 @@ class InPlace:
 
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network."""
-        match = mixer.match
-        for name, spaces in counted(match.spaces.items()):
-            fused = spaces[match.base[name]].size
-            for k, own in enumerate(spaces):
-                if not match.present[name][k]:
-                    shape = fused, own.size
-                    maps = csr_array(shape), csr_array(shape[::-1])
-                elif own.size == fused:
-                    maps = csr_array(eye_array(fused)), csr_array(eye_array(fused))
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network.
+
+        Raises:
+            PairingError: If the networks differ in width.
+        """
+        maps: dict[tuple[str, int], Coupling] = {}
+        for name, spaces in counted(problem.spaces.items()):
+            fused = spaces[problem.base[name]].size
+            for k, space in enumerate(spaces):
+                if not problem.present[name][k]:
+                    shape = fused, space.size
+                    maps[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
+                elif space.size == fused:
+                    same = csr_array(eye_array(fused))
+                    maps[name, k] = Coupling(same, same.copy())
                 else:
-                    raise _unequal(name, fused, own.size)
-                mixer.couplings[name, k] = Coupling(*maps)
+                    raise _unequal(name, fused, space.size)
+        return Couplings(problem, maps)
 
 
 def _unequal(name: str, fused: int, own: int) -> PairingError:

@@ -30,23 +30,24 @@ from ..ir import Axis
 from ..solvers import Assignment, Exact, Solver
 from ..spaces.network import Network
 from ._weights import Products, Weights, cross, distance, unit_norm, unit_rows, weight_cost
-from .measure import Measurements, View
-from .mixing import Correspondence, Mixer
-from .plans import Costs, Maps, Plans, two_maps
+from .measure import Evidence, View
+from .mixing import Couplings
+from .plans import Costs, CouplingMethod, Maps, Plans, two_maps
+from .problem import Problem
 
 Free = Mapping[int, Sequence[str]]
 
 
-def spaces_to_join(mixer: Mixer) -> Free:
+def spaces_to_join(weights: Weights) -> Free:
     """Settle the spaces that a network lacks; return, per network, those that it has."""
-    match = mixer.match
-    plans = Plans(match, Assignment(), two_maps, mixer.couplings)
-    free: dict[int, list[str]] = {k: [] for k in range(len(mixer.weights))}
-    for name in match.spaces:
-        for k, here in enumerate(match.present[name]):
-            if here:
+    problem = weights.problem
+    plans = Plans(problem, Assignment(), two_maps, weights.couplings)
+    free: dict[int, list[str]] = {k: [] for k in range(len(problem.networks))}
+    for name in problem.spaces:
+        for k, present in enumerate(problem.present[name]):
+            if present:
                 free[k].append(name)
-            elif any(match.present[name]) or k != match.base[name]:
+            elif any(problem.present[name]) or k != problem.base[name]:
                 plans.drop(name, k)
             else:
                 plans.keep(name, k)
@@ -125,7 +126,7 @@ class Ascent:
 
     def keep(self) -> None:
         """Leave all units of the network where they are."""
-        plans = Plans(self._match, Assignment(), two_maps)
+        plans = Plans(self.weights.problem, Assignment(), two_maps)
         for name in self.names:
             plans.keep(name, self.k)
             self.weights.put(name, self.k, plans.couplings[name, self.k])
@@ -185,7 +186,7 @@ class Ascent:
     def _try(self, moving: list[str]) -> bool:
         """Move some spaces to where the sum seems greatest; undo it unless it is greater."""
         tensors = self._tensors(moving)
-        before = {name: self.weights.mixer.couplings[name, self.k] for name in moving}
+        before = {name: self.weights.couplings[name, self.k] for name in moving}
         value, scale = self._value(tensors)
         self._solve(moving, self._gains(moving))
         linked = [n for n in moving[1:] if self._linked(n, moving)]
@@ -211,14 +212,16 @@ class Ascent:
             scale += inner(a, a) + inner(b, b)
         return value, scale
 
-    def _gains(self, moving: Sequence[str], settled: bool = False) -> Costs:
+    def _gains(
+        self, moving: Sequence[str], settled: bool = False
+    ) -> dict[tuple[str, int], np.ndarray]:
         """Return minus the inner products of targets and units, for each space that has any.
 
         Args:
             moving: The spaces; a tensor that two of them lie on does not count.
             settled: Only count tensors whose other axes are matched.
         """
-        found: Costs = {}
+        found: dict[tuple[str, int], np.ndarray] = {}
         for name in moving:
             parts = [
                 cross(unit_rows(self.targets[a.tensor], a), self.weights.rows(name, a, self.k))
@@ -227,7 +230,7 @@ class Ascent:
             ]
             if parts:
                 gains = sum(parts[1:], parts[0])
-                found[name, self.k] = -gains * members(self._match, name)
+                found[name, self.k] = -gains * members(self.weights.problem, name)
         return found
 
     def _counted(self, name: str, moving: Sequence[str]) -> list[Axis]:
@@ -240,18 +243,14 @@ class Ascent:
 
     def _solve(self, moving: Sequence[str], costs: Costs) -> None:
         """Solve some spaces; one of which nothing is known stays, or moves with its blocks."""
-        known = self.weights.mixer.couplings
-        plans = Plans(self._match, Assignment(), two_maps)
+        known = self.weights.couplings
+        plans = Plans(self.weights.problem, Assignment(), two_maps)
         plans.plans.update({key: c.project for key, c in known.items() if key[1] == self.k})
-        follow(self._match, moving, self.k, costs)
+        costs = followed(self.weights.problem, moving, self.k, costs)
         for name in moving:
             if (name, self.k) in costs or len(moving) > 1 or (name, self.k) not in known:
                 plans.solve(name, self.k, costs)
                 self.weights.put(name, self.k, plans.couplings[name, self.k])
-
-    @property
-    def _match(self) -> Correspondence:
-        return self.weights.mixer.match
 
 
 Start = Callable[[Ascent], None]
@@ -272,20 +271,22 @@ def inner(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.einsum("i,i->", a.ravel(), b.ravel(), dtype=float))
 
 
-def follow(match: Correspondence, moving: Sequence[str], k: int, costs: Costs) -> None:
-    """Add zeros for the spaces inside blocks that move, where nothing else is known of them."""
-    for name in moving[1:]:
-        if (name, k) not in costs:
-            shape = match.spaces[name][match.base[name]].size, match.spaces[name][k].size
-            costs[name, k] = np.zeros(shape)
+def followed(problem: Problem, moving: Sequence[str], k: int, costs: Costs) -> Costs:
+    """Return costs with zeros for the spaces inside blocks that move, where nothing is known."""
+    unknown = [name for name in moving[1:] if (name, k) not in costs]
+    zeros = {}
+    for name in unknown:
+        spaces = problem.spaces[name]
+        zeros[name, k] = np.zeros((spaces[problem.base[name]].size, spaces[k].size))
+    return {**costs, **zeros}
 
 
-def members(match: Correspondence, name: str) -> int:
+def members(problem: Problem, name: str) -> int:
     """Return how many units lie in each block of a space, 1 if it has none.
 
     The plans weigh a block's best inner match per unit; sums over units want it per block.
     """
-    blocks = match.spaces[name][match.base[name]].blocks
+    blocks = problem.spaces[name][problem.base[name]].blocks
     return 1 if blocks is None or not len(blocks) else int(np.bincount(blocks).max())
 
 
@@ -313,14 +314,14 @@ def network_order(network: Network) -> list[str]:
     return sorted(names, key=lambda name: first.get(name, len(network.module.graph.nodes)))
 
 
-def require_equal_widths(match: Correspondence, method: str) -> None:
+def require_equal_widths(problem: Problem, method: str) -> None:
     """Refuse networks of different width for a method that matches units one to one.
 
     Raises:
         PairingError: Naming the first space whose sizes differ.
     """
-    for name, spaces in match.spaces.items():
-        sizes = [s.size for s, here in zip(spaces, match.present[name]) if here]
+    for name, spaces in problem.spaces.items():
+        sizes = [s.size for s, present in zip(spaces, problem.present[name]) if present]
         if len(set(sizes)) > 1:
             raise PairingError(
                 f"units that cannot be matched one to one: {' and '.join(map(str, sizes))} of them",
@@ -334,7 +335,7 @@ RowCost = Callable[[Products], np.ndarray]
 
 
 @dataclass(frozen=True)
-class WeightTransport:
+class WeightTransport(CouplingMethod):
     """Transport from each network's units to the base network's, compared by their weights.
 
     Forward in network order: a unit's vector is its row of every tensor that writes its space, the
@@ -363,16 +364,17 @@ class WeightTransport:
     passes: int = 2
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network."""
-        weights = Weights.of(mixer, self.folded)
-        plans = Plans(mixer.match, self.solver, self.maps, mixer.couplings)
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network."""
+        weights = Weights.of(problem, folded=self.folded)
+        plans = Plans(problem, self.solver, self.maps, weights.couplings)
         left = set(plans.settle_given())
-        order = families(mixer.balanced.networks[mixer.anchor])
+        order = families(problem.structure)
         for _ in counted(range(self.passes)):
             for family in counted(order):
                 for k in sorted({k for name, k in left if name in family}):
                     self._solve(weights, plans, family, k)
+        return Couplings(problem, weights.couplings)
 
     def _solve(self, weights: Weights, plans: Plans, family: list[str], k: int) -> None:
         """Solve blocks and what is inside; once the blocks are matched, their inside again."""
@@ -383,7 +385,7 @@ class WeightTransport:
                 weights.put(name, k, plans.couplings[name, k])
 
     def _costs(self, weights: Weights, moving: list[str], k: int) -> Costs:
-        found: Costs = {}
+        found: dict[tuple[str, int], np.ndarray] = {}
         for name in moving:
             axes = weights.axes(name)
             writers = [a for a in axes if not a.reads] or axes
@@ -397,7 +399,7 @@ class WeightTransport:
 
 
 @dataclass(frozen=True)
-class WeightMatching:
+class WeightMatching(CouplingMethod):
     """Match each network to the base network so that their weights are most alike.
 
     The sum over all tensors of the inner product of the base's and the network's, all axes mapped,
@@ -421,27 +423,28 @@ class WeightMatching:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network.
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network.
 
         Raises:
             PairingError: If the networks differ in width.
         """
-        require_equal_widths(mixer.match, type(self).__name__)
-        weights = Weights.of(mixer, self.folded)
-        free = Plans(mixer.match, Exact(), two_maps, mixer.couplings).settle_given()
-        settled = [mixer.anchor]
-        others = [k for k in range(len(weights.states)) if k != mixer.anchor]
+        require_equal_widths(problem, type(self).__name__)
+        weights = Weights.of(problem, folded=self.folded)
+        free = Plans(problem, Exact(), two_maps, weights.couplings).settle_given()
+        settled = [problem.anchor]
+        others = [k for k in range(len(weights.states)) if k != problem.anchor]
         for k in counted(others):
             targets = _of_the_first(weights, settled)
             ascent = Ascent(weights, k, targets, [name for name, i in free if i == k])
             self.start(ascent)
             ascent.run(self.sweeps, np.random.default_rng(self.seed))
             settled.append(k)
+        return Couplings(problem, weights.couplings)
 
 
 @dataclass(frozen=True)
-class MergeMany:
+class MergeMany(CouplingMethod):
     """Match each network in turn to the sum of all others, until none moves.
 
     No network stays where it is: the fused units are nobody's. Networks are taken in an order that
@@ -467,19 +470,20 @@ class MergeMany:
     folded: bool = False
     view: View | None = None
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network.
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network.
 
         Raises:
             PairingError: If the networks differ in width.
         """
-        require_equal_widths(mixer.match, type(self).__name__)
-        weights, rng = Weights.of(mixer, self.folded), np.random.default_rng(self.seed)
-        free = spaces_to_join(mixer)
+        require_equal_widths(problem, type(self).__name__)
+        weights = Weights.of(problem, folded=self.folded)
+        rng, free = np.random.default_rng(self.seed), spaces_to_join(weights)
         with part(0.0, 0.5):
             join(weights, free, self.start)
         with part(0.5, 1.0):
             merge_in_turn(weights, free, self.rounds, self.sweeps, rng)
+        return Couplings(problem, weights.couplings)
 
 
 def _of_the_first(weights: Weights, networks: Sequence[int]) -> dict[str, np.ndarray]:

@@ -25,15 +25,16 @@ from typing import ClassVar
 import numpy as np
 from scipy.sparse import csr_array
 
-from .._progress import counted, part, unheard
+from .._progress import counted, part
 from ..calibration.moments import PairMoments, correlation, distance, pearson, varies
 from ..errors import ArgumentError
 from ..ir import Coupling
 from ..solvers import Exact
-from .measure import Measurements, View
-from .mixing import Mixer
-from .plans import Plans, two_maps
-from .transport import ground_costs, solve_all
+from .measure import Evidence, View
+from .mixing import Couplings
+from .plans import CouplingMethod, Plans, two_maps
+from .problem import Problem
+from .transport import GroundCosts, solve_all
 
 FLOOR = 1e-7  # least product of two spreads that a correlation divides by
 
@@ -48,7 +49,7 @@ DECIMALS = 4  # similarities are measured no finer: what differs by less is a ti
 
 
 @dataclass(frozen=True)
-class Zip:
+class Zip(CouplingMethod):
     """Zips every space whose units are measured, read by a weight, and in no blocks.
 
     Other spaces (groups and heads and what is inside them, queries and keys, units that no node
@@ -79,39 +80,40 @@ class Zip:
                 do="set View(everything=True)",
             )
 
-    def __call__(self, mixer: Mixer, measured: Measurements) -> None:
-        """Fill in the coupling of every space and network."""
-        plans = Plans(mixer.match, Exact(), two_maps, mixer.couplings)
+    def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
+        """Return the coupling of every space and network."""
+        plans = Plans(problem, Exact(), two_maps)
         with part(0.0, 0.5):
-            for name in counted(_to_zip(mixer, measured)):
-                present = mixer.match.present[name]
-                own = [key for key in measured.pairs if key[0] == name]
-                places = {key[1:]: list(measured.pairs.pop(key).values()) for key in own}
-                for k in range(len(present)):
-                    if not present[k]:
+            for name in counted(_to_zip(problem, evidence)):
+                for k, present in enumerate(problem.present[name]):
+                    if not present:
                         plans.drop(name, k)
-                self._zip(mixer, name, places)
-        with unheard():
-            costs = ground_costs(mixer.match, measured, correlation)
+                plans.couplings |= self._zip(problem, name, evidence)
         with part(0.5, 1.0):
-            solve_all(mixer, plans, costs)
+            solve_all(plans, GroundCosts(problem, evidence, correlation))
+        return Couplings(problem, plans.couplings)
 
     def _zip(
-        self, mixer: Mixer, name: str, places: dict[tuple[int, int], list[PairMoments]]
-    ) -> None:
-        spaces, base = mixer.match.spaces[name], mixer.match.base[name]
+        self, problem: Problem, name: str, evidence: Evidence
+    ) -> dict[tuple[str, int], Coupling]:
+        """Return the coupling of one space for each network that has it."""
+        pairs = {key: found for key, found in evidence.pairs.items() if key[0] == name}
+        places = {(i, k): list(found.values()) for (_, i, k), found in pairs.items()}
+        spaces, base = problem.spaces[name], problem.base[name]
         here = sorted({k for pair in places for k in pair}, key=lambda k: (k != base, k))
         owners = np.repeat(here, [spaces[k].size for k in here])
         alike = similarities(places, here)
-        shares = np.array(mixer.among(mixer.match.present[name]))
-        size = spaces[mixer.anchor].size
+        shares = np.array(problem.among(problem.present[name]))
+        size = spaces[problem.anchor].size
         groups = self._group(alike, owners, shares[owners], min(size, len(owners)))
         mass = np.bincount(groups, shares[owners])
+        maps = {}
         for k in here:
             own = owners == k
             project, unproject = _maps(groups[own], np.where(mass > 0, mass, 1.0), size)
             cost = _cost(alike[own], groups[own][:, None] == groups, np.flatnonzero(own))
-            mixer.couplings[name, k] = Coupling(project, unproject, cost)
+            maps[name, k] = Coupling(project, unproject, cost)
+        return maps
 
     def _group(
         self, alike: np.ndarray, owners: np.ndarray, shares: np.ndarray, size: int
@@ -277,15 +279,15 @@ def _cost(alike: np.ndarray, same: np.ndarray, own: np.ndarray) -> float | None:
     return float(1.0 - alike[same].mean()) if same.any() else None
 
 
-def _to_zip(mixer: Mixer, measured: Measurements) -> list[str]:
+def _to_zip(problem: Problem, evidence: Evidence) -> list[str]:
     """Return the spaces that are measured, read by a weight, and neither in blocks nor blocks."""
-    parents = {s.parent for spaces in mixer.match.spaces.values() for s in spaces}
+    parents = {s.parent for spaces in problem.spaces.values() for s in spaces}
     found = []
-    for name, spaces in mixer.match.spaces.items():
+    for name, spaces in problem.spaces.items():
         blocks = any(s.blocks is not None or s.name in parents for s in spaces if s.size)
         read = any(a.reads for s in spaces for a in s.axes)
-        here = [k for k, present in enumerate(mixer.match.present[name]) if present]
-        seen = all((name, i, k) in measured.pairs for i in here for k in here if i <= k)
+        here = [k for k, present in enumerate(problem.present[name]) if present]
+        seen = all((name, i, k) in evidence.pairs for i in here for k in here if i <= k)
         if len(here) and seen and read and not blocks:
             found.append(name)
     return found

@@ -1,19 +1,13 @@
-"""What a caller hands in: models and data made ready, weights and anchor checked.
+"""The entry functions: fuse, align, balance. `fuse` reads as the list of its stages.
 
-The entry functions; they read as the way of the data: trace, align, balance, assemble.
-
-Copies of one network that are deeper, wider or narrower.
-
-The first two keep its function; the third is a start for fusing a network into a smaller one.
-
-References:
-    Chen et al. 2016 (Net2Net).
+networks, data -> align -> balance -> a problem -> couple -> emit -> refit -> one network
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -25,70 +19,23 @@ from ..alignment.layer_costs import LayerCost, linear_cka
 from ..alignment.layers import partition
 from ..calibration.data import Calibration
 from ..calibration.prepare import take_in
-from ..coupling.mixing import Correspondence, Mixer, correspond
+from ..coupling.mixing import Couplings
 from ..coupling.plans import CouplingMethod
+from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
-from ..errors import ArgumentError
 from ..graph.trace import copy_modes, plain_modes
-from ..ir import Alignment
-from ..refit.moments import Refit
+from ..ir import Alignment, Segment
+from ..refit.moments import Refit, rescale
 from ..refit.sweep import LeastSquares
+from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
-from ._cut import Head, cut_networks, trunk_segments
-from .assemble import assemble, report_on, require_sound
+from ._arguments import anchor_of, is_automatic, shares_of
+from ._cut import cut_networks, trunk_segments
+from ._summary import report_on
+from .assemble import choose, couple, make, require_sound
 from .heads import Heads, require_heads
-
-
-def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
-    """Tell whether the weights are to be chosen.
-
-    Args:
-        weights: As for `fuse`.
-        apart: Whether the networks are of different tasks.
-
-    Raises:
-        ArgumentError: If they are a word that means nothing.
-    """
-    if isinstance(weights, str) and (weights != "auto" or apart):
-        raise ArgumentError(
-            f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
-            where="the argument `weights`",
-            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
-            do="give one number for each model, or leave them out for equal weights",
-        )
-    return weights == "auto"
-
-
-def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
-    """Return the share of each model, sum 1; refuse what is no weights."""
-    count = len(models) if isinstance(models, Sequence) else 0
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
-    total = sum(given)
-    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
-    if len(given) != count or not good:
-        raise ArgumentError(
-            f"weights {given}",
-            where="the argument `weights`",
-            expected=f"{count} non-negative numbers, one for each model, not all zero",
-            do="leave them out for equal weights",
-        )
-    return tuple(w / total for w in given)
-
-
-def anchor_of(given: int | None, default: int, count: int) -> int:
-    """Return the index of the anchor; refuse what is no index."""
-    if given is None:
-        return default
-    if isinstance(given, int) and 0 <= given < count:
-        return given
-    raise ArgumentError(
-        f"anchor {given!r}",
-        where="the argument `anchor`",
-        expected=f"an index from 0 to {count - 1}",
-        do="leave it out to take the deepest network",
-    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +69,24 @@ class Method:
     def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
         return fuse(models, data, method=self, **options)
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """The seeds of the choices; what has none draws nothing, or always the same."""
+        seeds = {f.name: getattr(getattr(self, f.name), "seed", None) for f in fields(self)}
+        return {name: seed for name, seed in seeds.items() if isinstance(seed, int)}
+
+    def usual_anchor(self, networks: Sequence[Network]) -> int:
+        """Return the anchor where the caller names none: the deepest, or first the widest."""
+        parts = [partition(n) for n in networks]
+        depths = [sum(len(s.layers) for s in segments) for segments in parts]
+        if self.anchor is not None:
+            return self.anchor(depths)
+        widths = [0] * len(parts)
+        if self.coupling.widest:
+            widths = [sum(max(x.width for x in s.layers) for s in part) for part in parts]
+        order = list(zip(widths, depths))
+        return order.index(max(order))
 
 
 FAIR = Method(coupling=Transport())  # every network has its full say in every unit
@@ -190,80 +155,118 @@ def fuse(
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
     method, clock = method or (Method() if heads is None else FAIR), Clock(progress)
-    automatic = is_automatic(weights, heads is not None)
+    automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
-    require_width(width, heads is not None)
-    ready = _prepare(models, data, alignment, anchor, method, clock, heads)
-    choices = ready.data, method.coupling, method.refit, clock
-    leads = [k for k in range(len(models)) if k != ready.anchor and anchor is None]
-    module, mixer, outcome, kept = assemble(
-        ready.mixer(shares, method),
-        *choices,
+    require_width(width, apart=heads is not None)
+    networks, calibration = take_in(models, data, clock, apart=heads is not None)
+    index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
+    way = partial(
+        _fuse_networks,
+        data=calibration,
+        anchor=index,
+        shares=shares,
+        automatic=automatic,
+        leads=[k for k in range(len(models)) if k != index and anchor is None],
         width=width,
-        room=method.room,
-        weigh=automatic,
-        leads=leads,
+        method=method,
+        clock=clock,
     )
-    fused = copy_modes(models[ready.anchor], module)
-    notes: tuple[str, ...] = ()
-    if heads is not None:
+    if heads is None:
+        alignment = alignment or _aligned(networks, calibration, method, clock)
+        network, _, report = way(networks, alignment)
+        fused = copy_modes(models[index], network.module)
+    else:
+        require_heads(heads, networks)
+        front = trunk_segments(networks, index, heads.after)
+        alignment = alignment or _aligned(networks, calibration, method, clock, front)
+        trunks, alignment, tails = cut_networks(networks, alignment, index, heads.after)
+        trunk, couplings, report = way(trunks, alignment)
+        fused = copy_modes(models[index], trunk.module)
         with clock.stage("attach heads"):
-            notes = heads(fused, mixer, ready.behind, models)
-            base = mixer.balanced.networks[mixer.anchor]
-            require_sound(replace(base, name="the fused network", module=fused))
-    facts = ready.anchor, ready.alignment, outcome, clock, notes, _seeds(method), kept
-    fused.meta["fxfuse"] = report_on(mixer, *facts)
+            notes = heads(fused, couplings, tails, models)
+            require_sound(replace(trunk, name="the fused network", module=fused))
+        report = replace(report, heads=notes, seconds=clock.seconds, memory=clock.memory)
+    fused.meta["fxfuse"] = report
     return fused
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """Networks that are ready to be coupled."""
-
-    data: Calibration
-    anchor: int
-    alignment: Alignment
-    balanced: Balanced
-    match: Correspondence
-    behind: list[Head]
-
-    def mixer(self, shares: Sequence[float], method: Method) -> Mixer:
-        """Return what mixes them with some shares, its couplings still to be found."""
-        zero = method.absent_as_zero
-        return Mixer(self.balanced, self.anchor, self.match, shares, absent_as_zero=zero)
-
-
-def _prepare(
-    models: Sequence[nn.Module],
-    data: Any,
-    alignment: Alignment | None,
-    anchor: int | None,
+def _fuse_networks(
+    networks: Sequence[Network],
+    alignment: Alignment,
+    data: Calibration,
+    *,
+    anchor: int,
+    shares: Sequence[float],
+    automatic: bool,
+    leads: Sequence[int],
+    width: float,
     method: Method,
     clock: Clock,
-    heads: Heads | None = None,
-) -> _Prepared:
-    """Trace, align and balance; with heads, only what lies in front of them."""
-    networks, calibration = take_in(models, data, clock, apart=heads is not None)
-    require_heads(heads, networks)
-    target = anchor_of(anchor, _usual_anchor(method, networks), len(networks))
-    if alignment is None:
-        choices = method.aligner, method.layer_cost
-        with clock.stage("align layers"):
-            front = None if heads is None else trunk_segments(networks, target, heads.after)
-            alignment = align_networks(networks, calibration, *choices, False, segments=front)
-    behind: list[Head] = []
-    if heads is not None:
-        networks, alignment, behind = cut_networks(networks, alignment, target, heads.after)
+) -> tuple[Network, Couplings, Report]:
+    """Go the way of the data: balance, couple, choose if asked to, emit, refit.
+
+    Args:
+        networks: The traced networks.
+        alignment: Which of their layers correspond.
+        data: Calibration inputs.
+        anchor: Index of the network whose structure the result takes.
+        shares: Of each network, sum 1.
+        automatic: Whether the weights in the units are chosen, and what else `choose` does.
+        leads: Networks whose units may lead instead of the anchor's, if that is chosen, too.
+        width: Of the result, relative to the anchor's.
+        method: The choices along the way.
+        clock: Told what is being done.
+    """
+    balanced = _balanced(networks, alignment, data, method, clock)
+    problem = Problem.of(balanced, anchor, shares, method.absent_as_zero)
+    coupled = partial(
+        couple,
+        data=data,
+        coupling=method.coupling,
+        refit=method.refit,
+        clock=clock,
+        width=width,
+        room=method.room,
+    )
+    couplings, moments, narrow = coupled(problem)
+    refit = method.refit
+    if automatic:
+        ways = [(couplings, refit)]
+        if width == 1:
+            ways += [(couplings, variant) for variant in refit.variants]
+            others = [problem.led_by(k) for k in leads]
+            ways += [(coupled(other)[0], refit) for other in others if other is not None]
+        couplings, refit = choose(ways, moments, data, clock)
+    fused, outcome = make(couplings, moments, refit, data, clock)
+    rescale(fused, couplings)
+    require_sound(fused)
+    facts = alignment, balanced, anchor, couplings, outcome, clock, method.seeds, narrow
+    return fused, couplings, report_on(*facts)
+
+
+def _aligned(
+    networks: Sequence[Network],
+    data: Calibration,
+    method: Method,
+    clock: Clock,
+    segments: Sequence[tuple[Segment, ...]] | None = None,
+) -> Alignment:
+    """Align layers by a method, of all segments if none are given; measure only what decides."""
+    choices = method.aligner, method.layer_cost
+    with clock.stage("align layers"):
+        return align_networks(networks, data, *choices, measure_all=False, segments=segments)
+
+
+def _balanced(
+    networks: Sequence[Network],
+    alignment: Alignment,
+    data: Calibration,
+    method: Method,
+    clock: Clock,
+) -> Balanced:
+    """Give networks one structure by a method."""
     with clock.stage("balance depths"):
-        balanced = method.balancing(networks, alignment, calibration)
-    match = correspond(balanced, target)
-    return _Prepared(calibration, target, alignment, balanced, match, behind)
-
-
-def _seeds(method: Method) -> dict[str, int]:
-    """Return the seeds of a method's choices; what has none draws nothing, or always the same."""
-    found = {f.name: getattr(getattr(method, f.name), "seed", None) for f in fields(method)}
-    return {name: seed for name, seed in found.items() if isinstance(seed, int)}
+        return method.balancing(networks, alignment, data)
 
 
 def fuse_along(
@@ -292,27 +295,23 @@ def fuse_along(
     """
     method, clock = method or Method(), Clock(progress)
     all_shares = [shares_of(w, models) for w in weights]
-    ready = _prepare(models, data, alignment, anchor, method, clock)
+    networks, calibration = take_in(models, data, clock)
+    index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
+    alignment = alignment or _aligned(networks, calibration, method, clock)
+    balanced = _balanced(networks, alignment, calibration, method, clock)
+    equal = [1 / len(networks)] * len(networks)
+    problem = Problem.of(balanced, index, equal, method.absent_as_zero)
     for shares in all_shares:
-        choices = ready.data, method.coupling, method.refit, clock
-        module, mixer, outcome, _ = assemble(ready.mixer(shares, method), *choices)
-        fused = copy_modes(models[ready.anchor], module)
-        facts = ready.anchor, ready.alignment, outcome, clock
-        fused.meta["fxfuse"] = report_on(mixer, *facts, seeds=_seeds(method))
+        shared = replace(problem, weights=shares, output_weights=shares)
+        choices = calibration, method.coupling, method.refit, clock
+        couplings, moments, _ = couple(shared, *choices, width=1.0, room=method.room)
+        network, outcome = make(couplings, moments, method.refit, calibration, clock)
+        rescale(network, couplings)
+        require_sound(network)
+        fused = copy_modes(models[index], network.module)
+        facts = alignment, balanced, index, couplings, outcome, clock, method.seeds
+        fused.meta["fxfuse"] = report_on(*facts, narrow={})
         yield fused
-
-
-def _usual_anchor(method: Method, networks: Sequence[Network]) -> int:
-    """Return the anchor of a method: by default the deepest, or first of all the widest."""
-    parts = [partition(n) for n in networks]
-    depths = [sum(len(s.layers) for s in segments) for segments in parts]
-    if method.anchor is not None:
-        return method.anchor(depths)
-    widths = [0] * len(parts)
-    if getattr(method.coupling, "widest", False):
-        widths = [sum(max(x.width for x in s.layers) for s in segments) for segments in parts]
-    order = list(zip(widths, depths))
-    return order.index(max(order))
 
 
 @plain_modes()
@@ -394,12 +393,8 @@ def balance(
     """
     method, clock = method or Method(), Clock(progress)
     networks, calibration = take_in(models, data, clock)
-    if alignment is None:
-        choices = method.aligner, method.layer_cost
-        with clock.stage("align layers"):
-            alignment = align_networks(networks, calibration, *choices, False)
-    with clock.stage("balance depths"):
-        balanced = method.balancing(networks, alignment, calibration)
+    alignment = alignment or _aligned(networks, calibration, method, clock)
+    balanced = _balanced(networks, alignment, calibration, method, clock)
     pairs = zip(balanced.networks, models)
     return [copy_modes(model, n.module) for n, model in pairs]
 

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from ..coupling.mixing import Mixer, apply_along
+from ..coupling.mixing import Couplings, apply_along
 from ..errors import ArgumentError, FuseError, PairingError
 from ..graph.state import add_part, replace_tensor, tensor_at
 from ..graph.trace import copy_modes, run_once
@@ -64,12 +64,12 @@ class Crossing:
         return found
 
 
-def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
+def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
     """Let the head of network `k` read the fused trunk.
 
     Args:
         head: The head; its module may be taken over.
-        mixer: The trunks and their couplings.
+        couplings: The maps of the trunks.
         k: Which network's head it is.
         value: What the fused trunk returns for the anchor's example.
 
@@ -79,14 +79,14 @@ def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModu
     Raises:
         PairingError: If the values at the cuts cannot be mapped to each other.
     """
-    at, dim = _axis(mixer, k)
+    at, dim = _axis(couplings, k)
     head.module.to(value if value.is_floating_point() else value.device)
     if dim is None:
         return head.module, "as it is"
-    read = mixer.reading_map(at, dim, k)
+    read = couplings.reading_map(at, dim, k)
     if _same_places(read):
         return head.module, "as it is"
-    example = mixer.balanced.networks[mixer.anchor].example
+    example = couplings.problem.structure.example
     crossing = Crossing(head, value, tuple(example[i] for i in head.inputs), dim, read)
     spaces = head_spaces(crossing)
     for how, made in (("folded into its weights", folded), ("its own units moved", permuted)):
@@ -96,9 +96,10 @@ def graft(head: Head, mixer: Mixer, k: int, value: Tensor) -> tuple[fx.GraphModu
     return in_front(crossing), "through a linear map"
 
 
-def _axis(mixer: Mixer, k: int) -> tuple[str, int | None]:
+def _axis(couplings: Couplings, k: int) -> tuple[str, int | None]:
     """Return the node at which balanced trunks end, and the axis of its units, if it has such."""
-    networks = [mixer.balanced.networks[i] for i in (mixer.anchor, k)]
+    problem = couplings.problem
+    networks = [problem.structure, problem.networks[k]]
     at = networks[0].module.graph.output_node().all_input_nodes[0].name
     axes = [
         sorted({a.dim for s in n.spaces for a in s.features if a.tensor == at}) for n in networks
@@ -221,39 +222,42 @@ def in_front(crossing: Crossing) -> fx.GraphModule:
 
 
 def grafted(
-    trunk: fx.GraphModule, mixer: Mixer, heads: Sequence[Head], models: Sequence[nn.Module]
+    trunk: fx.GraphModule, couplings: Couplings, heads: Sequence[Head], models: Sequence[nn.Module]
 ) -> tuple[list[fx.GraphModule], tuple[str, ...]]:
     """Let all heads read the fused trunk; return their modules, and how each reads it.
 
     Args:
         trunk: The fused trunk.
-        mixer: The trunks it was fused from.
+        couplings: The maps of the trunks it was fused from.
         heads: What each model does behind the cut; taken over.
         models: The models, for their modes.
     """
-    value = trunk_value(trunk, mixer)
-    found = [graft(head, mixer, k, value) for k, head in enumerate(heads)]
+    value = trunk_value(trunk, couplings)
+    found = [graft(head, couplings, k, value) for k, head in enumerate(heads)]
     modules = [copy_modes(model, module) for model, (module, _) in zip(models, found)]
     return modules, tuple(how for _, how in found)
 
 
-def trunk_value(trunk: fx.GraphModule, mixer: Mixer) -> Tensor:
+def trunk_value(trunk: fx.GraphModule, couplings: Couplings) -> Tensor:
     """Return what the fused trunk makes of a few samples."""
-    network = mixer.balanced.networks[mixer.anchor]
+    network = couplings.problem.structure
     return run_once(trunk, network.example, f"the trunk of {network.name}")[0]
 
 
 def attach(
-    trunk: fx.GraphModule, mixer: Mixer, modules: list[fx.GraphModule], heads: Sequence[Head]
+    trunk: fx.GraphModule,
+    couplings: Couplings,
+    modules: list[fx.GraphModule],
+    heads: Sequence[Head],
 ) -> list[fx.Node]:
     """Put heads behind a trunk, as modules `heads.0`, `heads.1` ...; return the calls of them."""
-    graph, value = trunk.graph, trunk_value(trunk, mixer)
+    graph, value = trunk.graph, trunk_value(trunk, couplings)
     name, output = "heads", graph.output_node()
     while hasattr(trunk, name):
         name += "_"
     trunk.add_submodule(name, nn.ModuleList(modules))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    example = mixer.balanced.networks[mixer.anchor].example
+    example = couplings.problem.structure.example
     calls = []
     with graph.inserting_before(output):
         for k, (module, head) in enumerate(zip(modules, heads)):
@@ -367,7 +371,7 @@ class Separate:
     def __call__(
         self,
         trunk: fx.GraphModule,
-        mixer: Mixer,
+        couplings: Couplings,
         heads: Sequence[Head],
         models: Sequence[nn.Module],
     ) -> tuple[str, ...]:
@@ -375,12 +379,12 @@ class Separate:
 
         Args:
             trunk: The fused trunk; edited in place.
-            mixer: The trunks it was fused from.
+            couplings: The maps of the trunks it was fused from.
             heads: What each model does behind the cut; taken over.
             models: The models, for their modes.
         """
-        modules, notes = grafted(trunk, mixer, heads, models)
-        give_back(trunk, tuple(attach(trunk, mixer, modules, heads)))
+        modules, notes = grafted(trunk, couplings, heads, models)
+        give_back(trunk, tuple(attach(trunk, couplings, modules, heads)))
         return notes
 
 
@@ -450,7 +454,7 @@ class Union:
     def __call__(
         self,
         trunk: fx.GraphModule,
-        mixer: Mixer,
+        couplings: Couplings,
         heads: Sequence[Head],
         models: Sequence[nn.Module],
     ) -> tuple[str, ...]:
@@ -458,19 +462,19 @@ class Union:
 
         Args:
             trunk: The fused trunk; edited in place.
-            mixer: The trunks it was fused from.
+            couplings: The maps of the trunks it was fused from.
             heads: What each model does behind the cut; taken over.
             models: The models, for their modes.
         """
-        modules, notes = grafted(trunk, mixer, heads, models)
-        mixing = self._mixing(mixer.weights, trunk_value(trunk, mixer))
+        modules, notes = grafted(trunk, couplings, heads, models)
+        mixing = self._mixing(couplings.problem.weights, trunk_value(trunk, couplings))
         layers = [layer for layer in map(single_layer, modules) if layer is not None]
-        taken, dim = dict(trunk.named_modules()), heads[mixer.anchor].dim
-        if len(layers) == len(modules) and layers[mixer.anchor][0] not in taken:
-            name, last = layers[mixer.anchor]
+        taken, dim = dict(trunk.named_modules()), heads[couplings.problem.anchor].dim
+        if len(layers) == len(modules) and layers[couplings.problem.anchor][0] not in taken:
+            name, last = layers[couplings.problem.anchor]
             whole = one_layer(trunk, name, [x for _, x in layers], mixing, last)
         else:
-            calls = attach(trunk, mixer, modules, heads)
+            calls = attach(trunk, couplings, modules, heads)
             assert dim is not None, "labels lie along one axis"
             whole = mixed(trunk, calls, torch.cat(mixing, 1), dim)
         give_back(trunk, whole)

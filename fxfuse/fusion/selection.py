@@ -9,7 +9,6 @@ whose units are the best to lead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from .._progress import tell
 from ..calibration.data import Batch, Calibration
 from ..calibration.run import working_batch
-from ..coupling.mixing import Mixer
+from ..coupling.mixing import Couplings
 from ..graph.trace import device_of, tensors_in
 from ..spaces.network import Network
 
@@ -30,78 +29,68 @@ STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead; between the best one
 CLEARLY = 0.75  # of what the first lead misses: ratios above it say nothing on other samples
 
 
-@dataclass(frozen=True, eq=False)
-class Way:
-    """One way to fuse networks.
-
-    Attributes:
-        mixer: The networks and their maps; the weights are those of the ensemble.
-        make: Makes the fused network of these, with other weights, and some of the data.
-        margin: The way is taken only if it leaves less than this share of what the first one does.
-    """
-
-    mixer: Mixer
-    make: Callable[[Mixer, Calibration], Network]
-    margin: float = 1.0
+Make = Callable[[int, Couplings, Calibration], Network]  # a way, its maps, data -> fused network
 
 
-def nearest(ways: Sequence[Way], data: Calibration) -> tuple[int, Mixer]:
+def nearest(ways: Sequence[Couplings], make: Make, data: Calibration) -> tuple[int, Couplings]:
     """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
 
-    Of several ways the first is taken, unless another comes nearer by its margin with the
-    ensemble's weights. Then the weight of the lead is searched for between its share of the
-    ensemble and all; the others keep their proportions.
+    Of several ways the first is taken, unless another comes nearer with the ensemble's weights;
+    one that is led by another network has to come clearly nearer. Then the weight of the lead is
+    searched for between its share of the ensemble and all; the others keep their proportions.
 
     Args:
-        ways: What there is to choose from.
+        ways: The couplings of each way, with the weights of the ensemble.
+        make: Makes the fused network of a way, with other weights, on some of the data.
         data: Calibration inputs; every fourth is held out, unless there are less than four.
 
     Returns:
-        Which way it is, and its networks with the weights.
+        Which way it is, and its couplings with the weights.
     """
     fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
-    given = ways[0].mixer.output_weights
-    voices = [(w, n) for w, n in zip(given, ways[0].mixer.balanced.networks) if w]
+    usual = ways[0].problem
+    voices = [(w, n) for w, n in zip(usual.output_weights, usual.networks) if w]
     most, done = len(ways) + len(STARTS) + REFINEMENTS, 0
 
-    def missed(way: Way, share: float) -> float:
+    def missed(way: int, share: float) -> float:
         nonlocal done
-        network = way.make(_with_share(replace(way.mixer, ensemble=given), share), fit)
+        network = make(way, _with_share(ways[way], share), fit)
         done += 1
         tell(done / most)
         return _distance(voices, network, held)
 
-    first = [missed(way, given[way.mixer.match.lead]) for way in ways]
-    able = [i for i, way in enumerate(ways) if not i or first[i] < way.margin * first[0]]
+    equal = [way.problem.output_weights[way.problem.lead] for way in ways]
+    first = [missed(i, share) for i, share in enumerate(equal)]
+    margins = [1.0 if way.problem.lead == usual.lead else CLEARLY for way in ways]
+    able = [i for i, margin in enumerate(margins) if not i or first[i] < margin * first[0]]
     best = min(able, key=first.__getitem__)
-    way, mixer = ways[best], replace(ways[best].mixer, ensemble=given)
-    found = {given[mixer.match.lead]: first[best]}
-    for share in [s for s in STARTS if s not in found and s > min(found)]:
-        found[share] = missed(way, share)
+    tried = {equal[best]: first[best]}
+    for share in [s for s in STARTS if s not in tried and s > min(tried)]:
+        tried[share] = missed(best, share)
     for _ in range(REFINEMENTS):
-        share = _between(found)
-        found[share] = missed(way, share)
+        share = _between(tried)
+        tried[share] = missed(best, share)
     tell(1.0)
-    return best, _with_share(mixer, min(found, key=found.__getitem__))
+    return best, _with_share(ways[best], min(tried, key=tried.__getitem__))
 
 
-def _between(found: dict[float, float]) -> float:
+def _between(tried: dict[float, float]) -> float:
     """Return the middle between the best share and the better of its neighbours."""
-    order = sorted(found)
-    best = order.index(min(found, key=found.__getitem__))
+    order = sorted(tried)
+    best = order.index(min(tried, key=tried.__getitem__))
     beside = [order[i] for i in (best - 1, best + 1) if 0 <= i < len(order)]
-    return (order[best] + min(beside, key=found.__getitem__, default=order[best] / 2)) / 2
+    return (order[best] + min(beside, key=tried.__getitem__, default=order[best] / 2)) / 2
 
 
-def _with_share(mixer: Mixer, share: float) -> Mixer:
-    """Return the networks with a weight of the lead, the others in proportion."""
-    given, lead = mixer.output_weights, mixer.match.lead
+def _with_share(couplings: Couplings, share: float) -> Couplings:
+    """Return the maps with a weight of the lead, and the others in proportion."""
+    given, lead = couplings.problem.output_weights, couplings.problem.lead
     rest = sum(given) - given[lead]
     scale = (1 - share) / rest if rest > 0 else 0.0
     weights = [share if k == lead else w * scale for k, w in enumerate(given)]
     if rest <= 0:
         weights[lead] = 1.0
-    return replace(mixer, weights=tuple(weights))
+    return couplings.weighted(weights)
 
 
 def _distance(voices: list[tuple[float, Network]], network: Network, data: Calibration) -> float:

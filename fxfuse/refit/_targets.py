@@ -24,7 +24,7 @@ from ..calibration.norms import foldable_norms
 from ..calibration.producers import Producer, identify
 from ..calibration.run import Frontier, Run, Track
 from ..coupling.measure import bypasses
-from ..coupling.mixing import Mixer, absent_tensors
+from ..coupling.mixing import Couplings
 from ..graph.verify import TOLERANCE
 from ..spaces.network import Network
 
@@ -75,13 +75,14 @@ class Parents:
         draw: Draw,
     ) -> None:
         self.targets, self.draw = targets, draw
-        mixer = targets.mixer
+        couplings = targets.couplings
+        networks = couplings.problem.networks
         place = {node.name: i for i, node in enumerate(order)}
         self.tracks: list[Track | None] = []
-        for k, (network, bypass) in enumerate(zip(mixer.balanced.networks, targets.bypasses)):
+        for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             given = network, data, samples, size, nodes, frontier, bypass
-            self.tracks.append(None if _silent(mixer, k) else Track(*given))
+            self.tracks.append(None if _silent(couplings, k) else Track(*given))
         self.sizes = next(track.sizes for track in self.tracks if track is not None)
         self.place = place
         self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
@@ -101,7 +102,7 @@ class Parents:
         acted: list[Tensor] = []
         chosen: Sample | None = None
         shapes: list[tuple[int, ...]] = []
-        axis = aim.axis_in(self.targets.mixer.balanced.networks[0])
+        axis = aim.axis_in(self.targets.problem.networks[0])
         for batch, size in enumerate(self.sizes):
             found = [
                 None if t is None else t.go(batch, self.place[aim.at] + 1) for t in self.tracks
@@ -125,7 +126,7 @@ class Parents:
         return Goal(chosen, shapes, values, acted)
 
     def _mixed(self, aim: Aim, rows: Sequence[Tensor | None]) -> Tensor:
-        axis = aim.axis_in(self.targets.mixer.balanced.networks[0])
+        axis = aim.axis_in(self.targets.problem.networks[0])
         return self.targets.mix(aim.at, aim.producer.weight, axis, rows, -1)
 
     def _act(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
@@ -141,10 +142,11 @@ class Parents:
         return [None if end is None else end[1] for end in ends]
 
 
-def _silent(mixer: Mixer, k: int) -> bool:
+def _silent(couplings: Couplings, k: int) -> bool:
     """Tell whether a network gives nothing, but a structure at most."""
-    gives = any(c.given.any() for (_, j), c in mixer.couplings.items() if j == k)
-    return not (mixer.weights[k] or mixer.output_weights[k] or gives)
+    gives = any(c.given.any() for (_, j), c in couplings.maps.items() if j == k)
+    problem = couplings.problem
+    return not (problem.weights[k] or problem.output_weights[k] or gives)
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,25 +342,23 @@ class Targets:
     """Mixes the networks' values at a node, each carried into the fused network's units.
 
     Args:
-        mixer: The networks, their shares and maps.
+        couplings: The maps of the networks.
     """
 
-    def __init__(self, mixer: Mixer) -> None:
-        self.mixer = mixer
-        balanced = mixer.balanced
-        pairs = list(zip(balanced.networks, balanced.absent))
-        self.gone = [absent_tensors(network, absent) for network, absent in pairs]
-        self.inner = [{n for a in absent for n in a.inner} for absent in balanced.absent]
-        self.bypasses = bypasses(balanced)
-        self.outputs = _behind_contractions(balanced.networks[mixer.anchor])
+    def __init__(self, couplings: Couplings) -> None:
+        self.couplings = couplings
+        self.problem = problem = couplings.problem
+        self.inner = [{n for a in absent for n in a.inner} for absent in problem.absent]
+        self.bypasses = bypasses(problem)
+        self.outputs = _behind_contractions(problem.structure)
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 
     def fits(self, node: str, dim: int) -> bool:
         """Tell whether every network has the fused network's spaces along an axis of a node."""
-        networks, match = self.mixer.balanced.networks, self.mixer.match
+        networks = self.problem.networks
         found = [n.spaces.shown.get((node, dim), ()) for n in networks]
         for k, theirs in enumerate(found):
-            wanted = [match.spaces[s.name][k] for s, _ in found[self.mixer.anchor]]
+            wanted = [self.problem.spaces[s.name][k] for s, _ in found[self.problem.anchor]]
             if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
                 return False
         return all(len(n.book.shapes.get(node, ())) > dim for n in networks)
@@ -398,25 +398,28 @@ class Targets:
         """Return the map into the fused network's units; an index where it only picks units."""
         if (node, dim, k) not in self.maps:
             self.maps = {key: m for key, m in self.maps.items() if key[0] == node}
-            matrix = self.mixer.feature_map(node, dim, k)
+            matrix = self.couplings.feature_map(node, dim, k)
             picks = (matrix.data == 1).all() and (np.diff(matrix.indptr) == 1).all()
             self.maps[node, dim, k] = torch.as_tensor(matrix.indices if picks else matrix.toarray())
         return self.maps[node, dim, k]
 
     def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
-        silent = [node in inner and weight in gone for inner, gone in zip(self.inner, self.gone)]
+        silent = [
+            node in inner and weight in gone
+            for inner, gone in zip(self.inner, self.problem.lacking)
+        ]
         last = node in self.outputs
-        weights = self.mixer.output_weights if last else self.mixer.weights
+        weights = self.problem.output_weights if last else self.problem.weights
         shares = [0.0 if s else w for s, w in zip(silent, weights)]
         here = [v is not None and s > 0 for v, s in zip(values, shares)]
         return shares if any(here) else [float(v is not None) for v in values]
 
     def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
         """Return the share of the networks that give something to the unit at each position."""
-        base = self.mixer.balanced.networks[self.mixer.anchor]
+        base = self.problem.structure
         mass = np.full(base.book.shapes[node][dim], sum(shares))
         for space, axis in base.spaces.shown.get((node, dim), ()):
-            couplings = [self.mixer.couplings[space.name, k] for k in range(len(shares))]
+            couplings = [self.couplings.maps[space.name, k] for k in range(len(shares))]
             given = np.array(shares) @ np.array([c.given for c in couplings])
             mass[axis.index] = np.where(given > 0, given, 1.0)[:, None]
         return mass

@@ -17,7 +17,7 @@ from torch import fx
 from .._progress import counted
 from ..calibration.moments import Moments
 from ..calibration.norms import FoldedState, fold_norms, foldable_norms, single_weights
-from ..coupling.mixing import Mixer
+from ..coupling.mixing import Couplings
 from ..graph.state import floats_of
 from ..spaces.network import Network
 
@@ -94,12 +94,12 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
 
 
 def emit(
-    mixer: Mixer, outputs: dict[str, list[Moments | None]]
+    couplings: Couplings, outputs: dict[str, list[Moments | None]]
 ) -> tuple[fx.GraphModule, list[NormPlan | WeightPlan]]:
     """Build the fused network and the plans that are left to settle.
 
     Args:
-        mixer: The networks and their maps.
+        couplings: The maps of the networks.
         outputs: Per node to settle, the moments of each network's output; empty if none are asked
             for.
 
@@ -107,19 +107,19 @@ def emit(
         The network, its norms still the anchor's, and one plan for each norm and node of
         `outputs`.
     """
-    base = mixer.balanced.networks[mixer.anchor]
+    base = couplings.problem.structure
     folded = foldable_norms(base)
-    states = [fold_norms(n, folded) for n in mixer.balanced.networks]
+    states = [fold_norms(n, folded) for n in couplings.problem.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
     for name, tensor in counted(floats_of(module).items()):
         if name not in norm_tensors:
-            mixed = mixer.mix(name, [s[name] for s in states])
+            mixed = couplings.mix(name, [s[name] for s in states])
             tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))
-    norms = [_norm_plan(mixer, states, node, outputs.get(node)) for node in base.book.norms]
+    norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.book.norms]
     able = single_weights(base)
     weights = [
-        _weight_plan(mixer, node, able[node], moments)
+        _weight_plan(couplings, node, able[node], moments)
         for node, moments in outputs.items()
         if node not in base.book.norms
     ]
@@ -127,32 +127,35 @@ def emit(
 
 
 def _norm_plan(
-    mixer: Mixer, states: Sequence[FoldedState], node: str, moments: list[Moments | None] | None
+    couplings: Couplings,
+    states: Sequence[FoldedState],
+    node: str,
+    moments: list[Moments | None] | None,
 ) -> NormPlan:
-    base = mixer.balanced.networks[mixer.anchor]
+    base = couplings.problem.structure
     statistics = str(base.book.norms[node]["running_mean"])
     nodes = {n.name: n for n in base.module.graph.nodes}
     return NormPlan(
         node,
         base.inputs_of(nodes[node])[0].name,
-        mixer.mix(statistics, [s.scales[node] for s in states]),
-        mixer.mix(statistics, [s.shifts[node] for s in states]),
-        None if moments is None else _target(mixer, statistics, 0, moments),
+        couplings.mix(statistics, [s.scales[node] for s in states]),
+        couplings.mix(statistics, [s.shifts[node] for s in states]),
+        None if moments is None else _target(couplings, statistics, 0, moments),
     )
 
 
 def _weight_plan(
-    mixer: Mixer, node: str, writes: tuple[str, int], moments: list[Moments | None]
+    couplings: Couplings, node: str, writes: tuple[str, int], moments: list[Moments | None]
 ) -> WeightPlan:
-    base, (weight, dim) = mixer.balanced.networks[mixer.anchor], writes
+    base, (weight, dim) = couplings.problem.structure, writes
     bias = next((t for t in base.book.tensors[node] if t != weight), None)
     axis = base.features[node][0]
-    return WeightPlan(node, weight, dim, bias, axis, _target(mixer, weight, dim, moments))
+    return WeightPlan(node, weight, dim, bias, axis, _target(couplings, weight, dim, moments))
 
 
-def _target(mixer: Mixer, tensor: str, dim: int, moments: list[Moments | None]) -> Target:
+def _target(couplings: Couplings, tensor: str, dim: int, moments: list[Moments | None]) -> Target:
     """Mix the parents' moments over the units that a tensor axis holds; no layer writes zero."""
-    sizes = [n.spaces.sizes[tensor, dim] for n in mixer.balanced.networks]
+    sizes = [n.spaces.sizes[tensor, dim] for n in couplings.problem.networks]
     means = [np.zeros(n) if m is None else m.mean for m, n in zip(moments, sizes)]
     spreads = [np.zeros(n) if m is None else m.spread for m, n in zip(moments, sizes)]
-    return Target(mixer.mix(tensor, means, dim), mixer.mix(tensor, spreads, dim))
+    return Target(couplings.mix(tensor, means, dim), couplings.mix(tensor, spreads, dim))

@@ -36,7 +36,8 @@ from ..calibration.moments import Moments
 from ..calibration.norms import foldable_norms, single_weights, write_norm
 from ..calibration.run import Bypass, Run, batch_size, working_batch
 from ..coupling.measure import measuring_batch
-from ..coupling.mixing import Mixer
+from ..coupling.mixing import Couplings
+from ..coupling.problem import Problem
 from ..graph.state import fill, floats_of, tensor_at
 from ..ir import LayerFit
 from ..spaces.network import Network
@@ -73,9 +74,14 @@ class Outcome:
 
 
 class Refit(Protocol):
-    """How a freshly emitted network is corrected on the data."""
+    """How a freshly emitted network is corrected on the data; inherit from it for the defaults."""
 
-    def settles(self, mixer: Mixer) -> dict[str, int]:
+    @property
+    def variants(self) -> tuple[Refit, ...]:
+        """What `weights="auto"` tries beside it: other ways to refit that may come nearer."""
+        return ()
+
+    def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments it asks of the networks, with their feature axis."""
 
     def samples(self, networks: Sequence[Network]) -> int:
@@ -84,7 +90,7 @@ class Refit(Protocol):
     def __call__(
         self,
         fused: Network,
-        mixer: Mixer,
+        couplings: Couplings,
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
@@ -93,7 +99,7 @@ class Refit(Protocol):
 
         Args:
             fused: The fused network.
-            mixer: The networks it is made of, and their maps.
+            couplings: The maps of the networks it is made of.
             plans: What its nodes have to compute.
             data: Calibration inputs.
             samples: How many of the first samples to use, all live at once.
@@ -101,7 +107,7 @@ class Refit(Protocol):
 
 
 @dataclass(frozen=True)
-class MatchMoments:
+class MatchMoments(Refit):
     """Give each unit of the fused network the mean and spread that the parents' units ask of it.
 
     Attributes:
@@ -110,9 +116,9 @@ class MatchMoments:
 
     keep: bool = False
 
-    def settles(self, mixer: Mixer) -> dict[str, int]:
+    def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments are wanted."""
-        return {} if self.keep else outputs_to_settle(mixer.balanced.networks[mixer.anchor])
+        return {} if self.keep else outputs_to_settle(problem.structure)
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once."""
@@ -121,7 +127,7 @@ class MatchMoments:
     def __call__(
         self,
         fused: Network,
-        mixer: Mixer,
+        couplings: Couplings,
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
@@ -235,21 +241,22 @@ def finite(module: fx.GraphModule) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in floats_of(module).values())
 
 
-def rescale(fused: Network, mixer: Mixer) -> None:
+def rescale(fused: Network, couplings: Couplings) -> None:
     """Scale each filter in front of a norm to the root mean square size of those it came from.
 
     The statistics of the norm follow, so that the function stays.
 
     Args:
         fused: The fused network; edited in place.
-        mixer: The networks it is made of, and their maps.
+        couplings: The maps of the networks it is made of.
     """
-    base = mixer.balanced.networks[mixer.anchor]
+    problem = couplings.problem
+    base = problem.structure
     able = single_weights(base)
     for norm, node in foldable_norms(base).items():
         weight, dim = able[node]
-        tensors = [tensor_at(n.module, weight) for n in mixer.balanced.networks]
-        wanted = mixer.mix(weight, [_squares(t, dim) for t in tensors], along=dim)
+        tensors = [tensor_at(n.module, weight) for n in problem.networks]
+        wanted = couplings.mix(weight, [_squares(t, dim) for t in tensors], along=dim)
         found = _squares(tensor_at(fused.module, weight), dim)
         known = (found > 0) & (wanted > 0)
         factor = np.sqrt(np.divide(wanted, found, out=np.ones_like(found), where=known))

@@ -47,7 +47,8 @@ from ..calibration.least_squares import (
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm, write_statistics
 from ..calibration.run import Frontier, Run, Track, working_batch
-from ..coupling.mixing import Mixer
+from ..coupling.mixing import Couplings
+from ..coupling.problem import Problem
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
@@ -55,6 +56,7 @@ from ._targets import Aim, Parents, Targets, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle
 from .moments import (
     Outcome,
+    Refit,
     gain_of,
     settle_norm,
     settle_weight,
@@ -249,7 +251,7 @@ FEWEST = 256  # positions whose moments are taken, where products are few
 
 
 @dataclass(frozen=True)
-class LeastSquares:
+class LeastSquares(Refit):
     """Refit every contraction by ridge least squares while sweeping forward.
 
     What is no single contraction of one weight (attention in one module, weights used twice) gets
@@ -281,10 +283,10 @@ class LeastSquares:
         """The same without a fit of the outputs: they hold what is learned by heart, too."""
         return (replace(self, outputs=False),) if self.outputs else ()
 
-    def settles(self, mixer: Mixer) -> dict[str, int]:
+    def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments are wanted: those that are not refitted."""
-        network = mixer.balanced.networks[mixer.anchor]
-        _, aims = replace(self, outputs=True)._aims(network, Targets(mixer))
+        network, targets = problem.structure, Targets(Couplings(problem, {}))
+        _, aims = replace(self, outputs=True)._aims(network, targets)
         refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
         return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
 
@@ -295,15 +297,15 @@ class LeastSquares:
     def __call__(
         self,
         fused: Network,
-        mixer: Mixer,
+        couplings: Couplings,
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
     ) -> Outcome:
         """Refit in place; see `refit.Refit`."""
-        targets = Targets(mixer)
+        targets = Targets(couplings)
         order, aims = self._aims(fused, targets)
-        size = working_batch([fused, *mixer.balanced.networks])
+        size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
         with torch.no_grad(), Frontier(self.frontier) as frontier:
             parents = Parents(targets, order, aims, *given, frontier, self.draw)
@@ -460,7 +462,7 @@ class _Sweep:
     def finish(self) -> float | None:
         """Go to the end; return the mean divergence from the ensemble, if outputs can be logits."""
         end, total = len(self.track.order) - 1, [0.0]
-        output, shares = self.track.order[end], self.parents.targets.mixer.output_weights
+        output, shares = self.track.order[end], self.parents.targets.problem.output_weights
         able = OPEN not in self.fused.module.graph.output_node().meta
 
         def show(batch: int, run: Run) -> None:

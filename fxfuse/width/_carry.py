@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from scipy.sparse import csr_array
 from torch import Tensor, fx
 
 from ..calibration.norms import fold_norms, foldable_norms
-from ..coupling.mixing import Mixer, correspond
-from ..depth.deepen import Balanced
+from ..coupling.mixing import Couplings
+from ..coupling.problem import Problem
 from ..errors import DataError, NotEquivalent, PairingError
 from ..graph.state import floats_of, tensors_of
 from ..graph.trace import device_of, run_once
@@ -33,7 +33,7 @@ from .reshape import spaces_under_norms
 
 Chooser = Callable[[np.ndarray, int], np.ndarray]  # scores of units, a number -> that many of them
 
-Couplings = dict[tuple[str, int], Coupling]
+Maps = dict[tuple[str, int], Coupling]  # of each space and network
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,28 +41,28 @@ class CopyPlan:
     """Two networks of one structure, and which unit of the first each unit of the second copies.
 
     Attributes:
-        mixer: The original (0) and the resized network (1), which is the anchor.
+        problem: The original (0) and the resized network (1), which is the anchor.
         sources: Space name -> `(units of the resized network,)` indices of units of the original.
     """
 
-    mixer: Mixer
+    problem: Problem
     sources: dict[str, np.ndarray]
 
     @property
     def original(self) -> Network:
         """The network whose weights are carried."""
-        return self.mixer.balanced.networks[0]
+        return self.problem.networks[0]
 
     @property
     def resized(self) -> Network:
         """The network whose widths are taken."""
-        return self.mixer.balanced.networks[1]
+        return self.problem.networks[1]
 
     @property
     def spaces(self) -> dict[str, tuple[Space, Space]]:
         """Space name -> the space in the original and in the resized network."""
-        spaces = self.mixer.match.spaces
-        return {name: (original, resized) for name, (original, resized) in spaces.items()}
+        spaces = self.problem.spaces.items()
+        return {name: (original, resized) for name, (original, resized) in spaces}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return the number of units of each space, before and after."""
@@ -88,16 +88,15 @@ def plan_copies(
     Raises:
         PairingError: If units do not lie in the same places in both networks.
     """
-    balanced = Balanced((network, like), ((), ()), (0.0, 0.0))
-    match = correspond(balanced, 1)
+    problem = Problem.between(network, like)
     sources: dict[str, np.ndarray] = {}
     scores = strengths(network) if by_strength else {}
-    for name, (old, new) in match.spaces.items():
+    for name, (old, new) in problem.spaces.items():
         if not old.size:
             raise _not_in_the_same_places(new)
         blocks = sources.get(new.parent or "")
         sources[name] = _sources(old, new, blocks, scores.get(old.name, np.zeros(old.size)), choose)
-    return CopyPlan(Mixer(balanced, 1, match, (1.0, 0.0)), sources)
+    return CopyPlan(problem, sources)
 
 
 def _sources(
@@ -202,7 +201,7 @@ def _not_in_the_same_places(space: Space) -> PairingError:
 _SCALINGS = ("by the block", "by the width", "fixed", "normalised")
 
 
-def copy_maps(plan: CopyPlan, scaling: str) -> Couplings:
+def copy_maps(plan: CopyPlan, scaling: str) -> Maps:
     """Return the maps from the original's units to their copies.
 
     Args:
@@ -255,7 +254,7 @@ def _factor_scale(old: Space, new: Space, sources: np.ndarray, scaling: str) -> 
     return np.sqrt(scale)
 
 
-def carry_weights(plan: CopyPlan, maps: Couplings, module: fx.GraphModule) -> fx.GraphModule:
+def carry_weights(plan: CopyPlan, maps: Maps, module: fx.GraphModule) -> fx.GraphModule:
     """Return the resized network with the weights of a network like the original.
 
     Args:
@@ -263,7 +262,7 @@ def carry_weights(plan: CopyPlan, maps: Couplings, module: fx.GraphModule) -> fx
         maps: The maps to use.
         module: A network with the original's graph and widths; its precision is kept.
     """
-    mixer = replace(plan.mixer, couplings=maps)
+    couplings = Couplings(plan.problem, maps)
     resized = copy.deepcopy(plan.resized.module).to(device_of(module))
     given = tensors_of(module)
     for name, tensor in tensors_of(resized).items():
@@ -271,7 +270,7 @@ def carry_weights(plan: CopyPlan, maps: Couplings, module: fx.GraphModule) -> fx
         if old.is_floating_point():
             in_numpy = old.dtype in (torch.float32, torch.float64)
             values = old.cpu() if in_numpy else old.cpu().float()
-            new = mixer.carry(name, values.numpy(), 0)
+            new = couplings.carry(name, values.numpy(), 0)
             tensor.data = torch.as_tensor(np.ascontiguousarray(new)).to(old)
         elif old.shape == tensor.shape:
             tensor.data = old.clone()
@@ -292,7 +291,7 @@ class ResizedCopy:
 
     plan: CopyPlan
     module: fx.GraphModule
-    maps: Couplings
+    maps: Maps
     error: float
 
 

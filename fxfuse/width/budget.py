@@ -26,10 +26,9 @@ from scipy.sparse import coo_array, csr_array, vstack
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibration.moments import correlation
-from ..coupling.measure import Measurements
-from ..coupling.mixing import Correspondence, Mixer, correspond
-from ..coupling.transport import ground_costs
+from ..coupling.mixing import Couplings
+from ..coupling.plans import Costs
+from ..coupling.problem import Problem
 from ..depth.deepen import Balanced
 from ..errors import ArgumentError, FuseError
 from ..graph.trace import Interpreter
@@ -200,77 +199,64 @@ def require_width(width: float, apart: bool = False) -> None:
         )
 
 
-def distances(mixer: Mixer, measured: Measurements) -> dict[tuple[str, int], np.ndarray]:
-    """Return how unlike units are, `(units of the base, units)` by space and network.
-
-    Args:
-        mixer: The networks.
-        measured: What was measured of them; not used up.
-    """
-    base = mixer.match.base
-    pairs = {key: moments for key, moments in measured.pairs.items() if key[0] in base}
-    return ground_costs(mixer.match, Measurements(pairs, {}), correlation)
-
-
-def widened(
-    mixer: Mixer, width: float, costs: Mapping[tuple[str, int], np.ndarray], room: Room
-) -> tuple[Mixer, dict[str, str]]:
+def with_room(
+    couplings: Couplings, width: float, costs: Costs, room: Room
+) -> tuple[Couplings, dict[str, str]]:
     """Widen the fused network, and give places of their own to the units least like their matches.
 
     Args:
-        mixer: The networks and their maps.
+        couplings: The maps of the networks.
         width: Of the fused network, relative to its anchor's.
-        costs: How unlike units are, where that is known.
+        costs: How unlike the units of the base and of the others are, where that is known.
         room: Chooses the units that get places.
 
     Returns:
-        The networks with a host behind them, whose structure the fused network takes and which has
-        no weight; and the spaces that keep their width, with the reason.
+        The maps of a problem with one more network, of no weight, whose structure the fused one
+        takes; and the spaces that keep their width, with the reason.
 
     Raises:
         ArgumentError: If the coupling treats every layer by itself.
     """
-    if mixer.layered:
+    if couplings.of_axes:
         raise ArgumentError(
             f"width {width} and a coupling that treats every layer by itself",
             where="the argument `width`",
             expected="a coupling that gives each space one pair of maps",
             do="use fxfuse.coupling.Transport(), or leave the width out",
         )
-    anchor, count = mixer.anchor, len(mixer.balanced.networks)
-    base = mixer.balanced.networks[anchor]
-    chosen = room(base, width, {n: _candidates(mixer, n, costs) for n in _widenable(mixer)})
+    problem = couplings.problem
+    base = problem.structure
+    chosen = room(base, width, {n: _candidates(couplings, n, costs) for n in _widenable(base)})
     host, kept = _host(base, {name: len(owners) for name, owners in chosen.items()})
-    networks = (*mixer.balanced.networks, host)
-    absent, errors = (*mixer.balanced.absent, ()), (*mixer.balanced.errors, 0.0)
-    balanced = Balanced(networks, absent, errors)
-    match = correspond(balanced, count)
-    couplings = {}
-    for name, spaces in match.spaces.items():
-        old_name, gained = spaces[anchor].name, spaces[count].size - spaces[anchor].size
-        apart = chosen.get(old_name, ())[:gained]
-        for k in range(count):
-            couplings[name, k] = _with_room(mixer.couplings[old_name, k], k, apart)
-        nothing = csr_array((spaces[count].size, spaces[count].size))
-        couplings[name, count] = Coupling(nothing, nothing)
-    # a network without weight that counts in the outputs still needs its own units
-    outputs = mixer.output_weights
-    weights = [max(w, LEAST) if output else w for w, output in zip(mixer.weights, outputs)]
-    wide = replace(
-        mixer,
-        balanced=balanced,
-        anchor=count,
-        match=_without_last(match, mixer.match.lead),
-        weights=(*weights, 0.0),
-        couplings=couplings,
-        ensemble=(*outputs, 0.0),
+    wider = _hosted(problem, host)
+    maps = {}
+    for name, spaces in wider.spaces.items():
+        before, after = spaces[problem.anchor], spaces[wider.anchor]
+        owners = chosen.get(before.name, ())[: after.size - before.size]
+        for k in range(len(problem.networks)):
+            maps[name, k] = _with_room(couplings.maps[before.name, k], k, owners)
+        nothing = csr_array((after.size, after.size))
+        maps[name, wider.anchor] = Coupling(nothing, nothing)
+    return Couplings(wider, maps), kept
+
+
+def _hosted(problem: Problem, host: Network) -> Problem:
+    """Return the problem with one more network that has no say, only the structure."""
+    outputs = problem.output_weights  # what counts in them needs its own units, weight or not
+    weights = [max(w, LEAST) if out else w for w, out in zip(problem.weights, outputs)]
+    networks, absent = (*problem.networks, host), (*problem.absent, ())
+    balanced = Balanced(networks, absent, (0.0,) * len(networks))
+    wider = Problem.of(balanced, len(problem.networks), (*weights, 0.0), problem.absent_as_zero)
+    return replace(
+        wider,
+        lead=problem.lead,
+        present={name: (*having[:-1], False) for name, having in wider.present.items()},
+        output_weights=(*outputs, 0.0),
     )
-    return wide, kept
 
 
-def _widenable(mixer: Mixer) -> list[str]:
+def _widenable(base: Network) -> list[str]:
     """Return the spaces that can have any number of units."""
-    base = mixer.balanced.networks[mixer.anchor]
     parents, under_norms = {s.parent for s in base.spaces}, spaces_under_norms(base)
     return [
         s.name
@@ -283,19 +269,18 @@ def _widenable(mixer: Mixer) -> list[str]:
     ]
 
 
-def _candidates(
-    mixer: Mixer, name: str, costs: Mapping[tuple[str, int], np.ndarray]
-) -> list[Owner]:
-    """Return the units of a space that could get places of their own, the least alike first."""
-    spaces, base = mixer.match.spaces[name], mixer.match.base[name]
+def _candidates(couplings: Couplings, name: str, costs: Costs) -> list[Owner]:
+    """Return the units that could have places of their own, the least alike first."""
+    problem = couplings.problem
+    spaces, base = problem.spaces[name], problem.base[name]
     candidates: list[tuple[float, Owner]] = []
     for k, space in enumerate(spaces):
-        if k == base or not mixer.match.present[name][k] or not mixer.output_weights[k]:
+        if k == base or not problem.present[name][k] or not problem.output_weights[k]:
             continue
         cost = costs.get((name, k), np.zeros((spaces[base].size, space.size)))
-        plan = mixer.couplings[name, k].project.toarray()
-        to_matches = (plan * cost).sum(0) / np.maximum(plan.sum(0), 1e-12)
-        candidates += [(-float(c), (k, unit)) for unit, c in enumerate(to_matches)]
+        project = couplings.maps[name, k].project.toarray()
+        mean = (project * cost).sum(0) / np.maximum(project.sum(0), 1e-12)
+        candidates += [(-float(c), (k, unit)) for unit, c in enumerate(mean)]
     return [owner for _, owner in sorted(candidates)]
 
 
@@ -329,10 +314,9 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
 def _sized(base: Network, sizes: dict[str, int]) -> Network:
     """Return a network of other widths, if its spaces come out as they should."""
     wide = Network.of(base.name, reshaped(base, sizes), base.example)
-    balanced = Balanced((base, wide), ((), ()), (0.0, 0.0))
-    for name, (old, new) in correspond(balanced, 0).spaces.items():
-        if new.size != sizes[name]:
-            raise _of_another_size(old, new.size, sizes[name])
+    for name, (there, own) in Problem.between(wide, base).spaces.items():
+        if there.size != sizes[name]:
+            raise _elsewhere(own, there.size, sizes[name])
     return wide
 
 
@@ -371,13 +355,7 @@ def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     )
 
 
-def _without_last(match: Correspondence, lead: int) -> Correspondence:
-    """Let the last network have no units of its own, only a structure."""
-    present = {name: (*of_networks[:-1], False) for name, of_networks in match.present.items()}
-    return replace(match, present=present, lead=lead)
-
-
-def _of_another_size(space: Space, size: int, wanted: int) -> FuseError:
+def _elsewhere(space: Space, size: int, wanted: int) -> FuseError:
     return FuseError(
         f"a space that came out with {size} units",
         where=f"space '{space.name}'",

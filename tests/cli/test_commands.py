@@ -143,7 +143,7 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
     heads, chosen = [], []
     monkeypatch.setattr(
-        "fxfuse.fusion.assemble.nearest", lambda ways, *_: chosen.append(1) or (0, ways[0].mixer)
+        "fxfuse.fusion.assemble.nearest", lambda ways, *_: chosen.append(1) or (0, ways[0])
     )
     options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
     for extra in ([], *(o.split() for o in options)):

@@ -14,16 +14,16 @@ from fxfuse.coupling.c2m3 import (
     _keys,
     _move,
     _soften,
+    _tensors,
     along,
     even_map,
-    objective,
     slope,
 )
-from fxfuse.coupling.measure import Measurements
-from fxfuse.coupling.weight_matching import forward, in_place
+from fxfuse.coupling.measure import Evidence
+from fxfuse.coupling.weight_matching import forward, in_place, inner
 from fxfuse.errors import PairingError
 from tests.support.nets import build, data_shape, gap, mlp, randomise, residual
-from tests.support.problems import images, joined, mixer_of
+from tests.support.problems import images, joined, problem_of
 from tests.support.tolerances import FUNCTION
 
 NETWORKS = ["plain", "grouped", "shared", "tokens", "depthwise"]
@@ -32,6 +32,16 @@ NETWORKS = ["plain", "grouped", "shared", "tokens", "depthwise"]
 def three(name, start=in_place):
     nets = [build(name, seed)[0] for seed in (1, 2, 3)]
     return joined(nets, torch.randn(8, *data_shape(name)), start)
+
+
+def objective(weights: Weights) -> float:
+    """What is to be raised: the sum over tensors and pairs of networks of their inner product."""
+    value = 0.0
+    for tensor in _tensors(weights):
+        mapped = [weights.carried(tensor, k) for k in weights.having(tensor)]
+        total = sum(mapped[1:], mapped[0])
+        value += (inner(total, total) - sum(inner(t, t) for t in mapped)) / 2
+    return value
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -50,7 +60,7 @@ def test_the_objective_is_the_sum_over_pairs(name):
 def test_the_polynomial_along_a_segment_is_the_objective_there(name):
     weights, free = three(name)
     _soften(weights, free, 0.3)
-    here = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+    here = {key: weights.couplings[key].project for key in _keys(free)}
     corner = _corner(weights, free, slope(weights))
     curve = np.polynomial.Polynomial(along(weights, corner))
     scale = max(abs(objective(weights)), 1.0)
@@ -65,7 +75,7 @@ def test_the_slope_is_that_of_the_polynomial(name):
     _soften(weights, free, 0.3)
     gains = slope(weights)
     corner = _corner(weights, free, gains)
-    here = {key: weights.mixer.couplings[key].project for key in _keys(free)}
+    here = {key: weights.couplings[key].project for key in _keys(free)}
     rise = sum(float((corner[key] - here[key]).multiply(g).sum()) for key, g in gains.items())
     assert rise == pytest.approx(along(weights, corner)[1], rel=1e-3, abs=1e-3)
 
@@ -74,27 +84,29 @@ def test_the_slope_is_that_of_the_polynomial(name):
 def test_the_even_map_shares_units_out_as_far_as_their_blocks_let_them_go(name):
     weights, free = three(name)
     parents = {s.name: s.parent for s in weights.anchor.spaces}
-    rng, match = np.random.default_rng(0), weights.mixer.match
+    rng, problem = np.random.default_rng(0), weights.problem
     for _ in range(5):
-        costs = {key: rng.random((match.spaces[key[0]][0].size,) * 2) for key in _keys(free)}
+        costs = {key: rng.random((problem.spaces[key[0]][0].size,) * 2) for key in _keys(free)}
         for (name, k), project in _corner(weights, free, costs).items():
-            even = even_map(match, parents, name, k)
+            even = even_map(problem, parents, name, k)
             assert np.allclose(even.sum(0), 1) and np.allclose(even.sum(1), 1)
             assert np.unique(even[even > 0]).size == 1
             assert (even[project.nonzero()] > 0).all()
 
 
 def coupled(nets, data, **options):
-    mixer = mixer_of(nets, data)
-    CycleConsistent(**options)(mixer, Measurements({}, {}))
-    return mixer
+    return CycleConsistent(**options)(problem_of(nets, data), Evidence({}, {}))
+
+
+def value_of(couplings):
+    return objective(Weights.of(couplings.problem, dict(couplings.maps)))
 
 
 def test_maps_between_networks_agree_around_every_cycle():
     nets = [randomise(residual((6, 1), (8, 1)), s) for s in range(3)]
-    mixer = coupled(nets, images())
-    for name in mixer.match.spaces:
-        into = [mixer.couplings[name, k].project.toarray() for k in range(3)]
+    couplings = coupled(nets, images())
+    for name in couplings.problem.spaces:
+        into = [couplings.maps[name, k].project.toarray() for k in range(3)]
         assert all((m.sum(0) == 1).all() and (m.sum(1) == 1).all() for m in into)
         between = {(p, q): into[p].T @ into[q] for p in range(3) for q in range(3)}
         for p, q, r in itertools.permutations(range(3)):
@@ -124,7 +136,7 @@ def test_permuted_copies_of_one_network_fuse_to_it(name):
 def test_steps_then_rounding_then_turns_each_raise_the_objective():
     nets, x = [randomise(mlp(6, 12, 10, 3), s) for s in range(4)], torch.randn(8, 6)
     start = objective(joined(nets, x, in_place)[0])
-    rounded, polished = (objective(Weights.of(coupled(nets, x, polish=p))) for p in (0, 100))
+    rounded, polished = (value_of(coupled(nets, x, polish=p)) for p in (0, 100))
     assert start < rounded <= polished
 
 
@@ -134,16 +146,16 @@ def test_steps_then_rounding_then_turns_each_raise_the_objective():
 def test_each_option_changes_the_result(options):
     nets = [randomise(mlp(6, 12, 10, 3, norm=True), s) for s in (1, 2, 3)]
     plain = {"start": in_place, "inward": 0.0, "polish": 0}
-    a, b = (coupled(nets, torch.randn(8, 6), **o).couplings for o in (plain, plain | options))
+    a, b = (coupled(nets, torch.randn(8, 6), **o).maps for o in (plain, plain | options))
     assert any((a[key].project != b[key].project).nnz for key in a)
 
 
 def test_layers_that_networks_lack_are_nobodys_say():
     nets = [randomise(residual((6, n), (8, m)), n) for n, m in ((1, 2), (2, 1), (1, 1))]
-    mixer = coupled(nets, images())
-    for name, present in mixer.match.present.items():
+    couplings = coupled(nets, images())
+    for name, present in couplings.problem.present.items():
         for k, here in enumerate(present):
-            project = mixer.couplings[name, k].project
+            project = couplings.maps[name, k].project
             assert {*project.sum(0), *project.sum(1)} == ({1.0} if here else {0.0})
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse.calibration.data import Calibration
 from fxfuse.coupling.measure import View, measure, measuring_points
 from fxfuse.coupling.transport import Transport
 from fxfuse.coupling.zipit import Zip
@@ -20,7 +21,7 @@ from tests.support.nets import (
     stages,
     values,
 )
-from tests.support.problems import network, prepared
+from tests.support.problems import network, problem_of
 
 
 def images(count=40):
@@ -90,13 +91,13 @@ def test_a_stream_that_several_read_is_measured_as_it_is():
 
 def test_what_is_measured_behind_an_activation_is_what_it_makes_of_the_units():
     nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
-    balanced, match, data = prepared(nets, x)
-    found = measure(balanced, match, data, View(activated=True), {}, 70)
+    problem, data = problem_of(nets, x), Calibration(x)
+    found = measure(problem, data, View(activated=True), {}, 70)
     assert found.pairs
     for (name, i, k), places in found.pairs.items():
         for node, moments in places.items():
             for index, side in ((i, moments.a), (k, moments.b)):
-                value = values(balanced.networks[index].module, x)[node]
+                value = values(problem.networks[index].module, x)[node]
                 flat = value.movedim(1, 0).flatten(1).double().numpy()
                 assert flat.min() >= 0, name
                 assert np.allclose(side.mean, flat.mean(1), atol=1e-5)
@@ -107,10 +108,10 @@ def test_what_is_measured_behind_an_activation_is_what_it_makes_of_the_units():
 def test_everything_is_all_pairs_of_networks_and_each_with_itself(activated):
     nets = [randomise(residual((6, 2), (8, 1)), s) for s in (1, 2)]
     nets.append(randomise(residual((6, 1), (8, 1)), 3))
-    balanced, match, data = prepared(nets, images())
-    found = measure(balanced, match, data, View(activated, everything=True), {}, 40)
-    base = measure(balanced, match, data, View(activated), {}, 40)
-    for name, present in match.present.items():
+    problem, data = problem_of(nets, images()), Calibration(images())
+    found = measure(problem, data, View(activated, everything=True), {}, 40)
+    base = measure(problem, data, View(activated), {}, 40)
+    for name, present in problem.present.items():
         here = [k for k, has in enumerate(present) if has]
         pairs = {(name, i, k) for i in here for k in here if i <= k}
         assert pairs == {key for key in found.pairs if key[0] == name}
@@ -118,7 +119,7 @@ def test_everything_is_all_pairs_of_networks_and_each_with_itself(activated):
             if i == k:
                 for m in found.pairs[name, i, k].values():
                     assert np.allclose(np.diag(m.covariance), m.a.variance, atol=1e-5)
-            elif i == match.base[name]:
+            elif i == problem.base[name]:
                 for node, m in base.pairs[name, i, k].items():
                     same = found.pairs[name, i, k][node]
                     assert np.allclose(m.covariance, same.covariance, atol=1e-6)
@@ -152,9 +153,10 @@ def test_no_more_samples_are_run_than_tell_how_alike_units_are(enough, expected,
     monkeypatch.setattr("fxfuse.coupling.measure.ENOUGH_POSITIONS", enough[1])
     monkeypatch.setattr("fxfuse.calibration.run.BATCH_SAMPLES", 8)
     net = nn.Sequential(conv(3, 4), conv(4, 5), nn.Conv2d(5, 2, 1))
-    balanced, match, data = prepared([randomise(net, s) for s in (1, 1)], images())
-    node = next(n.name for n in balanced.networks[0].module.graph.nodes if n.op == "call_module")
+    problem = problem_of([randomise(net, s) for s in (1, 1)], images())
+    data = Calibration(images())
+    node = next(n.name for n in problem.networks[0].module.graph.nodes if n.op == "call_module")
     for outputs, seen in (({}, expected), ({node: 1}, 40)):
-        found = measure(balanced, match, data, View(), outputs, 40)
+        found = measure(problem, data, View(), outputs, 40)
         counts = {m.a.count for places in found.pairs.values() for m in places.values()}
         assert counts == {64 * seen}

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 import fxfuse
+from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.moments import correlation
 from fxfuse.coupling.measure import measure
-from fxfuse.coupling.mixing import Mixer
 from fxfuse.coupling.plans import agreements, one_map, two_maps
 from fxfuse.coupling.transport import Transport
 from fxfuse.errors import ArgumentError
@@ -20,7 +20,7 @@ from fxfuse.ir import Coupling
 from fxfuse.refit.moments import MatchMoments
 from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import build, data_shape, gap, mlp, randomise
-from tests.support.problems import prepared
+from tests.support.problems import problem_of
 from tests.support.widening import widened
 
 
@@ -130,11 +130,9 @@ def test_what_is_no_power_of_agreement_is_refused(power):
 
 
 def couplings_of(nets, x, solver):
-    balanced, match, data = prepared(nets, x)
-    mixer = Mixer(balanced, 0, match, (0.5, 0.5))
+    problem = problem_of(nets, x)
     transport = Transport(solver=solver)
-    transport(mixer, measure(balanced, match, data, transport.view, {}, len(x)))
-    return mixer
+    return transport(problem, measure(problem, Calibration(x), transport.view, {}, len(x)))
 
 
 @pytest.mark.parametrize("solver", [Sinkhorn(0.3), UnbalancedSinkhorn(0.3)])
@@ -142,11 +140,11 @@ def couplings_of(nets, x, solver):
 def test_soft_solvers_mix_units_but_neither_blocks_nor_products(name, solver):
     nets = [build(name, seed)[0] for seed in (0, 5)]
     x = torch.randn(40, *data_shape(name))
-    mixer = couplings_of(nets, x, solver)
-    spaces = mixer.balanced.networks[0].spaces
+    couplings = couplings_of(nets, x, solver)
+    spaces = couplings.problem.networks[0].spaces
     parents, soft = {s.parent for s in spaces}, 0
     for space in spaces:
-        coupling = mixer.couplings[space.name, 1]
+        coupling = couplings.maps[space.name, 1]
         project = coupling.project.toarray()
         hard = (project > 0).sum(1).max() == 1
         read = any(a.reads for a in space.axes)
@@ -154,7 +152,7 @@ def test_soft_solvers_mix_units_but_neither_blocks_nor_products(name, solver):
             assert hard, space.name
         soft += not hard
         if space.blocks is not None:
-            outer = mixer.couplings[space.parent, 1].project.toarray()
+            outer = couplings.maps[space.parent, 1].project.toarray()
             crossed = project[outer[space.blocks][:, space.blocks] == 0]
             assert not crossed.any(), "units of blocks that are not matched"
     assert soft >= 2
@@ -182,17 +180,17 @@ def test_units_left_with_nothing_get_rows_of_zeros(maps, rows, columns, seed):
 
 def test_a_fused_unit_that_a_network_gives_nothing_to_is_that_of_the_others():
     nets, x = [randomise(mlp(4, 3, 2), s) for s in (1, 2)], torch.randn(30, 4)
-    mixer = couplings_of(nets, x, Exact())
-    space = next(iter(mixer.balanced.networks[0].spaces))
+    couplings = couplings_of(nets, x, Exact())
+    space = next(iter(couplings.problem.networks[0].spaces))
     plan = np.eye(3) / 3
     plan[1] = 0.0
-    mixer.couplings[space.name, 1] = Coupling(*two_maps(csr_array(plan)))
+    couplings.maps[space.name, 1] = Coupling(*two_maps(csr_array(plan)))
     weights = [n.state_dict()["0.weight"].numpy() for n in nets]
-    mixed = mixer.mix("0.weight", weights)
+    mixed = couplings.mix("0.weight", weights)
     assert np.allclose(mixed[[0, 2]], (weights[0] + weights[1])[[0, 2]] / 2, atol=1e-6)
     assert np.allclose(mixed[1], weights[0][1], atol=1e-6)
     heads = [n.state_dict()["2.weight"].numpy() for n in nets]
-    read = mixer.mix("2.weight", heads)
+    read = couplings.mix("2.weight", heads)
     assert np.allclose(read[:, 1], heads[0][:, 1] / 2, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 
 import fxfuse
 from fxfuse.coupling._weights import Weights, squared_distance
-from fxfuse.coupling.measure import Measurements
+from fxfuse.coupling.measure import Evidence
 from fxfuse.coupling.plans import one_map
 from fxfuse.coupling.weight_matching import (
     Ascent,
@@ -49,7 +49,7 @@ from tests.support.nets import (
     randomise,
     residual,
 )
-from tests.support.problems import images, joined, mixer_of
+from tests.support.problems import images, joined, problem_of
 from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
@@ -63,7 +63,7 @@ def test_networks_are_ordered_by_what_they_hold():
     nets, x = [randomise(mlp(6, 8, 7, 3), s) for s in range(3)], torch.randn(8, 6)
     ranks = set()
     for order in itertools.permutations(range(3)):
-        weights = Weights.of(mixer_of([nets[i] for i in order], x))
+        weights = Weights.of(problem_of([nets[i] for i in order], x))
         ranks.add(tuple(order[i] for i in by_content(weights)))
     assert len(ranks) == 1
 
@@ -93,7 +93,7 @@ def test_of_small_networks_no_single_map_could_be_better():
     nets = [randomise(mlp(4, 3, 2, bias=False), s) for s in range(3)]
     weights, free = joined(nets, torch.randn(8, 4))
     merge_in_turn(weights, free, 100, 100, np.random.default_rng(0))
-    orders = [weights.mixer.couplings["0", k].project.indices for k in range(3)]
+    orders = [weights.couplings["0", k].project.indices for k in range(3)]
     pairs = [[p.detach().double() for p in n.parameters() if p.dim() == 2] for n in nets]
 
     def score(orders):
@@ -126,10 +126,10 @@ def test_permuted_copies_of_one_network_fuse_to_it(name):
 
 def ascent_of(a, b, x, folded=False):
     """Return an ascent of the second network towards the first, and its weights."""
-    weights = Weights.of(mixer_of([a, b], x), folded)
-    Ascent(weights, 0, {}, list(weights.mixer.match.spaces)).keep()
+    weights = Weights.of(problem_of([a, b], x), folded=folded)
+    Ascent(weights, 0, {}, list(weights.problem.spaces)).keep()
     targets = {name: weights.carried(name, 0) for name in weights.states[0]}
-    return Ascent(weights, 1, targets, list(weights.mixer.match.spaces))
+    return Ascent(weights, 1, targets, list(weights.problem.spaces))
 
 
 def value(ascent):
@@ -158,7 +158,7 @@ def test_what_is_reached_no_single_space_can_raise(seed, start):
     ascent = ascent_of(*nets, x)
     start(ascent)
     ascent.run(100, np.random.default_rng(seed))
-    orders = [ascent.weights.mixer.couplings[n, 1].project.indices for n in ("0", "2")]
+    orders = [ascent.weights.couplings[n, 1].project.indices for n in ("0", "2")]
     reached = by_hand(*nets, orders)
     assert reached == pytest.approx(value(ascent), rel=1e-6)
     for i, size in enumerate((4, 3)):
@@ -186,8 +186,8 @@ def test_every_map_stays_a_permutation_inside_its_blocks():
     ascent = ascent_of(a, b, images())
     forward(ascent)
     ascent.run(100, np.random.default_rng(0))
-    match, couplings = ascent.weights.mixer.match, ascent.weights.mixer.couplings
-    for name, spaces in match.spaces.items():
+    problem, couplings = ascent.weights.problem, ascent.weights.couplings
+    for name, spaces in problem.spaces.items():
         project = couplings[name, 1].project.toarray()
         assert (project.sum(0) == 1).all() and (project.sum(1) == 1).all()
         parent = spaces[0].parent
@@ -218,38 +218,38 @@ def test_spaces_come_in_the_order_in_which_they_are_written():
         def forward(self, x):
             return self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
 
-    mixer = mixer_of([randomise(Backwards())], torch.randn(8, 6))
-    assert network_order(mixer.balanced.networks[0]) == ["first", "middle"]
+    problem = problem_of([randomise(Backwards())], torch.randn(8, 6))
+    assert network_order(problem.networks[0]) == ["first", "middle"]
 
 
 def test_spaces_inside_blocks_form_a_family_with_them():
     net, _ = build("tokens")
-    mixer = mixer_of([net], images())
-    network = mixer.balanced.networks[0]
+    problem = problem_of([net], images())
+    network = problem.networks[0]
     parents = {s.name: s.parent for s in network.spaces}
     for family in families(network):
         assert {parents[name] for name in family[1:]} <= {*family}
         assert parents[family[0]] is None
     assert sorted(n for f in families(network) for n in f) == sorted(parents)
     heads = next(f for f in families(network) if len(f) == 3)
-    assert [members(mixer.match, name) for name in heads] == [1, 4, 4]
+    assert [members(problem, name) for name in heads] == [1, 4, 4]
 
 
 def test_networks_of_unequal_width_are_refused():
     nets = [randomise(mlp(6, 8, 7, 3)), randomise(mlp(6, 5, 7, 3))]
     with pytest.raises(PairingError, match="8 and 5") as caught:
-        require_equal_widths(mixer_of(nets, torch.randn(8, 6)).match, "M")
+        require_equal_widths(problem_of(nets, torch.randn(8, 6)), "M")
     assert "WeightTransport" in caught.value.do
-    require_equal_widths(mixer_of([nets[0], nets[0]], torch.randn(8, 6)).match, "M")
+    require_equal_widths(problem_of([nets[0], nets[0]], torch.randn(8, 6)), "M")
 
 
 def test_a_layer_that_only_one_network_has_does_not_make_widths_unequal():
     nets = [randomise(residual((6, 2), inner=9)), randomise(residual((6, 1), inner=9))]
-    require_equal_widths(mixer_of(nets, images()).match, "M")
+    require_equal_widths(problem_of(nets, images()), "M")
     assert fxfuse.find_spaces(nets[0], images(2)).free_units
 
 
-NOTHING = Measurements({}, {})
+NOTHING = Evidence({}, {})
 
 
 METHODS = {
@@ -265,9 +265,9 @@ def fused_by(coupling, nets, data, **options):
     return fxfuse.fuse(nets, data, method=fxfuse.Method(coupling=coupling), **options)
 
 
-def couplings_of(method, mixer):
-    method(mixer, NOTHING)
-    return {key: c.project.toarray() for key, c in mixer.couplings.items()}
+def couplings_of(method, problem):
+    maps = method(problem, NOTHING).maps
+    return {key: c.project.toarray() for key, c in maps.items()}
 
 
 # --- what comes back exactly ----------------------------------------------------------------------
@@ -347,8 +347,7 @@ def test_layers_that_the_anchor_lacks_are_matched_among_those_that_have_them(cou
 
 def test_transport_goes_forward_with_the_input_side_mapped():
     nets = [randomise(mlp(6, 5, 4, 3, bias=False), s) for s in (1, 2)]
-    mixer = mixer_of(nets, torch.randn(8, 6))
-    found = couplings_of(WeightTransport(), mixer)
+    found = couplings_of(WeightTransport(), problem_of(nets, torch.randn(8, 6)))
     weights = ([p.detach().numpy() for p in n.parameters() if p.dim() == 2] for n in nets)
     (a1, a2, _), (b1, b2, _) = weights
     _, first = linear_sum_assignment(cdist(a1, b1))
@@ -369,7 +368,7 @@ def test_transport_goes_forward_with_the_input_side_mapped():
 )
 def test_each_option_of_transport_changes_the_result(options):
     nets = [randomise(residual((6, 2), (9, 1)), 1), randomise(residual((9, 1), (12, 1), stem=9), 2)]
-    a, b = (couplings_of(WeightTransport(**o), mixer_of(nets, images())) for o in ({}, options))
+    a, b = (couplings_of(WeightTransport(**o), problem_of(nets, images())) for o in ({}, options))
     assert any(not np.array_equal(a[key], b[key]) for key in a)
 
 
@@ -381,7 +380,7 @@ def test_the_solver_of_transport_is_used():
 
 def test_later_passes_change_nothing_on_a_plain_chain():
     nets, x = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2)], torch.randn(8, 6)
-    once, twice = (couplings_of(WeightTransport(passes=p), mixer_of(nets, x)) for p in (1, 2))
+    once, twice = (couplings_of(WeightTransport(passes=p), problem_of(nets, x)) for p in (1, 2))
     assert all(np.array_equal(once[key], twice[key]) for key in once)
 
 
@@ -400,7 +399,7 @@ def test_later_passes_change_nothing_on_a_plain_chain():
 def test_each_option_of_matching_changes_the_result(options):
     nets = [randomise(residual((6, 2), (9, 2)), s) for s in (1, 2)]
     plain = {"start": in_place} if len(options) > 1 else {}
-    a, b = (couplings_of(WeightMatching(**o), mixer_of(nets, images())) for o in (plain, options))
+    a, b = (couplings_of(WeightMatching(**o), problem_of(nets, images())) for o in (plain, options))
     assert any(not np.array_equal(a[key], b[key]) for key in a)
 
 
@@ -414,9 +413,9 @@ def test_networks_of_unequal_width_are_refused_with_what_to_use(method):
 @pytest.mark.parametrize(("method", "anchor"), [(WeightMatching(), 2), (MergeMany(), 0)])
 def test_matching_networks_of_unequal_depth_gives_permutations(method, anchor):
     nets = [randomise(residual((6, n), (8, m)), n) for n, m in ((1, 2), (2, 1), (1, 1))]
-    mixer = mixer_of(nets, images(), anchor)
-    found = couplings_of(method, mixer)
-    for name, present in mixer.match.present.items():
+    problem = problem_of(nets, images(), anchor)
+    found = couplings_of(method, problem)
+    for name, present in problem.present.items():
         for k, here in enumerate(present):
             sums = {*found[name, k].sum(0), *found[name, k].sum(1)}
             assert sums == ({1.0} if here else {0.0})

@@ -23,7 +23,7 @@ from fxfuse.coupling._weights import (
 )
 from fxfuse.ir import Axis, Coupling
 from tests.support.nets import build, conv, data_shape, randomise, residual, stages
-from tests.support.problems import images, mixer_of
+from tests.support.problems import images, problem_of
 from tests.support.tolerances import EXACT, STATISTIC
 
 MATRICES = arrays(float, (4, 5), elements=st.floats(-3, 3).map(lambda v: round(v, 2)))
@@ -32,7 +32,7 @@ MATRICES = arrays(float, (4, 5), elements=st.floats(-3, 3).map(lambda v: round(v
 def put_random(weights, seed=0):
     """Give every space and network two random dense maps, and return them."""
     rng, maps = np.random.default_rng(seed), {}
-    for name, spaces in weights.mixer.match.spaces.items():
+    for name, spaces in weights.problem.spaces.items():
         for k, space in enumerate(spaces):
             p, u = (rng.random((space.size, space.size)) for _ in range(2))
             maps[name, k] = p, u
@@ -71,7 +71,7 @@ def test_rows_of_units_that_occur_several_times_hold_all_places():
 
 def test_rows_are_carried_along_every_other_axis():
     nets = [randomise(stages([5, 6], [7]), s) for s in (1, 2)]
-    weights = Weights.of(mixer_of(nets, images()))
+    weights = Weights.of(problem_of(nets, images()))
     maps, (first, second) = put_random(weights), [s.name for s in weights.anchor.spaces][:2]
     raw = nets[1].state_dict()["0.1.0.weight"].numpy()
     written, read = weights.axes(second), weights.axes(first)
@@ -85,7 +85,7 @@ def test_rows_are_carried_along_every_other_axis():
 
 def test_a_new_coupling_is_seen_by_what_was_mapped_before():
     nets = [randomise(stages([5, 6], [7]), s) for s in (1, 2)]
-    weights = Weights.of(mixer_of(nets, images()))
+    weights = Weights.of(problem_of(nets, images()))
     put_random(weights, 1)
     before = weights.carried("0.1.0.weight", 1)
     put_random(weights, 2)
@@ -108,13 +108,13 @@ def test_a_grouped_weight_counts_as_the_dense_one_it_stands_for():
     wide = torch.zeros(8, 8, 3, 3)
     wide[:4, :4], wide[4:, 4:] = state["b.0.weight"][:4], state["b.0.weight"][4:]
     dense.load_state_dict(state | {"b.0.weight": wide})
-    weights = Weights.of(mixer_of([net], images()))
+    weights = Weights.of(problem_of([net], images()))
     assert np.array_equal(weights.dense("b.0.weight", 0), wide.numpy())
 
 
 def test_filters_of_one_input_each_count_by_what_they_write():
     net, _ = build("depthwise")
-    weights = Weights.of(mixer_of([net], images()))
+    weights = Weights.of(problem_of([net], images()))
     name = next(n for n, t in net.named_parameters() if t.dim() == 4 and t.shape[1:] == (1, 3, 3))
     assert weights.dims(name) == [0]
 
@@ -122,7 +122,7 @@ def test_filters_of_one_input_each_count_by_what_they_write():
 @pytest.mark.parametrize("folded", [False, True])
 def test_running_statistics_have_no_say(folded):
     net, x = build("batch norm")
-    state = Weights.of(mixer_of([net], images()), folded).states[0]
+    state = Weights.of(problem_of([net], images()), folded=folded).states[0]
     statistics = {n for n, _ in net.named_buffers() if n.endswith(("_mean", "_var"))}
     if not folded:
         assert not statistics & set(state)
@@ -138,7 +138,7 @@ def test_running_statistics_have_no_say(folded):
 
 def test_layers_in_name_only_have_no_say():
     nets = [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 1)), 2)]
-    weights = Weights.of(mixer_of(nets, images()))
+    weights = Weights.of(problem_of(nets, images()))
     missing = set(weights.states[0]) - set(weights.states[1])
     assert {n.rpartition(".")[0] for n in missing} >= {"1.1.a.0", "1.1.b.0", "1.2.a.0", "1.2.b.0"}
     assert not set(weights.states[1]) - set(weights.states[0])
@@ -149,12 +149,12 @@ def test_layers_in_name_only_have_no_say():
 def test_the_cost_of_a_network_with_itself_is_zero_on_the_diagonal(name):
     net, _ = build(name)
     x = torch.randn(8, *data_shape(name))
-    mixer = mixer_of([net, net], x)
-    weights = Weights.of(mixer)
-    for space, both in mixer.match.spaces.items():
+    problem = problem_of([net, net], x)
+    weights = Weights.of(problem)
+    for space, both in problem.spaces.items():
         eye = csr_array(np.eye(both[0].size))
         for k in (0, 1):
             weights.put(space, k, Coupling(eye, eye))
-    for space in mixer.match.spaces:
+    for space in problem.spaces:
         cost = weight_cost(weights, space, 1)
         assert np.abs(np.diag(cost)).max() < 1e-9 and (cost >= 0).all()

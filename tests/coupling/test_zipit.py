@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxfuse
+from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.moments import PairMoments
 from fxfuse.coupling.measure import View, measure
-from fxfuse.coupling.mixing import Mixer
 from fxfuse.coupling.zipit import Zip, greedy_zip, similarities
 from fxfuse.errors import ArgumentError, FuseError, SolverError
 from fxfuse.refit.moments import MatchMoments
@@ -27,7 +27,7 @@ from tests.support.nets import (
     residual,
     stages,
 )
-from tests.support.problems import prepared
+from tests.support.problems import problem_of
 from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
@@ -262,22 +262,22 @@ def test_a_block_that_one_network_lacks_is_kept_and_the_stream_is_zipped():
     assert all(0 < c < 2 for s in shared for c in s.costs)
 
 
-def zipped_mixer(nets, x, zipped, weights, anchor=0):
-    balanced, match, data = prepared(nets, x, anchor)
-    mixer = Mixer(balanced, anchor, match, weights)
-    measured = measure(balanced, match, data, zipped.view, {}, len(x))
-    zipped(mixer, measured)
-    assert not measured.pairs
-    return mixer
+def zipped_networks(nets, x, zipped, weights, anchor=0):
+    problem = problem_of(nets, x, anchor, weights)
+    evidence = measure(problem, Calibration(x), zipped.view, {}, len(x))
+    before = set(evidence.pairs)
+    couplings = zipped(problem, evidence)
+    assert set(evidence.pairs) == before, "what was measured is not used up"
+    return couplings
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 0.8)])
 def test_groups_are_weighted_means_and_are_read_whole(weights):
     nets = [randomise(stages([8, 9], [7]), 1), randomise(stages([5, 6], [7]), 2)]
-    mixer = zipped_mixer(nets, images(), Zip(alpha=1, beta=1), weights)
+    couplings = zipped_networks(nets, images(), Zip(alpha=1, beta=1), weights)
     uneven = False
-    for name, spaces in mixer.match.spaces.items():
-        maps = [mixer.couplings[name, k] for k in (0, 1)]
+    for name, spaces in couplings.problem.spaces.items():
+        maps = [couplings.maps[name, k] for k in (0, 1)]
         total = sum(w * m.given for w, m in zip(weights, maps))
         assert np.allclose(total, 1.0)
         for coupling, space in zip(maps, spaces):
@@ -292,14 +292,14 @@ def test_groups_are_weighted_means_and_are_read_whole(weights):
 def test_a_tensor_of_one_network_alone_keeps_the_scale_of_its_units():
     """A unit made of two of network 0 and one of network 1 is the mean of the two there."""
     nets = [randomise(stages([12, 16], [14]), 1), randomise(stages([10, 12], [14]), 2)]
-    mixer = zipped_mixer(nets, images(), Zip(alpha=1, beta=1), (0.3, 0.7))
+    couplings = zipped_networks(nets, images(), Zip(alpha=1, beta=1), (0.3, 0.7))
     uneven = False
-    for space in mixer.balanced.networks[0].spaces:
+    for space in couplings.problem.networks[0].spaces:
         axis = next(a for a in space.axes if not a.reads)
-        mixer.__dict__["_absent"] = [set(), {axis.tensor}]
-        values = [np.ones(s.size) for s in mixer.match.spaces[space.name]]
-        mixed = mixer.mix(axis.tensor, values, axis.dim)
-        given = [mixer.couplings[space.name, k].given for k in (0, 1)]
+        couplings.problem.__dict__["lacking"] = (set(), {axis.tensor})
+        values = [np.ones(s.size) for s in couplings.problem.spaces[space.name]]
+        mixed = couplings.mix(axis.tensor, values, axis.dim)
+        given = [couplings.maps[space.name, k].given for k in (0, 1)]
         assert np.allclose(mixed[given[0] > 0], 1.0) and not mixed[given[0] == 0].any()
         uneven |= bool(((given[1] > 0) & (given[0] > 0) & (given[0] != given[1])).any())
     assert uneven, "no group has more of one network than of the other, so nothing is shown"

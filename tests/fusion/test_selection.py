@@ -1,7 +1,6 @@
 """Weights that are chosen: never farther from the ensemble than the anchor, on what judged them."""
 
-from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ from fxfuse.calibration.data import Calibration
 from fxfuse.coupling.transport import Transport
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion import selection as weighing
-from fxfuse.fusion.selection import Way, _between, nearest
+from fxfuse.fusion.selection import _between, nearest
 from fxfuse.refit.sweep import LeastSquares
 from tests.support.nets import gap, mlp, outputs, randomise, residual
 
@@ -88,14 +87,16 @@ def test_units_of_other_numbers_cannot_lead():
 class Shares:
     """All that the search sees of networks and their maps."""
 
+    lead: int = 0
     weights: tuple[float, ...] = (0.5, 0.5)
-    ensemble: tuple[float, ...] | None = None
-    match: tuple = namedtuple("Match", "lead")(0)
-    balanced: tuple = namedtuple("Balanced", "networks")(("a", "b"))
 
     @property
-    def output_weights(self):
-        return self.ensemble or self.weights
+    def problem(self):
+        both = {"output_weights": (0.5, 0.5), "networks": ("a", "b")}
+        return SimpleNamespace(lead=self.lead, **both)
+
+    def weighted(self, weights):
+        return replace(self, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +104,9 @@ class Shares:
 )
 def test_another_way_is_taken_if_it_is_nearer_by_its_margin(monkeypatch, missed, chosen):
     monkeypatch.setattr(weighing, "_distance", lambda voices, way, data: missed[way])
-    margins = (1.0, 1.0, 0.75)
-    ways = [Way(Shares(), lambda *_, i=i: i, m) for i, m in enumerate(margins)]
-    way, shares = nearest(ways, Calibration(X))
-    assert way == chosen and shares.output_weights == (0.5, 0.5)
+    ways = [Shares(), Shares(), Shares(lead=1)]  # the last has to come clearly nearer
+    way, shares = nearest(ways, lambda way, *_: way, Calibration(X))
+    assert way == chosen and shares.problem.output_weights == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("fitted", [True, False])

@@ -5,15 +5,17 @@ import torch
 from scipy.sparse import csr_array
 
 import fxfuse
+from fxfuse.calibration.data import Calibration
 from fxfuse.coupling.measure import View, measure, measuring_batch, measuring_points
-from fxfuse.coupling.mixing import Mixer, absent_tensors
+from fxfuse.coupling.mixing import Couplings
 from fxfuse.coupling.plans import two_maps
+from fxfuse.coupling.problem import absent_tensors
 from fxfuse.coupling.transport import Transport
 from fxfuse.ir import Coupling
 from fxfuse.refit.emit import outputs_to_settle
 from fxfuse.refit.moments import MatchMoments, frontier_samples
 from tests.support.nets import build, gap, outputs, randomise, residual, stages
-from tests.support.problems import network, prepared
+from tests.support.problems import network, problem_of
 from tests.support.tolerances import FUNCTION
 
 
@@ -23,22 +25,22 @@ def images(count=40):
 
 def test_a_tensor_is_mixed_as_the_formula_says():
     nets, x = [randomise(stages([5, 6], [7]), s) for s in (1, 2)], images()
-    balanced, match, _ = prepared(nets, x)
+    problem = problem_of(nets, x, weights=(0.3, 0.7))
     rng = np.random.default_rng(0)
     couplings, maps = {}, {}
-    for name, spaces in match.spaces.items():
+    for name, spaces in problem.spaces.items():
         for k in (0, 1):
             p, u = (rng.random((spaces[k].size,) * 2) for _ in range(2))
             maps[name, k] = (p, u)
             couplings[name, k] = Coupling(csr_array(p), csr_array(u))
-    mixer = Mixer(balanced, 0, match, (0.3, 0.7), couplings)
     weights = [n.state_dict()["0.1.0.weight"].numpy() for n in nets]
-    (first, second) = [s.name for s in balanced.networks[0].spaces][:2]
+    (first, second) = [s.name for s in problem.networks[0].spaces][:2]
     expected = sum(
         share * np.einsum("Oo,oihw,iI->OIhw", maps[second, k][0], weights[k], maps[first, k][1])
         for k, share in enumerate((0.3, 0.7))
     )
-    assert np.allclose(mixer.mix("0.1.0.weight", weights), expected, rtol=1e-5, atol=1e-6)
+    mixed = Couplings(problem, couplings).mix("0.1.0.weight", weights)
+    assert np.allclose(mixed, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_inside():
@@ -47,30 +49,29 @@ def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_insi
         [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 1)), 2)],
         images(),
     )
-    balanced, match, _ = prepared(nets, x)
-    gone = absent_tensors(balanced.networks[1], balanced.absent[1])
-    assert gone and not absent_tensors(balanced.networks[0], balanced.absent[0])
-    mixer = Mixer(balanced, 0, match, (0.4, 0.6))
-    inside = [n for n in gone if n.endswith("weight") and balanced.networks[0].book]
-    shares = {name: mixer.shares(name) for name in inside}
+    problem = problem_of(nets, x, weights=(0.4, 0.6))
+    gone = absent_tensors(problem.networks[1], problem.absent[1])
+    assert gone and not absent_tensors(problem.networks[0], problem.absent[0])
+    inside = [n for n in gone if n.endswith("weight") and problem.networks[0].book]
+    shares = {name: problem.shares(name) for name in inside}
     assert {tuple(s) for s in shares.values()} == {(1.0, 0.0)}
-    silent = {t for a in balanced.absent[1] for t in a.zeroed}
-    assert silent and all(mixer.shares(name) == [0.4, 0.6] for name in silent)
-    assert mixer.shares("0.0.weight") == [0.4, 0.6]
+    silent = {t for a in problem.absent[1] for t in a.zeroed}
+    assert silent and all(problem.shares(name) == [0.4, 0.6] for name in silent)
+    assert problem.shares("0.0.weight") == [0.4, 0.6]
 
 
 def test_the_joint_pass_measures_what_numpy_measures():
     nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
-    balanced, match, data = prepared(nets, x)
-    nodes = outputs_to_settle(balanced.networks[0])
-    found = measure(balanced, match, data, View(), nodes, 70)
-    point = next(iter(measuring_points(balanced.networks[0]) & set(nodes)))
+    problem, data = problem_of(nets, x), Calibration(x)
+    nodes = outputs_to_settle(problem.networks[0])
+    found = measure(problem, data, View(), nodes, 70)
+    point = next(iter(measuring_points(problem.networks[0]) & set(nodes)))
     for k, net in enumerate(nets):
         recorded = {}
         net[0][0][1].register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
         outputs(net, x)
         expected = recorded["out"].transpose(0, 1).flatten(1).double().numpy()
-        first = next(n for n in nodes if n in balanced.networks[0].book.norms)
+        first = next(n for n in nodes if n in problem.networks[0].book.norms)
         assert np.allclose(found.outputs[first][k].mean, expected.mean(1), atol=1e-5)
         assert np.allclose(found.outputs[first][k].spread, expected.std(1), atol=1e-5)
     assert point

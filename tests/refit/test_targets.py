@@ -8,7 +8,7 @@ from fxfuse.alignment.align import align_networks
 from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.run import Run, walk
 from fxfuse.coupling.measure import View, measure
-from fxfuse.coupling.mixing import Mixer, correspond
+from fxfuse.coupling.problem import Problem
 from fxfuse.coupling.transport import Transport
 from fxfuse.depth.deepen import deepen
 from fxfuse.graph.trace import trace
@@ -154,27 +154,25 @@ def mixed(nets, x, weights, anchor=0):
     found = [network(net, x) for net in nets]
     data = Calibration(x)
     balanced = deepen(found, align_networks(found, data))
-    match = correspond(balanced, anchor)
-    mixer = Mixer(balanced, anchor, match, weights)
-    Transport()(mixer, measure(balanced, match, data, View(), {}, len(x)))
-    return mixer
+    problem = Problem.of(balanced, anchor, weights)
+    return Transport()(problem, measure(problem, data, View(), {}, len(x)))
 
 
-def targets_at(mixer, x):
+def targets_at(couplings, x):
     """Return the target and the networks' own values at each place that is aimed at."""
-    targets = Targets(mixer)
-    base = mixer.balanced.networks[mixer.anchor]
+    targets, problem = Targets(couplings), couplings.problem
+    base = problem.structure
     aims = {a.at: a for a in aims_of(base)[1].values()}
     found = {}
 
     def visit(node, values):
         if node.name in aims:
             aim = aims[node.name]
-            dim = aim.producer.axis % values[mixer.anchor].dim()
+            dim = aim.producer.axis % values[problem.anchor].dim()
             target = targets.mix(node.name, aim.producer.weight, dim, values)
             found[node.name] = target, [None if v is None else v.clone() for v in values]
 
-    walk(mixer.balanced.networks, (x,), visit, targets.bypasses)
+    walk(problem.networks, (x,), visit, targets.bypasses)
     return found
 
 
@@ -192,10 +190,10 @@ def test_the_target_of_a_network_and_its_shuffled_copy_is_what_the_network_gives
 
 def test_a_plain_target_is_the_weighted_mean_in_matched_units():
     nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images()
-    mixer = mixed(nets, x, (0.3, 0.7))
-    (target, values), *_ = targets_at(mixer, x).values()
-    space = next(s.name for s in mixer.balanced.networks[0].spaces if s.size == 5)
-    moved = mixer.couplings[space, 1].project.toarray()
+    couplings = mixed(nets, x, (0.3, 0.7))
+    (target, values), *_ = targets_at(couplings, x).values()
+    space = next(s.name for s in couplings.problem.networks[0].spaces if s.size == 5)
+    moved = couplings.maps[space, 1].project.toarray()
     expected = 0.3 * values[0] + 0.7 * torch.einsum(
         "ij,njhw->nihw", torch.as_tensor(moved).float(), values[1]
     )
@@ -205,8 +203,8 @@ def test_a_plain_target_is_the_weighted_mean_in_matched_units():
 def test_a_network_without_a_block_has_no_say_inside_and_counts_on_the_stream():
     nets = [randomise(residual((6, 3)), 1), randomise(residual((6, 1)), 2)]
     x = images()
-    mixer = mixed(nets, x, (0.4, 0.6))
-    found = targets_at(mixer, x)
+    couplings = mixed(nets, x, (0.4, 0.6))
+    found = targets_at(couplings, x)
     alone = [node for node, (_, values) in found.items() if values[1] is None]
     assert len(alone) == 2
     for node in alone:

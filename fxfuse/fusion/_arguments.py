@@ -1,0 +1,59 @@
+"""Weights and anchor, as a caller hands them in: checked, and made plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..errors import ArgumentError
+
+
+def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
+    """Tell whether the weights are to be chosen.
+
+    Args:
+        weights: As for `fuse`.
+        apart: Whether the networks are of different tasks.
+
+    Raises:
+        ArgumentError: If they are a word that means nothing.
+    """
+    if isinstance(weights, str) and (weights != "auto" or apart):
+        raise ArgumentError(
+            f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
+            where="the argument `weights`",
+            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
+            do="give one number for each model, or leave them out for equal weights",
+        )
+    return weights == "auto"
+
+
+def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
+    """Return the share of each model, sum 1; refuse what is no weights."""
+    count = len(models) if isinstance(models, Sequence) else 0
+    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    total = sum(given)
+    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
+    if len(given) != count or not good:
+        raise ArgumentError(
+            f"weights {given}",
+            where="the argument `weights`",
+            expected=f"{count} non-negative numbers, one for each model, not all zero",
+            do="leave them out for equal weights",
+        )
+    return tuple(w / total for w in given)
+
+
+def anchor_of(given: int | None, default: int, count: int) -> int:
+    """Return the index of the anchor; refuse what is no index."""
+    if given is None:
+        return default
+    if isinstance(given, int) and 0 <= given < count:
+        return given
+    raise ArgumentError(
+        f"anchor {given!r}",
+        where="the argument `anchor`",
+        expected=f"an index from 0 to {count - 1}",
+        do="leave it out to take the deepest network",
+    )
