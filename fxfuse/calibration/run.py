@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DataError
-from ..graph.trace import Interpreter, device_of, tensors_in
+from ..graph.trace import Interpreter, device_of
 from ..spaces.network import Network
 from .data import Batch, Calibration
 
@@ -312,23 +312,6 @@ def walk(
         for nodes in zip(*(n.module.graph.nodes for n in networks)):
             values = [run.step(node) for run, node in zip(runs, nodes)]
             visit(nodes[0], values)
-
-
-def relative_error_on(data: Calibration, model: Network, other: Network) -> float:
-    """Return the root mean square error of a network's outputs, relative to a model's outputs."""
-    wrong = power = 0.0
-    device = device_of(model.module)
-    for network in (model, other):
-        network.module.eval()
-    with torch.no_grad():
-        for batch in data.chunks(working_batch([model, other])):
-            inputs = [t.to(device) for t in batch]
-            pair = [tensors_in(n.module(*inputs)) for n in (model, other)]
-            for a, b in zip(*pair):
-                if a.is_floating_point():
-                    wrong += float((a.double() - b.double()).square().sum())
-                    power += float(a.double().square().sum())
-    return float((wrong / max(power, 1e-300)) ** 0.5)
 
 
 class Run(Interpreter):

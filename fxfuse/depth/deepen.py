@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .._progress import counted, part
 from ..alignment.layers import describe, partition
 from ..calibration.data import Calibration
-from ..calibration.run import relative_error_on
+from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PairingError
 from ..graph._modes import Mode
 from ..graph.state import hide, is_hidden, part_at

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from .._progress import counted, part
 from ..alignment.layers import partition
 from ..calibration.data import Calibration
-from ..calibration.run import relative_error_on
+from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PassError
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._progress import tell
 from ..calibration.data import Batch, Calibration
+from ..calibration.distance import SquaredError, divergence, is_logits
 from ..calibration.run import working_batch
 from ..coupling.mixing import Couplings
 from ..graph.trace import device_of, tensors_in
@@ -100,30 +101,20 @@ def _distance(voices: list[tuple[float, Network]], network: Network, data: Calib
     holds does not grow with the number of samples.
     """
     networks = [*(other for _, other in voices), network]
-    wrong = power = 0.0
+    error, nats, samples = SquaredError(), 0.0, 0
     with torch.no_grad():
         for batch in data.chunks(working_batch(networks)):
             outputs = [_outputs(n, batch) for n in networks]
             own = outputs.pop()
             mean = [sum(w * t for (w, _), t in zip(voices, each)) for each in zip(*outputs)]
-            a, b = _missed(mean, own)
-            wrong, power = wrong + a, power + b
-    return wrong / max(power, 1e-300)
+            if len(mean) == 1 and is_logits(mean[0]):
+                nats, samples = nats + divergence(mean[0], own[0]), samples + len(mean[0])
+            else:
+                error.add(mean, own)
+    return nats / samples if samples else error.relative
 
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
     module = network.module.eval()
     found = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
     return [t.double().cpu() for t in found]
-
-
-def _missed(wanted: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
-    """Return what outputs miss, summed over a batch, and what that is relative to."""
-    if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
-        mean, own = (t[0].log_softmax(1) for t in (wanted, found))
-        return float((mean.exp() * (mean - own)).sum()), float(len(mean))
-    pairs = list(zip(wanted, found))
-    return (
-        sum(float((a - b).square().sum()) for a, b in pairs),
-        sum(float(a.square().sum()) for a, _ in pairs),
-    )

@@ -32,6 +32,7 @@ from torch import Tensor, fx
 from .._progress import tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
+from ..calibration.distance import divergence, is_logits
 from ..calibration.least_squares import (
     STRETCH,
     Correction,
@@ -467,16 +468,12 @@ class _Sweep:
 
         def show(batch: int, run: Run) -> None:
             own = run.peek(output)
-            if not able or not _logits(own) or math.isnan(total[0]):
+            if not able or not is_logits(own) or math.isnan(total[0]):
                 total[0] = math.nan
                 return
             found = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
-            mean = sum(w * t.double() for w, t in found).log_softmax(1)
-            total[0] += float((mean.exp() * (mean - own.double().log_softmax(1))).sum())
+            mean: Tensor = sum(w * t.double() for w, t in found)
+            total[0] += divergence(mean, own)
 
         self._go(end, show)
         return None if math.isnan(total[0]) else total[0] / sum(self.track.sizes)
-
-
-def _logits(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1

@@ -14,7 +14,6 @@ import fxfuse
 from fxfuse.alignment.align import align_networks
 from fxfuse.alignment.layers import partition
 from fxfuse.calibration.data import Calibration
-from fxfuse.calibration.run import relative_error_on
 from fxfuse.depth import average_of_signs, fitted_line, majority_vote, sign_of_sum
 from fxfuse.depth.deepen import deepen
 from fxfuse.depth.shorten import Shorten
@@ -22,7 +21,7 @@ from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion.fuse import Method
 from tests.support.nets import Pooled, Tokens, conv, gap, mlp, outputs, randomise, residual, stages
 from tests.support.pairs import PAIRS, networks
-from tests.support.tolerances import EXACT, FUNCTION
+from tests.support.tolerances import FUNCTION
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
 
 torch.manual_seed(0)  # of what is drawn while the tests are collected
@@ -246,14 +245,6 @@ def test_layers_of_different_kinds_in_one_slot_are_refused_though_they_have_one_
     assert deep[1] == shallow[3]
     with pytest.raises(ArgumentError, match="different kinds in one slot"):
         Shorten()(nets, wrong, Calibration(IMAGES))
-
-
-def test_the_error_is_the_root_mean_square_of_all_outputs():
-    a, b = networks(mlp(6, 5, 3), mlp(6, 5, 3))
-    x, y = outputs(a.module, VECTORS), outputs(b.module, VECTORS)
-    wanted = float((x - y).double().norm() / x.double().norm())
-    assert relative_error_on(Calibration(VECTORS), a, b) == pytest.approx(wanted, rel=1e-5)
-    assert relative_error_on(Calibration(VECTORS), a, a) <= EXACT
 
 
 # --- against the paper's code ---------------------------------------------------------------------
