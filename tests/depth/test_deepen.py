@@ -38,9 +38,13 @@ from tests.support.tolerances import FUNCTION
 
 
 def balanced(*nets, data=VECTORS):
-    found = networks(*nets, data=data)
-    alignment = align_networks(found, Calibration(data), measure_all=False)
-    return found, deepen(found, alignment)
+    originals = networks(*nets, data=data)
+    alignment = align_networks(originals, Calibration(data), measure_all=False)
+    return originals, deepen(originals, alignment)
+
+
+def steps_of(graph):
+    return [(n.op, n.name, str(n.target)) for n in graph.nodes]
 
 
 def places(network):
@@ -50,10 +54,7 @@ def places(network):
 def assert_same_structure_and_functions(before, after, data):
     first = after.networks[0].module.graph
     for network, old in zip(after.networks, before):
-        own = network.module.graph
-        assert [(n.op, n.name, str(n.target)) for n in own.nodes] == [
-            (n.op, n.name, str(n.target)) for n in first.nodes
-        ]
+        assert steps_of(network.module.graph) == steps_of(first)
         assert places(network) == places(after.networks[0])
         assert set(network.module.state_dict()) == set(after.networks[0].module.state_dict())
         assert gap(old.module, network.module, data) <= FUNCTION
@@ -106,7 +107,7 @@ def test_names_and_states_are_those_of_the_network_with_most_layers():
     ] * 2
 
 
-def test_what_is_absent_is_said_for_each_network():
+def test_the_layers_that_each_network_lacks_are_listed():
     _, after = balanced(stages([4, 4, 4], [5]), stages([6], [7, 7]), data=IMAGES)
     ours, theirs = after.absent
     assert len(ours) == 1 and len(theirs) == 2
@@ -116,50 +117,50 @@ def test_what_is_absent_is_said_for_each_network():
     assert all({*a.nodes, a.entry} <= nodes for a in (*ours, *theirs))
 
 
-def test_absent_blocks_hand_their_entry_on_and_write_nothing_inside():
+def test_absent_blocks_hand_on_their_entry_and_their_branch_writes_zeros():
     before, after = balanced(residual((6, 3)), residual((6, 1)), data=IMAGES)
     assert not after.absent[0] and len(after.absent[1]) == 2
     lacking = after.networks[1]
-    found = values(lacking.module, IMAGES)
+    by_node = values(lacking.module, IMAGES)
     for absent in after.absent[1]:
         assert len(absent.carriers) == 2 and absent.inner
-        entry = found[absent.entry]
+        entry = by_node[absent.entry]
         for name in absent.carriers:
-            assert torch.allclose(found[name], entry, atol=1e-5)
-        assert any(float(found[name].abs().max()) == 0 for name in absent.inner)
+            assert torch.allclose(by_node[name], entry, atol=1e-5)
+        assert any(float(by_node[name].abs().max()) == 0 for name in absent.inner)
 
 
-def test_carriers_hold_the_value_and_the_others_do_not():
+def test_nodes_that_do_not_carry_the_value_are_inner():
     absent = AbsentLayer(("a", "b", "c"), "e", ("b", "c"))
     assert absent.inner == frozenset("a")
 
 
 def test_the_networks_are_left_as_they_were():
-    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
-    states = [copy.deepcopy(n.module.state_dict()) for n in found]
-    codes = [n.module.code for n in found]
-    after = deepen(found, align_networks(found, Calibration(VECTORS)))
+    originals = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
+    states = [copy.deepcopy(n.module.state_dict()) for n in originals]
+    codes = [n.module.code for n in originals]
+    after = deepen(originals, align_networks(originals, Calibration(VECTORS)))
     with torch.no_grad():
         for network in after.networks[1:]:
             for parameter in network.module.parameters():
                 parameter.zero_()
-    assert codes == [n.module.code for n in found]
-    assert all(torch.equal(t, states[1][k]) for k, t in found[1].module.state_dict().items())
+    assert codes == [n.module.code for n in originals]
+    assert all(torch.equal(t, states[1][k]) for k, t in originals[1].module.state_dict().items())
 
 
 def test_alignments_by_hand_are_followed():
-    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
-    hidden, last = align_networks(found, Calibration(VECTORS)).segments
+    originals = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
+    hidden, last = align_networks(originals, Calibration(VECTORS)).segments
     absent = []
     for row in (("0", "2", None), ("0", None, "2"), (None, "0", "2")):
         hand = dataclasses.replace(hidden, slots=(hidden.slots[0], row))
         alignment = Alignment((hand, last), ("net 0", "net 1"))
         if row[0] is None:
             with pytest.raises(PassError, match="no neutral form"):
-                deepen(found, alignment)
+                deepen(originals, alignment)
             continue
-        after = deepen(found, alignment)
-        assert_same_structure_and_functions(found, after, VECTORS)
+        after = deepen(originals, alignment)
+        assert_same_structure_and_functions(originals, after, VECTORS)
         absent.append(after.absent[1][0].nodes[0])
     assert absent == ["_4", "_2"]
 
@@ -176,9 +177,9 @@ def test_alignments_by_hand_are_followed():
     ],
 )
 def test_alignments_of_other_networks_are_refused(change):
-    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
-    alignment = align_networks(found, Calibration(VECTORS))
-    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in found]
+    originals = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3))
+    alignment = align_networks(originals, Calibration(VECTORS))
+    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in originals]
     check_alignment(alignment, layers)
     wrong = dataclasses.replace(alignment, segments=tuple(change(alignment.segments)))
     with pytest.raises(ArgumentError, match="an alignment of the layers") as caught:
@@ -187,17 +188,17 @@ def test_alignments_of_other_networks_are_refused(change):
 
 
 def test_an_alignment_of_another_number_of_networks_is_refused():
-    found = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3), mlp(6, 5, 3))
-    alignment = align_networks(found[:2], Calibration(VECTORS))
+    originals = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 3), mlp(6, 5, 3))
+    alignment = align_networks(originals[:2], Calibration(VECTORS))
     with pytest.raises(ArgumentError):
-        deepen(found, alignment)
+        deepen(originals, alignment)
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_an_activation_that_acts_twice_is_refused_naming_the_layer(swapped):
+def test_an_activation_that_is_not_idempotent_is_refused_naming_the_layer(swapped):
     nets = [mlp(6, 8, 8, 8, 3, act=nn.GELU), mlp(6, 5, 3, act=nn.GELU)]
     with pytest.raises(PassError, match="no neutral form") as caught:
         balanced(*(nets[::-1] if swapped else nets))
@@ -229,7 +230,7 @@ def test_averaging_and_maximum_pooling_are_not_the_same_structure():
     assert "_1" in caught.value.where
 
 
-def test_what_a_graph_does_not_say_about_itself_is_caught_by_the_outputs():
+def test_a_difference_that_no_graph_shows_is_caught_by_the_outputs():
     """Two networks that differ in nothing but the axis of a function."""
 
     class Normalised(nn.Module):
@@ -262,7 +263,7 @@ def test_one_module_used_twice_is_not_two_modules():
     assert_same_structure_and_functions(before, after, VECTORS)
 
 
-def test_functions_and_modules_are_one_structure_where_they_hold_no_flags():
+def test_a_function_and_a_module_that_do_the_same_are_one_structure():
     class Spelled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -277,7 +278,7 @@ def test_functions_and_modules_are_one_structure_where_they_hold_no_flags():
     assert_same_structure_and_functions(before, after, VECTORS)
 
 
-def test_live_flags_stay_live():
+def test_dropout_still_follows_the_mode():
     before, after = balanced(Functional(), Functional())
     for network in after.networks:
         module = network.module
@@ -299,7 +300,7 @@ def test_inserted_layers_can_be_trained(name):
             assert any(float(grads[t].abs().max()) > 0 for t in names)
 
 
-def test_buffers_that_are_no_state_stay_so():
+def test_buffers_outside_of_the_state_stay_outside():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -323,11 +324,11 @@ def test_layers_that_change_what_they_hand_on_are_inserted_on_request_only():
     alignment = fxfuse.align(nets, x, pairs=[[("2", "0")]])
     with pytest.raises(PassError, match="no neutral form"):
         fxfuse.balance(nets, x, alignment=alignment)
-    found = [Network.of(str(i), trace(n), (x,)) for i, n in enumerate(nets)]
-    balanced = Deepen(approximate=True)(found, alignment, Calibration(x))
+    originals = [Network.of(str(i), trace(n), (x,)) for i, n in enumerate(nets)]
+    balanced = Deepen(approximate=True)(originals, alignment, Calibration(x))
     clipped = outputs(nets[1], x.relu())
     assert torch.allclose(outputs(balanced.networks[1].module, x), clipped, atol=1e-5)
     wanted = float((clipped - outputs(nets[1], x)).norm() / outputs(nets[1], x).norm())
     assert balanced.errors == (0.0, pytest.approx(wanted, rel=1e-4))
-    same = Deepen(approximate=True)(found, fxfuse.align(nets, x), Calibration(x))
+    same = Deepen(approximate=True)(originals, fxfuse.align(nets, x), Calibration(x))
     assert max(same.errors) < 1e-5

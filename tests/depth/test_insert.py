@@ -58,7 +58,7 @@ def test_several_insertions_behind_one_node_follow_each_other_in_order():
     assert gap(into.module, edited, VECTORS) <= FUNCTION
 
 
-def test_of_a_block_the_sum_and_what_follows_hold_the_value():
+def test_the_sum_of_a_block_and_what_follows_it_hold_the_value():
     template = network(residual((6, 2)), IMAGES, seed=1)
     into = network(residual((4, 1)), IMAGES)
     insertion = Insertion(template, layer_of(template, "1.1"), into, "relu")
@@ -80,7 +80,7 @@ def test_an_insertion_reaches_every_reader():
     assert gap(into.module, edited, IMAGES) <= FUNCTION
 
 
-def test_a_layer_can_be_put_in_front_of_a_segment():
+def test_a_layer_can_be_inserted_in_front_of_a_segment():
     template = network(
         nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3)),
         IMAGES,
@@ -107,8 +107,8 @@ def test_names_that_are_taken_are_not_overwritten():
         assert torch.equal(edited.state_dict()[name], tensor)
 
 
-def test_an_inserted_layer_is_not_put_inside_a_module_that_is_called():
-    """Where its path would lead into another layer (here: a pooling), it gets a path of its own."""
+def test_the_path_of_an_inserted_layer_leads_into_no_other_layer():
+    """The template's path is that of a pooling here, so another path is taken."""
     template = network(nn.Sequential(conv(3, 4), conv(4, 4), Pooled(4, 3)), IMAGES)
     into = network(nn.Sequential(conv(3, 5), nn.MaxPool2d(2), Pooled(5, 3)), IMAGES, seed=1)
     edited = insert(into, template, "1.0", "_0_2")
@@ -117,7 +117,7 @@ def test_an_inserted_layer_is_not_put_inside_a_module_that_is_called():
     assert gap(into.module, edited, IMAGES) <= FUNCTION
 
 
-def test_copies_do_not_share_weights_with_each_other_nor_with_the_template():
+def test_copies_share_no_weights_with_each_other_or_the_template():
     into, template = (
         network(mlp(6, 5, 3), VECTORS),
         network(mlp(6, 5, 5, 3), VECTORS, seed=1),
@@ -283,7 +283,7 @@ def test_a_copy_is_freshly_initialised_and_shares_nothing():
     assert float(first.std()) > 0.01
 
 
-def test_initial_values_do_not_depend_on_nor_move_the_global_seed():
+def test_initial_values_neither_depend_on_the_global_seed_nor_change_it():
     insertion = plan(mlp(6, 9, 7, 3), mlp(6, 5, 3), VECTORS)
     torch.manual_seed(1)
     first = resized(insertion, "2").weight
@@ -294,9 +294,8 @@ def test_initial_values_do_not_depend_on_nor_move_the_global_seed():
     assert torch.equal(first, resized(insertion, "2").weight)
 
 
-def test_precision_and_trainability_come_along():
+def test_a_copy_has_the_precision_of_its_template():
     template, into = (network(mlp(6, w, w, 3).double(), VECTORS.double()) for w in (7, 5))
-    template.module.get_submodule("2").weight.requires_grad_(False)
     insertion = Insertion(template, partition(template)[0].layers[1], into, "_1")
     part = resized(insertion, "2")
     assert part.weight.dtype == part.bias.dtype == torch.float64
@@ -348,7 +347,7 @@ def test_units_added_twice_lie_in_the_order_in_which_they_were_added():
     assert edited.get_submodule("2").a.get_submodule("0").in_channels == 9
 
 
-def test_what_lies_before_the_stream_is_left_alone():
+def test_layers_in_front_of_the_stream_stay_as_they_were():
     dense = dense_network(2)
     edited, streams = trace(dense.module), Streams(dense)
     streams.widen(edited, "cat", 3)
@@ -386,7 +385,7 @@ def test_a_stream_that_cannot_move_cannot_be_widened():
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 6))
-def test_a_run_is_found_where_it_first_begins(units, start, length):
+def test_the_first_start_of_a_run_is_found(units, start, length):
     units = np.array(units)
     run = units[start : start + length]
     if not len(run):

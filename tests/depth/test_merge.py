@@ -25,7 +25,7 @@ torch.manual_seed(0)  # of what is drawn while the tests are collected
 
 VECTORS, IMAGES = torch.randn(200, 6), torch.randn(20, 3, 8, 8)
 
-EVERY = [
+GATES = [
     sign_of_sum,
     majority_vote,
     average_of_signs,
@@ -44,11 +44,11 @@ def measured(z, act=torch.relu, parts=3, rectifies=True):
 def test_the_gates_by_sign_on_cases_that_tell_them_apart():
     z = [[-1.0, -1.0, 5.0], [1.0, 1.0, -5.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     units = measured(torch.tensor(z))
-    found = [gate(units) for gate in EVERY[:3]]
-    assert found[0][0].tolist() == [1, 0, 1, 1, 1]  # a unit that is never active sums to zero
-    assert found[1][0].tolist() == [0, 1, 0, 0, 1]
-    assert torch.allclose(found[2][0], torch.tensor([1 / 3, 2 / 3, 0, 1 / 3, 1]).double())
-    assert not any(bool(offset.any()) for _, offset in found)
+    lines = [gate(units) for gate in GATES[:3]]
+    assert lines[0][0].tolist() == [1, 0, 1, 1, 1]  # a unit that is never active sums to zero
+    assert lines[1][0].tolist() == [0, 1, 0, 0, 1]
+    assert torch.allclose(lines[2][0], torch.tensor([1 / 3, 2 / 3, 0, 1 / 3, 1]).double())
+    assert not any(bool(offset.any()) for _, offset in lines)
 
 
 def test_half_of_the_samples_are_a_majority():
@@ -56,7 +56,7 @@ def test_half_of_the_samples_are_a_majority():
 
 
 @given(st.integers(1, 4), st.integers(0, 50), st.sampled_from([torch.relu, torch.tanh, torch.exp]))
-def test_the_line_is_that_of_a_regression_for_any_activation(units, seed, act):
+def test_the_fitted_line_is_that_of_a_regression_for_any_activation(units, seed, act):
     torch.manual_seed(seed)
     z = torch.randn(units, 40, dtype=torch.float64) + torch.randn(units, 1, dtype=torch.float64)
     slope, offset = fitted_line(measured(z, act, rectifies=False))
@@ -79,14 +79,14 @@ def test_for_normal_units_the_slope_is_the_share_of_active_samples():
     assert abs(float(offset) - s * normal.pdf(m / s)) < 0.01
 
 
-def test_units_that_do_not_vary_get_the_constant_they_are():
+def test_the_fitted_line_of_a_constant_unit_is_that_constant():
     units = measured(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), parts=1)
     assert [t.tolist() for t in fitted_line(units)] == [[0, 0], [3, 0]]
     assert fitted_line_through_zero(units)[0].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("gate", EVERY[:3])
-def test_signs_say_nothing_of_activations_that_do_not_rectify(gate):
+@pytest.mark.parametrize("gate", GATES[:3])
+def test_gates_by_sign_refuse_activations_that_do_not_rectify(gate):
     with pytest.raises(PassError, match="no rectifier") as caught:
         gate(measured(torch.randn(2, 9), torch.tanh, rectifies=False))
     assert caught.value.where == "layer 'somewhere'"
@@ -133,7 +133,7 @@ def test_biases_are_composed():
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Tanh])
-def test_the_line_is_the_best_of_the_gates(act):
+def test_the_fitted_line_is_the_best_of_the_gates(act):
     net = randomise(mlp(6, 16, 16, 16, 3, act=act), 3)
     errors = {}
     for gate in (sign_of_sum, average_of_signs, fitted_line):
@@ -145,7 +145,7 @@ def test_the_line_is_the_best_of_the_gates(act):
 
 
 @pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh])
-def test_gates_by_sign_need_a_rectifier(act):
+def test_merging_by_sign_needs_a_rectifier(act):
     with pytest.raises(PassError, match="no rectifier"):
         merged(randomise(mlp(6, 8, 7, 3, act=act)), VECTORS, [1], sign_of_sum)
 
@@ -192,7 +192,7 @@ def test_what_cannot_merge_is_refused_with_the_reason(reason):
     assert "least squares" in caught.value.do
 
 
-def test_an_offset_needs_a_bias_to_go_to():
+def test_an_offset_is_refused_where_no_bias_can_take_it():
     net = randomise(mlp(6, 8, 7, 3, bias=False))
     net[4].bias = None
     with pytest.raises(PassError, match="cannot be stored"):

@@ -262,7 +262,7 @@ def test_an_inserted_block_of_a_transformer_keeps_the_function_and_can_be_traine
     assert weights and all(second[n] > 0 for n in weights)
 
 
-def test_zero_blocks_stay_zero_in_training_mode_but_for_statistics():
+def test_zero_blocks_add_nothing_in_training_mode_either():
     into, edited, _ = deeper("residual")
     before = outputs(copy.deepcopy(into.module).train(), IMAGES)
     assert torch.allclose(outputs(edited.train(), IMAGES), before, rtol=1e-4, atol=1e-5)
@@ -280,7 +280,7 @@ def refused(into, template, name, after, x, level=2):
 
 
 @pytest.mark.parametrize("act", [nn.GELU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus])
-def test_an_activation_that_acts_twice_is_refused(act):
+def test_an_activation_that_is_not_idempotent_is_refused(act):
     error = refused(mlp(6, 5, 3, act=act), mlp(6, 7, 7, 3, act=act), "2", "_1", VECTORS, level=0)
     assert "activation '_3' changes the values behind '_1'" in error.met
 
@@ -413,7 +413,7 @@ def pair(act, gate=False, norm=True, inner=11, deep=9):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gate", [False, True])
-def test_a_run_that_one_network_lacks_is_carried_through(act, gate):
+def test_a_run_that_one_network_lacks_hands_on_its_input(act, gate):
     nets = pair(act, gate)
     for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
         assert gap(net, balanced, BATCH) <= FUNCTION
@@ -422,21 +422,21 @@ def test_a_run_that_one_network_lacks_is_carried_through(act, gate):
     assert torch.isfinite(fused(BATCH)).all()
 
 
-def test_biases_carry_as_well_as_norms():
+def test_layers_with_biases_carry_as_well_as_those_with_norms():
     nets = pair(nn.SiLU, norm=False)
     for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
         assert gap(net, balanced, BATCH) <= FUNCTION
 
 
 @given(st.sampled_from(ACTS), st.booleans(), st.integers(0, 99))
-def test_inputs_four_times_as_far_out_as_the_examples_still_pass(act, gate, seed):
+def test_inputs_farther_out_than_the_examples_still_pass_through(act, gate, seed):
     nets = pair(act, gate)
     after = fxfuse.balance(nets, BATCH)[1]
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     assert gap(nets[1], after, x.clamp(-2, 2)) <= FUNCTION
 
 
-def test_all_weight_on_either_network_gives_a_network_of_its_own_path():
+def test_all_weight_on_the_network_that_has_the_run_gives_its_function():
     nets = pair(nn.SiLU)
     fused = fxfuse.fuse(nets, BATCH, weights=[1, 0])
     assert gap(nets[0], fused, BATCH) <= FUNCTION
@@ -453,7 +453,7 @@ def test_a_run_narrower_than_the_stream_is_refused():
         fxfuse.balance(pair(nn.SiLU, inner=5), BATCH)
 
 
-def test_the_settings_of_a_gate_without_a_bias_are_refused():
+def test_a_gate_without_a_bias_is_refused():
     nets = pair(nn.SiLU, gate=True)
     for net in nets:
         for part in net.modules():

@@ -45,7 +45,7 @@ def unit(net, name):
     return [n for n in trace(net).graph.nodes if n.op == "call_module" and n.target == name][0].name
 
 
-def test_a_plain_layer_behind_gets_the_least_squares_fit_of_its_own_pre_activation():
+def test_the_next_plain_layer_is_the_least_squares_fit_to_its_own_pre_activation():
     net = randomise(mlp(6, 8, 7, 5, 3))
     shorter = refitted(net, VECTORS, [1], 1e-9, rounds=0, reach=0)
     z = values(trace(net), VECTORS)
@@ -100,8 +100,8 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_what_is_linear_is_taken_over_exactly(name):
-    """Where the border of the composite is exact too: no bias before what pads."""
+def test_the_work_of_linear_layers_is_taken_over_exactly(name):
+    """At padded borders only without a bias in front, which is why the biases are zero."""
     make, data, at = LINEAR[name]
     net = randomise(make())
     if name != "linear layer":
@@ -146,7 +146,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refitted_networks_are_closer_than_their_mean_and_have_their_norms(name):
+def test_refitted_networks_are_nearer_than_their_mean_output(name):
     make, data, at = CASES[name]
     net = randomise(make())
     shorter = refitted(net, data, at)
@@ -159,7 +159,7 @@ def test_refitted_networks_are_closer_than_their_mean_and_have_their_norms(name)
     assert [x.width for x in left][-1] == 3
 
 
-def test_removed_blocks_that_add_nothing_are_not_missed():
+def test_removing_blocks_that_add_nothing_changes_nothing():
     net = randomise(residual((6, 4)))
     for block in net[1][2:]:
         block.b[1].weight.data.zero_()
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_nothing_can_host_is_refused_with_the_reason(name):
+def test_layers_whose_work_nothing_can_take_over_are_refused_with_the_reason(name):
     make, at, reason = REFUSED[name]
     with pytest.raises(PassError, match=reason) as caught:
         refitted(randomise(make()), IMAGES, at)

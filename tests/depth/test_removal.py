@@ -26,20 +26,20 @@ def leave_out(copy, removal):
         pass
 
 
-def test_neighbours_are_removed_together_and_pooling_parts_them():
-    found = network(stages([4, 4, 4], [4, 4]))
-    names = [x.name for x in layers_of(found)]
-    removals = removals_at(found, [1, 2, 3])
+def test_neighbours_are_removed_together_in_pieces_between_poolings():
+    original = network(stages([4, 4, 4], [4, 4]))
+    names = [x.name for x in layers_of(original)]
+    removals = removals_at(original, [1, 2, 3])
     assert [[x.name for x in piece] for piece in removals[0].pieces] == [names[1:3], names[3:4]]
     assert (removals[0].before.name, removals[0].behind.name) == (names[0], names[4])
     assert [x.name for x in removals[0].following] == names[4:]
-    apart = removals_at(found, [0, 2])
+    apart = removals_at(original, [0, 2])
     assert [(r.before and r.before.name, r.behind.name) for r in apart] == [
         (None, names[1]),
         (names[1], names[3]),
     ]
     assert apart[1].last.name == names[2] and str(apart[1]) == f"'{names[2]}'"
-    assert removals_at(found, []) == []
+    assert removals_at(original, []) == []
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_neighbours_are_removed_together_and_pooling_parts_them():
         (lambda: residual((6, 4)), IMAGES, [2, 3], lambda: residual((6, 2))),
     ],
 )
-def test_removed_layers_leave_the_graph_and_the_network_stays(make, data, at, left):
-    found = network(make(), data)
-    state, code = copy.deepcopy(found.module.state_dict()), found.module.code
-    shorter = removed(found, at, leave_out)
-    kinds = [x.kind for x in layers_of(Network.of("shorter", shorter, found.example))]
+def test_removed_layers_leave_the_graph_of_a_copy(make, data, at, left):
+    original = network(make(), data)
+    state, code = copy.deepcopy(original.module.state_dict()), original.module.code
+    shorter = removed(original, at, leave_out)
+    kinds = [x.kind for x in layers_of(Network.of("shorter", shorter, original.example))]
     assert kinds == [x.kind for x in layers_of(network(left(), data))]
     assert len(list(shorter.graph.nodes)) == len(list(network(left(), data).module.graph.nodes))
-    assert found.module.code == code
-    assert all(torch.equal(t, state[n]) for n, t in found.module.state_dict().items())
+    assert original.module.code == code
+    assert all(torch.equal(t, state[n]) for n, t in original.module.state_dict().items())
     assert set(shorter.state_dict()) < set(state)
 
 
@@ -67,13 +67,13 @@ def test_removing_layers_that_do_nothing_changes_nothing():
     net[2].weight.data.copy_(torch.eye(5))
     net[2].bias.data.zero_()
     data = torch.randn(9, 6)
-    found = Network.of("net", trace(net), (data[:2],))
-    shorter = removed(found, [1], leave_out)
+    original = Network.of("net", trace(net), (data[:2],))
+    shorter = removed(original, [1], leave_out)
     assert torch.allclose(outputs(net, data), outputs(shorter, data), atol=1e-6)
 
 
 def test_layers_are_put_back_if_the_strategy_finds_them_unsuitable():
-    net = network(stages([4, 4, 4], [4, 4]))
+    original = network(stages([4, 4, 4], [4, 4]))
     codes = []
 
     def there_and_back(copy, removal):
@@ -81,5 +81,5 @@ def test_layers_are_put_back_if_the_strategy_finds_them_unsuitable():
             codes.append(copy.edited.module.graph.python_code("self").src)
             raise Unsuitable
 
-    same = removed(net, [1, 2, 3], there_and_back)
-    assert same.code == net.module.code and codes[0] != same.code
+    same = removed(original, [1, 2, 3], there_and_back)
+    assert same.code == original.module.code and codes[0] != same.code

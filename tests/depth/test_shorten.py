@@ -34,10 +34,14 @@ DENSE = [name for name in PAIRS if name.startswith("streams")]
 
 
 def shortened(nets, data, how=None):
-    found = networks(*nets, data=data)
+    before = networks(*nets, data=data)
     calibration = Calibration(data)
-    alignment = align_networks(found, calibration, measure_all=False)
-    return found, (how or Shorten())(found, alignment, calibration)
+    alignment = align_networks(before, calibration, measure_all=False)
+    return before, (how or Shorten())(before, alignment, calibration)
+
+
+def steps_of(graph):
+    return [(n.op, n.name, str(n.target)) for n in graph.nodes]
 
 
 def depths(network):
@@ -46,17 +50,14 @@ def depths(network):
 
 @pytest.mark.parametrize("name", [n for n in PAIRS if n not in DENSE])
 @pytest.mark.parametrize("to", [None, 0, 1])
-def test_all_networks_get_one_structure_and_say_how_far_they_are_off(name, to):
+def test_all_networks_get_one_structure_and_their_errors_are_reported(name, to):
     make, data = PAIRS[name]
     data = torch.randn(24, *data.shape[1:])
     before, after = shortened(make(), data, Shorten(to=to))
     first = after.networks[0].module.graph
     wanted = [min(d) for d in zip(*map(depths, before))] if to is None else depths(before[to])
     for old, new, error in zip(before, after.networks, after.errors):
-        own = new.module.graph
-        assert [(n.op, n.name, str(n.target)) for n in own.nodes] == [
-            (n.op, n.name, str(n.target)) for n in first.nodes
-        ]
+        assert steps_of(new.module.graph) == steps_of(first)
         assert depths(new) == wanted
         a, b = outputs(old.module, data), outputs(new.module, data)
         assert error == pytest.approx(float((a - b).norm() / a.norm()), abs=1e-5)
@@ -72,7 +73,7 @@ def test_all_networks_get_one_structure_and_say_how_far_they_are_off(name, to):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_dense_layers_can_only_be_added(name):
+def test_dense_layers_cannot_be_removed(name):
     make, data = PAIRS[name]
     with pytest.raises(PassError, match="work nothing can take over"):
         shortened(make(), data)
@@ -108,14 +109,14 @@ SHALLOW = {
 
 
 @pytest.mark.parametrize("name", SHALLOW)
-def test_both_load_into_the_class_of_the_shallower(name):
+def test_both_networks_load_into_the_class_of_the_shallower(name):
     make, deep, shallow, data = SHALLOW[name]
     nets = [randomise(make(*deep), 0), randomise(make(*shallow), 1)]
     states = [{n: t.clone() for n, t in net.state_dict().items()} for net in nets]
-    for found in fxfuse.balance(nets, data, method=Method(balancing=Shorten())):
+    for shorter in fxfuse.balance(nets, data, method=Method(balancing=Shorten())):
         blank = make(*shallow).eval()
-        blank.load_state_dict(found.state_dict())
-        assert gap(found, blank, data) <= FUNCTION
+        blank.load_state_dict(shorter.state_dict())
+        assert gap(shorter, blank, data) <= FUNCTION
     fused = fxfuse.fuse(nets, data, method=Method(balancing=Shorten()), anchor=1)
     make(*shallow).load_state_dict(fused.state_dict())
     errors = fused.meta["fxfuse"].errors
@@ -141,7 +142,7 @@ def test_networks_deeper_in_different_stages_meet_at_the_depth_of_one():
     residual((6, 1), (8, 1)).load_state_dict(fused.state_dict())
 
 
-def test_blocks_that_use_one_activation_twice_stay_so():
+def test_an_activation_that_is_used_twice_stays_one_module():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -156,7 +157,7 @@ def test_blocks_that_use_one_activation_twice_stay_so():
     assert 0 < after.errors[0] < 0.8
 
 
-def test_norms_behind_a_sum_go_with_what_they_act_on():
+def test_the_norm_behind_the_last_removed_sum_stays():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,8 +181,8 @@ def test_equal_networks_stay_as_they_are():
 
 
 def test_deepening_reports_no_error():
-    found = networks(mlp(6, 8, 8, 3), mlp(6, 5, 3))
-    assert deepen(found, align_networks(found, Calibration(VECTORS))).errors == (0.0, 0.0)
+    nets = networks(mlp(6, 8, 8, 3), mlp(6, 5, 3))
+    assert deepen(nets, align_networks(nets, Calibration(VECTORS))).errors == (0.0, 0.0)
 
 
 CHOICES = [
@@ -204,10 +205,12 @@ def test_each_choice_changes_the_result():
     assert errors[-1] == 0.0 and min(errors[:-1]) == pytest.approx(errors[0], rel=0.3)
 
 
-def test_least_squares_is_better_than_gates_and_gates_than_nothing():
+def test_least_squares_is_better_than_merging_and_merging_than_nothing():
     nets = [mlp(6, 9, 9, 9, 3, act=nn.ReLU), mlp(6, 9, 3)]
-    found = {g: shortened(nets, VECTORS, Shorten(gate=g))[1].errors[0] for g in (None, fitted_line)}
-    assert found[None] < found[fitted_line] < 1
+    fitted, merged = (
+        shortened(nets, VECTORS, Shorten(gate=gate))[1].errors[0] for gate in (None, fitted_line)
+    )
+    assert fitted < merged < 1
 
 
 @pytest.mark.parametrize("name", ["residual", "tokens", "with linear layers"])
@@ -270,8 +273,8 @@ def test_merging_reaches_the_accuracies_of_the_papers_code(seed, gate, accuracy,
     method = dataclasses.replace(fxfuse.presets.clafusion, balancing=Shorten(gate=gate))
     fused = fxfuse.fuse(parents(seed), samples, method=method)
     x, y = mnist(False)
-    found = 100 * float((outputs(fused, x).argmax(1) == y).float().mean())
-    assert found == pytest.approx(accuracy, abs=0.02)
+    reached = 100 * float((outputs(fused, x).argmax(1) == y).float().mean())
+    assert reached == pytest.approx(accuracy, abs=0.02)
     if golden is not None:
         state = load_file(Path(SHARED) / "golden" / f"mlp_depth_seed0_merge_{golden}.safetensors")
         for ours, theirs in zip(fused.state_dict().values(), state.values(), strict=True):
@@ -298,8 +301,8 @@ def test_networks_of_torchvision(deep, shallow, size):
     nets = [randomise(net, seed) for seed, net in enumerate(nets)]
     data, method = torch.randn(32, 3, size, size), Method(balancing=Shorten(to=1, reach=1))
     with fxfuse.debug(0):
-        for found in fxfuse.balance(nets, data, method=method):
-            assert set(found.state_dict()) == set(nets[1].state_dict())
+        for shorter in fxfuse.balance(nets, data, method=method):
+            assert set(shorter.state_dict()) == set(nets[1].state_dict())
         fused = fxfuse.fuse(nets, data, method=method, anchor=1)
     nets[1].load_state_dict(fused.state_dict())
     assert fused.meta["fxfuse"].errors[1] == 0 < fused.meta["fxfuse"].errors[0] < 1

@@ -622,3 +622,36 @@ def test_sizes_asked_for_and_biases_in_pieces(make, refit):
     fused = fxfuse.fuse([net, copy_], x, method=fxfuse.Method(refit=refit))
     assert gap(net, fused, x) < FUNCTION
     assert all(bool(p.isfinite().all()) for p in fused.parameters())
+
+
+# --- deeper copies --------------------------------------------------------------------------------
+
+
+def test_a_deeper_copy_keeps_the_function_and_loads_into_the_deeper_class():
+    shallow, deep = randomise(residual((6, 1), (8, 1))), randomise(residual((6, 3), (8, 2)), 1)
+    deeper = fxfuse.net2deeper(shallow, deep, images(8))
+    assert gap(shallow, deeper, images(3, seed=6)) <= 1e-4
+    deep.load_state_dict(deeper.state_dict())
+    assert gap(shallow, deep, images(3, seed=6)) <= 1e-4
+
+
+def test_a_deeper_copy_keeps_its_own_widths():
+    shallow, deep = randomise(mlp(6, 5, 5, 3)), randomise(mlp(6, 9, 9, 9, 3), 1)
+    deeper = fxfuse.net2deeper(shallow, deep, torch.randn(20, 6))
+    assert [p.shape[0] for p in deeper.parameters() if p.dim() == 2] == [5, 5, 5, 3]
+
+
+def test_an_alignment_says_where_the_new_layers_go():
+    shallow, deep, x = (
+        randomise(mlp(6, 5, 5, 3)),
+        randomise(mlp(6, 5, 5, 5, 3), 1),
+        torch.randn(9, 6),
+    )
+    alignment = fxfuse.align([shallow, deep], x)
+    deeper = fxfuse.net2deeper(shallow, deep, x, alignment)
+    assert gap(shallow, deeper, x) <= 1e-4
+    slots = [s.slots for s in alignment.segments]
+    pairs = [p for rows in slots for p in zip(*rows) if None not in p]
+    assert len(pairs) == 3
+    for old, new in pairs:
+        assert torch.equal(shallow.get_submodule(old).weight, deeper.get_submodule(new).weight)

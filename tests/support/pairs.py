@@ -23,8 +23,9 @@ VECTORS, IMAGES = torch.randn(16, 6), torch.randn(8, 3, 8, 8)
 
 
 def networks(*nets, data=VECTORS):
-    found = [randomise(net, seed) for seed, net in enumerate(nets)]
-    graphs = [canonical(trace(n), (data[:2],)) for n in found]
+    """Randomise networks, trace and analyse them."""
+    nets = [randomise(net, seed) for seed, net in enumerate(nets)]
+    graphs = [canonical(trace(net), (data[:2],)) for net in nets]
     return [Network.of(f"net {i}", g, (data[:2],)) for i, g in enumerate(graphs)]
 
 

@@ -1,4 +1,4 @@
-"""An exactly widened copy of a network, made without any of the library's maps."""
+"""An exactly widened copy of a network, made without the library's own maps."""
 
 import torch
 
@@ -8,8 +8,8 @@ import fxfuse
 def widened(net, wide, example):
     """Fill a twice as wide network so that it computes what `net` computes.
 
-    Unit `u` becomes units `u` and `u + n`; what reads them takes a third from one, two thirds from
-    the other, so that the two copies cannot be told apart by what they do.
+    Unit `u` becomes units `u` and `u + n`. What reads them takes a third from one and two thirds
+    from the other. The two copies give equal values.
     """
     narrow, broad = (fxfuse.find_spaces(n, example) for n in (net, wide))
     wide_by_places = {s.signature: s for s in broad}
@@ -29,8 +29,8 @@ def _double(tensor, axis, index):
     doubled = torch.zeros_like(torch.cat([tensor, tensor], axis.dim))
     for u, positions in enumerate(axis.index):
         for copy, share in ((u, 1 / 3), (u + len(axis.index), 2 / 3)):
-            for here, there in zip(positions, index[copy]):
-                column = tensor.select(axis.dim, here) * (share if axis.reads else 1.0)
-                doubled.select(axis.dim, int(there)).copy_(column)
+            for old, new in zip(positions, index[copy]):
+                column = tensor.select(axis.dim, old) * (share if axis.reads else 1.0)
+                doubled.select(axis.dim, int(new)).copy_(column)
     assert doubled.shape[axis.dim] == 2 * size
     return doubled

@@ -56,24 +56,24 @@ def test_the_strongest_units_are_kept_in_their_order(scores, count):
         assert scores[kept].min() >= np.delete(scores, kept).max()
 
 
-def test_strengths_are_the_norms_of_what_writes_a_unit_with_its_norm():
+def test_strengths_are_the_norms_of_weight_rows_with_batch_norms_folded_in():
     net, x = build("batch norm")
     network = analysed(net, x, "net")
-    found = strengths(network)["0.0.0"]
+    strength = strengths(network)["0.0.0"]
     first, norm = net[0][0][0], net[0][0][1]
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     rows = (first.weight * scale[:, None, None, None]).flatten(1).norm(dim=1).detach().numpy()
     bias = network.spaces["0.0.0"].axes
     assert all(a.tensor != "0.0.0.bias" for a in bias)
-    assert np.allclose(found / found.sum(), rows / rows.sum(), atol=1e-6)
+    assert np.allclose(strength / strength.sum(), rows / rows.sum(), atol=1e-6)
 
 
-def test_heads_are_as_strong_as_what_is_in_them():
+def test_heads_are_as_strong_as_the_units_in_them():
     net, x = build("tokens")
     network = analysed(net, x, "net")
     heads = next(s for s in network.spaces if not s.axes)
-    found = strengths(network)
-    assert found[heads.name].shape == (2,) and (found[heads.name] > 0).all()
+    strength = strengths(network)[heads.name]
+    assert strength.shape == (2,) and (strength > 0).all()
 
 
 def test_spaces_under_norms_over_units_are_found():
@@ -148,7 +148,7 @@ def test_products_keep_their_value_however_the_code_scales_them(scale):
 
 
 @given(st.integers(1, 6), st.integers(0, 9), st.integers(0, 99))
-def test_a_product_over_copies_is_the_product(size, more, seed):
+def test_the_product_over_copies_is_the_product_over_units(size, more, seed):
     rng = np.random.default_rng(seed)
     old, new = Space("s", size, ()), Space("s", size + more, ())
     sources = in_turn(seed)(np.zeros(size), size + more)
@@ -204,7 +204,7 @@ def test_a_narrower_network_is_refused():
 
 
 @pytest.mark.parametrize("name", sorted(NETS))
-def test_the_weights_of_a_copy_of_equal_widths_are_the_networks(name):
+def test_a_copy_of_equal_widths_has_the_same_weights(name):
     net, x = build(name)
     plan = plan_of(net, randomise(copy.deepcopy(net), 7), x)
     module = exact_copy(plan).module
@@ -242,7 +242,7 @@ def test_code_that_fixes_its_precision_is_checked_in_that_precision():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_precision_and_gradients_are_the_networks(dtype):
+def test_a_copy_has_the_networks_precision_and_gradient_flags(dtype):
     net, wide = randomise(mlp(6, 4, 3)).to(dtype), randomise(mlp(6, 8, 3), 1)
     net[0].weight.requires_grad_(False)
     like = analysed(wide, torch.randn(2, 6), "b")

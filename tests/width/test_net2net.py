@@ -1,4 +1,4 @@
-"""Deeper, wider and narrower copies: exact where that is claimed, of the right shape elsewhere."""
+"""Wider copies, which compute the same, and narrower ones, which keep the strongest units."""
 
 import copy
 
@@ -30,40 +30,6 @@ from tests.support.nets import (
 
 IMAGES = torch.randn(2, 3, 8, 8)
 OTHER = torch.randn(3, 3, 8, 8)
-
-
-# --- deeper -----------------------------------------------------------------------------------
-
-
-def test_a_deeper_copy_keeps_the_function_and_loads_into_the_deeper_class():
-    shallow, deep = randomise(residual((6, 1), (8, 1))), randomise(residual((6, 3), (8, 2)), 1)
-    deeper = fxfuse.net2deeper(shallow, deep, IMAGES.repeat(4, 1, 1, 1))
-    assert gap(shallow, deeper, OTHER) <= 1e-4
-    deep.load_state_dict(deeper.state_dict())
-    assert gap(shallow, deep, OTHER) <= 1e-4
-
-
-def test_a_deeper_copy_keeps_its_own_widths():
-    shallow, deep = randomise(mlp(6, 5, 5, 3)), randomise(mlp(6, 9, 9, 9, 3), 1)
-    deeper = fxfuse.net2deeper(shallow, deep, torch.randn(20, 6))
-    assert [p.shape[0] for p in deeper.parameters() if p.dim() == 2] == [5, 5, 5, 3]
-
-
-def test_an_alignment_says_where_the_new_layers_go():
-    shallow, deep, x = (
-        randomise(mlp(6, 5, 5, 3)),
-        randomise(mlp(6, 5, 5, 5, 3), 1),
-        torch.randn(9, 6),
-    )
-    alignment = fxfuse.align([shallow, deep], x)
-    deeper = fxfuse.net2deeper(shallow, deep, x, alignment)
-    assert gap(shallow, deeper, x) <= 1e-4
-    slots = [s.slots for s in alignment.segments]
-    pairs = [p for rows in slots for p in zip(*rows) if None not in p]
-    assert len(pairs) == 3
-    for own, there in pairs:
-        a, b = shallow.get_submodule(own), deeper.get_submodule(there)
-        assert torch.equal(a.weight, b.weight)
 
 
 # --- wider ------------------------------------------------------------------------------------
@@ -157,7 +123,7 @@ def test_what_cannot_be_wider_keeps_its_width_and_says_why():
     assert report.sizes["blocks.0.mlp.0"] == (12, 18) and "blocks.0.mlp.0" not in report.kept
 
 
-def test_part_of_a_network_that_knows_its_width_stays():
+def test_a_space_whose_size_the_code_uses_keeps_its_width():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
@@ -200,7 +166,7 @@ def test_a_seed_changes_which_units_are_duplicated():
     assert same == [False, True, False]
 
 
-def test_copies_stay_alike_in_training_unless_noise_tells_them_apart():
+def test_duplicates_stay_alike_in_training_unless_there_is_noise():
     net, x = build("plain")
     for noise, alike in ((0.0, True), (0.05, False)):
         wide = fxfuse.net2wider(net, x, noise=noise).train()
@@ -212,13 +178,13 @@ def test_copies_stay_alike_in_training_unless_noise_tells_them_apart():
         assert torch.allclose(weight[:8], weight[8:], atol=1e-6) == alike
 
 
-def test_modes_are_the_models():
+def test_a_copy_is_in_the_models_mode():
     net, x = build("residual")
     assert fxfuse.net2wider(net.train(), x).training
     assert not fxfuse.net2wider(net.eval(), x).training
 
 
-def test_a_wider_copy_fuses_with_what_it_was_made_of():
+def test_a_network_and_its_wider_copy_fuse_into_the_same_function():
     net, x = build("batch norm")
     wide, data = fxfuse.net2wider(net, x, seed=0), torch.randn(40, 3, 8, 8)
     assert gap(net, fxfuse.fuse([net, wide], data, anchor=1), data) <= 1e-3
@@ -259,7 +225,7 @@ def test_random_networks_get_narrower(net, share):
     lint(small)
 
 
-def test_dead_units_are_the_first_to_go_and_nothing_is_lost():
+def test_dead_units_are_left_out_first_so_nothing_is_lost():
     net = randomise(mlp(6, 8, 3))
     with torch.no_grad():
         net[0].weight[::2], net[0].bias[::2] = 0.0, 0.0
