@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.support.nets import mlp
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 FOLDER = SHARED / "checkpoints" / "mnist_mlp"
