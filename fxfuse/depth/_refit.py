@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..alignment.layers import describe
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
-from ..calibration.least_squares import Refit
+from ..calibration.least_squares import AffineFit
 from ..calibration.producers import Producer, read_producer, restate, write_producer
 from ..calibration.run import record
 from ..errors import DataError
@@ -45,7 +45,7 @@ class RefitNeighbour:
 
     Attributes:
         data: What is fitted on.
-        ridge: How strongly, see `least_squares.NormalEquations.solve`.
+        ridge: How strongly, see `least_squares.AffineFit.solve`.
         rounds: How often to fit again to what is easier and activates the same. Behind a ReLU, -1
             and -2 are the same; a further round aims at the one that the last fit is nearer to.
         reach: How many of the layers that follow are refitted.
@@ -156,7 +156,7 @@ class RefitNeighbour:
         size = max(1, min(FIT_SAMPLES, FIT_BYTES // (8 * _patch_size(affine, x, shape))))
         fitted, skips = prior if self.rounds else None, _skips(network, site)
         for _ in range(1 + (activation is not None) * self.rounds):
-            refit = Refit(affine)
+            fit = AffineFit(affine, prior, producer.biased)
             for batch in self.data.chunks(size):
                 wanted = record(original, batch, {target: Tensor.double})[target]
                 values = record(edited, batch, dict.fromkeys([reads, *skips], Tensor.double))
@@ -164,8 +164,8 @@ class RefitNeighbour:
                 if activation is not None and fitted is not None:
                     given = fitted(values[reads]) + skip
                     wanted = _nearest_equivalent(original, activation, wanted, given)
-                refit.add(values[reads], wanted - skip)
-            fitted = refit.solve(self.ridge, prior, producer.biased)
+                fit.add(values[reads], wanted - skip)
+            fitted = fit.solve(self.ridge)
         assert fitted is not None, "fitted once at least"
         write_producer(edited, producer, fitted)
         restate(edited, producer, self.data)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from ..calibration.data import Calibration
-from ..calibration.least_squares import Sample, rows_at
 from ..calibration.norms import foldable_norms
+from ..calibration.positions import Positions, output_rows
 from ..calibration.producers import Producer, identify
 from ..calibration.run import Frontier, Run, Track
 from ..coupling.measure import bypasses
@@ -42,7 +42,7 @@ class Goal:
             reads them.
     """
 
-    sample: Sample
+    sample: Positions
     shapes: list[tuple[int, ...]]
     values: list[Tensor]
     acted: list[Tensor]
@@ -100,7 +100,7 @@ class Parents:
         """Go on to where a contraction meets its target."""
         values: list[Tensor] = []
         acted: list[Tensor] = []
-        chosen: Sample | None = None
+        chosen: Positions | None = None
         shapes: list[tuple[int, ...]] = []
         axis = aim.axis_in(self.targets.problem.networks[0])
         for batch, size in enumerate(self.sizes):
@@ -113,7 +113,7 @@ class Parents:
                 chosen = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
             at = chosen.at[batch]
-            rows = [None if value is None else rows_at(value, axis, at) for value in given]
+            rows = [None if value is None else output_rows(value, axis, at) for value in given]
             values.append(self._mixed(aim, rows))
             if aim.through is not None:
                 runs = [None if f is None else f[0] for f in found]
@@ -173,7 +173,7 @@ class Aim:
         return self.producer.axis % len(network.book.shapes[self.producer.node])
 
 
-Draw = Callable[[Aim, int, Sequence[int]], Sample]
+Draw = Callable[[Aim, int, Sequence[int]], Positions]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,20 +33,18 @@ from .._progress import tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.distance import divergence, is_logits
-from ..calibration.least_squares import (
-    STRETCH,
-    Correction,
-    Regression,
-    Sample,
-    reads_at,
-    rows_as_weight,
-    rows_at,
-    sample,
-    units_as_rows,
-    weight_as_rows,
-)
+from ..calibration.least_squares import STRETCH, Correction, Regression
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm, write_statistics
+from ..calibration.positions import (
+    Positions,
+    draw_positions,
+    in_groups,
+    input_rows,
+    output_rows,
+    rows_as_weight,
+    weight_as_rows,
+)
 from ..calibration.run import Frontier, Run, Track, working_batch
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
@@ -80,7 +78,7 @@ class Task:
         rest: What is added to the contraction's own value, if that is part of a sum.
         activation: What that activation makes of values.
         fit: How many of the positions, the first ones, may be fitted to for choosing a ridge.
-        thin: See `correction.Regression`.
+        dual_every: See `least_squares.Regression`.
     """
 
     x: Tensor
@@ -89,7 +87,7 @@ class Task:
     rest: Tensor | None
     activation: Callable[[Tensor], Tensor]
     fit: int
-    thin: int
+    dual_every: int
 
 
 class Fit:
@@ -99,7 +97,7 @@ class Fit:
         network: The fused network.
         aim: The contraction.
         task: What is wanted of it.
-        ridges: See `correction.corrected`.
+        ridges: See `least_squares.best_correction`.
     """
 
     def __init__(self, network: Network, aim: Aim, task: Task, ridges: Sequence[float]) -> None:
@@ -107,7 +105,7 @@ class Fit:
         self.producer, self.biased = aim.producer, aim.producer.biased
         self.origin = task.x.mean(1, keepdim=True) * self.biased
         task.x.sub_(self.origin)
-        self.regression = Regression(task.x, task.fit, self.biased, task.thin)
+        self.regression = Regression(task.x, task.fit, self.biased, task.dual_every)
         self.values = self._given(self._weight())  # but for a constant
 
     def __call__(self, steps: int) -> Correction:
@@ -173,11 +171,11 @@ class Fit:
         After the last correction, values are followed only where their spread still counts.
         """
         least = ROUNDING**2 * float((whole.power**2).sum())
-        rest = units_as_rows(left, self.producer.affine.groups)
+        rest = in_groups(left, self.producer.affine.groups)
         correction = self.regression.correct(rest, self.ridges, least)
         if correction.weight is not None:
             weight = tensor_at(self.network.module, self.producer.weight)
-            added = rows_as_weight(correction.weight, self.producer.affine)
+            added = rows_as_weight(correction.weight, self.producer.affine.kernel)
             weight.data.add_((added.T if self.producer.turned else added).to(weight))
             if self.aim.swing or not last:
                 self.values += self._given(correction.weight)
@@ -330,19 +328,18 @@ class LeastSquares(Refit):
         order, aims = aims_of(network)
         return order, {name: aim for name, aim in aims.items() if can(aim)}
 
-    def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Sample:
-        """Choose at which positions of a contraction it is fitted; see `sampling.sample`."""
-        return sample(places, sizes, *self.rows_for(aim.producer.affine, places * sum(sizes)))
+    def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Positions:
+        """Choose at which positions of a contraction it is fitted; see `draw_positions`."""
+        return draw_positions(
+            places, sizes, *self.rows_for(aim.producer.affine, places * sum(sizes))
+        )
 
     def rows_for(self, affine: Affine, positions: int) -> tuple[int, int]:
-        """Return how many positions to look at, and every how-manieth is one equation.
+        """Return how many positions to draw, and `dual_every` of their `Regression`.
 
         Args:
             affine: The contraction.
             positions: How many there are.
-
-        Returns:
-            The second is 0 where there is to be one equation for each input instead.
         """
         inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
         held = 8 * budget // (4 * inputs)  # rows whose inputs can be held
@@ -433,8 +430,8 @@ class _Sweep:
             places = (len(x), *spatial) if affine.kernel else x.shape[:-1]
             fits.append(tuple(places) == goal.shapes[batch])
             if fits[-1]:
-                inputs.append(reads_at(x, affine, at))
-                rests.extend([rows_at(run.value_of(aim.rest), axis, at)] if aim.rest else [])
+                inputs.append(input_rows(x, affine, at))
+                rests.extend([output_rows(run.value_of(aim.rest), axis, at)] if aim.rest else [])
 
         self._go(place, show)
         if not all(fits):
@@ -449,7 +446,7 @@ class _Sweep:
             joined(rests) if rests else None,
             partial(self._act, place, aim),
             sum(goal.sample.fit),
-            goal.sample.thin,
+            goal.sample.dual_every,
         )
 
     def _act(self, place: int, aim: Aim, value: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.calibration.least_squares import reads_at, rows_at
 from fxfuse.calibration.moments import Moments
+from fxfuse.calibration.positions import input_rows, output_rows
 from fxfuse.calibration.run import Frontier
 from fxfuse.coupling.transport import Transport
 from fxfuse.graph.trace import trace
@@ -76,8 +76,8 @@ def value_at(network, x, name):
 
 def task_of(network, aim, x, wanted, acted=None):
     at = torch.arange(len(x) * 36)
-    rows = [None if t is None else rows_at(t, 1, at) for t in (wanted, acted)]
-    reads = reads_at(x, aim.producer.affine, at)
+    rows = [None if t is None else output_rows(t, 1, at) for t in (wanted, acted)]
+    reads = input_rows(x, aim.producer.affine, at)
     return Task(reads, rows[0], rows[1], None, torch.relu, len(at) * 3 // 4, 0)
 
 
@@ -124,8 +124,8 @@ def test_steps_follow_the_gradient_of_what_the_activations_lack():
         values = [value_at(o, x, aim.at) for o in others]
         acted = sum(v.relu() for v in values) / 2
         Fit(network, aim, task_of(network, aim, x, sum(values) / 2, acted), RIDGES)(steps)
-        left = rows_at(value_at(network, x, aim.at).relu() - acted, 1, torch.arange(200 * 36))
-        reads = reads_at(x, aim.producer.affine, torch.arange(200 * 36))[0]
+        left = output_rows(value_at(network, x, aim.at).relu() - acted, 1, torch.arange(200 * 36))
+        reads = input_rows(x, aim.producer.affine, torch.arange(200 * 36))[0]
         found.append(float(((reads - reads.mean(0)).T @ (left - left.mean(0))).norm()))
     assert found[0] > found[1] > found[2]
 
