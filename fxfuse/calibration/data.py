@@ -1,73 +1,23 @@
 """Calibration data: whatever the user has, as batches of input tensors that can be read again.
 
-The inputs are read once and kept, so that a shuffling or augmenting loader shows every stage the
-same samples; beyond a memory budget they lie in a temporary file.
+The inputs are read once and kept, so that every stage sees the same samples even of a loader that
+shuffles or augments. What exceeds a memory budget is kept in a temporary file.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._progress import tell
 from ..errors import DataError
+from .spill import SpillStore, Waiting
 
 Batch = tuple[Tensor, ...]
-
-
-class Spool:
-    """A list of tensor tuples that spills to a temporary file beyond a budget.
-
-    Args:
-        budget: Bytes to keep in memory.
-    """
-
-    def __init__(self, budget: int = 1 << 30) -> None:
-        self.budget = budget
-        self._kept: list[Batch | None] = []
-        self._spilled: dict[int, tuple[int, list[tuple[torch.dtype, torch.Size, int]]]] = {}
-        self._file: Any = None
-
-    def append(self, batch: Batch) -> None:
-        """Add a tuple of tensors."""
-        size = sum(t.numel() * t.element_size() for t in batch)
-        if size <= self.budget:
-            self.budget -= size
-            self._kept.append(batch)
-            return
-        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
-        self._file.seek(0, 2)
-        parts = []
-        start = self._file.tell()
-        for t in batch:
-            raw = t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            self._file.write(raw)
-            parts.append((t.dtype, t.shape, len(raw)))
-        self._spilled[len(self._kept)] = (start, parts)
-        self._kept.append(None)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, i: int) -> Batch:
-        kept = self._kept[i]
-        if kept is not None:
-            return kept
-        start, parts = self._spilled[i]
-        self._file.seek(start)
-        tensors = []
-        for dtype, shape, size in parts:
-            raw = np.frombuffer(bytearray(self._file.read(size)), np.uint8)
-            tensors.append(torch.from_numpy(raw).view(dtype).view(shape))
-        return tuple(tensors)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(len(self)))
+MEMORY = 1 << 30  # bytes of inputs that are kept in memory
 
 
 class Calibration:
@@ -82,13 +32,12 @@ class Calibration:
         DataError: If there are no data, or they hold NaN, or are of another form.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        limit: int | None = None,
-    ) -> None:
-        self._batches = Spool()
+    def __init__(self, data: Any, limit: int | None = None) -> None:
+        self._store = SpillStore(MEMORY)
+        self._batches: list[Waiting] = []
         self.samples = 0
+        is_tensor = isinstance(data, Tensor)  # then all of it is in memory in any case
+        elsewhere = {data.untyped_storage().data_ptr()} if is_tensor else set()
         for batch in _batches(data):
             inputs = _inputs(batch)
             if limit is not None:
@@ -97,12 +46,12 @@ class Calibration:
                 if self.samples == limit:
                     break
                 continue
-            if not isinstance(data, Tensor):  # a loader may use its buffers again
+            if not is_tensor:  # a loader may use its buffers again
                 inputs = tuple(t.clone() for t in inputs)
             _require_finite(inputs, self.samples)
             if self.samples:
-                _require_alike(inputs, self._batches[0], self.samples)
-            self._batches.append(inputs)
+                _require_alike(inputs, self._batch(0), self.samples)
+            self._batches.append(self._store.put(inputs, elsewhere))
             self.samples += len(inputs[0])
             if limit is not None:
                 tell(self.samples / limit)
@@ -116,28 +65,34 @@ class Calibration:
 
     def example(self, samples: int = 2) -> Batch:
         """Return the first few inputs, as one batch."""
-        return tuple(t[:samples] for t in self._batches[0])
+        return tuple(t[:samples] for t in self._batch(0))
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
-        """Return all inputs but one in `every`, and these."""
-        parts: tuple[list[Any], list[Any]] = [], []
+        """Return all inputs but each `every`-th one, and each `every`-th one."""
+        rest: list[Any] = []
+        taken: list[Any] = []
         for start, batch in zip(range(0, self.samples, 64), self.chunks(64)):
-            last = torch.arange(start, start + len(batch[0])) % every == every - 1
-            for part, chosen in zip(parts, (~last, last)):
+            take = torch.arange(start, start + len(batch[0])) % every == every - 1
+            for part, chosen in ((rest, ~take), (taken, take)):
                 part.append((tuple(t[chosen] for t in batch),))
-        return Calibration(parts[0]), Calibration(parts[1])
+        return Calibration(rest), Calibration(taken)
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Yield all inputs in order, in batches of `size` samples, the last one shorter."""
-        waiting: list[Batch] = []
-        for batch in self._batches:
-            waiting.append(batch)
-            while sum(len(b[0]) for b in waiting) >= size:
-                joined = tuple(torch.cat(parts) for parts in zip(*waiting))
+        pending: list[Batch] = []
+        for i in range(len(self._batches)):
+            pending.append(self._batch(i))
+            while sum(len(b[0]) for b in pending) >= size:
+                joined = tuple(torch.cat(parts) for parts in zip(*pending))
                 yield tuple(t[:size] for t in joined)
-                waiting = [tuple(t[size:] for t in joined)]
-        if waiting and len(waiting[0][0]) + len(waiting) > 1:
-            yield tuple(torch.cat(parts) for parts in zip(*waiting))
+                pending = [tuple(t[size:] for t in joined)]
+        if sum(len(b[0]) for b in pending):
+            yield tuple(torch.cat(parts) for parts in zip(*pending))
+
+    def _batch(self, i: int) -> Batch:
+        """Return one batch as it was read."""
+        batch: Batch = self._store.get(self._batches[i])
+        return batch
 
 
 def _batches(data: Any) -> Iterable[Any]:

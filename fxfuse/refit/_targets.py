@@ -22,7 +22,9 @@ from ..calibration.data import Calibration
 from ..calibration.norms import foldable_norms
 from ..calibration.positions import Positions, output_rows
 from ..calibration.producers import Producer, identify
-from ..calibration.run import Frontier, Run, Track
+from ..calibration.run import Run
+from ..calibration.spill import SpillStore
+from ..calibration.track import Track
 from ..coupling.measure import bypasses
 from ..coupling.mixing import Couplings
 from ..graph.verify import TOLERANCE
@@ -58,7 +60,7 @@ class Parents:
         data: Calibration inputs.
         samples: How many of the first ones.
         size: How many of them are one batch.
-        frontier: Where they rest between stops.
+        store: Where their values wait between stops.
         draw: Chooses positions of a contraction, told how many one sample has, and the samples
             of each batch.
     """
@@ -71,7 +73,7 @@ class Parents:
         data: Calibration,
         samples: int,
         size: int,
-        frontier: Frontier,
+        store: SpillStore,
         draw: Draw,
     ) -> None:
         self.targets, self.draw = targets, draw
@@ -81,7 +83,7 @@ class Parents:
         self.tracks: list[Track | None] = []
         for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
-            given = network, data, samples, size, nodes, frontier, bypass
+            given = network, data, samples, size, nodes, store, bypass
             self.tracks.append(None if _silent(couplings, k) else Track(*given))
         self.sizes = next(track.sizes for track in self.tracks if track is not None)
         self.place = place

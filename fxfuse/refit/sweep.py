@@ -45,7 +45,9 @@ from ..calibration.positions import (
     rows_as_weight,
     weight_as_rows,
 )
-from ..calibration.run import Frontier, Run, Track, working_batch
+from ..calibration.run import Run, working_batch
+from ..calibration.spill import SpillStore
+from ..calibration.track import Track
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..graph.state import tensor_at
@@ -306,9 +308,9 @@ class LeastSquares(Refit):
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
-        with torch.no_grad(), Frontier(self.frontier) as frontier:
-            parents = Parents(targets, order, aims, *given, frontier, self.draw)
-            track = Track(fused, *given, order, frontier)
+        with torch.no_grad(), SpillStore(self.frontier) as store:
+            parents = Parents(targets, order, aims, *given, store, self.draw)
+            track = Track(fused, *given, order, store)
             sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans})
             for done, node in enumerate(order):
                 sweep.visit(done, node, aims.get(node.name))

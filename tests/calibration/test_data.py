@@ -1,4 +1,4 @@
-"""None"""
+"""Calibration data of every form: each sample once, in order, as often as it is read."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxfuse.calibration.data import Calibration, Spool
+from fxfuse.calibration.data import Calibration
 from fxfuse.errors import DataError
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
 def numbered(*lengths):
-    """Batches of samples that are numbered throughout."""
+    """Return batches whose samples are their own numbers."""
     return list(torch.arange(sum(lengths)).float().view(-1, 1).split(list(lengths)))
 
 
@@ -33,29 +33,29 @@ def test_chunks_keep_every_sample_in_order(lengths, size):
 
 @given(sizes, st.integers(1, 60))
 def test_a_limit_keeps_the_first_samples(lengths, limit):
-    found = Calibration(numbered(*lengths), limit)
-    assert found.samples == min(limit, sum(lengths))
-    assert sum(read(found, 4), []) == list(range(found.samples))
+    calibration = Calibration(numbered(*lengths), limit)
+    assert calibration.samples == min(limit, sum(lengths))
+    assert sum(read(calibration, 4), []) == list(range(calibration.samples))
 
 
 @given(sizes, st.integers(1, 9))
-def test_data_can_be_read_again(lengths, size):
-    found = Calibration(iter(numbered(*lengths)))
-    assert read(found, size) == read(found, size)
+def test_data_can_be_read_more_than_once(lengths, size):
+    calibration = Calibration(iter(numbered(*lengths)))
+    assert read(calibration, size) == read(calibration, size)
 
 
-def test_a_one_shot_iterator_is_enough_once_and_empty_afterwards():
+def test_an_iterator_is_enough_once_and_empty_afterwards():
     batches = iter(numbered(3, 2))
     assert Calibration(batches).samples == 5
     with pytest.raises(DataError, match="no samples"):
         Calibration(batches)
 
 
-def test_a_shuffling_loader_shows_the_same_samples_every_time():
+def test_of_a_shuffling_loader_the_same_samples_are_read_every_time():
     loader = DataLoader(TensorDataset(torch.arange(20.0), torch.zeros(20)), 6, shuffle=True)
-    found = Calibration(loader)
-    assert read(found, 5) == read(found, 5)
-    assert sorted(sum(read(found, 7), [])) == list(range(20))
+    calibration = Calibration(loader)
+    assert read(calibration, 5) == read(calibration, 5)
+    assert sorted(sum(read(calibration, 7), [])) == list(range(20))
 
 
 def test_a_loader_that_uses_its_buffer_again_does_not_change_what_was_read():
@@ -68,9 +68,9 @@ def test_a_loader_that_uses_its_buffer_again_does_not_change_what_was_read():
 
 
 def test_a_tensor_is_all_samples():
-    found = Calibration(torch.arange(150.0).view(150, 1))
-    assert found.samples == 150
-    assert sum(read(found, 40), []) == list(range(150))
+    calibration = Calibration(torch.arange(150.0).view(150, 1))
+    assert calibration.samples == 150
+    assert sum(read(calibration, 40), []) == list(range(150))
 
 
 X, Y = torch.arange(3.0).view(3, 1), torch.zeros(3)
@@ -80,25 +80,25 @@ X, Y = torch.arange(3.0).view(3, 1), torch.zeros(3)
     "batch", [X, (X, Y), [X, Y], {"x": X, "y": Y}, ((X,), Y), {"x": [X]}, (X, "a label")]
 )
 def test_the_first_entry_of_a_batch_is_the_input(batch):
-    found = Calibration([batch, batch])
-    assert read(found, 3) == [[0, 1, 2]] * 2
+    calibration = Calibration([batch, batch])
+    assert read(calibration, 3) == [[0, 1, 2]] * 2
 
 
 def test_an_input_may_be_several_tensors():
-    found = Calibration([((X, 2 * X), Y)] * 2)
-    first, second = next(found.chunks(6))
+    calibration = Calibration([((X, 2 * X), Y)] * 2)
+    first, second = next(calibration.chunks(6))
     assert torch.equal(second, 2 * first) and first.shape == (6, 1)
-    assert [t.shape for t in found.example(2)] == [(2, 1)] * 2
+    assert [t.shape for t in calibration.example(2)] == [(2, 1)] * 2
 
 
 def test_an_example_is_the_first_samples():
-    found = Calibration(numbered(3, 4))
-    assert found.example(2)[0].tolist() == [[0], [1]]
+    calibration = Calibration(numbered(3, 4))
+    assert calibration.example(2)[0].tolist() == [[0], [1]]
 
 
 def test_inputs_keep_no_gradients_and_may_be_integers():
-    found = Calibration([X.clone().requires_grad_()])
-    assert not found.example()[0].requires_grad
+    calibration = Calibration([X.clone().requires_grad_()])
+    assert not calibration.example()[0].requires_grad
     assert Calibration([torch.tensor([[1, 2]])]).example()[0].dtype == torch.int64
 
 
@@ -116,7 +116,7 @@ def test_an_empty_batch_does_not_end_the_data():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_inputs_that_are_not_finite_are_refused_with_their_place(value):
+def test_inputs_that_are_not_finite_are_refused_with_the_number_of_their_sample(value):
     batches = numbered(4, 3)
     batches[1][2] = value
     with pytest.raises(DataError, match="NaN or infinite") as caught:
@@ -148,47 +148,25 @@ def test_batches_of_different_numbers_of_inputs_are_refused():
         list(Calibration([((X, X),), ((X,),)]).chunks(6))
 
 
-# --- spilling -------------------------------------------------------------------------------------
-
-KINDS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.sampled_from(KINDS)), min_size=1, max_size=6),
-    st.integers(0, 100),
-)
-def test_spilled_tensors_come_back_as_they_were(batches, budget):
-    spool, kept = Spool(budget), []
-    for i, (rows, kind) in enumerate(batches):
-        batch = (torch.randn(rows, 3).mul(9).to(kind), torch.full((2, 1), i))
-        spool.append(batch)
-        kept.append(batch)
-    assert len(spool) == len(kept)
-    for _ in range(2):
-        for ours, theirs in zip(spool, kept):
-            assert len(ours) == 2
-            assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs))
+def test_inputs_beyond_the_memory_budget_are_read_again_from_a_file(monkeypatch):
+    monkeypatch.setattr("fxfuse.calibration.data.MEMORY", 20)
+    calibration = Calibration(iter(numbered(3, 4, 2)))
+    assert any(waiting.places for waiting in calibration._batches)
+    assert sum(read(calibration, 4), []) == list(range(9))
+    assert read(calibration, 2) == read(calibration, 2)
 
 
-def test_the_budget_decides_what_stays_in_memory():
-    spool = Spool(100)
-    batches = [(torch.full((n,), float(n)),) for n in (20, 10, 5)]  # 80, 40 and 20 bytes
-    for batch in batches:
-        spool.append(batch)
-    assert [spool[i][0] is batches[i][0] for i in range(3)] == [True, False, True]
-    assert [t.tolist() for (t,) in spool] == [t.tolist() for (t,) in batches]
+def test_a_tensor_is_not_written_to_a_file(monkeypatch):
+    monkeypatch.setattr("fxfuse.calibration.data.MEMORY", 0)
+    calibration = Calibration(torch.arange(150.0).view(150, 1))
+    assert not any(waiting.places for waiting in calibration._batches)
 
 
-def test_views_are_spilled_by_value():
-    whole = torch.arange(12.0).view(3, 4)
-    spool = Spool(0)
-    spool.append((whole.T[1:],))
-    whole.zero_()
-    assert torch.equal(spool[0][0], torch.arange(12.0).view(3, 4).T[1:])
-
-
-def test_reading_and_appending_may_alternate():
-    spool = Spool(0)
-    for i in range(4):
-        spool.append((torch.full((3,), float(i)),))
-        assert [t.tolist() for (t,) in spool] == [[float(j)] * 3 for j in range(i + 1)]
+@given(sizes, st.integers(2, 5))
+def test_every_nth_sample_can_be_parted_from_the_others(lengths, every):
+    total = sum(lengths)
+    if total < every:
+        return
+    rest, taken = Calibration(numbered(*lengths)).parted(every)
+    assert sum(read(taken, 3), []) == list(range(every - 1, total, every))
+    assert sorted(sum(read(rest, 3), []) + sum(read(taken, 3), [])) == list(range(total))

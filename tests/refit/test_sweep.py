@@ -16,7 +16,7 @@ from torch import nn
 import fxfuse
 from fxfuse.calibration.moments import Moments
 from fxfuse.calibration.positions import input_rows, output_rows
-from fxfuse.calibration.run import Frontier
+from fxfuse.calibration.spill import SpillStore, _memory_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.graph.trace import trace
 from fxfuse.refit._targets import aims_of
@@ -344,17 +344,27 @@ def test_values_that_lie_in_a_file_give_the_same_network_bit_for_bit(name, monke
 def test_what_is_in_memory_at_rest_is_within_the_budget(monkeypatch):
     monkeypatch.setattr("fxfuse.calibration.run.CACHED_BYTES", 1 << 12)
     nets, x, most = pair_of("residual"), draw("residual", 60), [0, 0]
-    rest = Frontier.rest
+    put, take, resting = SpillStore.put, SpillStore.take, {}
 
-    def seen(frontier, run):
-        rest(frontier, run)
-        held = {id(s): s.nbytes() for r in frontier._kept for s in frontier._storages(r).values()}
-        away = [s for r in frontier._away for s in frontier._storages(r).values()]
-        most[0], most[1] = max(most[0], sum(held.values())), max(most[1], len(away))
+    def seen_put(store, values, elsewhere=()):
+        waiting = put(store, values, elsewhere)
+        resting[waiting] = _memory_of(waiting.values, elsewhere)
+        in_memory = {
+            a: p.nbytes() for w, m in resting.items() if not w.places for a, p in m.items()
+        }
+        in_file = [piece for w, memory in resting.items() if w.places for piece in memory]
+        most[0], most[1] = max(most[0], sum(in_memory.values())), max(most[1], len(in_file))
+        return waiting
 
-    monkeypatch.setattr(Frontier, "rest", seen)
+    def seen_take(store, waiting):
+        resting.pop(waiting)
+        return take(store, waiting)
+
+    monkeypatch.setattr(SpillStore, "put", seen_put)
+    monkeypatch.setattr(SpillStore, "take", seen_take)
     for budget in (1 << 14, 1 << 18):
         most[0] = 0
+        resting.clear()
         fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(frontier=budget)))
         assert 0 < most[0] <= budget and most[1] == 0
 
