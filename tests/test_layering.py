@@ -99,6 +99,14 @@ def test_a_module_imports_from_lower_levels_or_its_own_package_only(module):
         assert own or level(other) < level(module), f"{module} imports {other}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_a_private_module_of_another_package(module):
+    package = module.rpartition(".")[0]
+    for other in imports(module):
+        room, _, name = other.rpartition(".")
+        assert not (room and name.startswith("_") and name != "__init__") or room == package
+
+
 def test_top_level_facts_know_each_other_in_one_direction():
     assert imports("errors") == set() and imports("ir") <= {"errors", *VIEWS["ir"]}
 

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
-from ..graph._modes import is_choice, only_in_training
+from ..graph.modes import is_choice, only_in_training
 from ..ir import Layer, Segment
 from ..spaces.network import Network
 

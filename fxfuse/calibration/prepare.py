@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from .._progress import Clock, counted, part, tell
 from ..errors import ArgumentError, ModelError
-from ..graph._modes import cut_to, evaluating_part
-from ..graph.passes import canonical
+from ..graph.canonical import canonical
+from ..graph.modes import cut_to, evaluating_part
 from ..graph.trace import Example, as_example, device_of, run_once, trace
 from ..spaces.network import Network
 from .data import Batch, Calibration

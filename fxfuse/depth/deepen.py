@@ -19,7 +19,7 @@ from ..alignment.layers import describe, partition
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PairingError
-from ..graph._modes import Mode
+from ..graph.modes import Mode
 from ..graph.state import hide, is_hidden, part_at
 from ..graph.trace import run_once
 from ..graph.verify import require_equal

@@ -1,21 +1,14 @@
-"""The pass runner: a pass edits a private copy; the runner copies, stamps, prunes, lints, compares.
+"""The runner of passes: it copies the graph, lets the pass edit the copy, and checks the result.
 
-`FXFUSE_DEBUG` or `with debug(n)`: 1 lints after each pass; 2 also compares the outputs of passes
-that claim to keep the function; 3 also writes each graph to `$FXFUSE_DUMP` (default: the current
-folder).
-
-Write a traced graph the way the later stages expect it, without changing its function.
-
-Checks (assertions and the comparisons they need) are dropped, and a join that lists again what an
-earlier join has put together reads that join instead, so that a stream that grows by concatenation
-is one stream with blocks on it, as a residual stream is.
+How much is checked is set by `FXFUSE_DEBUG` or `with debug(n)`. 0: nothing. 1: each edited graph is
+linted. 2: the outputs of a pass that claims to keep the function are compared, too. 3: each graph
+is also written to the folder `$FXFUSE_DUMP` (default: the current one).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +17,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ..errors import PassError
-from .trace import Interpreter, eval_mode
 from .verify import lint, require_equal
 
 _level: ContextVar[int | None] = ContextVar("fxfuse_debug", default=None)
@@ -58,11 +49,11 @@ def graph_pass(
 ) -> Callable[[Callable[..., None]], Callable[..., fx.GraphModule]]:
     """Make a pass of a function that edits a `GraphModule` in place.
 
-    The pass takes the module, the example inputs to check it on, and the function's further
-    arguments; it returns an edited copy and leaves its input alone.
+    The pass takes a module, example inputs to check it on, and the function's other arguments. It
+    returns an edited copy; new nodes have their pass and their inputs in `meta["origin"]`.
 
     Args:
-        keeps_function: What the pass claims; at level 2 the runner checks it.
+        keeps_function: Whether the pass claims to keep the function; checked from level 2 on.
     """
 
     def wrap(body: Callable[..., None]) -> Callable[..., fx.GraphModule]:
@@ -70,10 +61,10 @@ def graph_pass(
         def run(module: fx.GraphModule, example: tuple[Tensor, ...], *args: Any) -> fx.GraphModule:
             start, name = time.perf_counter(), body.__name__
             edited = copy.deepcopy(module)
-            known = {n.name for n in edited.graph.nodes}
+            old = {n.name for n in edited.graph.nodes}
             body(edited, *args)
             for node in edited.graph.nodes:
-                if node.name not in known and "origin" not in node.meta:
+                if node.name not in old and "origin" not in node.meta:
                     node.meta["origin"] = (name, tuple(n.name for n in node.all_input_nodes))
             edited.delete_all_unused_submodules()
             edited.recompile()
@@ -114,98 +105,3 @@ def _dump(name: str, module: fx.GraphModule, seconds: float) -> None:
     number = len(list(folder.glob("[0-9][0-9]_*.txt")))
     text = f"# {name}, {seconds:.3f} s\n{module.graph}\n"
     (folder / f"{number:02d}_{name}.txt").write_text(text)
-
-
-_QUESTIONS = {"size", "dim", "numel", "ndimension", "is_floating_point"}  # methods that only ask
-
-
-_COMPARISONS: set[Any] = {
-    getattr,
-    isinstance,
-    len,
-    torch.equal,
-    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
-    *(operator.and_, operator.or_, operator.not_, operator.mod, operator.floordiv),
-    *(operator.getitem, operator.mul, operator.add, operator.sub),
-}
-
-
-def canonical(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModule:
-    """Return a copy of a graph without checks and with nested joins; itself if it has neither."""
-    if not any(_checks(node) or _join(node)[0] for node in module.graph.nodes):
-        return module
-    return _rewrite(module, example, _kept_joins(module, example))
-
-
-@graph_pass(keeps_function=True)
-def _rewrite(module: fx.GraphModule, kept: set[str]) -> None:
-    _drop_checks(module.graph)
-    _nest_joins(module.graph, kept)
-
-
-class _Watcher(Interpreter):
-    """A run that remembers joins and what they joined, and how often each had been written to."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.joins: dict[str, list[tuple[Tensor, int]]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        parts = [self.env[p] for p in _join(n)[0]]
-        value = super().run_node(n)
-        if parts:
-            self.joins[n.name] = [(t, t._version) for t in (value, *parts)]
-        return value
-
-
-def _kept_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]:
-    """Return the joins that go on holding what was joined: nothing writes to either later."""
-    watcher = _Watcher(module)
-    with eval_mode(module), torch.no_grad():
-        watcher.run(*example)
-    joins = watcher.joins.items()
-    return {n for n, values in joins if all(t._version == version for t, version in values)}
-
-
-def _drop_checks(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if _checks(node) or (not node.users and _only_asks(node)):
-            graph.erase_node(node)
-
-
-def _checks(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch._assert
-
-
-def _only_asks(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _QUESTIONS
-    return node.op == "call_function" and node.target in _COMPARISONS
-
-
-def _nest_joins(graph: fx.Graph, kept: set[str]) -> None:
-    seen: list[tuple[list[fx.Node], int, fx.Node]] = []
-    for node in graph.nodes:
-        parts, dim = _join(node)
-        if not parts or node.name not in kept:
-            continue
-        if len(parts) == 1:
-            node.replace_all_uses_with(parts[0])
-            graph.erase_node(node)
-            continue
-        earlier = [s for s in seen if s[1] == dim and s[0] == parts[: len(s[0])] != parts]
-        longest = max(earlier, key=lambda s: len(s[0]), default=None)
-        seen.append((parts, dim, node))
-        if longest is not None:
-            node.args, node.kwargs = ([longest[2], *parts[len(longest[0]) :]], dim), {}
-
-
-def _join(node: fx.Node) -> tuple[list[fx.Node], int]:
-    """Return what a join joins, and along which axis; nothing for any other node."""
-    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
-        return [], 0
-    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if "out" in node.kwargs or not isinstance(parts, (list, tuple)) or not isinstance(dim, int):
-        return [], 0
-    return list(parts), dim

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, TraceError
-from ._modes import Mode, cut_to, evaluating_part, merge
+from ._merge import merge
+from .modes import Mode, cut_to, evaluating_part
 from .state import hide, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]

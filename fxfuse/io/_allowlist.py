@@ -49,7 +49,7 @@ _NO_METHODS = {
 }
 _CLASSES = ("torch.nn.modules.", "torchvision.ops.", "torchvision.models.")  # of layers
 _WRAPPED = ("torchvision.ops.", "torchvision.models.")  # where functions are wrapped for tracing
-_MODES = "fxfuse.graph._modes"
+_MODES = "fxfuse.graph.modes"
 _MOVED = {"fxfuse.modes": _MODES}  # where files written by earlier versions look for them
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import tell
-from ..graph._modes import is_choice
+from ..graph.modes import is_choice
 from ..graph.state import tensors_of
 from ..graph.trace import Interpreter, eval_mode, plain_modes, tensors_in
 from ._labels import LabelRun, varying

@@ -9,7 +9,7 @@ from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.producers import read_producer, restate, write_producer
 from fxfuse.calibration.run import record
 from fxfuse.errors import PassError
-from fxfuse.graph.passes import canonical
+from fxfuse.graph.canonical import canonical
 from fxfuse.graph.state import sizes_of, tensor_at
 from fxfuse.graph.trace import trace
 from fxfuse.graph.verify import lint

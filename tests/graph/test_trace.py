@@ -16,7 +16,8 @@ from torchvision.ops import StochasticDepth
 
 import fxfuse
 from fxfuse.errors import DataError, ModelError, TraceError
-from fxfuse.graph._modes import Mode, merge
+from fxfuse.graph._merge import merge
+from fxfuse.graph.modes import Mode
 from fxfuse.graph.trace import as_example, device_of, run_once, tensors_in, trace, trace_sharing
 from fxfuse.graph.verify import lint
 from tests.support.nets import (

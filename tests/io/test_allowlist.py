@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models, ops
 
-from fxfuse.graph import _modes as modes
+from fxfuse.graph import modes
 from fxfuse.io import _allowlist as allowlist
 
 FUNCTIONS = [
@@ -90,4 +90,4 @@ def test_other_classes_have_no_name(kind):
 def test_imports_of_a_module_are_no_classes_of_it():
     assert allowlist.class_of("torch.nn.modules.linear.F") is None
     assert allowlist.class_of("torch.nn.modules.conv.Module") is None
-    assert allowlist.class_of("fxfuse.graph._modes.nn") is None
+    assert allowlist.class_of("fxfuse.graph.modes.nn") is None
