@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._progress import Clock, Progress
-from ..calibration.prepare import analysed
+from ..calibration.prepare import analyse
 from ..graph.trace import Example, plain_modes
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
@@ -157,7 +157,7 @@ def inspect(model: nn.Module, example: Example, *, progress: Progress | None = N
     """
     name, clock = type(model).__name__, Clock(progress)
     with clock.stage("trace and find spaces"):
-        network = analysed(model, example, name)
+        network = analyse(model, example, name)
     size = sum(p.numel() for p in model.parameters())
     return Inspection(name, size, chain_of(network), partition(network), network.spaces)
 

@@ -1,4 +1,7 @@
-"""What a caller hands in: models and data made ready, weights and anchor checked."""
+"""From what a caller hands in to analysed networks and data that can be read again.
+
+Models are traced, checked for having the same outputs, and run once to find their spaces.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,20 @@ from ..graph.trace import Example, as_example, device_of, run_once, trace
 from ..spaces.network import Network
 from .data import Batch, Calibration
 
-TRACED = 0.25  # share of the work once all networks are traced
+TRACED = 0.25  # share of the work that is done once all networks are traced
 
 
-def take_in(
-    models: Sequence[nn.Module], data: Any, clock: Clock, apart: bool = False
+def prepare(
+    models: Sequence[nn.Module], data: Any, clock: Clock, outputs_may_differ: bool = False
 ) -> tuple[list[Network], Calibration]:
     """Trace and analyse models that have the same inputs and outputs.
 
     Args:
         models: The networks; not modified.
-        data: What they are calibrated on.
-        clock: Told what is being done.
-        apart: Outputs may differ; what training alone computes is left out.
+        data: Calibration inputs.
+        clock: Times the stages.
+        outputs_may_differ: Take networks with different outputs, too. Heads that exist in training
+            mode only are then left out.
 
     Raises:
         ArgumentError: If there are no models.
@@ -46,29 +50,38 @@ def take_in(
     with clock.stage("read data"):
         calibration = data if isinstance(data, Calibration) else Calibration(data)
     with clock.stage("trace and find spaces"):
-        return _analysed(models, calibration.example(), apart), calibration
+        return _analyse_all(models, calibration.example(), outputs_may_differ), calibration
 
 
-def _analysed(models: Sequence[nn.Module], example: Batch, apart: bool) -> list[Network]:
+def _analyse_all(
+    models: Sequence[nn.Module], example: Batch, outputs_may_differ: bool
+) -> list[Network]:
     """Trace all models, then analyse one after the other."""
     names = _names(models)
     with part(0.0, TRACED):
         graphs = [trace(model, name) for model, name in counted(list(zip(models, names)))]
     inputs = [as_example(example, device_of(g)) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
-    if not apart:
+    if not outputs_may_differ:
         _require_same_outputs(outputs, names)
-    _agree_on_heads(graphs, apart)
+    _drop_training_heads(graphs, outputs_may_differ)
     networks = []
     with part(TRACED, 1.0):
         for name, x in counted(list(zip(names, inputs))):
-            graph = graphs.pop(0)  # of a giant network, no second copy of another is held
+            graph = graphs.pop(
+                0
+            )  # let go of, as `canonical` returns a copy of a perhaps huge graph
             networks.append(Network.of(name, canonical(graph, x), x))
     return networks
 
 
-def analysed(model: nn.Module, example: Example, name: str) -> Network:
+def analyse(model: nn.Module, example: Example, name: str) -> Network:
     """Trace and analyse one model.
+
+    Args:
+        model: The model; not modified.
+        example: Inputs for one run of it.
+        name: How to call it in errors.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -82,16 +95,17 @@ def analysed(model: nn.Module, example: Example, name: str) -> Network:
         return Network.of(name, canonical(graph, inputs), inputs)
 
 
-def _agree_on_heads(graphs: list[fx.GraphModule], apart: bool) -> None:
-    """Leave out heads that exist in training mode only where not all networks share such."""
+def _drop_training_heads(graphs: list[fx.GraphModule], always: bool) -> None:
+    """Cut off heads that exist in training mode only, unless all networks have such heads."""
     parts = [evaluating_part(g) for g in graphs]
-    if apart or not all(parts):
+    if always or not all(parts):
         for graph, part in zip(graphs, parts):
             if part is not None:
                 cut_to(graph, part)
 
 
 def _names(models: Sequence[nn.Module]) -> list[str]:
+    """Name models by their classes, numbered where several are of one class."""
     kinds = [type(m).__name__ for m in models]
     return [f"{kind} {i}" if kinds.count(kind) > 1 else kind for i, kind in enumerate(kinds)]
 

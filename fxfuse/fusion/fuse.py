@@ -18,7 +18,7 @@ from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
 from ..alignment.layers import partition
 from ..calibration.data import Calibration
-from ..calibration.prepare import take_in
+from ..calibration.prepare import prepare
 from ..coupling.mixing import Couplings
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
@@ -158,7 +158,7 @@ def fuse(
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width, apart=heads is not None)
-    networks, calibration = take_in(models, data, clock, apart=heads is not None)
+    networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     way = partial(
         _fuse_networks,
@@ -295,7 +295,7 @@ def fuse_along(
     """
     method, clock = method or Method(), Clock(progress)
     all_shares = [shares_of(w, models) for w in weights]
-    networks, calibration = take_in(models, data, clock)
+    networks, calibration = prepare(models, data, clock)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = _balanced(networks, alignment, calibration, method, clock)
@@ -354,7 +354,7 @@ def align(
         [[('2', '0'), ('4', '2')], [('6', '4')]]
     """
     method, clock = method or Method(), Clock(progress)
-    networks, calibration = take_in(models, data, clock, apart=True)
+    networks, calibration = prepare(models, data, clock, outputs_may_differ=True)
     choices = method.aligner, method.layer_cost
     with clock.stage("align layers"):
         return align_networks(networks, calibration, *choices, pairs=pairs)
@@ -392,7 +392,7 @@ def balance(
         NotEquivalent: If the function of a network that keeps its layers would change.
     """
     method, clock = method or Method(), Clock(progress)
-    networks, calibration = take_in(models, data, clock)
+    networks, calibration = prepare(models, data, clock)
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = _balanced(networks, alignment, calibration, method, clock)
     pairs = zip(balanced.networks, models)

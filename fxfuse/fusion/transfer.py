@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ..alignment.layers import data_graph, module_path, partition
 from ..calibration.data import Calibration
-from ..calibration.prepare import analysed
+from ..calibration.prepare import analyse
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
 from ..graph.trace import copy_modes, plain_modes
@@ -102,7 +102,7 @@ def transfer(
         2
     """
     example = (data if isinstance(data, Calibration) else Calibration(data)).example()
-    a, b = (analysed(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
+    a, b = (analyse(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)
     given, taken = tensors_of(a.module), tensors_of(moved)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ..calibration.prepare import analysed
+from ..calibration.prepare import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
 from ..graph.trace import Example, copy_modes, plain_modes
@@ -92,14 +92,14 @@ def net2wider(
     """
     if factor < 1 or noise < 0:
         raise _out_of_range("factor" if factor < 1 else "noise", "at least 1, and noise at least 0")
-    network = analysed(model, example, "the model")
+    network = analyse(model, example, "the model")
 
     def widen(wide: Network) -> ResizedCopy:
         return exact_copy(plan_copies(_with_graph_of(wide, network), wide, in_turn(seed)))
 
     kept: dict[str, str] = {}
     if like is not None:
-        copied = widen(analysed(like, example, "the wider model"))
+        copied = widen(analyse(like, example, "the wider model"))
     else:
         copied, kept = _with_scaled_widths(network, factor, widen)
     if noise:
@@ -147,7 +147,7 @@ def narrow(
     """
     if not 0 < share <= 1:
         raise _out_of_range("share", "above 0 and at most 1")
-    network = analysed(model, example, "the model")
+    network = analyse(model, example, "the model")
 
     def prune(small: Network) -> ResizedCopy:
         original = _with_graph_of(small, network)
@@ -156,7 +156,7 @@ def narrow(
 
     kept: dict[str, str] = {}
     if like is not None:
-        copied = prune(analysed(like, example, "the narrower model"))
+        copied = prune(analyse(like, example, "the narrower model"))
     else:
         copied, kept = _with_scaled_widths(network, share, prune)
     return _reported(model, copied, kept)

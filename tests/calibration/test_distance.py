@@ -5,7 +5,7 @@ import torch
 
 from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.distance import SquaredError, divergence, is_logits, relative_error_on
-from fxfuse.calibration.prepare import analysed
+from fxfuse.calibration.prepare import analyse
 from tests.support.nets import mlp, outputs, randomise
 from tests.support.tolerances import EXACT
 
@@ -45,7 +45,7 @@ def test_whole_numbers_do_not_count():
 
 def test_the_error_of_a_network_is_the_root_mean_square_over_all_outputs():
     x = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
-    a, b = (analysed(randomise(mlp(6, 5, 3), seed=s), (x,), "net") for s in (1, 2))
+    a, b = (analyse(randomise(mlp(6, 5, 3), seed=s), (x,), "net") for s in (1, 2))
     one, two = outputs(a.module, x).double(), outputs(b.module, x).double()
     wanted = float((one - two).norm() / one.norm())
     assert relative_error_on(Calibration(x), a, b) == pytest.approx(wanted, rel=1e-5)

@@ -93,7 +93,7 @@ def test_it_is_what_fuse_gives_for_each_weight(nets):
 
 def test_the_networks_are_analysed_once(nets, monkeypatch):
     calls = []
-    for name in ("take_in", "align_networks"):
+    for name in ("prepare", "align_networks"):
         original = getattr(MODULE, name)
 
         def counted(*args, name=name, original=original, **options):
@@ -102,7 +102,7 @@ def test_the_networks_are_analysed_once(nets, monkeypatch):
 
         monkeypatch.setattr(MODULE, name, counted)
     fxfuse.barrier(nets, X, (X, Y), weights=[0, 0.5, 1])
-    assert sorted(calls) == ["align_networks", "take_in"]
+    assert sorted(calls) == ["align_networks", "prepare"]
 
 
 def test_options_reach_the_fusion_and_models_stay(nets):

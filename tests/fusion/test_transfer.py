@@ -11,7 +11,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.alignment.layers import data_graph
-from fxfuse.calibration.prepare import analysed
+from fxfuse.calibration.prepare import analyse
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion.transfer import _fitted, longest_chain
 from tests.support.nets import (
@@ -35,7 +35,7 @@ IMAGES = torch.randn(6, 3, 8, 8)
 @settings(max_examples=12)
 @given(random_nets())
 def test_no_path_holds_more_contractions_than_the_chain(net):
-    network = analysed(net, IMAGES[:2], "net")
+    network = analyse(net, IMAGES[:2], "net")
     chain = longest_chain(network)
     graph, best = data_graph(network), {"source": 0}
     for node in nx.topological_sort(graph):
@@ -121,7 +121,7 @@ def test_biases_and_norms_can_be_left():
 
 def test_the_longest_chain_goes_through_gates_and_past_skips():
     net = nn.Sequential(conv(3, 4), Concat(4, 3), Gate(7, 2), Pooled(7, 3))
-    chain = longest_chain(analysed(randomise(net), IMAGES, "net"))
+    chain = longest_chain(analyse(randomise(net), IMAGES, "net"))
     assert [n.name for n in chain] == ["_0_0", "_1_a_0", "_2_down", "_2_up", "_3_fc"]
 
 

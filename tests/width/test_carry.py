@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxfuse.calibration.prepare import analysed
+from fxfuse.calibration.prepare import analyse
 from fxfuse.errors import NotEquivalent, PairingError
 from fxfuse.ir import Space
 from fxfuse.width._carry import (
@@ -58,7 +58,7 @@ def test_the_strongest_units_are_kept_in_their_order(scores, count):
 
 def test_strengths_are_the_norms_of_weight_rows_with_batch_norms_folded_in():
     net, x = build("batch norm")
-    network = analysed(net, x, "net")
+    network = analyse(net, x, "net")
     strength = strengths(network)["0.0.0"]
     first, norm = net[0][0][0], net[0][0][1]
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -70,7 +70,7 @@ def test_strengths_are_the_norms_of_weight_rows_with_batch_norms_folded_in():
 
 def test_heads_are_as_strong_as_the_units_in_them():
     net, x = build("tokens")
-    network = analysed(net, x, "net")
+    network = analyse(net, x, "net")
     heads = next(s for s in network.spaces if not s.axes)
     strength = strengths(network)[heads.name]
     assert strength.shape == (2,) and (strength > 0).all()
@@ -79,7 +79,7 @@ def test_heads_are_as_strong_as_the_units_in_them():
 def test_spaces_under_norms_over_units_are_found():
     for name, count in (("layer norm", 1), ("tokens", 1), ("batch norm", 0)):
         net, x = build(name)
-        assert len(spaces_under_norms(analysed(net, x, "net"))) == count
+        assert len(spaces_under_norms(analyse(net, x, "net"))) == count
 
 
 def test_a_copy_of_equal_widths_copies_each_unit_of_each_block_once():
@@ -120,7 +120,7 @@ IMAGES = torch.randn(2, 3, 8, 8)
 
 
 def plan_of(net, like, x=IMAGES, choose=None):
-    return plan_copies(analysed(net, x, "a"), analysed(like, x, "b"), choose or in_turn(None))
+    return plan_copies(analyse(net, x, "a"), analyse(like, x, "b"), choose or in_turn(None))
 
 
 class Products(nn.Module):
@@ -215,7 +215,7 @@ def test_a_copy_of_equal_widths_has_the_same_weights(name):
 def test_the_variant_that_is_checked_has_no_constant_tensor():
     fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
     nn.init.zeros_(fresh[2].weight)
-    network = analysed(fresh.eval(), IMAGES, "fresh")
+    network = analyse(fresh.eval(), IMAGES, "fresh")
     varied = _varied(network.module)
     for tensor in [*varied.parameters(), *varied.buffers()]:
         assert not tensor.is_floating_point() or tensor.min() < tensor.max()
@@ -236,7 +236,7 @@ def test_code_that_fixes_its_precision_is_checked_in_that_precision():
             return self.b(torch.relu(self.a(x.float())))
 
     x = torch.randn(4, 5)
-    network = analysed(randomise(Single(4)), x, "a")
+    network = analyse(randomise(Single(4)), x, "a")
     assert _precise_variant(network)[2] == 1e-4
     assert exact_copy(plan_of(randomise(Single(4)), randomise(Single(9)), x)).error < 1e-6
 
@@ -245,8 +245,8 @@ def test_code_that_fixes_its_precision_is_checked_in_that_precision():
 def test_a_copy_has_the_networks_precision_and_gradient_flags(dtype):
     net, wide = randomise(mlp(6, 4, 3)).to(dtype), randomise(mlp(6, 8, 3), 1)
     net[0].weight.requires_grad_(False)
-    like = analysed(wide, torch.randn(2, 6), "b")
-    plan = plan_copies(analysed(net, torch.randn(2, 6, dtype=dtype), "a"), like, in_turn(None))
+    like = analyse(wide, torch.randn(2, 6), "b")
+    plan = plan_copies(analyse(net, torch.randn(2, 6, dtype=dtype), "a"), like, in_turn(None))
     module = exact_copy(plan).module
     assert {p.dtype for p in module.parameters()} == {dtype}
     flags = {n: p.requires_grad for n, p in module.named_parameters()}
@@ -270,7 +270,7 @@ def test_noise_of_the_given_size_is_added_to_duplicated_units_only():
 def test_the_closest_copy_is_taken_where_none_is_exact():
     net, small = randomise(Products(6, "by the size")), randomise(Products(3, "by the size"), 1)
     x = torch.randn(2, 4, 5)
-    original, other = analysed(net, x, "a"), analysed(small, x, "b")
+    original, other = analyse(net, x, "a"), analyse(small, x, "b")
     plan = plan_copies(original, other, strongest, by_strength=True)
     closest = closest_copy(plan, original.module, original.example, 0.0)
     errors = []

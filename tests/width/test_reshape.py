@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxfuse.calibration.prepare import analysed
+from fxfuse.calibration.prepare import analyse
 from fxfuse.errors import PassError
 from fxfuse.graph.verify import lint
 from fxfuse.spaces.network import Network
@@ -23,7 +23,7 @@ def sizes_of(network, factor):
 
 
 def grown(net, x=IMAGES, factor=2):
-    network = analysed(net, x, "net")
+    network = analyse(net, x, "net")
     sizes = sizes_of(network, factor)
     return network, sizes, reshaped(network, sizes)
 
@@ -52,7 +52,7 @@ def test_random_networks_take_other_widths(net, factor):
 
 def test_blocks_change_inside_and_keep_two_units_at_least():
     net, x = build("grouped")
-    network = analysed(net, x, "net")
+    network = analyse(net, x, "net")
     blocks = next(s.name for s in network.spaces if s.name in {t.parent for t in network.spaces})
     for factor, inside in ((1.5, 3), (2, 4), (0.5, 2)):
         sizes = sizes_of(network, factor)
@@ -70,7 +70,7 @@ def test_groups_that_are_units_of_a_space_change_in_number():
 
 
 def test_spaces_under_a_norm_grow_by_whole_factors():
-    network = analysed(*build("layer norm"), "net")
+    network = analyse(*build("layer norm"), "net")
     assert [sizes_of(network, f)["0"] for f in (1.5, 2, 2.7, 3, 0.5)] == [8, 16, 16, 24, 4]
 
 
@@ -144,7 +144,7 @@ def test_variants_with_few_changes_come_first_and_change_the_last_sizes():
 
 def test_the_network_is_not_modified():
     net, x = build("tokens")
-    network = analysed(net, x, "net")
+    network = analyse(net, x, "net")
     before = outputs(network.module, x)
     reshaped(network, sizes_of(network, 3))
     assert torch.equal(outputs(network.module, x), before)
