@@ -1,10 +1,9 @@
-"""From a module to a `GraphModule` of its own: same function, live modes, no tie to the original.
+"""From a module to a `GraphModule` that computes the same in both modes and shares nothing with it.
 
-Symbolic tracing bakes `self.training` into functional calls (`F.dropout(x, p, self.training)`) and
-leaves out what only training computes. The model is therefore traced in both modes, and `modes`
-makes one graph of the two, with live flags and a live choice of outputs. Where that cannot be, the
-smallest module around the difference is kept as a leaf, and if that is the whole model, the graph
-is the one of eval mode.
+Symbolic tracing writes the value of `self.training` into calls (`F.dropout(x, p, self.training)`),
+and leaves out what only the other mode computes. A model is therefore traced in both modes, and
+`_merge` makes one graph of the two. Where the two cannot be merged, the smallest module around the
+difference becomes one node. If that is the whole model, the graph is the one of eval mode.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Example = Tensor | tuple[Tensor, ...]
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Leave inference mode and autocast, which a caller may be in: they hide operators."""
+    """Leave inference mode and autocast, in which a caller may be: they hide operators."""
     cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     with torch.inference_mode(False), cpu, cuda:
         yield
@@ -48,7 +47,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Interpreter(fx.Interpreter):
-    """Run a graph as its own code does: with lists that the called function may write to."""
+    """Run a graph as its own code would: functions get lists that they may write to."""
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a node's arguments as fresh lists and dictionaries instead of frozen ones."""
@@ -88,16 +87,17 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
-    """Write a model down as a graph that shares nothing with it.
+    """Return the graph of a model, which shares nothing with the model.
 
     Args:
         model: Any module that `torch.fx` can trace; not modified.
-        name: How to call it in errors.
+        name: Its name in errors.
 
     Returns:
-        A `GraphModule` with the model's module names and state, in the model's mode. Heads that
-        exist in training only run in eval mode too, which costs their time and takes inputs that
-        they take; compilers leave them out again, as does `run_decompositions` after an export.
+        A `GraphModule` with the model's module names and state, in the model's mode. Heads that the
+        model runs in training only also run in eval mode. This costs their time, and they must be
+        able to take the inputs. Compilers leave them out again, and so does `run_decompositions`
+        after an export.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -107,10 +107,10 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
 
 
 def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
-    """Write a model down as `trace` does, but around the model's own parameters.
+    """Return the graph of a model with the model's own parameters in it.
 
-    For who only reads them: they are most of a large model, and copying them most of the time that
-    tracing takes. What a forward may write to, the buffers, is the graph's own.
+    Use it where parameters are only read: copying them takes most of the time that `trace` needs
+    for a large model. Buffers, to which a forward may write, are copied.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -129,17 +129,18 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
 
 
 def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
-    """Keep tensors that are no state of the model, which fx makes buffers, out of the state."""
-    known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    """Keep out of the state what is no state of the model: fx makes buffers of all constants."""
+    state = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, _ in module.named_buffers(remove_duplicate=False):
-        if name not in known:
+        if name not in state:
             hide(module, name)
 
 
 def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
-    """Put every part of a graph module into the mode of the model's part of that name.
+    """Give every part of a graph the mode of the model's part of that name; return the graph.
 
-    The number that the part's class gives its state dictionary goes with it: loaders ask for it.
+    It also gets the version that the part's class writes into state dictionaries, which loaders
+    ask for.
     """
     parts = dict(model.named_modules())
     for path, part in module.named_modules():
@@ -157,13 +158,13 @@ def _refuse_hooks(model: nn.Module, name: str) -> None:
             raise TraceError(
                 "a module with forward hooks",
                 where=f"'{path}' of {name}",
-                expected="modules whose function is their forward alone",
+                expected="modules that compute nothing outside their forward",
                 do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
             )
 
 
 def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Return the input tensors of one call as a tuple, moved to a device.
+    """Return the input tensors of one call as a tuple, on a device.
 
     Raises:
         DataError: If `example` is not a tensor or a tuple of tensors.
@@ -180,18 +181,18 @@ def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a nested value; what its data classes hold counts."""
-    found: list[Tensor] = []
+    """Return the tensors of a nested value, those in data classes included."""
+    tensors: list[Tensor] = []
     for part in tree_leaves(value):
         if is_dataclass(part) and not isinstance(part, type):
-            found += tensors_in([getattr(part, field.name) for field in fields(part)])
+            tensors += tensors_in([getattr(part, field.name) for field in fields(part)])
         elif isinstance(part, Tensor):
-            found.append(part)
-    return found
+            tensors.append(part)
+    return tensors
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model lives, the CPU if it has no tensors."""
+    """Return the device of a model; the CPU if it has no tensors."""
     first = next(iter(tensors_of(model).values()), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -208,7 +209,7 @@ def _require_finite(model: nn.Module, name: str) -> None:
 
 
 def _shell(model: nn.Module) -> nn.Module:
-    """Copy all but the parameters: tracing must not touch the model, nor double it."""
+    """Copy a model without its parameters: tracing must neither touch it nor double its memory."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
         return copy.deepcopy(model, memo)
@@ -222,7 +223,7 @@ def _shell(model: nn.Module) -> nn.Module:
 
 
 def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
-    """Trace in both modes until one graph serves both, keeping what differs as leaves."""
+    """Trace in both modes until one graph serves both; modules that differ become one node each."""
     leaves: frozenset[str] = frozenset()
     while True:
         evaluating, error = _trace_in(shell, False, leaves)
@@ -233,14 +234,14 @@ def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
         if isinstance(both, fx.Graph):
             return both
         if "" in both or both <= leaves:
-            return evaluating  # the model itself takes another way: keep the one of eval mode
+            return evaluating  # the model itself differs
         leaves |= both | _alike(shell, both)
 
 
 def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
-    """Return the parts of the same kinds as those of some parts that hold no tensors.
+    """Return all parts without tensors that are of a class of some parts without tensors.
 
-    One that drops paths is seldom alone, and each would cost two traces to be found.
+    A model that drops paths has many such parts, and finding each would cost two traces.
     """
     empty = {path: m for path, m in shell.named_modules() if not tensors_of(m)}
     kinds = {type(empty[path]) for path in paths & set(empty)}
@@ -250,12 +251,12 @@ def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
 def _trace_in(
     shell: nn.Module, training: bool, leaves: frozenset[str]
 ) -> tuple[fx.Graph | str, Exception | None]:
-    """Return the graph of one mode, or the module that failed and why.
+    """Return the graph of one mode; or the module that failed, and why.
 
-    Buffers are read live where that traces; a forward that looks at their values needs them real.
+    Buffers are nodes of the graph, unless the forward looks at their values.
     """
     for proxy_buffers in (True, False):
-        shell.train(training)  # a network that keeps computed values forgets them here
+        shell.train(training)  # a network that keeps what it computed forgets it here
         tracer = _Tracer(leaves, proxy_buffers)
         try:
             return _without_unused_reads(tracer.trace(shell)), None
@@ -265,7 +266,7 @@ def _trace_in(
 
 
 def _without_unused_reads(graph: fx.Graph) -> fx.Graph:
-    """Erase attributes that are read for nothing: they may differ between modes that are alike."""
+    """Erase attributes that nothing reads: modes that are alike may differ in them."""
     for node in reversed(graph.nodes):
         if node.target is getattr and not node.users:
             graph.erase_node(node)
@@ -277,15 +278,15 @@ def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceE
         f"torch.fx cannot trace it: {error}",
         where=f"{name} ({type(shell).__name__})",
         expected="a forward without control flow that depends on tensor values or shapes",
-        do="move the branch out of forward, or wrap the function with torch.fx.wrap",
+        do="move the branch out of forward, or wrap its function with torch.fx.wrap",
     )
 
 
 def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[Tensor]:
     """Return the output tensors of one forward pass in eval mode.
 
-    Where only what training computes refuses the batch, as too small for its head, that part is cut
-    off the network in place: eval mode is what a network is fused for.
+    If only what training computes refuses the batch, as a head does that needs larger images, this
+    part is cut off the network in place.
 
     Raises:
         DataError: If the model refuses the batch or computes values that are not finite.
@@ -298,8 +299,8 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
         raise DataError(
             f"the model refuses a batch of shape {shapes}: {error}",
             where=name,
-            expected="data that every model takes as its input",
-            do="check the data's shape, type and order of axes against the models",
+            expected="data that every model takes",
+            do="check the shape, type and order of axes of the data against the models",
         ) from error
     tensors = tensors_in(out)
     if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
@@ -314,7 +315,7 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
 
 def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     try:
-        return module.forward(*example)  # as a call of a graph prints what it raises
+        return module.forward(*example)  # calling a graph would print the error
     except Exception:
         if not isinstance(module, fx.GraphModule):
             raise

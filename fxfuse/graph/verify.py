@@ -1,4 +1,7 @@
-"""Checks that trust no one: lint beyond fx's own, equality of outputs, first divergence."""
+"""Checks of a graph: is it consistent, and does it compute the same as another?
+
+Outputs that differ are traced back to the first node that differs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ TOLERANCE = 1e-4  # relative, of the largest output, in float32
 
 
 def lint(module: fx.GraphModule) -> None:
-    """Check what `graph.lint` does not: that modules agree with their parameters and are used.
+    """Check what `graph.lint` does not: modules agree with their parameters, and all are used.
 
     Raises:
         PassError: Naming the first module that is wrong.
@@ -26,9 +29,9 @@ def lint(module: fx.GraphModule) -> None:
     module.graph.lint()
     for path, part in module.named_modules():
         for name, size in sizes_of(part).items():
-            held = getattr(part, name)
-            if (tuple(held) if isinstance(held, (tuple, list)) else held) != size:
-                raise _wrong(path, f"{name} is {held}, but its parameters say {size}")
+            value = getattr(part, name)
+            if (tuple(value) if isinstance(value, (tuple, list)) else value) != size:
+                raise _wrong(path, f"{name} is {value}, but its parameters say {size}")
         for name, tensor in _vectors(part):
             if len(tensor) != _outputs(part):
                 raise _wrong(path, f"a {name} of {len(tensor)} values for {_outputs(part)} outputs")
@@ -39,12 +42,12 @@ def lint(module: fx.GraphModule) -> None:
 
 
 def _vectors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the tensors of a module that hold one value per unit it writes."""
+    """Return the tensors of a module that hold one value for each unit it writes."""
     if _outputs(module) is None:
         return []
     names = ("weight", "bias", "running_mean", "running_var")
-    found = [(name, getattr(module, name, None)) for name in names]
-    return [(name, t) for name, t in found if t is not None and t.dim() == 1]
+    tensors = [(name, getattr(module, name, None)) for name in names]
+    return [(name, t) for name, t in tensors if t is not None and t.dim() == 1]
 
 
 def _outputs(module: nn.Module) -> int | None:
@@ -58,24 +61,31 @@ def _wrong(path: str, what: str) -> PassError:
         what,
         where=f"module '{path}'",
         expected="modules whose attributes, parameters and graph agree",
-        do="a pass left the graph inconsistent: report it with FXFUSE_DEBUG=3 output",
+        do="report it with what FXFUSE_DEBUG=3 writes: a pass left the graph inconsistent",
     )
 
 
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the largest difference of outputs, relative to the largest value of the first."""
+    """Return the largest difference of outputs, relative to the largest value in each.
+
+    It is infinite if shapes or numbers of outputs differ. Whole numbers are right (0) or wrong (1).
+
+    Args:
+        a: Outputs; the differences are relative to these.
+        b: The outputs to compare with them.
+    """
     worst = 0.0
     for x, y in zip(a, b):
         x, y = x.detach(), y.detach()
         if x.shape != y.shape:
-            return float("inf")
+            return math.inf
         if not x.is_floating_point():
             worst = max(worst, float(not torch.equal(x, y)))
         elif x.numel():
             difference = (x.double() - y.double()).abs().max()
             error = float(difference / x.double().abs().max().clamp(min=1e-12))
             worst = max(worst, error if math.isfinite(error) else math.inf)
-    return worst if len(a) == len(b) else float("inf")
+    return worst if len(a) == len(b) else math.inf
 
 
 def verify(
@@ -85,14 +95,14 @@ def verify(
 
     Args:
         before: A network; not modified.
-        after: What was made of it; not modified.
+        after: A network made from it; not modified.
         example: Inputs, a tensor or a tuple of tensors.
         tolerance: Largest difference of an output, relative to the largest value in it.
 
     Raises:
-        NotEquivalent: If outputs differ. It names the first node of `after` whose value is not that
-            of the node of the same name in `before`, and what made it; units in another order count
-            as a difference there.
+        NotEquivalent: If outputs differ. It names the first node of `after` whose value differs
+            from that of the node of the same name in `before`, and the pass that made it. Units in
+            another order count as a difference.
         DataError: If a network refuses the example.
 
     Example:
@@ -105,7 +115,7 @@ def verify(
         ...     print(error.where)
         Sequential and Sequential; first at node '_1' (1; reads _0)
     """
-    inputs, pair = as_example(example), [_own(m) for m in (before, after)]
+    inputs, pair = as_example(example), [_copy_as_graph(m) for m in (before, after)]
     names = [type(m).__name__ for m in (before, after)]
     outputs = [run_once(m, inputs, name) for m, name in zip(pair, names)]
     error = relative_error(*outputs)
@@ -122,10 +132,10 @@ def verify(
     )
 
 
-def _own(model: nn.Module) -> nn.Module:
-    """Return a copy of a network, as a graph if it can be traced."""
+def _copy_as_graph(model: nn.Module) -> nn.Module:
+    """Return a copy of a network; a graph, if it can be traced."""
     if isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model)  # tracing it again would lose where its nodes are from
+        return copy.deepcopy(model)  # tracing it again would lose the origins of its nodes
     try:
         return trace(model, type(model).__name__)
     except TraceError:
@@ -148,11 +158,13 @@ def require_equal(
         f"outputs that differ by {error:.2e} relative",
         where=f"{who}; first at {where}" if where else who,
         expected=f"at most {TOLERANCE:.0e}",
-        do="report it with the two networks; the inputs were not changed",
+        do="report it with the two networks; your models were not changed",
     )
 
 
 class _Recorder(Interpreter):
+    """Keep the value of every node."""
+
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.values: dict[str, Any] = {}
@@ -169,9 +181,9 @@ def first_divergence(
     example: tuple[Tensor, ...],
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """Return the first node of `after`, with its origin, whose value differs from `before`'s.
+    """Describe the first node of `after` whose value differs from `before`'s; None if none does.
 
-    Nodes correspond by name; an inserted node is compared with the node it was inserted after.
+    Nodes are compared by name; an inserted node, with the node behind which it was inserted.
     """
     recorders = [_Recorder(m) for m in (before, after)]
     with torch.no_grad():
@@ -179,16 +191,16 @@ def first_divergence(
             recorder.run(*example)
     old, new = (r.values for r in recorders)
     for node in after.graph.nodes:
-        origin = node.meta.get("origin", ("", ()))
         name = node.name if node.name in old else node.meta.get("neutral_to")
         if name not in old or node.op == "output":
             continue
-        pair = [
+        values = [
             [t for t in tree_leaves(v) if isinstance(t, Tensor)]
             for v in (old[name], new[node.name])
         ]
-        if relative_error(*pair) > tolerance:
-            made = f" <- {origin[0]} from {', '.join(origin[1])}" if origin[0] else ""
+        if relative_error(*values) > tolerance:
+            made_by, sources = node.meta.get("origin", ("", ()))
+            origin = f" <- {made_by} from {', '.join(sources)}" if made_by else ""
             inputs = ", ".join(n.name for n in node.all_input_nodes)
-            return f"node '{node.name}' ({node.target}; reads {inputs}){made}"
+            return f"node '{node.name}' ({node.target}; reads {inputs}){origin}"
     return None

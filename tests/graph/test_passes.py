@@ -34,7 +34,7 @@ def nothing(module):
 
 @graph_pass(keeps_function=True)
 def relu_again(module, after):
-    """Apply the activation behind a node once more, which is true only behind a ReLU."""
+    """Apply the activation behind a node once more, which keeps the function only for a ReLU."""
     found = node(module, after)
     module.add_submodule("again", nn.ReLU())
     with module.graph.inserting_after(found):
@@ -52,7 +52,7 @@ def scale_and_lie(module, path, factor):
 
 @graph_pass(keeps_function=False)
 def scale(module, path, factor):
-    """Scale a weight and say so."""
+    """Scale a weight and claim nothing."""
     with torch.no_grad():
         module.get_submodule(path).weight.mul_(factor)
 
@@ -71,7 +71,7 @@ def forget_a_parameter(module):
 
 @graph_pass(keeps_function=False)
 def forget_an_attribute(module):
-    """Widen a layer without saying so in its attribute."""
+    """Widen a layer but not its attribute."""
     layer = module.get_submodule("4")
     layer.weight = nn.Parameter(torch.zeros(4, 7))
     layer.bias = nn.Parameter(torch.zeros(4))
@@ -120,12 +120,12 @@ def test_the_first_node_of_a_false_claim_may_be_an_inserted_one(net):
         relu_again(net, (X,), "_4")
 
 
-def test_a_small_lie_is_a_lie(net):
+def test_a_small_difference_is_caught(net):
     with pytest.raises(NotEquivalent):
         scale_and_lie(net, (X,), "2", 1.001)
 
 
-def test_an_honest_change_is_no_false_claim(net):
+def test_a_change_without_a_claim_passes(net):
     assert gap(net, scale(net, (X,), "2", 1.5), X) > 0.01
 
 
@@ -138,7 +138,7 @@ def test_an_honest_change_is_no_false_claim(net):
     ],
 )
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_graph_left_wrong_is_caught_from_level_one_on(net, fault, message, level):
+def test_an_inconsistent_graph_is_caught_from_level_one_on(net, fault, message, level):
     with fxfuse.debug(level), pytest.raises(PassError, match=message):
         fault(net, (X,))
 
@@ -168,13 +168,13 @@ def test_the_input_is_never_modified(net, action, level):
     assert net.code == code and net.training
 
 
-def test_what_a_pass_makes_unused_is_taken_out(net):
+def test_modules_that_are_no_longer_used_are_deleted(net):
     edited = skip(net, (X,), "_2")
     assert "2" in dict(net.named_modules()) and "2" not in dict(edited.named_modules())
     lint(edited)
 
 
-def test_code_is_compiled_again(net):
+def test_the_code_of_the_graph_is_generated_again(net):
     assert "again" in relu_again(net, (X,), "_1").code
 
 
@@ -186,7 +186,7 @@ def test_new_nodes_know_their_pass_and_their_sources(net):
     assert not any("origin" in n.meta for n in edited.graph.nodes if n.name in known)
 
 
-def test_passes_follow_each_other(net):
+def test_passes_can_be_chained(net):
     twice = relu_again(relu_again(net, (X,), "_1"), (X,), "_3")
     assert gap(net, twice, X) == 0.0
     assert len(twice.graph.nodes) == len(net.graph.nodes) + 2
@@ -199,7 +199,7 @@ def test_a_pass_keeps_its_name_and_its_docstring():
 # --- levels ---------------------------------------------------------------------------------------
 
 
-def test_levels_nest_and_come_back_after_errors():
+def test_levels_nest_and_are_restored_after_errors():
     assert debug_level() == 2
     with fxfuse.debug(0):
         with pytest.raises(KeyError), fxfuse.debug(3):
@@ -210,7 +210,7 @@ def test_levels_nest_and_come_back_after_errors():
 
 
 @pytest.mark.parametrize(("text", "level"), [("0", 0), ("1", 1), ("3", 3), ("", 0), ("yes", 0)])
-def test_the_environment_sets_the_level_where_no_block_does(monkeypatch, text, level):
+def test_the_environment_sets_the_level_outside_of_blocks(monkeypatch, text, level):
     monkeypatch.setenv("FXFUSE_DEBUG", text)
     assert debug_level() == 2
     found = []

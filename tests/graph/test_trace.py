@@ -1,4 +1,4 @@
-"""None"""
+"""Tracing: the graph computes the same in both modes, has the state, and shares nothing."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def varies(module, x):
     return not torch.equal(outputs(module, x), outputs(module, x))
 
 
-def assert_modes_are_live(module, x):
+def assert_modes_differ_as_in_the_model(module, x):
     graph = trace(module)
     assert varies(graph.train(), x), "train() drops nothing"
     assert not varies(graph.eval(), x), "eval() drops something"
@@ -117,7 +117,7 @@ class Counting(nn.Module):
         return self.linear(x)
 
 
-def test_around_the_models_own_parameters_no_buffer_is_shared():
+def test_a_graph_with_the_models_own_parameters_has_buffers_of_its_own():
     net, x = Counting().eval(), torch.randn(2, 4)
     graph = trace_sharing(net)
     assert graph.linear.weight is net.linear.weight and not graph.training
@@ -126,7 +126,7 @@ def test_around_the_models_own_parameters_no_buffer_is_shared():
     assert net.calls == 1
 
 
-def test_the_model_is_left_in_its_modes_and_can_be_forgotten():
+def test_the_model_keeps_its_modes_and_can_be_freed():
     net, _ = build("residual")
     net.train()
     net[0][1].eval()
@@ -178,21 +178,21 @@ def test_tied_parameters_stay_tied():
 
 def test_functional_dropout_drops_in_training_only():
     net, x = randomise(Functional()), torch.randn(8, 6)
-    assert_modes_are_live(net, x)
+    assert_modes_differ_as_in_the_model(net, x)
     graph = trace(net)
     assert any(isinstance(m, Mode) for m in graph.modules())
     assert set(graph.state_dict()) == set(net.state_dict())
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_live_modes_do_not_depend_on_the_mode_at_tracing(training):
+def test_the_graph_does_not_depend_on_the_mode_at_tracing(training):
     net = randomise(Functional())
     net.train(training)
-    assert_modes_are_live(net, torch.randn(8, 6))
+    assert_modes_differ_as_in_the_model(net, torch.randn(8, 6))
 
 
-def test_the_whole_network_is_run_as_it_trains():
-    """Same seed, same mask: the graph drops what the model drops."""
+def test_the_graph_drops_what_the_model_drops():
+    """With one seed, both draw the same masks."""
     net, x = randomise(Functional()).train(), torch.randn(8, 6)
     graph = trace(net)
     torch.manual_seed(1)
@@ -202,7 +202,7 @@ def test_the_whole_network_is_run_as_it_trains():
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
-def test_stochastic_depth_is_live(mode):
+def test_stochastic_depth_drops_in_training_only(mode):
     class Deep(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,7 +221,7 @@ def test_stochastic_depth_is_live(mode):
 
 
 class DropPath(nn.Module):
-    """Drops samples behind a branch on the mode, spelled so that both modes can be traced."""
+    """Drops samples in training, written so that both modes can be traced."""
 
     def forward(self, x):
         if not self.training:
@@ -239,7 +239,7 @@ class DropPathOfTheBatch(nn.Module):
 
 
 class DropPathOfAnyRank(nn.Module):
-    """The same with arithmetic on the rank, as `timm` has it."""
+    """The same with arithmetic on the rank, as in `timm`."""
 
     def forward(self, x):
         if not self.training:
@@ -259,11 +259,11 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.parametrize("path", [DropPath, DropPathOfTheBatch, DropPathOfAnyRank])
-def test_a_module_that_branches_on_its_mode_stays_live(path):
-    assert_modes_are_live(randomise(Dropping(path())), torch.randn(16, 6))
+def test_a_module_that_branches_on_its_mode_follows_it(path):
+    assert_modes_differ_as_in_the_model(randomise(Dropping(path())), torch.randn(16, 6))
 
 
-def test_a_module_that_cannot_be_traced_in_training_leaves_the_others_live():
+def test_other_modules_are_traced_where_one_cannot_be_traced_in_training():
     class Both(Dropping):
         def forward(self, x):
             x = F.dropout(torch.relu(self.a(x)), 0.5, self.training)
@@ -271,7 +271,7 @@ def test_a_module_that_cannot_be_traced_in_training_leaves_the_others_live():
 
     net, x = randomise(Both(DropPathOfAnyRank())), torch.randn(16, 6)
     assert any(isinstance(m, Mode) for m in trace(net).modules())
-    assert_modes_are_live(net, x)
+    assert_modes_differ_as_in_the_model(net, x)
 
 
 def test_a_block_that_calls_a_part_in_training_only_is_kept_whole():
@@ -286,10 +286,10 @@ def test_a_block_that_calls_a_part_in_training_only_is_kept_whole():
     net = randomise(nn.Sequential(nn.Linear(6, 8), Inner(), nn.Linear(8, 3)))
     graph = trace(net)
     assert [n.target for n in graph.graph.nodes][1:-1] == ["0", "1", "2"]
-    assert_modes_are_live(net, torch.randn(16, 6))
+    assert_modes_differ_as_in_the_model(net, torch.randn(16, 6))
 
 
-def test_parts_of_one_kind_without_tensors_are_found_together(monkeypatch):
+def test_parts_of_one_class_without_tensors_are_found_together(monkeypatch):
     class Still(nn.Module):
         def forward(self, x):
             return x * 1
@@ -304,12 +304,12 @@ def test_parts_of_one_kind_without_tensors_are_found_together(monkeypatch):
     called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
     assert {t for t in called if "path" in t} == {"0.0.path", "2.0.path", "4.0.path"}
     assert len(traces) == 2
-    assert_modes_are_live(net, torch.randn(16, 6))
+    assert_modes_differ_as_in_the_model(net, torch.randn(16, 6))
 
 
 @pytest.mark.parametrize("path", [DropPath, DropPathOfTheBatch, DropPathOfAnyRank])
 def test_only_the_modules_that_branch_are_kept_whole(path):
-    """Their blocks are traced, or nothing inside could be aligned with another network."""
+    """The blocks around them are traced: what is inside must be able to align."""
 
     class Inner(nn.Module):
         def __init__(self):
@@ -325,10 +325,10 @@ def test_only_the_modules_that_branch_are_kept_whole(path):
     called = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
     assert {"1.a", "1.b", "1.path", "2.a", "2.b", "2.path"} <= called
     assert not {"1", "2"} & called
-    assert_modes_are_live(net, torch.randn(16, 6))
+    assert_modes_differ_as_in_the_model(net, torch.randn(16, 6))
 
 
-def test_batch_statistics_are_live():
+def test_batch_statistics_are_updated_in_training():
     net, x = randomise(Residual(3, 4)), torch.randn(4, 3, 8, 8)
     graph = trace(net)
     before = graph.get_buffer("a.1.running_mean").clone()
@@ -338,7 +338,7 @@ def test_batch_statistics_are_live():
 
 
 class Auxiliary(nn.Module):
-    """A head for training that takes nothing smaller than its kernel."""
+    """A head for training that refuses inputs smaller than its kernel."""
 
     def __init__(self):
         super().__init__()
@@ -353,18 +353,18 @@ class Auxiliary(nn.Module):
         return (x, aux) if self.training else x
 
 
-def test_a_head_for_training_is_live():
+def test_a_head_for_training_runs_in_training():
     net, x = randomise(Auxiliary()), torch.randn(4, 3, 8, 8)
     graph = trace(net)
     assert gap(net, graph, x) == 0
     torch.manual_seed(1)
     expected = outputs(net.train(), x)
     torch.manual_seed(1)
-    found = outputs(graph.train(), x)
-    assert type(found) is tuple and all(map(torch.equal, expected, found))
+    traced = outputs(graph.train(), x)
+    assert type(traced) is tuple and all(map(torch.equal, expected, traced))
 
 
-def test_modes_that_go_two_ways_leave_the_graph_of_eval_mode():
+def test_modes_that_cannot_be_merged_leave_the_graph_of_eval_mode():
     class Normalised(nn.Module):
         def __init__(self):
             super().__init__()
@@ -377,7 +377,7 @@ def test_modes_that_go_two_ways_leave_the_graph_of_eval_mode():
     assert gap(net, trace(net), x) <= FUNCTION
 
 
-def test_constants_are_the_same_in_both_modes_and_no_state():
+def test_constants_are_the_same_in_both_modes_and_not_in_the_state():
     class Scaling(nn.Module):
         def __init__(self):
             super().__init__()
@@ -389,7 +389,7 @@ def test_constants_are_the_same_in_both_modes_and_no_state():
             return F.dropout(x, 0.5, self.training)
 
     net, x = randomise(Scaling()), torch.randn(4, 6)
-    assert_modes_are_live(net, x)
+    assert_modes_differ_as_in_the_model(net, x)
     for graph in (trace(net), trace(trace(net)), copy.deepcopy(trace(net))):
         assert set(graph.state_dict()) == {"a.weight", "a.bias"}
 
@@ -477,7 +477,7 @@ def test_weights_and_statistics_that_are_not_finite_are_refused_by_name(value, p
 
 
 @pytest.mark.parametrize("thing", ["resnet", None, torch.zeros(3), mlp])
-def test_what_is_no_module_is_refused(thing):
+def test_anything_but_a_module_is_refused(thing):
     with pytest.raises(ModelError, match="instead of a network"):
         trace(thing)
 
@@ -485,14 +485,14 @@ def test_what_is_no_module_is_refused(thing):
 # --- examples and single runs ---------------------------------------------------------------------
 
 
-def test_an_example_is_a_tensor_or_several():
+def test_an_example_is_one_tensor_or_several():
     a, b = torch.zeros(1), torch.ones(2)
     assert as_example(a) == (a,)
     assert as_example((a, b)) == as_example([a, b]) == (a, b)
 
 
 @pytest.mark.parametrize("thing", ["x", None, 3, {"x": torch.zeros(1)}, [torch.zeros(1), 3]])
-def test_anything_else_is_no_example(thing):
+def test_anything_else_is_refused_as_an_example(thing):
     with pytest.raises(DataError, match="an example of type"):
         as_example(thing)
 
@@ -521,7 +521,7 @@ def test_a_refused_batch_names_network_and_shape_and_restores_the_modes():
 
 
 def test_a_head_that_refuses_the_batch_is_cut_off():
-    """Eval mode takes it; what cannot be run cannot be fused, and what is kept must be right."""
+    """Eval mode takes the batch. A head that cannot be run cannot be fused."""
     net, x = randomise(Auxiliary()), torch.randn(4, 3, 4, 4)
     graph = trace(net).train()
     graph.get_submodule("a.0").eval()
@@ -570,7 +570,7 @@ def test_tensors_of_data_classes_count():
     assert len(tensors_in([a, Result(b, {"x": Result(c)}), 3, Result])) == 3
 
 
-def test_state_dictionaries_keep_the_number_of_their_class():
+def test_state_dictionaries_keep_the_version_of_their_class():
     class Numbered(nn.Sequential):
         _version = 7
 

@@ -1,4 +1,4 @@
-"""None"""
+"""The checkers: faults planted in a graph are caught, and differences located."""
 
 import copy
 
@@ -193,7 +193,7 @@ def test_zeros_are_equal_to_zeros_only():
     assert error([0.0], [1e-6]) > TOLERANCE
 
 
-def test_the_library_is_no_more_lenient_than_its_tests():
+def test_the_library_is_as_strict_as_its_tests():
     assert TOLERANCE <= FUNCTION
 
 
@@ -248,7 +248,7 @@ def test_equal_networks_do_not_diverge(pair):
     assert first_divergence(before, after, (x,)) is None
 
 
-def test_an_inserted_node_is_compared_with_the_one_it_stands_behind(pair):
+def test_an_inserted_node_is_compared_with_the_node_in_front_of_it(pair):
     before, after, x = pair
     relu = next(n for n in after.graph.nodes if n.name == "_1")
     with after.graph.inserting_after(relu):
@@ -260,7 +260,7 @@ def test_an_inserted_node_is_compared_with_the_one_it_stands_behind(pair):
     assert f"node '{new.name}'" in found and "negate from _1" in found
 
 
-def test_modules_that_are_no_graphs_are_compared_by_outputs_alone():
+def test_modules_without_a_graph_are_compared_by_outputs_alone():
     net, x = randomise(mlp(6, 8, 3)), torch.randn(4, 6)
     graph = trace(net)
     assert require_equal(net, graph, (x,), "tracing") == 0.0
@@ -282,7 +282,7 @@ def test_a_network_and_its_permuted_or_traced_copy_are_equal(name):
         assert verify(net, other, x) is None
 
 
-def test_a_changed_parameter_is_found_at_its_node_whatever_the_networks_are():
+def test_a_changed_parameter_is_located_in_graphs_and_models():
     net, x = build("residual")
     changed = copy.deepcopy(net)
     changed.get_submodule("1.1.a.0").weight.data[0] *= 1.5
@@ -293,7 +293,7 @@ def test_a_changed_parameter_is_found_at_its_node_whatever_the_networks_are():
                 verify(a, b, (x,))
 
 
-def test_what_made_a_node_is_told():
+def test_the_pass_that_made_a_node_is_named():
     net, x = trace(build("plain")[0]), torch.randn(4, 6)
     after = copy.deepcopy(net)
     node = next(n for n in after.graph.nodes if n.op == "call_module")
@@ -303,7 +303,7 @@ def test_what_made_a_node_is_told():
         verify(net, after, x)
 
 
-def test_a_tolerance_decides_and_nothing_is_modified():
+def test_the_tolerance_decides_and_nothing_is_modified():
     net, x = build("batch norm")
     near = copy.deepcopy(net)
     for parameter in near.parameters():
@@ -321,7 +321,7 @@ class Untraceable(nn.Linear):
         return super().forward(x) if x.sum() > 0 else super().forward(2 * x)
 
 
-def test_what_cannot_be_traced_or_has_other_outputs_is_told_by_its_outputs():
+def test_networks_that_cannot_be_traced_are_compared_by_outputs():
     net, x = nn.Sequential(Untraceable(4, 3)), torch.randn(2, 4)
     net[0].__class__.__module__ = __name__
     verify(net, net, x)
