@@ -1,6 +1,7 @@
-"""Streamed moments of units: batches in, means, variances and covariances out.
+"""Moments of units, streamed: batches in, means, variances and covariances out.
 
-Ground costs: how unlike two units are, from their streamed moments and cross moments.
+Ground costs say how unlike two units are. They are functions of the moments at the places where
+units are compared, so that no values have to be held.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from torch import Tensor
 
 
 class Moments:
-    """First and second moments of units, summed batch by batch.
+    """First and second moments of units, summed up batch by batch.
 
     Values are shifted by the first batch's means before summing, against cancellation.
+
+    Attributes:
+        count: Number of values of each unit so far.
+        shift: `(units,)` what values are shifted by.
+        total: `(units,)` sums of shifted values.
+        squares: `(units,)` sums of their squares.
     """
 
     def __init__(self) -> None:
@@ -37,7 +44,7 @@ class Moments:
         return flat
 
     def take(self, index: np.ndarray) -> Moments:
-        """Return the moments of some of the units."""
+        """Return the moments of some units, by their numbers."""
         taken, rows = Moments(), torch.as_tensor(index, device=self.total.device)
         taken.count, taken.shift = self.count, self.shift[rows]
         taken.total, taken.squares = self.total[rows], self.squares[rows]
@@ -57,22 +64,22 @@ class Moments:
     @property
     def spread(self) -> np.ndarray:
         """`(units,)` standard deviations."""
-        found: np.ndarray = np.sqrt(self.variance)
-        return found
+        spread: np.ndarray = np.sqrt(self.variance)
+        return spread
 
     @property
-    def power(self) -> np.ndarray:
+    def rms(self) -> np.ndarray:
         """`(units,)` root mean squares."""
-        found: np.ndarray = np.sqrt(self.mean**2 + self.variance)
-        return found
+        rms: np.ndarray = np.sqrt(self.mean**2 + self.variance)
+        return rms
 
 
 class PairMoments:
-    """Moments of the units of two spaces at one place in the networks, and their cross moments.
+    """Moments of units on two sides, such as two networks, and their cross moments.
 
     Attributes:
-        a: Moments of the first space's units.
-        b: Moments of the second's.
+        a: Moments of the units of the first side.
+        b: Moments of the units of the second side.
         cross: `(units of a, units of b)` sums of products of shifted values.
     """
 
@@ -81,17 +88,17 @@ class PairMoments:
         self.cross = torch.zeros(())
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add the values `(units, ...)` of one batch in both spaces."""
+        """Add the values `(units, ...)` of one batch, at the same positions on both sides."""
         self.add_shifted(self.a.add(a), self.b.add(b))
 
     def add_shifted(self, a: Tensor, b: Tensor) -> None:
-        """Add what `Moments.add` returned for both sides, when these moments are kept elsewhere."""
+        """Add what `Moments.add` of both sides returned, where it is called from outside."""
         self.cross = self.cross.to(a.device) + (a @ b.T).double()
 
     def take(self, rows: np.ndarray, columns: np.ndarray) -> PairMoments:
-        """Return the moments of some units of each side; themselves if it is all, in order."""
+        """Return the moments of some units of each side, by their numbers."""
         pairs = zip((rows, columns), self.cross.shape)
-        if all(np.array_equal(index, np.arange(size)) for index, size in pairs):
+        if all(np.array_equal(index, np.arange(size)) for index, size in pairs):  # no copy
             return self
         taken = PairMoments(self.a.take(rows), self.b.take(columns))
         taken.cross = self.cross[rows][:, columns]
@@ -111,21 +118,21 @@ def squared_euclidean(places: Sequence[PairMoments]) -> np.ndarray:
     for m in places:
         ma, mb, va, vb = m.a.mean, m.b.mean, m.a.variance, m.b.variance
         total = total + va[:, None] + vb[None] - 2 * m.covariance + (ma[:, None] - mb[None]) ** 2
-    found: np.ndarray = np.maximum(total, 0.0)
-    return found
+    costs: np.ndarray = np.maximum(total, 0.0)
+    return costs
 
 
 def euclidean(places: Sequence[PairMoments]) -> np.ndarray:
     """Root of `squared_euclidean`: the ground metric of OTFusion's and CLAFusion's scripts."""
-    found: np.ndarray = np.sqrt(squared_euclidean(places))
-    return found
+    costs: np.ndarray = np.sqrt(squared_euclidean(places))
+    return costs
 
 
 def cosine(places: Sequence[PairMoments]) -> np.ndarray:
-    """Mean over places of one minus the cosine of the units' values, means left in.
+    """Mean over places of one minus the cosine of two units' values, means included.
 
-    Unlike `correlation` it sees how far from zero a unit is, and like it not the unit's scale. A
-    unit that is zero throughout is unlike everything.
+    Like `correlation` it does not depend on the scale of a unit; unlike it, it depends on the mean.
+    A unit that is always zero is unlike everything.
     """
     total: np.ndarray | float = 0.0
     for m in places:
@@ -133,50 +140,52 @@ def cosine(places: Sequence[PairMoments]) -> np.ndarray:
         scale = np.sqrt(np.outer(ma**2 + m.a.variance, mb**2 + m.b.variance))
         product = m.covariance + np.outer(ma, mb)
         total = total + 1.0 - np.divide(product, scale, out=np.zeros_like(scale), where=scale > 0)
-    found: np.ndarray = np.maximum(total / len(places), 0.0)
-    return found
+    costs: np.ndarray = np.maximum(total / len(places), 0.0)
+    return costs
 
 
 def correlation(places: Sequence[PairMoments], tie_break: float = 1e-3) -> np.ndarray:
-    """Mean over places of one minus Pearson correlation; none where neither of two units varies.
+    """Mean over places of one minus Pearson correlation; zero where neither of two units varies.
 
-    Units that correlate equally (units that never vary, above all) are told apart by their mean
-    and spread, which enter with the small weight `tie_break` relative to the average spread.
+    Units that correlate equally, above all units that never vary, are told apart by their means and
+    spreads: these enter with the small weight `tie_break`, relative to those of the average unit.
     """
     total: np.ndarray | float = 0.0
     for m in places:
-        quiet = np.outer(~varies(m.a), ~varies(m.b))
-        total = total + np.where(quiet, 0.0, 1.0 - pearson(m)) + tie_break * distance(m)
-    found: np.ndarray = np.maximum(total / len(places), 0.0)
-    return found
+        neither = np.outer(~varies(m.a), ~varies(m.b))
+        total = total + np.where(neither, 0.0, 1.0 - pearson(m)) + tie_break * moment_distance(m)
+    costs: np.ndarray = np.maximum(total / len(places), 0.0)
+    return costs
 
 
 def pearson(m: PairMoments, floor: float = 0.0) -> np.ndarray:
     """Return the correlations `(units of a, units of b)`, 0 for units that never vary.
 
     Args:
-        m: Moments of both.
-        floor: Least product of two spreads to divide by.
+        m: Moments of both sides.
+        floor: Least product of two spreads to divide by, so that units which hardly vary correlate
+            with nothing.
     """
     scale = np.maximum(np.outer(m.a.spread, m.b.spread), floor)
     both = np.outer(varies(m.a), varies(m.b))
-    found: np.ndarray = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=both)
-    return found
+    correlations: np.ndarray = np.divide(m.covariance, scale, out=np.zeros_like(scale), where=both)
+    return correlations
 
 
-def distance(m: PairMoments) -> np.ndarray:
-    """Return how far means and spreads are apart, squared, relative to the average unit."""
-    means, spreads = zip(_level(m.a), _level(m.b))
-    squares: np.ndarray = sum((x[:, None] - y[None]) ** 2 for x, y in (means, spreads))
-    return squares / (sum(float((u**2 + s**2).mean()) for u, s in map(_level, (m.a, m.b))) + 1e-30)
+def moment_distance(m: PairMoments) -> np.ndarray:
+    """Return squared differences of means and of spreads, relative to the average unit's squares.
 
-
-def _level(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    return moments.mean, moments.spread
+    Returns:
+        `(units of a, units of b)`.
+    """
+    means, spreads = (m.a.mean, m.b.mean), (m.a.spread, m.b.spread)
+    squares: np.ndarray = sum((a[:, None] - b[None]) ** 2 for a, b in (means, spreads))
+    average = sum(float((u**2 + s**2).mean()) for u, s in zip(means, spreads))
+    return squares / (average + 1e-30)
 
 
 def varies(moments: Moments) -> np.ndarray:
     """Tell which units vary by more than the rounding of their own values."""
-    mean, spread = _level(moments)
-    found: np.ndarray = spread > 1e-6 * np.abs(mean) + 1e-9 * spread.max(initial=1e-20)
-    return found
+    mean, spread = moments.mean, moments.spread
+    above: np.ndarray = spread > 1e-6 * np.abs(mean) + 1e-9 * spread.max(initial=1e-20)
+    return above

@@ -68,9 +68,7 @@ def _analyse_all(
     networks = []
     with part(TRACED, 1.0):
         for name, x in counted(list(zip(names, inputs))):
-            graph = graphs.pop(
-                0
-            )  # let go of, as `canonical` returns a copy of a perhaps huge graph
+            graph = graphs.pop(0)  # huge perhaps, and `canonical` returns a copy: this one goes
             networks.append(Network.of(name, canonical(graph, x), x))
     return networks
 

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from .._progress import counted, part
-from ..calibration.moments import PairMoments, correlation, distance, pearson, varies
+from ..calibration.moments import PairMoments, correlation, moment_distance, pearson, varies
 from ..errors import ArgumentError
 from ..ir import Coupling
 from ..solvers import Exact
@@ -151,7 +151,7 @@ def similarities(
 
 def _alike(m: PairMoments) -> np.ndarray:
     """Correlate units; two that never vary are alike if they are of one value, and otherwise 0."""
-    apart = distance(m)
+    apart = moment_distance(m)
     still = np.outer(~varies(m.a), ~varies(m.b)) & (apart < EQUAL)
     return np.where(still, 1.0, np.clip(pearson(m, FLOOR), -1.0, 1.0)) - TIE_BREAK * apart
 

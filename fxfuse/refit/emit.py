@@ -30,7 +30,7 @@ class Target:
     spread: np.ndarray
 
     @property
-    def power(self) -> np.ndarray:
+    def rms(self) -> np.ndarray:
         """`(units,)` root mean squares."""
         found: np.ndarray = np.sqrt(self.mean**2 + self.spread**2)
         return found

@@ -200,7 +200,7 @@ def settle_weight(
     """
     target = plan.target
     if plan.bias is None:
-        gain = gain_of(target.power, found.power, np.ones_like(found.spread))
+        gain = gain_of(target.rms, found.rms, np.ones_like(found.spread))
         shift = np.zeros_like(gain)
     else:
         gain = gain_of(target.spread, found.spread, np.ones_like(found.spread))

@@ -139,7 +139,7 @@ class Fit:
 
         The mean of a unit that never fires and one that does can be one that never fires.
         """
-        missed = moments_of_rows(acted - self.task.activation(targets)).power ** 2
+        missed = moments_of_rows(acted - self.task.activation(targets)).rms ** 2
         lost = np.flatnonzero(missed > FAR * moments_of_rows(acted).variance)
         if len(lost):
             units = torch.as_tensor(lost, device=targets.device)
@@ -172,7 +172,7 @@ class Fit:
 
         After the last correction, values are followed only where their spread still counts.
         """
-        least = ROUNDING**2 * float((whole.power**2).sum())
+        least = ROUNDING**2 * float((whole.rms**2).sum())
         rest = in_groups(left, self.producer.affine.groups)
         correction = self.regression.correct(rest, self.ridges, least)
         if correction.weight is not None:
@@ -231,7 +231,7 @@ class Fit:
         one = np.ones_like(found.mean)
         if self.biased:
             return gain_of(wanted.spread, found.spread, one)
-        return gain_of(wanted.power, found.power, one)
+        return gain_of(wanted.rms, found.rms, one)
 
 
 def moments_of_rows(rows: Tensor) -> Moments:
@@ -410,7 +410,7 @@ class _Sweep:
             return False
         fit = Fit(self.fused, aim, task, self.choice.ridges)
         correction = fit(self.choice.steps)
-        power = fit.whole.variance if aim.producer.biased else fit.whole.power**2
+        power = fit.whole.variance if aim.producer.biased else fit.whole.rms**2
         if power.sum() > 0:
             explained = 1 - correction.error / float(power.sum())
             self.layers.append(LayerFit(node.name, explained, correction.ridge))

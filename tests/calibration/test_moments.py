@@ -1,4 +1,4 @@
-"""."""
+"""Streamed moments against those of all data at once, and ground costs against definitions."""
 
 import numpy as np
 import pytest
@@ -20,9 +20,9 @@ from tests.support.tolerances import STATISTIC
 cuts = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
-def close(found, expected):
+def close(streamed, expected):
     scale = max(np.abs(expected).max(), 1e-6)
-    return np.abs(found - expected).max() <= STATISTIC * scale
+    return np.abs(streamed - expected).max() <= STATISTIC * scale
 
 
 def values(units, positions, seed, offset=0.0):
@@ -60,7 +60,7 @@ def test_streamed_covariances_are_those_of_all_data_at_once(lengths, seed, offse
     assert np.abs(moments.covariance - whole).max() <= STATISTIC * max(1, np.abs(whole).max())
 
 
-def test_a_large_mean_does_not_drown_the_variance():
+def test_the_variance_is_accurate_beside_a_large_mean():
     x = values(3, 4000, 0) + 1000
     moments = Moments()
     for part in x.split(500, 1):
@@ -85,16 +85,16 @@ def test_the_layout_in_memory_does_not_matter():
     assert close(a.mean, b.mean) and close(a.variance, b.variance)
 
 
-def test_what_is_added_is_not_changed():
+def test_adding_does_not_change_the_values():
     x = torch.randn(4, 6)
-    kept = x.clone()
+    before = x.clone()
     moments = Moments()
     moments.add(x)
     moments.add(x)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before)
 
 
-def test_units_can_be_taken_out():
+def test_moments_of_some_units_are_those_of_their_values():
     x, y = values(5, 20, 0), values(4, 20, 1)
     pair, rows, columns = PairMoments(), np.array([3, 0]), np.array([2, 2, 1])
     pair.add(x, y)
@@ -105,13 +105,13 @@ def test_units_can_be_taken_out():
     assert np.allclose(taken.b.variance, direct.b.variance, rtol=STATISTIC)
 
 
-def test_sides_may_be_counted_elsewhere():
+def test_moments_of_the_sides_may_be_added_up_outside():
     x, y = values(5, 20, 0), values(4, 20, 1)
-    alone, direct = PairMoments(Moments(), Moments()), PairMoments()
+    outside, direct = PairMoments(Moments(), Moments()), PairMoments()
     for a, b in zip(x.split(7, 1), y.split(7, 1)):
-        alone.add_shifted(alone.a.add(a), alone.b.add(b))
+        outside.add_shifted(outside.a.add(a), outside.b.add(b))
         direct.add(a, b)
-    assert np.array_equal(alone.covariance, direct.covariance)
+    assert np.array_equal(outside.covariance, direct.covariance)
 
 
 def test_half_precision_is_summed_in_full():
@@ -130,7 +130,7 @@ def activations(seed, *shape):
 
 
 def places(seed, count=1, n=4, m=3, positions=40):
-    """Pairs of moments at some places, and the values they were made of."""
+    """Return moments of pairs at some places, and the values behind them."""
     made = []
     for i in range(count):
         x, y = activations(seed + i, n, positions), activations(seed + 77 + i, m, positions)
@@ -143,7 +143,7 @@ def places(seed, count=1, n=4, m=3, positions=40):
 
 
 def entries(pairs, scalar, n=4, m=3):
-    """The cost of each pair of units, one by one, summed over places."""
+    """Return the cost of each pair of units, summed over places."""
     return np.array(
         [[sum(scalar(x[i], y[j]) for x, y in pairs) for j in range(m)] for i in range(n)]
     )
@@ -165,14 +165,14 @@ def test_correlation_is_one_minus_pearsons_averaged_over_places(seed, count):
 
 
 @given(seeds, st.integers(1, 3))
-def test_cosine_is_one_minus_the_cosine_with_means_left_in(seed, count):
+def test_cosine_is_one_minus_the_cosine_means_included(seed, count):
     moments, pairs = places(seed, count)
     norm = np.linalg.norm
     expected = entries(pairs, lambda a, b: (1 - a @ b / (norm(a) * norm(b))) / count)
     assert np.allclose(cosine(moments), expected, atol=STATISTIC)
 
 
-def test_cosine_sees_means_which_correlation_does_not_and_is_defined_for_zeros():
+def test_cosine_depends_on_means_unlike_correlation_and_is_defined_for_zeros():
     x = activations(3, 4, 50)
     a, b = PairMoments(), PairMoments()
     a.add(x, x)
@@ -185,7 +185,7 @@ def test_cosine_sees_means_which_correlation_does_not_and_is_defined_for_zeros()
     assert np.allclose(cosine([zero])[1], 1.0) and np.isfinite(cosine([zero])).all()
 
 
-def test_the_floor_of_correlations_quiets_units_that_hardly_vary():
+def test_with_a_floor_units_that_hardly_vary_correlate_with_nothing():
     x = 1e-5 * activations(3, 4, 50)
     moments = PairMoments()
     moments.add(x, x)
@@ -207,7 +207,7 @@ def test_units_that_never_vary_are_matched_by_their_means():
     moments = PairMoments()
     moments.add(x, x[[2, 0, 1]])
     assert correlation([moments]).argmin(1).tolist() == [1, 2, 0]
-    assert np.allclose(correlation([moments], tie_break=0.0), 0.0)  # alike in that
+    assert np.allclose(correlation([moments], tie_break=0.0), 0.0)  # alike in not varying
     moving = PairMoments()
     moving.add(x, torch.randn(3, 6))
     assert np.allclose(correlation([moving], tie_break=0.0), 1.0)
@@ -219,10 +219,10 @@ def test_ground_costs_are_smallest_for_a_unit_itself_and_never_negative(cost):
     order = [2, 0, 4, 1, 3]
     moments = PairMoments()
     moments.add(x, x[order])
-    found = cost([moments])
-    assert (found >= 0).all()
-    assert found.argmin(0).tolist() == order
-    assert found.min(0).max() <= 0.01
+    costs = cost([moments])
+    assert (costs >= 0).all()
+    assert costs.argmin(0).tolist() == order
+    assert costs.min(0).max() <= 0.01
 
 
 @pytest.mark.parametrize("cost", [squared_euclidean, euclidean, correlation, cosine])
@@ -234,7 +234,7 @@ def test_ground_costs_follow_the_order_of_units(cost):
     assert np.allclose(cost([b]), cost([a])[::-1][:, [1, 3, 0, 2]], rtol=STATISTIC)
 
 
-def test_correlation_does_not_see_scale_but_euclidean_does():
+def test_euclidean_depends_on_scale_unlike_correlation():
     x = activations(3, 5, 50)
     moments = PairMoments()
     moments.add(x, 4 * x)
