@@ -1,13 +1,13 @@
-"""The plain facts that pass between the stages: spaces, layers, segments, alignments, couplings.
+"""What the stages hand on to each other: spaces, layers, segments, alignments, couplings.
 
-All are frozen and hold names, numbers and arrays, never modules or nodes, so they can be printed,
+All are frozen and hold names, numbers and arrays, never modules or nodes. So they can be printed,
 compared, copied and written to a file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Place = tuple[str, int]  # name of a parameter, buffer or node, and one of its axes
 Signature = frozenset[tuple[str, int, bool, int]]  # of each axis: tensor, dim, reads, repeats
 
-OUTPUTS = "outputs"  # what stands for a space where the fixed units of the output are compared
+OUTPUTS = "outputs"  # takes the place of a space's name for the outputs, whose units are fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,9 @@ class Axis:
         tensor: Qualified name of a parameter or buffer, or the name of a node.
         dim: The axis.
         index: `(size, m)` positions of each unit; unit `u` occurs at `index[u, 0..m-1]`.
-        reads: Whether a contraction sums over this axis (the unproject map acts on it).
-        groups: With more than one, `index` counts along the dense input axis of a grouped
-            convolution, of which each row of the weight stores `1 / groups`.
+        reads: Whether a contraction sums over this axis. If so, the unproject map acts on it.
+        groups: Above 1 for the input axis of a grouped convolution. `index` then counts along the
+            dense axis, of which each row of the weight stores `1 / groups`.
     """
 
     tensor: str
@@ -52,13 +52,13 @@ class Space:
     """A set of units that one symmetry acts on.
 
     Attributes:
-        name: The first tensor that writes it.
+        name: The module of the first tensor that writes its units.
         size: Number of units.
-        axes: Parameter and buffer axes along which the units lie.
-        features: Node outputs along whose axes they lie.
-        parent: Name of the space of blocks that the units travel with, if any.
-        blocks: `(size,)` the block of each unit, an index into the parent (or into the fixed
-            blocks, if the parent is None).
+        axes: The axes of parameters and buffers along which the units lie.
+        features: The axes of node outputs along which they lie.
+        parent: The space whose units are the blocks of these units; None if there is none.
+        blocks: `(size,)` the block of each unit: a unit of the parent, or the number of a fixed
+            block if there is no parent. None if the units lie in no blocks.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Space:
 
     @property
     def signature(self) -> Signature:
-        """The places of the units: what identifies the same space in networks of one structure."""
+        """Where the units lie: the same for the same space in networks of one structure."""
         return frozenset((a.tensor, a.dim, a.reads, a.index.shape[1]) for a in self.axes)
 
     def __str__(self) -> str:
@@ -80,7 +80,15 @@ class Space:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Units that stay in place, and why."""
+    """Units that stay in place, and why.
+
+    Attributes:
+        tensor: Qualified name of a parameter or buffer.
+        dim: One of its axes.
+        count: Number of units along it that stay.
+        node: The node at which they were fixed; empty if no single node did it.
+        reason: Why they stay.
+    """
 
     tensor: str
     dim: int
@@ -94,13 +102,13 @@ class Frozen:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How a contraction of the fused network was refitted.
+    """How well a contraction of the fused network was refitted.
 
     Attributes:
         node: Its node.
         explained: Share of its target's variance that it explains (R squared), on samples that the
             fit did not see.
-        ridge: How strongly it was drawn to the coupled weights; infinite if these stayed.
+        ridge: How strongly the fit was drawn to the weights before it; infinite if these stayed.
     """
 
     node: str
@@ -118,7 +126,7 @@ class Spaces:
     Attributes:
         spaces: The spaces; a space of blocks comes before the spaces inside its blocks.
         frozen: What must stay in place.
-        sizes: Length of each axis `(tensor, dim)` that holds units (dense, if grouped).
+        sizes: Length of each axis of parameters and buffers; of the dense axis, if it is grouped.
     """
 
     spaces: tuple[Space, ...]
@@ -137,35 +145,27 @@ class Spaces:
     @cached_property
     def places(self) -> dict[Place, list[tuple[Space, Axis]]]:
         """The spaces on each axis `(tensor, dim)` of a parameter or buffer."""
-        found: dict[Place, list[tuple[Space, Axis]]] = {}
-        for space in self.spaces:
-            for axis in space.axes:
-                found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
-        return found
+        return _by_place((space, axis) for space in self.spaces for axis in space.axes)
 
     @cached_property
-    def shown(self) -> dict[Place, list[tuple[Space, Axis]]]:
+    def feature_places(self) -> dict[Place, list[tuple[Space, Axis]]]:
         """The spaces on each axis `(node, dim)` of a node's output."""
-        found: dict[Place, list[tuple[Space, Axis]]] = {}
-        for space in self.spaces:
-            for axis in space.features:
-                found.setdefault((axis.tensor, axis.dim), []).append((space, axis))
-        return found
+        return _by_place((space, axis) for space in self.spaces for axis in space.features)
 
     def on(self, tensor: str) -> list[tuple[Space, Axis]]:
-        """Return the spaces on all axes of a tensor, with where they lie."""
-        return [pair for place in self._dims.get(tensor, ()) for pair in self.places[place]]
+        """Return the spaces on all axes of a parameter or buffer, and where they lie."""
+        return [pair for place in self._places_of.get(tensor, ()) for pair in self.places[place]]
 
     @cached_property
-    def _dims(self) -> dict[str, list[Place]]:
-        found: dict[str, list[Place]] = {}
+    def _places_of(self) -> dict[str, list[Place]]:
+        places: dict[str, list[Place]] = {}
         for place in self.places:
-            found.setdefault(place[0], []).append(place)
-        return found
+            places.setdefault(place[0], []).append(place)
+        return places
 
     @property
     def free_units(self) -> int:
-        """Units that can be exchanged with another one; blocks themselves do not count."""
+        """Number of units that can change places with another one; blocks do not count."""
         parents = {s.parent for s in self.spaces}
         return sum(_exchangeable(s) for s in self.spaces if s.name not in parents)
 
@@ -174,6 +174,13 @@ class Spaces:
         lines += [f"  {s}" for s in self.spaces]
         lines += [f"  fixed: {f}" for f in self.frozen]
         return "\n".join(lines)
+
+
+def _by_place(pairs: Iterable[tuple[Space, Axis]]) -> dict[Place, list[tuple[Space, Axis]]]:
+    places: dict[Place, list[tuple[Space, Axis]]] = {}
+    for space, axis in pairs:
+        places.setdefault((axis.tensor, axis.dim), []).append((space, axis))
+    return places
 
 
 def _exchangeable(space: Space) -> int:
@@ -188,14 +195,14 @@ class Layer:
     """An alignable step of a network's chain.
 
     Attributes:
-        name: Qualified name of its module, or of its first and last where it has none of its own.
-        kind: What it is made of, independent of widths; layers of different kinds never pair.
-        nodes: Its nodes in graph order, the last one being its exit.
+        name: Qualified name of its module; if it has none of its own, of its first and last part.
+        kind: What it is made of, whatever its widths. Layers of different kinds never pair.
+        nodes: Its nodes in graph order; the last one is its exit.
         entry: The node whose value it reads.
-        merge: The node where its region closes (of a plain layer: its first node).
-        point: The node that holds its pre-activation (of a block: the value after the add).
-        producers: Nodes that contract a parameter.
-        branched: Whether it is a region with parallel paths (a block) rather than one step.
+        merge: The node where the paths of a block meet; of a plain layer, its first node.
+        point: The node that holds its pre-activation; of a block, the value after the add.
+        producers: Its nodes that contract a parameter.
+        branched: Whether it is a block, a region with parallel paths, instead of one step.
         resolution: Shape of its output without batch and feature axis.
         layout: Rank and feature axis of its output.
         width: Size of the feature axis.
@@ -235,7 +242,7 @@ class Segment:
 
     @property
     def label(self) -> str:
-        """What the segment works on, in words."""
+        """What the segment works on: "features", or "8x8 positions"."""
         size = "x".join(map(str, self.resolution))
         return f"{size} positions" if size else "features"
 
@@ -249,10 +256,10 @@ class SegmentAlignment:
 
     Attributes:
         label: What the segment works on.
-        reference: The network whose layers are the slots (the deepest here).
-        slots: Per network, the layer in each slot, None where it has none.
-        costs: Per network, the cost matrix `(slots, layers)` the dynamic program saw, or None
-            where the constraints left it no choice.
+        reference: The network with the most layers in the segment: each is a slot.
+        slots: For each network, its layer in each slot; None where it has none.
+        costs: For each network, the costs `(slots, layers)` that were minimised; None where there
+            was nothing to choose.
     """
 
     label: str
@@ -261,17 +268,17 @@ class SegmentAlignment:
     costs: tuple[tuple[tuple[float, ...], ...] | None, ...]
 
     def cost_of(self, network: int, slot: int) -> float | None:
-        """Return the cost at which a network's layer took a slot, None if it was not measured."""
+        """Return the cost of a network's layer in a slot, None if it was not measured."""
         matrix, layer = self.costs[network], self.slots[network][slot]
         if matrix is None or layer is None:
             return None
-        column = [s for s in self.slots[network] if s is not None].index(layer)
+        column = [x for x in self.slots[network] if x is not None].index(layer)
         return matrix[slot][column]
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What pictures and graphs say of a layer.
+    """What pictures and graphs show of a layer.
 
     Attributes:
         kind: What it is made of (`Layer.kind`).
@@ -289,9 +296,9 @@ class Alignment:
     """The strictly increasing maps between the layers of K networks, segment by segment.
 
     Attributes:
-        segments: One entry per pair of segments, in network order.
-        names: How the networks are called.
-        facts: Per network, what pictures say of each layer; may be left out.
+        segments: One entry for each group of corresponding segments, in network order.
+        names: The names of the networks.
+        facts: For each network, what pictures show of its layers; may be left out.
     """
 
     segments: tuple[SegmentAlignment, ...]
@@ -300,7 +307,7 @@ class Alignment:
 
     @property
     def pairs(self) -> list[list[tuple[str, str]]]:
-        """For two models, per segment, `(layer of the deeper, layer of the shallower)`."""
+        """For two models and each segment, `(layer of the deeper, layer of the shallower)`."""
         if len(self.names) != 2:
             raise ArgumentError(
                 f"an alignment of {len(self.names)} models",
@@ -308,11 +315,11 @@ class Alignment:
                 expected="an alignment of two models",
                 do="read the slots of each of its segments instead",
             )
-        found = []
+        pairs = []
         for s in self.segments:
-            deep, shallow = s.slots[s.reference], s.slots[1 - s.reference]
-            found.append([(a, b) for a, b in zip(deep, shallow) if a is not None and b is not None])
-        return found
+            both = zip(s.slots[s.reference], s.slots[1 - s.reference])
+            pairs.append([(a, b) for a, b in both if a is not None and b is not None])
+        return pairs
 
     def __str__(self) -> str:
         width = max([len(n) for n in self.names] + [len(x or "") for x in self._layers()]) + 2
@@ -331,16 +338,16 @@ class Alignment:
             for row in s.slots:
                 yield from row
 
-    # What follows only hands over to the packages that draw and write. They know this module, so
-    # it knows them no earlier than when it is asked.
+    # The methods below only call the packages that draw and write. These import this module, so it
+    # cannot import them before it is asked.
 
     def to_networkx(self) -> nx.DiGraph:
         """Return a directed graph of all layers: chains, and aligned pairs with their costs.
 
-        Nodes are called `network index:layer name`, inserted ones `network index:+layer name`. They
-        have `network`, `index`, `segment`, `label`, `slot`, `layer` and `inserted`, and where known
-        `width`, `kind` and `parameters`. Edges have `relation`, "chain" or "aligned", the latter
-        with `cost`.
+        Nodes are named `network index:layer name`, inserted ones `network index:+layer name`. Their
+        attributes are `network`, `index`, `segment`, `label`, `slot`, `layer`, `inserted` and, if
+        known, `width`, `kind` and `parameters`. The `relation` of an edge is "chain" or "aligned";
+        aligned ones have a `cost`.
         """
         from .report.graphs import graph_of
 
@@ -365,13 +372,13 @@ class Alignment:
         save_graphml(self, path)
 
     def draw(self, path: str | os.PathLike[str], removed: Sequence[Collection[str]] = ()) -> None:
-        """Write a picture of it, .svg, .png or .pdf; see `fxfuse.draw`."""
+        """Write a picture as .svg, .png or .pdf; see `fxfuse.draw`."""
         from .report.alignment_picture import draw
 
         draw(self, path, removed)
 
     def draw_costs(self, path: str | os.PathLike[str]) -> None:
-        """Write heat maps of the measured layer costs with the chosen path, per segment.
+        """Write a heat map of the layer costs of each segment, with the alignment in it.
 
         Raises:
             ArgumentError: If no costs were measured, or the ending is not .svg, .png or .pdf.
@@ -381,19 +388,19 @@ class Alignment:
         draw_costs(self, path)
 
     def to_json(self) -> str:
-        """Return the alignment as JSON, one line for each slot, to be read and edited by hand."""
+        """Return the alignment as JSON with a line for each slot, to read and edit by hand."""
         from .io.alignment_file import to_json
 
         return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Alignment:
-        """Return the alignment that `to_json` wrote, whether edited by hand or not.
+        """Return the alignment that `to_json` wrote, possibly edited by hand.
 
-        Whether the networks have these layers is checked where it is used.
+        Whether the networks have these layers is checked when the alignment is used.
 
         Raises:
-            ArgumentError: If it is no such JSON, or a slot, a layer or a cost is out of place.
+            ArgumentError: If it is not such JSON, or a slot, a layer or a cost is out of place.
         """
         from .io.alignment_file import from_json
 
@@ -411,10 +418,10 @@ class Alignment:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Alignment:
-        """Return the alignment of a file.
+        """Return the alignment in a file.
 
         Raises:
-            ArgumentError: If it cannot be read, or is no alignment.
+            ArgumentError: If it cannot be read, or is not an alignment.
         """
         from .io.alignment_file import load_alignment
 
@@ -426,11 +433,11 @@ class Coupling:
     """The two maps between a space of one network and the same space of the fused network.
 
     Attributes:
-        project: `(fused units, units)`, acts on what is written. Rows sum to 1, to less where the
-            network has less of a say in a unit, to 0 where it has none; of a zip, the shares times
-            these sums add up to 1.
-        unproject: `(units, fused units)`, acts on what is read; rows sum to 1, or 0 as above.
-        cost: Mean ground cost per unit of mass, None where nothing was measured.
+        project: `(fused units, units)`, acts on what is written. The sum of a row is 1; it is less
+            if the network contributes less to this unit, and 0 if it contributes nothing. (After a
+            zip, the sums of all networks, times their shares, add up to 1.)
+        unproject: `(units, fused units)`, acts on what is read; rows sum to 1, or to 0.
+        cost: Mean ground cost per unit of mass, None if nothing was measured.
     """
 
     project: csr_array
@@ -439,12 +446,12 @@ class Coupling:
 
     @cached_property
     def given(self) -> np.ndarray:
-        """`(fused units,)` sums of the rows of `project`: what the network gives to each unit."""
+        """`(fused units,)` sums of the rows of `project`: the network's part in each unit."""
         return np.asarray(self.project.sum(1)).ravel()
 
     @property
     def confidence(self) -> float:
-        """Mean largest share of what a fused unit is given that one unit gives: 1 if hard."""
+        """How much of a fused unit its main source gives, averaged; 1 if each has one source."""
         if not self.project.shape[0]:
             return 1.0
         largest = self.project.max(axis=1).toarray()

@@ -1,4 +1,4 @@
-"""None"""
+"""What the stages hand on: it prints, compares, copies, and cannot be changed."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ ALIGNMENT = Alignment(
 )
 
 
-def test_pairs_name_the_deeper_network_first_in_each_segment():
+def test_pairs_have_the_deeper_network_first_in_each_segment():
     assert ALIGNMENT.pairs == [[("a", "p")], [("q", "c")]]
 
 
@@ -47,7 +47,7 @@ def test_pairs_of_three_networks_are_refused():
         _ = dataclasses.replace(ALIGNMENT, names=("a", "b", "c")).pairs
 
 
-def test_printed_alignment_shows_each_slot_and_marks_the_missing_layer():
+def test_a_printed_alignment_shows_each_slot_and_marks_missing_layers():
     lines = str(ALIGNMENT).splitlines()
     assert lines[0].split() == ["deep", "other", "cost"]
     assert lines[2].split() == ["a", "p", "0.2500"]
@@ -56,7 +56,7 @@ def test_printed_alignment_shows_each_slot_and_marks_the_missing_layer():
     assert lines[6].split() == ["+", "r"]
 
 
-def test_cost_of_a_slot_is_none_where_nothing_was_measured():
+def test_the_cost_of_a_slot_is_none_where_nothing_was_measured():
     first, second = ALIGNMENT.segments
     assert first.cost_of(1, 0) == 0.25
     assert first.cost_of(1, 1) is None
@@ -76,14 +76,14 @@ def test_plans_cannot_be_changed(thing):
         setattr(thing, dataclasses.fields(thing)[0].name, None)
 
 
-def test_signature_knows_places_and_not_sizes():
+def test_a_signature_tells_places_apart_but_not_sizes():
     assert space("s", 4).signature == space("t", 9).signature
     assert space("s", 4).signature != space("s", 4, reads=True).signature
     assert space("s", 4).signature != space("s", 4, times=2).signature
     assert space("s", 4).signature != space("s", 4, tensor="b.weight").signature
 
 
-def test_free_units_leave_out_blocks_and_units_alone_in_theirs():
+def test_free_units_leave_out_blocks_and_units_that_are_alone_in_one():
     parent = space("heads", 3)
     inner = space("units", 6, "heads", np.array([0, 0, 1, 1, 2, 2]))
     fixed = space("fixed", 5, None, np.array([0, 0, 1, 2, 2]))

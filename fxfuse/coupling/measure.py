@@ -235,7 +235,7 @@ def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
     fed = problem.networks[0].fed()
     gone = [{n for a in absent for n in a.inner} for absent in problem.absent]
     dims: dict[str, set[int]] = {}
-    for node, dim in (place for n in problem.networks for place in n.spaces.shown):
+    for node, dim in (place for n in problem.networks for place in n.spaces.feature_places):
         dims.setdefault(node, set()).add(dim)
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in problem.spaces.items():

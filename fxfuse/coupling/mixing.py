@@ -118,7 +118,7 @@ class Couplings:
     def feature_map(self, node: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a node's output."""
         networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
-        shown = (n.spaces.shown.get((node, dim), ()) for n in networks)
+        shown = (n.spaces.feature_places.get((node, dim), ()) for n in networks)
         base, here = ({s.name: a for s, a in pairs} for pairs in shown)
         ours, theirs = (n.book.shapes[node][dim] for n in networks)
         return self._positions(node, dim, base, here, ours, theirs, k)
@@ -130,7 +130,7 @@ class Couplings:
             PairingError: If what must stay in place there differs from the anchor's.
         """
         networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
-        places = [n.spaces.shown.get((node, dim), ()) for n in networks]
+        places = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
         base, here = ({s.name: replace(a, reads=True) for s, a in shown} for shown in places)
         ours, theirs = (n.book.shapes[node][dim] for n in networks)
         return csr_array(self._positions(node, dim, base, here, ours, theirs, k).T)

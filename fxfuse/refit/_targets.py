@@ -358,7 +358,7 @@ class Targets:
     def fits(self, node: str, dim: int) -> bool:
         """Tell whether every network has the fused network's spaces along an axis of a node."""
         networks = self.problem.networks
-        found = [n.spaces.shown.get((node, dim), ()) for n in networks]
+        found = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
         for k, theirs in enumerate(found):
             wanted = [self.problem.spaces[s.name][k] for s, _ in found[self.problem.anchor]]
             if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
@@ -420,7 +420,7 @@ class Targets:
         """Return the share of the networks that give something to the unit at each position."""
         base = self.problem.structure
         mass = np.full(base.book.shapes[node][dim], sum(shares))
-        for space, axis in base.spaces.shown.get((node, dim), ()):
+        for space, axis in base.spaces.feature_places.get((node, dim), ()):
             couplings = [self.couplings.maps[space.name, k] for k in range(len(shares))]
             given = np.array(shares) @ np.array([c.given for c in couplings])
             mass[axis.index] = np.where(given > 0, given, 1.0)[:, None]
