@@ -28,16 +28,16 @@ STAMP = "inserted"  # key of the meta of inserted nodes, until the pass has retu
 
 @dataclass(frozen=True)
 class AbsentLayer:
-    """A layer that a network lacks and has only as a neutral one, which hands on what it reads.
+    """A layer that a network lacks and has only as a neutral one, which passes on what it reads.
 
     Attributes:
         nodes: Its nodes.
-        entry: The node whose value it hands on.
+        entry: The node whose value it passes on.
         carriers: Those of its nodes that hold this value.
         joins: Whether it joins new units to the value, which nothing reads.
         whole: Whether it is a run of layers, of which only the last hands the value on.
-        zeroed: Tensors that were set to zero so that a branch adds nothing. They say something of
-            the network, that it adds nothing here; other values in a neutral block say nothing.
+        zeroed: Tensors that were set to zero so that a branch adds nothing. These values have a
+            meaning, that the network adds nothing here; others in a neutral block have none.
     """
 
     nodes: tuple[str, ...]
@@ -49,16 +49,21 @@ class AbsentLayer:
 
     @property
     def inner(self) -> frozenset[str]:
-        """Nodes whose values say nothing: in a branch that writes nothing, or inside a run."""
+        """Nodes whose values have no meaning: in a branch that adds nothing, or inside a run."""
         return frozenset(self.nodes) - frozenset(self.carriers)
 
     @property
     def foreign(self) -> frozenset[str]:
-        """Nodes whose parameters say nothing."""
+        """Nodes whose parameters have no meaning."""
         return frozenset(self.nodes) if self.whole else self.inner
 
     def renamed(self, names: Mapping[str, str], paths: Mapping[str, str]) -> AbsentLayer:
-        """Return the same layer in a graph whose nodes, and whose modules, are called otherwise."""
+        """Return the same layer in a graph that has other names.
+
+        Args:
+            names: Name of a node -> its new name.
+            paths: Path of a module or tensor -> its new path.
+        """
         return replace(
             self,
             nodes=tuple(names[n] for n in self.nodes),
@@ -76,7 +81,7 @@ def insert_layers(
     Args:
         network: The network; not modified.
         insertions: What to insert, in this order; several behind one node follow each other.
-        approximate: Whether activations of the layers may change what they hand on.
+        approximate: Whether activations of the layers may change what they pass on.
 
     Returns:
         The copy, and the layers that were inserted.
@@ -132,7 +137,7 @@ def _insert(
     else:
         zeroed = make_neutral(LayerCopy(insertion, width, module, paths), approximate)
     names = [copies[node].name for node in templates]
-    first = 0  # of the nodes that hold the value
+    first = 0  # index of the first node that holds the value
     if layer.branched or insertion.parts:
         first = names.index(copies[insertion.nodes[layer.merge]].name)
     stamp = AbsentLayer(
@@ -153,7 +158,7 @@ def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
             if node in needed or node.name == layer.entry:
                 continue
             if node.op == "placeholder":
-                raise no_neutral_form(layer, "it reads the network's input beside its entry")
+                raise no_neutral_form(layer, "it reads the network's input besides its entry")
             needed.add(node)
             waiting.append(node)
     return [n for n in insertion.nodes.values() if n in needed]
@@ -383,7 +388,7 @@ def _widen(module: fx.GraphModule, place: Place, at: int, count: int, reads: boo
 
 
 def _joins_units(insertion: Insertion) -> bool:
-    """Tell whether a layer ends by joining what it computed to what it read."""
+    """Tell whether a layer ends by joining new units to its input."""
     layer, template = insertion.layer, insertion.template
     if insertion.parts or not layer.branched:
         return False
@@ -397,6 +402,6 @@ def _leave_unread(module: fx.GraphModule, insertion: Insertion, streams: Streams
     layer, shapes = insertion.layer, insertion.template.book.shapes
     sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
     if len(sizes) != 1 or layer.nodes[-1] != layer.merge:
-        raise no_neutral_form(layer, "what it joins to its input is changed again behind the join")
+        raise no_neutral_form(layer, "it changes its units again behind the join")
     if not streams.widen(module, insertion.after, sizes[0][1] - sizes[0][0]):
         raise no_neutral_form(layer, "it adds units to a stream that cannot be widened")

@@ -1,4 +1,4 @@
-"""Values that make a copied layer neutral, so that it hands on what it reads.
+"""Values that make a copied layer neutral, so that it passes on what it reads.
 
 1. A plain layer becomes the identity: ones at the centre of its kernel, a norm without effect. Its
    activation must not change what an activation before it has left, as ReLU behind ReLU.
@@ -89,11 +89,11 @@ def renamed(tensor: str, paths: Mapping[str, str]) -> str:
 
 
 def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
-    """Set the values of a copied layer so that it hands on what it reads.
+    """Set the values of a copied layer so that it passes on what it reads.
 
     Args:
         copied: The copy; its tensors are edited.
-        approximate: Whether its activation may change what it hands on.
+        approximate: Whether its activation may change what it passes on.
 
     Returns:
         The tensors of the copy that were set to zero to silence a branch.
@@ -143,9 +143,9 @@ def _make_identity(copied: LayerCopy) -> None:
 
 
 def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
-    """Let the contraction of a plain layer write what it reads; return its weight.
+    """Let the contraction of a plain layer copy its inputs; return its weight.
 
-    If it has more rows than inputs, the other rows write zeros.
+    Rows beyond the number of inputs write zeros.
     """
     template = copied.insertion.template
     weights = template.book.weights[layer.merge]
@@ -204,7 +204,7 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
 
 
 def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
-    """Return the end of a block's branch, if nothing but it meets the block's entry at its end."""
+    """Return the last node of a block's branch, if the block ends in its entry and one branch."""
     template, merge = insertion.template, insertion.nodes[layer.merge]
     inputs = template.inputs_of(merge)
     branches = [n for n in inputs if not is_skip(template, n, layer.entry)]
@@ -230,15 +230,16 @@ def is_skip(network: Network, node: fx.Node, entry: str) -> bool:
 # Where an activation may be a straight line: within a distance of a centre. Tried in this order.
 STRAIGHT = ((3.0, 2.5), (40.0, 16.0))  # (centre, distance)
 
-OPEN = 30.0  # the activations of gates make one of it
+OPEN = 30.0  # gate activations map it to 1
 
 MARGIN = 4.0  # how much farther than on the example an input may reach
 
 
 def _carry_through(copied: LayerCopy) -> None:
-    """Let a run of plain layers and gates hand on its input, where its activations are straight.
+    """Let a run of plain layers and gates pass on its input.
 
-    Layer by layer, the value is `scale * input + shift`; the last layer returns to 1 and 0.
+    Behind each layer the value is `scale * input + shift`. Scale and shift keep it where the
+    activation is a straight line; behind the last layer they are 1 and 0.
     """
     insertion = copied.insertion
     template, into = insertion.template, insertion.into
@@ -293,7 +294,7 @@ def _straight(insertion: Insertion, node: fx.Node) -> tuple[float, float]:
 
 
 def _open_gate(copied: LayerCopy, layer: Layer) -> None:
-    """Let a gate multiply by one: its last contraction writes what its activation makes one of."""
+    """Let a gate multiply by one, by a bias that its activation maps to one."""
     insertion = copied.insertion
     template, node = insertion.template, _branch(insertion, layer)
     if node is None or not template.multiplies(layer.merge):
@@ -311,10 +312,10 @@ def _open_gate(copied: LayerCopy, layer: Layer) -> None:
 
 
 def changes_nothing(insertion: Insertion, node: fx.Node) -> bool:
-    """Tell whether a layer's activation leaves the values that it would get as they are.
+    """Tell whether a layer's activation would leave its inputs as they are.
 
-    That is so if those values come out of an activation, pooling perhaps between, and the layer's
-    makes nothing else of them.
+    Its inputs must come from another activation (pooling may lie between) whose outputs it maps to
+    themselves, as ReLU does with the outputs of ReLU.
     """
     into = insertion.into
     before = next(n for n in into.module.graph.nodes if n.name == insertion.after)
@@ -332,7 +333,7 @@ def changes_nothing(insertion: Insertion, node: fx.Node) -> bool:
 
 
 def apply_activation(network: Network, node: fx.Node, values: Tensor) -> Tensor:
-    """Return what an activation makes of some values."""
+    """Apply the activation at a node to some values."""
     args = tuple(values if isinstance(a, fx.Node) else a for a in node.args)
     result: Tensor
     if node.op == "call_module":

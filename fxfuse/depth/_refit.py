@@ -1,11 +1,12 @@
-"""Refit a layer next to removed ones by least squares, to the values that the network had there.
+"""Refit a layer next to removed ones by least squares, to the values of the original network.
 
-1. The next layer is refitted to give its own pre-activation as before, from what it reads now.
-2. The layer before is refitted to give what the last removed layer gave. Of blocks, its branch is
-   to add what it and the removed blocks added together.
+1. Removed plain layers are made up for by the next layer. It is refitted to its pre-activation in
+   the original network, from its present inputs.
+2. Removed blocks are made up for by the block before them. Its branch is refitted to add what it
+   and the removed blocks added together.
 
-Removed plain layers are made up for by the next layer if possible, blocks by the one before. The
-layers that follow are then refitted to what they gave, to make up for what is still missing.
+If one of the two is impossible, the other is tried. Layers that follow are then refitted to their
+original values too, which makes up for some of the error that is left.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class RefitNeighbour:
     Attributes:
         data: What is fitted on.
         ridge: How strongly, see `least_squares.AffineFit.solve`.
-        rounds: How often to fit again to what is easier and activates the same. Behind a ReLU, -1
-            and -2 are the same; a further round aims at the one that the last fit is nearer to.
+        rounds: How often to fit again to targets that are easier to reach. A ReLU maps -1 and -2 to
+            the same, so a further round aims at the one that is nearer to the last fit.
         reach: How many of the layers that follow are refitted.
     """
 
@@ -80,7 +81,7 @@ class RefitNeighbour:
         raise cannot_remove(network.original, removal, reasons, do)
 
     def _refit_next(self, network: WorkingCopy, removal: Removal) -> None:
-        """Let the next layer give what it gave, from what it reads without the removed layers."""
+        """Remove the layers, and refit the next one to its original values."""
         original, layer = network.original, removal.behind
         if layer is None:
             raise Unsuitable("no layer behind")
@@ -99,7 +100,7 @@ class RefitNeighbour:
             self._fit(network, site, site.output, _activation(original, layer, site.output), prior)
 
     def _refit_previous(self, network: WorkingCopy, removal: Removal) -> None:
-        """Let the layer before give what the last removed layer gave."""
+        """Refit the layer before to the values of the last removed layer, and remove the layers."""
         original, layer, last = network.original, removal.before, removal.last
         if layer is None or len(removal.pieces) > 1:
             raise Unsuitable("no layer directly before")
@@ -111,12 +112,12 @@ class RefitNeighbour:
         self._fit(network, site, target, _activation(original, last, target), prior)
         behind = nodes_behind(original, last, target)
         if any(n.name in original.book.tensors for n in behind):
-            network.redirect(target, site.output)  # the last layer's own norm behind the sum stays
+            network.redirect(target, site.output)  # the norm behind the last removed sum stays
         else:
             network.redirect(last.nodes[-1], layer.nodes[-1])
 
     def _correct(self, network: WorkingCopy, layer: Layer) -> None:
-        """Let a layer that stays give what it gave, as far as it can."""
+        """Refit a layer that stays to its original values."""
         site = find_site(network.original, layer)
         if site.producer.affine.weight[0].numel() <= LARGEST:
             activation = _activation(network.original, layer, site.output)
@@ -130,7 +131,7 @@ class RefitNeighbour:
         activation: fx.Node | None,
         prior: Affine | None,
     ) -> None:
-        """Refit a layer so that its output has the value that `target` had in the original.
+        """Refit a layer so that its output has the values of `target` in the original network.
 
         Args:
             network: The copy is edited.
@@ -180,8 +181,8 @@ class RefitSite:
 
     Attributes:
         producer: The contraction.
-        output: The node whose value it determines: in a block the sum, else the producer's own.
-        branch: In a block, what is added to the skip; None in a plain layer.
+        output: The node that is fitted: in a block the sum, in a plain layer the producer's output.
+        branch: In a block, the node that is added to the skip; None in a plain layer.
     """
 
     producer: Producer
@@ -219,14 +220,14 @@ def find_site(network: Network, layer: Layer) -> RefitSite:
 
 
 def nodes_behind(network: Network, layer: Layer, name: str) -> list[fx.Node]:
-    """Return what a layer does with the value of one of its nodes."""
+    """Return the nodes of a layer behind one of them, without those that do nothing."""
     nodes = {n.name: n for n in network.module.graph.nodes}
     behind = [nodes[n] for n in layer.nodes[layer.nodes.index(name) + 1 :]]
     return [n for n in behind if not network.is_idle(n)]
 
 
 def _end_of_branch(network: Network, node: fx.Node, layer: Layer) -> Producer | None:
-    """Return the contraction whose value, normalised, is all that a branch hands on."""
+    """Return the contraction in which a branch ends, a norm behind it included."""
     while network.is_idle(node) and len(node.users) == 1 and node.name in layer.nodes:
         node = network.inputs_of(node)[0]
     end = node
@@ -262,10 +263,10 @@ def _adds(network: Network, merge: fx.Node, site: RefitSite) -> bool:
 def _require_alike(
     network: Network, removal: Removal, layer: Layer, site: RefitSite, target: str
 ) -> None:
-    """Refuse a layer before removed ones that does other things with its value than the last one.
+    """Refuse a layer that cannot take the place of the last removed one.
 
     Raises:
-        Unsuitable: If the values differ in shape, or what follows them in the layers.
+        Unsuitable: If what follows their contractions differs, or the shapes of their values.
     """
     if layer.nodes[-1] != removal.pieces[0][0].entry:
         raise Unsuitable(f"steps such as pooling lie behind '{layer.name}'")
@@ -282,7 +283,7 @@ def _require_alike(
 
 
 def _skips(network: WorkingCopy, site: RefitSite) -> list[str]:
-    """Return what is added to a block's branch in the copy; nothing in a plain layer."""
+    """Return the nodes added to a block's branch in the copy; none in a plain layer."""
     if site.branch is None:
         return []
     parts = network.edited.inputs_of(network.node(site.output))
@@ -301,15 +302,16 @@ def _activation(network: Network, layer: Layer, name: str) -> fx.Node | None:
 def _nearest_equivalent(
     network: Network, activation: fx.Node, wanted: Tensor, given: Tensor
 ) -> Tensor:
-    """Return, of values that an activation makes the same of as of the wanted, the nearest.
+    """Return values that an activation maps to the same as the wanted ones, near to given ones.
 
-    What a rectifier makes of -1 and of -2 is the same: there a fit need not try for either.
+    A rectifier maps -1 and -2 to the same: a fit that gives -1 need not aim at -2.
 
     Args:
         network: The network of the activation.
         activation: Its node.
         wanted: The wanted values.
-        given: The values that they are to be near.
+        given: The values to be near to. The result is the nearest of the wanted values, what they
+            are mapped to, and the given values themselves.
     """
     image = apply_activation(network, activation, wanted)
     nearest = wanted
@@ -321,7 +323,7 @@ def _nearest_equivalent(
 
 
 def _gives_shape(affine: Affine, x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Tell whether a map gives values of a shape for an input, but for the number of units."""
+    """Tell whether a map of an input has outputs of a shape, the number of units left out."""
     if not affine.kernel:
         return x.shape[:-1] == shape[:-1]
     if x.dim() != affine.weight.dim() or affine.groups > 1 and x.shape[1] != affine.inputs:
@@ -330,7 +332,7 @@ def _gives_shape(affine: Affine, x: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _patch_size(affine: Affine, x: Tensor, shape: tuple[int, ...]) -> int:
-    """Return how many numbers a map reads of one sample, those it reads again counted again."""
+    """Return how many numbers the patches of one sample hold."""
     if not affine.kernel:
         return math.prod(x.shape[1:])
     return math.prod(shape[2:]) * x.shape[1] * math.prod(affine.kernel)

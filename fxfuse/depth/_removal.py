@@ -54,7 +54,7 @@ Strategy = Callable[["WorkingCopy", Removal], None]
 
 
 class Unsuitable(Exception):
-    """A strategy cannot do without the layers; says why. Never leaves this package."""
+    """Why a strategy cannot remove layers. It is caught inside this package."""
 
 
 def plan_removals(layers: Sequence[Layer], names: set[str]) -> list[Removal]:
@@ -112,7 +112,7 @@ class WorkingCopy:
 
     Attributes:
         original: The network with all its layers.
-        edited: The copy. What it knows of its nodes is what they were in the original.
+        edited: The copy. Its facts about nodes (shapes, tensors) are those of the original.
     """
 
     original: Network
@@ -129,7 +129,7 @@ class WorkingCopy:
         return None if layer.branched else read_producer(self.original, nodes[layer.merge])
 
     def redirect(self, name: str, other: str) -> None:
-        """Let the readers of a node read another one, and erase what is then read no more."""
+        """Let the readers of a node read another one; erase nodes that nothing reads any more."""
         module = self.edited.module
         self.node(name).replace_all_uses_with(self.node(other))
         unread = {n.name for n in self.original.module.graph.nodes if not n.users}
@@ -139,7 +139,7 @@ class WorkingCopy:
 
     @contextmanager
     def without(self, removal: Removal) -> Iterator[None]:
-        """Take layers out of the graph; put them back if what is done inside is `Unsuitable`."""
+        """Take layers out of the graph; put them back if `Unsuitable` is raised inside."""
         graph = copy.deepcopy(self.edited.module.graph)
         for piece in removal.pieces:
             self.redirect(piece[-1].nodes[-1], piece[0].entry)

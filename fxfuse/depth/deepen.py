@@ -55,7 +55,7 @@ class Deepen:
     """Inserts the layers that networks lack as neutral ones, so that no function changes.
 
     Attributes:
-        approximate: Insert a layer also where its activation changes what it hands on, as the
+        approximate: Insert a layer also where its activation changes what it passes on, as the
             published codes do (an identity and a ReLU in front of the first layer clip the inputs).
             `Balanced.errors` says by how much.
     """
@@ -78,7 +78,7 @@ class Deepen:
         Raises:
             ArgumentError: If the alignment is of other networks.
             PassError: If a layer has no neutral form.
-            PairingError: If the structures differ beside their layers.
+            PairingError: If the structures differ outside of their layers.
             NotEquivalent: If a network's function changed.
         """
         depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
@@ -105,12 +105,12 @@ def insert_missing_layers(
         networks: The networks; not modified.
         alignment: Which of their layers correspond.
         skeleton: Index of the network whose graph and names all take.
-        approximate: Whether inserted layers may change what they hand on.
+        approximate: Whether inserted layers may change what they pass on.
 
     Raises:
         ArgumentError: If the alignment is of other networks.
         PassError: If a layer has no neutral form.
-        PairingError: If the structures differ beside their layers.
+        PairingError: If the structures differ outside of their layers.
         NotEquivalent: If a network's function changed.
     """
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
@@ -212,17 +212,17 @@ def _insertions_in(
     layers: Sequence[dict[str, Layer]],
 ) -> Iterator[Insertion]:
     """Yield what network `k` lacks in one segment, for each empty slot or run of them."""
-    into, deep, own = networks[k], networks[segment.reference], segment.slots[k]
+    into, deep, row = networks[k], networks[segment.reference], segment.slots[k]
     wanted = [layers[segment.reference][str(x)] for x in segment.slots[segment.reference]]
     i = 0
-    while i < len(own):
-        if own[i] is not None:
+    while i < len(row):
+        if row[i] is not None:
             i += 1
             continue
-        before = [layers[k][x] for x in reversed(own[:i]) if x is not None]
-        behind = [layers[k][x] for x in own[i:] if x is not None]
+        before = [layers[k][x] for x in reversed(row[:i]) if x is not None]
+        behind = [layers[k][x] for x in row[i:] if x is not None]
         after = before[0].nodes[-1] if before else behind[0].entry
-        end = next((j for j in range(i, len(own)) if own[j] is not None), len(own))
+        end = next((j for j in range(i, len(row)) if row[j] is not None), len(row))
         run = _neutral_run(Insertion(deep, wanted[i], into, after), wanted[i:end])
         if run:
             yield Insertion(deep, _as_one_layer(run), into, after, run)
@@ -235,8 +235,8 @@ def _insertions_in(
 def _neutral_run(insertion: Insertion, missing: Sequence[Layer]) -> tuple[Layer, ...]:
     """Return the first missing layers, if they can only be neutral together, else none.
 
-    A layer whose activation would change what it gets is neutral in a run that ends in a layer
-    without an activation, as the widest layer of an inverted bottleneck is.
+    A layer whose activation would change its inputs is neutral only in a run that ends in a layer
+    without an activation. An example is the widest layer of an inverted bottleneck.
     """
     nodes = [insertion.nodes[name] for name in missing[0].nodes]
     activations = [n for n in nodes if insertion.template.is_activation(n)]
@@ -262,8 +262,9 @@ def _template(
 ) -> tuple[Network, Layer]:
     """Return the layer to copy, and its network.
 
-    A layer of the network's own needs no resizing, so one of the wanted kind is taken if there is
-    any: that whose settings (strides, rates) differ least from the wanted one's, the nearest first.
+    A layer of the network itself needs no resizing, so one of the wanted kind is taken if there is
+    any. Of several, that with the settings (dilation, rates) most like the wanted one's is taken,
+    and of these the nearest.
 
     Args:
         network: The network that lacks the layer.
@@ -345,27 +346,27 @@ def _copy_literals(node: fx.Node, into: fx.Node) -> None:
     """Copy the literal arguments of a node (sizes, rates), if both do the same."""
     if (node.op, len(node.args), [*node.kwargs]) != (into.op, len(into.args), [*into.kwargs]):
         return
-    (own, layout), (others, other_layout) = (
+    (leaves, layout), (other_leaves, other_layout) = (
         tree_flatten((n.args, n.kwargs), lambda x: isinstance(x, fx.Node)) for n in (node, into)
     )
     if (node.op == "call_module" or node.target == into.target) and layout == other_layout:
-        leaves = [_literal(a, b) for a, b in zip(own, others)]
-        into.args, into.kwargs = tree_unflatten(leaves, other_layout)
+        mixed = [_literal(a, b) for a, b in zip(leaves, other_leaves)]
+        into.args, into.kwargs = tree_unflatten(mixed, other_layout)
 
 
-def _literal(own: Any, other: Any) -> Any:
-    """Return an argument with the literals of one and the nodes of another, also in slices."""
-    if isinstance(own, slice) and isinstance(other, slice):
-        ends = zip((own.start, own.stop, own.step), (other.start, other.stop, other.step))
-        return slice(*(_literal(a, b) for a, b in ends))
-    return other if isinstance(own, fx.Node) or isinstance(other, fx.Node) else own
+def _literal(argument: Any, other: Any) -> Any:
+    """Return an argument if it and the other are literals, the other if not; also in slices."""
+    if isinstance(argument, slice) and isinstance(other, slice):
+        ends = (argument.start, argument.stop, argument.step), (other.start, other.stop, other.step)
+        return slice(*(_literal(a, b) for a, b in zip(*ends)))
+    return other if isinstance(argument, fx.Node) or isinstance(other, fx.Node) else argument
 
 
 def _structures_differ(
     network: Network, shape: Network, at: int, node: fx.Node, other: fx.Node
 ) -> PairingError:
     return PairingError(
-        "structures that differ beside their aligned layers",
+        "structures that differ outside of their aligned layers",
         where=f"node {at}: '{node.name}' of {network.name} against '{other.name}' of {shape.name}",
         expected="the same steps (pooling, flattening, dropout, shared modules) around the layers",
         do="fuse networks of one family, written in the same way",

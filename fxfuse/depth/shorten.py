@@ -33,8 +33,8 @@ class Shorten:
             `fitted_line`). If not given, a layer next to the removed ones is refitted by least
             squares on the data.
         ridge: Of least squares, relative to the mean variance of what a layer reads.
-        rounds: How often to fit again to values that activate the same as the wanted ones and are
-            easier to reach; 0 to fit to the wanted values alone.
+        rounds: How often to fit again to targets that are easier to reach: where activations map
+            different values to the same, to the nearest of them. 0 to fit once.
         reach: How many of the layers that follow are refitted too.
         to: Index of the network whose layers all networks get: deeper ones are shortened to it and
             shallower ones deepened, segment by segment. If not given, the layers stay that all
@@ -60,7 +60,7 @@ class Shorten:
         Raises:
             ArgumentError: If the alignment is of other networks, or `to` is no index.
             PassError: If nothing can take over the work of a layer.
-            PairingError: If the structures differ beside their layers.
+            PairingError: If the structures differ outside of their layers.
         """
         layers = [[x for s in partition(n) for x in s.layers] for n in networks]
         check_alignment(alignment, [{x.name: x for x in of_network} for of_network in layers])
@@ -110,9 +110,9 @@ class Shorten:
         left = [x.kind for s in partition(shorter) for x in s.layers]
         if left != [x.kind for x in layers if x.name not in names]:
             raise PassError(
-                f"layers that others depend on: without them there are {len(left)} of other kinds",
+                f"layers that others depend on: without them there are {len(left)}, of other kinds",
                 where=f"{', '.join(sorted(names))} of {network.name}",
-                expected="layers whose removal leaves the others what they are",
+                expected="layers whose removal does not change the kinds of the others",
                 do="give an alignment in which they are matched, or balance by deepening",
             )
         return shorter

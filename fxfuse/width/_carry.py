@@ -42,7 +42,8 @@ class CopyPlan:
 
     Attributes:
         problem: The original (0) and the resized network (1), which is the anchor.
-        sources: Space name -> `(units of the resized network,)` indices of units of the original.
+        sources: Space name -> `(units of the resized network,)` the unit of the original that each
+            is a copy of.
     """
 
     problem: Problem
@@ -147,7 +148,7 @@ def strongest(scores: np.ndarray, count: int) -> np.ndarray:
 def strengths(network: Network) -> dict[str, np.ndarray]:
     """Return, per space, the norm of the weights that write each unit, with norms folded in.
 
-    A space of blocks without weights of its own (heads) takes the strength of what is inside them.
+    Heads have no weights of their own; they are as strong as the units inside them together.
     """
     state = fold_norms(network, foldable_norms(network))
     contracted = {t for names in network.book.weights.values() for t in names}

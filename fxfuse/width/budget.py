@@ -142,7 +142,7 @@ class _MultiplyAdds:
         )
 
     def _weights(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Return how many weights each node contracts with what it reads."""
+        """Return how many weights each node contracts with its input."""
         shapes, contracted = shapes_at(self.base, sizes), self.base.book.weights
         return {
             node: sum(prod(shapes[name]) for name in contracted[node])
@@ -174,7 +174,7 @@ LEAST = 1e-6  # share of a network in units that it has in common with others, a
 
 
 def require_width(width: float, apart: bool = False) -> None:
-    """Refuse what is no width of a fused network.
+    """Refuse a width that a fused network cannot have.
 
     Args:
         width: Relative to the anchor's.
@@ -207,7 +207,7 @@ def with_room(
     Args:
         couplings: The maps of the networks.
         width: Of the fused network, relative to its anchor's.
-        costs: How unlike the units of the base and of the others are, where that is known.
+        costs: How unlike the units of the base and of the others are, where it was measured.
         room: Chooses the units that get places.
 
     Returns:
@@ -241,8 +241,9 @@ def with_room(
 
 
 def _hosted(problem: Problem, host: Network) -> Problem:
-    """Return the problem with one more network that has no say, only the structure."""
-    outputs = problem.output_weights  # what counts in them needs its own units, weight or not
+    """Return the problem with one more network, which gives the structure and has no weight."""
+    # a network that counts in the outputs needs its own units, even if its weight is zero
+    outputs = problem.output_weights
     weights = [max(w, LEAST) if out else w for w, out in zip(problem.weights, outputs)]
     networks, absent = (*problem.networks, host), (*problem.absent, ())
     balanced = Balanced(networks, absent, (0.0,) * len(networks))
@@ -270,7 +271,7 @@ def _widenable(base: Network) -> list[str]:
 
 
 def _candidates(couplings: Couplings, name: str, costs: Costs) -> list[Owner]:
-    """Return the units that could have places of their own, the least alike first."""
+    """Return the units that could get places of their own, the least alike first."""
     problem = couplings.problem
     spaces, base = problem.spaces[name], problem.base[name]
     candidates: list[tuple[float, Owner]] = []
@@ -314,25 +315,26 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
 def _sized(base: Network, sizes: dict[str, int]) -> Network:
     """Return a network of other widths, if its spaces come out as they should."""
     wide = Network.of(base.name, reshaped(base, sizes), base.example)
-    for name, (there, own) in Problem.between(wide, base).spaces.items():
-        if there.size != sizes[name]:
-            raise _elsewhere(own, there.size, sizes[name])
+    for name, (new, old) in Problem.between(wide, base).spaces.items():
+        if new.size != sizes[name]:
+            raise _of_another_size(old, new.size, sizes[name])
     return wide
 
 
 def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     """Return the maps of network `k` once some units have places of their own, behind the others.
 
-    A unit of this network that is apart no longer writes where it was matched; the network's other
-    units there are scaled up to give as much as before. What read it reads its own place.
+    A unit with a place of its own no longer writes to its match. If the network's other units write
+    there too, they are scaled up to give as much as before. Weights that read the unit read its new
+    place.
 
     Args:
         coupling: The maps without the new places.
         k: The network.
         apart: The owners of the new places, in order.
     """
-    own = [(place, unit) for place, (owner, unit) in enumerate(apart) if owner == k]
-    places, units = [place for place, _ in own], [unit for _, unit in own]
+    places = [place for place, (owner, _) in enumerate(apart) if owner == k]
+    units = [unit for owner, unit in apart if owner == k]
     size, width = coupling.project.shape
     moved = np.zeros(width, dtype=bool)
     moved[units] = True
@@ -343,11 +345,11 @@ def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     )
     before, after = coupling.given, np.asarray(left.sum(1)).ravel()
     scale = np.divide(before, after, out=np.zeros(size), where=after > 1e-12)
-    written = csr_array((np.ones(len(own)), (places, units)), shape=(len(apart), width))
+    written = csr_array((np.ones(len(units)), (places, units)), shape=(len(apart), width))
     reads = ~moved[unproject.row]
     rows = np.concatenate([unproject.row[reads], np.array(units, dtype=int)])
     columns = np.concatenate([unproject.col[reads], size + np.array(places, dtype=int)])
-    data = np.concatenate([unproject.data[reads], np.ones(len(own))])
+    data = np.concatenate([unproject.data[reads], np.ones(len(units))])
     return Coupling(
         csr_array(vstack([left.multiply(scale[:, None]), written])),
         csr_array((data, (rows, columns)), shape=(width, size + len(apart))),
@@ -355,7 +357,7 @@ def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
     )
 
 
-def _elsewhere(space: Space, size: int, wanted: int) -> FuseError:
+def _of_another_size(space: Space, size: int, wanted: int) -> FuseError:
     return FuseError(
         f"a space that came out with {size} units",
         where=f"space '{space.name}'",

@@ -74,7 +74,7 @@ def scaled_sizes(
 
 
 def _are_all_groups(network: Network, name: str) -> bool:
-    """Tell whether a grouped convolution has each unit of a space as a group of its own."""
+    """Tell whether each unit of a space is a group of some grouped convolution."""
     space = network.spaces[name]
     return any(axis.groups == space.size for axis in space.axes)
 
@@ -257,9 +257,9 @@ class _SizeFitter(Interpreter):
         return all(value.shape[d] == old[d] + self._growth_of(n, d) for d in dims)
 
     def _growth_of(self, n: fx.Node, dim: int) -> int:
-        """Return how many positions an axis gains: no fewer than what its values are added to.
+        """Return how many positions an axis gains, at least as many as a value that it is added to.
 
-        The zeros that pad a shortcut belong to no space, but must grow with the sum.
+        The zeros that pad a shortcut belong to no space, but their number grows with the sum.
         """
         growth = [self.growth.get((n.name, dim), 0)]
         for user in n.users:

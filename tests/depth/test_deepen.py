@@ -117,7 +117,7 @@ def test_the_layers_that_each_network_lacks_are_listed():
     assert all({*a.nodes, a.entry} <= nodes for a in (*ours, *theirs))
 
 
-def test_absent_blocks_hand_on_their_entry_and_their_branch_writes_zeros():
+def test_absent_blocks_pass_on_their_entry_and_their_branch_writes_zeros():
     before, after = balanced(residual((6, 3)), residual((6, 1)), data=IMAGES)
     assert not after.absent[0] and len(after.absent[1]) == 2
     lacking = after.networks[1]
@@ -225,7 +225,7 @@ def test_dropout_behind_one_layer_alone_makes_another_structure():
 def test_averaging_and_maximum_pooling_are_not_the_same_structure():
     a = nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3))
     b = nn.Sequential(conv(3, 4), nn.AvgPool2d(2), conv(4, 4), Pooled(4, 3))
-    with pytest.raises(PairingError, match="differ beside their aligned layers") as caught:
+    with pytest.raises(PairingError, match="differ outside of their aligned layers") as caught:
         balanced(a, b, data=IMAGES)
     assert "_1" in caught.value.where
 
@@ -257,7 +257,7 @@ def test_one_module_used_twice_is_not_two_modules():
         def forward(self, x):
             return self.head(torch.relu(self.b(torch.relu(self.a(x)))))
 
-    with pytest.raises(PairingError, match="differ beside their aligned layers"):
+    with pytest.raises(PairingError, match="differ outside of their aligned layers"):
         balanced(Shared(True), Shared(False))
     before, after = balanced(Shared(True), Shared(True))
     assert_same_structure_and_functions(before, after, VECTORS)
@@ -318,7 +318,7 @@ def test_buffers_outside_of_the_state_stay_outside():
     assert set(after.networks[0].module.state_dict()) == set(net(3).state_dict())
 
 
-def test_layers_that_change_what_they_hand_on_are_inserted_on_request_only():
+def test_layers_that_change_what_they_pass_on_are_inserted_on_request_only():
     """The identity and ReLU in front of the first layer clip the inputs; the error says so."""
     nets, x = [randomise(mlp(6, 6, 6, 3)), randomise(mlp(6, 6, 3), 1)], torch.randn(40, 6)
     alignment = fxfuse.align(nets, x, pairs=[[("2", "0")]])

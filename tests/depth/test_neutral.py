@@ -286,7 +286,7 @@ def test_an_activation_that_is_not_idempotent_is_refused(act):
 
 
 def test_an_activation_behind_a_linear_layer_is_refused():
-    """What a linear bottleneck hands on may be negative."""
+    """What a linear bottleneck passes on may be negative."""
     into = nn.Sequential(conv(3, 4, act=False), Pooled(4, 3))
     template = nn.Sequential(conv(3, 4, act=False), conv(4, 4), Pooled(4, 3))
     refused(into, template, "1.0", "_0_1", IMAGES, level=0)
@@ -353,7 +353,7 @@ def test_a_branch_that_cannot_be_set_to_zero_is_refused():
         )
 
 
-def test_a_layer_that_reads_the_input_beside_its_entry_is_refused():
+def test_a_layer_that_reads_the_input_besides_its_entry_is_refused():
     class Sized(nn.Module):
         def __init__(self, blocks):
             super().__init__()
@@ -367,7 +367,7 @@ def test_a_layer_that_reads_the_input_beside_its_entry_is_refused():
             return self.head(y)
 
     error = refused(Sized(0), Sized(1), "blocks.0", "relu", VECTORS, level=0)
-    assert "reads the network's input beside its entry" in error.met
+    assert "reads the network's input besides its entry" in error.met
 
 
 # --- runs of layers ------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def pair(act, gate=False, norm=True, inner=11, deep=9):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gate", [False, True])
-def test_a_run_that_one_network_lacks_hands_on_its_input(act, gate):
+def test_a_run_that_one_network_lacks_passes_on_its_input(act, gate):
     nets = pair(act, gate)
     for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
         assert gap(net, balanced, BATCH) <= FUNCTION

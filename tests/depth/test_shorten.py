@@ -230,7 +230,7 @@ def test_an_index_of_no_network_is_refused(to):
 def test_structures_that_differ_once_layers_are_gone_are_refused():
     deep = nn.Sequential(conv(3, 4), nn.MaxPool2d(2), conv(4, 4), conv(4, 4), Pooled(4, 3))
     shallow = nn.Sequential(conv(3, 4), nn.AvgPool2d(2), conv(4, 4), Pooled(4, 3))
-    with pytest.raises(PairingError, match="differ beside their aligned layers"):
+    with pytest.raises(PairingError, match="differ outside of their aligned layers"):
         shortened([deep, shallow], IMAGES)
 
 
