@@ -181,7 +181,12 @@ class LabelRun:
                     names.append(name)
 
 
-Operand = tuple[Labels, tuple[int, ...]]
+Operand = tuple[Labels, tuple[int, ...]]  # labels of a tensor, and its shape
+
+
+def operand(run: LabelRun, tensor: Tensor) -> Operand:
+    """Return what is to be merged of a tensor."""
+    return run.of(tensor), tuple(tensor.shape)
 
 
 def merge(run: LabelRun, operands: Sequence[Operand], rank: int) -> Labels:
