@@ -1,4 +1,4 @@
-"""."""
+"""Labels of tensors, and the two rules by which they meet."""
 
 import gc
 
@@ -29,7 +29,7 @@ def run_of(*modules):
     return LabelRun(nn.ModuleList(modules).state_dict(keep_vars=True).items())
 
 
-def test_new_labels_are_never_given_twice_nor_special():
+def test_new_labels_differ_from_all_others():
     ledger = Ledger()
     labels = torch.cat([ledger.new(3), ledger.new(0), ledger.new(4)])
     assert len(set(labels.tolist())) == 7
@@ -37,7 +37,7 @@ def test_new_labels_are_never_given_twice_nor_special():
 
 
 @given(small, small)
-def test_a_tie_pairs_labels_place_by_place_and_lets_nothing_pass(a, b):
+def test_a_tie_pairs_labels_place_by_place_but_not_with_nothing(a, b):
     ledger = Ledger()
     result = ledger.tie(torch.tensor(a), torch.tensor(b))
     expected = {(x, y) for x, y in zip(a, b) if x != y and NOTHING not in (x, y)}
@@ -85,13 +85,13 @@ def test_every_axis_of_every_floating_tensor_starts_with_labels_of_its_own():
     assert len(np.unique(labels)) == len(labels) and labels.min() > FIXED
 
 
-def test_a_tensor_of_two_names_gets_labels_once():
+def test_a_tensor_with_two_names_gets_labels_once():
     tied = nn.Linear(4, 3)
     run = run_of(tied, tied)
     assert {tensor for tensor, _ in run.ledger.axes} == {"0.weight", "0.bias"}
 
 
-def test_what_is_not_known_stays_as_it_is():
+def test_a_tensor_without_labels_stays_as_it_is():
     assert run_of().of(torch.zeros(3)) == Labels(fill=FIXED)
 
 
@@ -108,7 +108,7 @@ def test_parameters_keep_their_own_labels():
     assert run.of(weight).sources == ("w",)
 
 
-def test_labels_of_a_dead_tensor_are_forgotten():
+def test_labels_of_a_freed_tensor_are_forgotten():
     run = run_of()
     value = torch.zeros(3)
     run.put(value, Labels((run.ledger.new(3),)))
@@ -146,7 +146,7 @@ def test_a_grouped_weight_that_is_computed_freezes_what_it_reads():
 
 
 @pytest.mark.parametrize("contracted", [False, True])
-def test_uses_are_noted_once_under_the_running_node(contracted):
+def test_uses_are_noted_once_for_the_running_node(contracted):
     layer = nn.Linear(4, 3)
     run = run_of(layer)
     run.node = "fc"
@@ -186,7 +186,7 @@ def pairs(a, b):
     return {frozenset(p) for p in zip(a, b)}
 
 
-def test_merging_ties_what_meets_and_hands_it_on_once():
+def test_merging_ties_units_that_meet_and_hands_them_on_once():
     bench = Bench(a=(3, 4), b=(3, 4))
     out = merge(bench.run, [bench.operand("a"), bench.operand("b")], 2)
     expected = pairs(bench.axis("a", 0), bench.axis("b", 0))
@@ -209,7 +209,7 @@ def test_broadcast_values_neither_tie_nor_freeze():
     assert {varying(x) for x in out.layers} == {(0,), (1,)}
 
 
-def test_units_that_meet_unknown_values_are_frozen_and_not_handed_on():
+def test_units_that_meet_unlabelled_values_are_frozen_and_not_handed_on():
     bench = Bench(a=(4,))
     out = merge(bench.run, [bench.operand("a"), (Labels(), (4,))], 1)
     assert bench.frozen == set(bench.axis("a", 0))
@@ -223,7 +223,7 @@ def test_units_that_meet_one_constant_stay_free():
     assert out.fill == FIXED
 
 
-def test_a_finer_layer_makes_its_units_members_of_the_coarser_ones_blocks():
+def test_units_of_a_finer_layer_become_members_of_the_units_of_a_coarser_one():
     bench = Bench(blocks=(2, 1))
     units = bench.run.ledger.new(6).view(2, 3)
     merge(bench.run, [bench.operand("blocks"), (Labels((units,)), (2, 3))], 2)
@@ -250,7 +250,7 @@ def test_several_layers_along_one_axis_all_reach_the_result():
     assert all(set(labels) <= bench.frozen for labels in lost)
 
 
-def test_a_product_ties_what_is_summed_and_hands_the_rest_on():
+def test_a_product_ties_units_that_are_summed_and_hands_on_the_others():
     bench = Bench(a=(3, 4), b=(4, 5))
     a, b = bench.tensors.values()
     out = contract(bench.run, a, "mk", b, "kn", "mn")
@@ -262,13 +262,13 @@ def test_a_product_ties_what_is_summed_and_hands_the_rest_on():
     }
 
 
-def test_a_product_with_unknown_values_freezes_what_it_sums_and_nothing_else():
+def test_a_product_with_unlabelled_values_freezes_only_units_that_it_sums():
     bench = Bench(a=(3, 4))
     contract(bench.run, bench.tensors["a"], "mk", torch.zeros(4, 5), "kn", "mn")
     assert bench.frozen == set(bench.axis("a", 1))
 
 
-def test_a_product_notes_which_parameter_axes_are_read():
+def test_a_product_notes_the_parameter_axes_that_it_reads():
     bench = Bench(w=(5, 4))
     units = torch.zeros(2, 4)
     bench.run.put(units, Labels((bench.run.ledger.new(4).view(1, 4),)))
@@ -276,7 +276,7 @@ def test_a_product_notes_which_parameter_axes_are_read():
     assert [r.tolist() for r in bench.run.ledger.reads] == [bench.axis("w", 1)]
 
 
-def test_each_place_of_a_batched_product_is_a_block_of_what_is_summed_there():
+def test_each_place_of_a_batched_product_is_a_block_of_the_units_summed_there():
     bench = Bench(a=(1,))
     a, b = torch.zeros(2, 3, 4), torch.zeros(2, 4, 5)
     x, y = bench.run.ledger.new(8).view(2, 1, 4), bench.run.ledger.new(8).view(2, 4, 1)

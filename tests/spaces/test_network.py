@@ -1,176 +1,13 @@
-"""."""
-
-import copy
-from dataclasses import dataclass
+"""Networks: what is asked of their nodes."""
 
 import pytest
 import torch
 from torch import nn
 
 from fxfuse.graph.trace import trace
-from fxfuse.spaces._labelling import OPEN, label_network
 from fxfuse.spaces._ledger import Step
-from fxfuse.spaces._solve import spaces_of
 from fxfuse.spaces.network import Network
-from tests.support.nets import NETS, Functional, Residual, build, conv, mlp, randomise
-
-
-def labelled(net, *x):
-    return label_network(trace(net), x)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_the_network_is_left_as_it_was(name):
-    net, x = build(name)
-    graph = trace(net)
-    graph.train()
-    next(m for m in graph.modules() if m is not graph).eval()
-    modes = [m.training for m in graph.modules()]
-    before = copy.deepcopy(graph.state_dict())
-    label_network(graph, (x,))
-    assert [m.training for m in graph.modules()] == modes
-    assert all(torch.equal(t, before[k]) for k, t in graph.state_dict().items())
-    assert all(p.grad is None for p in graph.parameters())
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_fast_path_of_attention_is_switched_back(fails):
-    graph = trace(mlp(6, 8, 3))
-    before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        label_network(graph, (torch.zeros(2, 5 if fails else 6),))
-    except RuntimeError:
-        assert fails
-    assert torch.backends.mha.get_fastpath_enabled() == before
-
-
-def test_shapes_and_operators_are_known_by_node():
-    ledger = labelled(Residual(3, 4), torch.zeros(2, 3, 8, 8))
-    assert ledger.shapes["a_0"] == ledger.shapes["add"] == (2, 4, 8, 8)
-    assert [step.name for step in ledger.steps["a_0"]] == ["convolution"]
-    assert ledger.steps["add"] == [Step("add")]
-    assert "output" not in ledger.shapes
-
-
-def test_weights_are_what_a_node_contracts_and_tensors_all_it_touches():
-    ledger = labelled(Residual(3, 4), torch.zeros(2, 3, 8, 8))
-    assert ledger.weights == {
-        "a_0": ["a.0.weight"],
-        "b_0": ["b.0.weight"],
-        "skip_0": ["skip.0.weight"],
-    }
-    assert set(ledger.tensors["a_1"]) == {
-        "a.1.weight",
-        "a.1.bias",
-        "a.1.running_mean",
-        "a.1.running_var",
-    }
-
-
-def test_norms_are_known_by_role():
-    ledger = labelled(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, eps=0.5)), torch.zeros(2, 4))
-    assert ledger.norms == {
-        "_1": {
-            "eps": 0.5,
-            "weight": "1.weight",
-            "bias": "1.bias",
-            "running_mean": "1.running_mean",
-            "running_var": "1.running_var",
-        }
-    }
-
-
-def test_units_of_a_node_are_known_by_axis():
-    ledger = labelled(mlp(6, 8, 3), torch.zeros(2, 6))
-    ((dim, labels),) = ledger.outputs["_0"]
-    assert (dim, len(labels)) == (1, 8)
-    assert ledger.outputs["_1"][0][1].tolist() == labels.tolist()
-
-
-def test_outputs_and_operators_without_a_rule_are_frozen_by_name():
-    class Clipped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(6, 8)
-
-        def forward(self, x):
-            return torch.renorm(self.a(x), 2, 0, 1.0)
-
-    ledger = labelled(Clipped(), torch.zeros(2, 6))
-    without_rule = {node for _, node, reason in ledger.frozen if reason.startswith("no rule")}
-    assert without_rule == {"renorm"}
-    assert "no rule for aten.renorm.default" in {reason for _, _, reason in ledger.frozen}
-    fixed = labelled(mlp(6, 8, 3), torch.zeros(2, 6)).frozen
-    assert not any(reason.startswith("no rule") for _, _, reason in fixed)
-
-
-class Auxiliary(nn.Module):
-    """Two outputs in training mode, in an object of their own, one in eval mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.extra = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = torch.relu(self.a(x))
-        return Result(self.b(x), self.extra(x)) if self.training else self.b(x)
-
-
-@dataclass
-class Result:
-    main: torch.Tensor
-    extra: torch.Tensor
-
-
-def test_outputs_of_both_modes_are_frozen():
-    ledger = labelled(randomise(Auxiliary()), torch.randn(2, 6))
-    fixed = [set(labels) for labels, _, reason in ledger.frozen if "output" in reason]
-    by_tensor = {t: set(labels.tolist()) for (t, d), labels in ledger.axes.items() if d == 0}
-    assert by_tensor["b.weight"] in fixed and by_tensor["extra.weight"] in fixed
-    assert by_tensor["a.weight"] not in fixed
-    assert ledger.weights["extra"] == ["extra.weight"]
-
-
-def test_a_value_of_several_tensors_has_a_place_in_the_graph_but_no_shape():
-    ledger = labelled(nn.Sequential(nn.Linear(6, 8), Halves()), torch.zeros(2, 6))
-    assert ledger.shapes["chunk"] == ()
-    assert ledger.shapes["getitem"] == (2, 4)
-
-
-class Halves(nn.Module):
-    def forward(self, x):
-        halves = x.chunk(2, 1)
-        return halves[0] * halves[1]
-
-
-def test_a_run_needs_no_gradients_and_keeps_none():
-    net = randomise(mlp(6, 8, 3))
-    x = torch.randn(2, 6, requires_grad=True)
-    label_network(trace(net), (x,))
-    assert x.grad is None
-
-
-def test_outputs_are_free_where_a_graph_says_so_if_they_lie_along_one_axis():
-    graph = trace(mlp(6, 5, 4))
-    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5]
-    graph.graph.output_node().meta[OPEN] = True
-    assert [s.size for s in spaces_of(label_network(graph, (torch.randn(2, 6),)))] == [5, 4]
-    graph = trace(nn.Sequential(mlp(6, 5, 4), nn.Unflatten(1, (2, 2))))
-    graph.graph.output_node().meta[OPEN] = True
-    ledger = label_network(graph, (torch.randn(2, 6),))
-    assert [s.size for s in spaces_of(ledger)] == [5]
-    assert any("several axes" in reason for _, _, reason in ledger.frozen)
-
-
-def test_inputs_have_units_where_a_graph_says_so():
-    graph = trace(mlp(6, 5, 4))
-    source = next(iter(graph.graph.nodes))
-    source.meta[OPEN] = 1
-    spaces = spaces_of(label_network(graph, (torch.randn(2, 6),)))
-    (own,) = [s for s in spaces if any(a.tensor == source.name for a in s.features)]
-    assert own.size == 6 and [(a.tensor, a.dim, a.reads) for a in own.axes] == [
-        ("0.weight", 1, True)
-    ]
+from tests.support.nets import Functional, build, conv, mlp, randomise
 
 
 def network(net, *x):
@@ -190,13 +27,13 @@ def layer():
 
 
 def test_a_network_knows_its_nodes_and_its_spaces():
-    net, x = build("residual")
-    found = network(net, x)
-    assert found.shapes["add"] == (2, 6, 8, 8)
-    assert found.features["add"] == (1,) and found.feature_axis("add") == 1
-    assert found.feature_axis("no such node") is None
-    assert [s.size for s in found.spaces] == [6, 6, 6, 8, 8]
-    assert found.name == "net" and found.example == (x,)
+    model, x = build("residual")
+    net = network(model, x)
+    assert net.shapes["add"] == (2, 6, 8, 8)
+    assert net.features["add"] == (1,) and net.feature_axis("add") == 1
+    assert net.feature_axis("no such node") is None
+    assert [s.size for s in net.spaces] == [6, 6, 6, 8, 8]
+    assert net.name == "net" and net.example == (x,)
 
 
 def test_a_norm_only_normalises(layer):
@@ -213,7 +50,7 @@ def test_an_idle_node_does_nothing_in_eval_mode(layer):
     assert not layer.is_idle(placeholder)
 
 
-def test_adding_two_values_or_a_parameter_is_no_activation():
+def test_adding_values_or_scaling_by_a_parameter_is_not_an_activation():
     class Adding(nn.Module):
         def __init__(self):
             super().__init__()
@@ -223,15 +60,15 @@ def test_adding_two_values_or_a_parameter_is_no_activation():
             y = self.a(x)
             return (y + x) * self.b * 2
 
-    found = network(Adding(), torch.randn(2, 6))
-    assert not found.is_activation(node(found, "add"))
-    assert not found.is_activation(node(found, "mul"))
-    assert found.is_activation(node(found, "mul_1"))
+    net = network(Adding(), torch.randn(2, 6))
+    assert not net.is_activation(node(net, "add"))
+    assert not net.is_activation(node(net, "mul"))
+    assert net.is_activation(node(net, "mul_1"))
 
 
-def test_only_what_is_computed_from_the_inputs_carries_data():
-    found = network(randomise(Functional()), torch.randn(2, 6))
-    carries = {n.name: found.carries_data(n) for n in found.module.graph.nodes}
+def test_only_values_computed_from_the_inputs_are_data():
+    net = network(randomise(Functional()), torch.randn(2, 6))
+    carries = {n.name: net.carries_data(n) for n in net.module.graph.nodes}
     assert carries.pop("x") and not carries.pop("output")
     flags = {name for name in carries if "training_mode" in name}
     assert len(flags) == 2 and not any(carries[f] for f in flags)
@@ -247,17 +84,17 @@ def test_inputs_leave_out_parameters_flags_and_sizes():
         def forward(self, x):
             return (x * self.a).view(x.shape[0], 2, 3)
 
-    found = network(Sized(), torch.randn(2, 6))
-    assert [n.name for n in found.inputs_of(node(found, "mul"))] == ["x"]
-    assert [n.name for n in found.inputs_of(node(found, "view"))] == ["mul"]
+    net = network(Sized(), torch.randn(2, 6))
+    assert [n.name for n in net.inputs_of(node(net, "mul"))] == ["x"]
+    assert [n.name for n in net.inputs_of(node(net, "view"))] == ["mul"]
 
 
 def test_steps_are_asked_for_by_node_or_name():
-    found = network(mlp(6, 8, 3), torch.randn(2, 6))
-    relu = node(found, "_1")
-    assert found.steps(relu) == found.steps("_1") == [Step("relu")]
-    assert found.contractions("_0") == found.steps("_0") != [] == found.contractions("_1")
-    assert found.steps("no such node") == []
+    net = network(mlp(6, 8, 3), torch.randn(2, 6))
+    relu = node(net, "_1")
+    assert net.steps(relu) == net.steps("_1") == [Step("relu")]
+    assert net.contractions("_0") == net.steps("_0") != [] == net.contractions("_1")
+    assert net.steps("no such node") == []
 
 
 class Function(nn.Module):
@@ -304,27 +141,27 @@ QUESTIONS = [
     ],
 )
 def test_what_a_node_does_is_asked_by_name(step, properties):
-    found = network(Function(step), torch.randn(2, 4, 5))
-    last = found.module.graph.output_node().all_input_nodes[0]
-    assert {q for q in QUESTIONS if getattr(found, q)(last)} == {*properties.split()}
+    net = network(Function(step), torch.randn(2, 4, 5))
+    last = net.module.graph.output_node().all_input_nodes[0]
+    assert {q for q in QUESTIONS if getattr(net, q)(last)} == {*properties.split()}
 
 
-def test_a_norm_of_each_unit_by_itself_is_a_norm_as_well():
-    found = network(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(2, 4, 5))
-    norm = node(found, "_0")
-    assert found.is_norm(norm) and not found.normalises_across_units(norm)
+def test_a_norm_of_each_unit_by_itself_does_not_normalise_across_units():
+    net = network(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(2, 4, 5))
+    norm = node(net, "_0")
+    assert net.is_norm(norm) and not net.normalises_across_units(norm)
 
 
-def test_what_a_node_does_beside_something_else_is_not_all_it_does():
-    found = network(Function(lambda x: squared_and_added(x)), torch.randn(2, 6))
-    both = node(found, "squared_and_added")
-    assert [s.name for s in found.steps(both)] == ["mul", "add"]
-    assert found.commutes(both) and not found.adds(both) and not found.multiplies(both)
+def test_a_node_that_does_two_things_does_neither_only():
+    net = network(Function(lambda x: squared_and_added(x)), torch.randn(2, 6))
+    both = node(net, "squared_and_added")
+    assert [s.name for s in net.steps(both)] == ["mul", "add"]
+    assert net.commutes(both) and not net.adds(both) and not net.multiplies(both)
 
 
 def test_the_geometry_of_a_convolution_is_read_by_name():
-    found = network(nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2)), torch.randn(2, 4, 5, 5))
-    (step,) = found.contractions("_0")
+    net = network(nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2)), torch.randn(2, 4, 5, 5))
+    (step,) = net.contractions("_0")
     assert (step.geometry.kernel, step.geometry.stride) == ((3, 3), (2, 2))
     assert step.geometry.grouping == "grouped" and step.word == "conv3x3 grouped"
     assert network(mlp(6, 8, 3), torch.randn(2, 6)).contractions("_0")[0].geometry is None

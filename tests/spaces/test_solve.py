@@ -1,6 +1,4 @@
-"""Sets of units that travel with blocks: random ones, and each rule on its own.
-
-Spaces of ledgers written by hand: what ties, freezes, places and blocks mean together."""
+"""Spaces of ledgers that are written by hand, and of random ones with blocks."""
 
 import numpy as np
 import torch
@@ -46,19 +44,19 @@ def test_what_travels_together_arrives_together(groups, ties, frozen, seed):
     taken = rearranged(ledger, seed)
     sets = {}
     for block, members in groups:
-        who = frozenset(unit[units[sorted(members)].numpy()].tolist())
-        sets.setdefault(int(unit[blocks[block]]), set()).add(who)
+        units_of_set = frozenset(unit[units[sorted(members)].numpy()].tolist())
+        sets.setdefault(int(unit[blocks[block]]), set()).add(units_of_set)
     for label in units.tolist():
         assert unit[taken[label]] == unit[label] or label not in units[frozen].tolist()
         assert unit[taken[unit[label]]] == unit[taken[label]]
-    for block, found in sets.items():
-        for who in found:
-            moved = frozenset(int(unit[taken[u]]) for u in who)
+    for block, sets_of_block in sets.items():
+        for units_of_set in sets_of_block:
+            moved = frozenset(int(unit[taken[u]]) for u in units_of_set)
             assert moved in sets[int(unit[taken[block]])]
 
 
 def grid(ledger, shape, order=None):
-    """Two families of blocks and the units where they cross, laid out row by row or as told."""
+    """Two families of blocks and the units where they cross, row by row or in another order."""
     high, wide = shape
     rows, columns = ledger.parameter("rows.weight", high), ledger.parameter("columns.weight", wide)
     units = ledger.parameter("units.weight", high * wide)
@@ -69,7 +67,7 @@ def grid(ledger, shape, order=None):
     return rows, columns, table
 
 
-def test_of_the_rows_and_columns_of_a_table_the_larger_family_moves():
+def test_the_larger_family_of_the_rows_and_columns_moves():
     for shape, name in (((2, 4), "columns"), ((5, 3), "rows")):
         ledger = HandWritten()
         grid(ledger, shape)
@@ -79,7 +77,7 @@ def test_of_the_rows_and_columns_of_a_table_the_larger_family_moves():
         assert index["units.weight"].shape == (max(shape), min(shape))
 
 
-def test_of_rows_and_columns_those_move_that_are_not_fixed():
+def test_rows_move_if_columns_are_fixed():
     ledger = HandWritten()
     _, columns, _ = grid(ledger, (2, 4))
     ledger.freeze(columns, "here", "because")
@@ -98,7 +96,7 @@ def test_a_table_with_a_hole_stays():
     assert spaces_of(ledger).free_units == 0
 
 
-def test_columns_move_only_where_all_of_them_meet_the_rows_in_one_order():
+def test_columns_move_only_if_all_of_them_have_the_rows_in_one_order():
     ledger = HandWritten()
     grid(ledger, (2, 3), order=[0, 1, 2, 3, 5, 4])  # each row keeps its place in every column
     assert [s.size for s in spaces_of(ledger)] == [3]
@@ -124,7 +122,7 @@ def test_blocks_within_a_block_are_its_units():
     ]
 
 
-def test_blocks_that_would_lie_in_each_other_stay():
+def test_blocks_that_contain_each_other_stay():
     ledger = HandWritten()
     one, two = ledger.parameter("one.weight", 1), ledger.parameter("two.weight", 1)
     a, b = ledger.parameter("a.weight", 4), ledger.parameter("b.weight", 4)
@@ -135,7 +133,7 @@ def test_blocks_that_would_lie_in_each_other_stay():
     assert all(s.parent is None for s in spaces_of(ledger))
 
 
-def test_units_of_one_kind_keep_to_their_set_and_the_block_stays():
+def test_units_of_one_class_stay_in_their_set_and_the_block_stays():
     ledger = HandWritten()
     blocks, units = ledger.parameter("blocks.weight", 2), ledger.parameter("units.weight", 8)
     for half in units.view(2, 4):
@@ -147,7 +145,7 @@ def test_units_of_one_kind_keep_to_their_set_and_the_block_stays():
     assert len(set(parent[units.numpy()])) == 4
 
 
-def test_places_without_a_unit_are_blocks_each_for_itself():
+def test_places_without_a_unit_are_separate_blocks():
     ledger = HandWritten()
     units = ledger.parameter("units.weight", 6)
     ledger.group(torch.tensor([1, 1, 0]), units.view(3, 2))
@@ -155,8 +153,8 @@ def test_places_without_a_unit_are_blocks_each_for_itself():
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=8))
-def test_tied_labels_are_the_smallest_of_them(found):
-    a, b = np.array(found, dtype=int).reshape(-1, 2).T
+def test_a_unit_goes_by_its_smallest_label(pairs):
+    a, b = np.array(pairs, dtype=int).reshape(-1, 2).T
     unit = tied(np.arange(10), a, b)
     assert (unit[a] == unit[b]).all() and (unit <= np.arange(10)).all()
     assert (unit[unit] == unit).all()
@@ -186,7 +184,7 @@ def test_untied_parameters_are_spaces_of_their_own():
 
 
 @given(st.permutations(range(4)), st.permutations(range(4)))
-def test_ties_are_transitive_and_keep_who_is_who(first, second):
+def test_ties_are_transitive(first, second):
     ledger = HandWritten()
     a, b, c = (ledger.parameter(f"{n}.weight", 4) for n in "abc")
     ledger.tie(a, b[torch.tensor(first)])
@@ -269,13 +267,13 @@ def test_blocks_with_the_same_members_are_the_same_blocks():
     assert {a.tensor for a in spaces.spaces[0].axes} == {"one.weight", "two.weight"}
 
 
-def test_blocks_of_different_make_are_not_exchangeable():
+def test_blocks_with_different_members_are_not_exchangeable():
     ledger = HandWritten()
     blocks, units = ledger.parameter("blocks.weight", 3), ledger.parameter("units.weight", 7)
     ledger.group(blocks[:2], units[:4].view(2, 2))
     ledger.group(blocks[2:], units[4:].view(1, 3))
-    found = sorted((s.size, s.parent is None) for s in spaces_of(ledger))
-    assert (2, True) in found and (4, False) in found and (3, True) not in found
+    sizes = {(s.size, s.parent is None) for s in spaces_of(ledger)}
+    assert (2, True) in sizes and (4, False) in sizes and (3, True) not in sizes
 
 
 def test_blocks_that_cross_stay_and_units_move_inside_their_intersections():
@@ -311,7 +309,7 @@ def test_an_axis_of_one_position_has_no_symmetry():
     assert len(spaces) == 0 and not spaces.frozen
 
 
-def test_names_are_those_of_the_first_writer_and_unique():
+def test_a_space_is_named_after_its_first_writer():
     ledger = HandWritten()
     a, b = ledger.parameter("a.weight", 3, reads=True), ledger.parameter("b.weight", 3)
     ledger.tie(a, b)

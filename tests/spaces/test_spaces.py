@@ -1,4 +1,4 @@
-"""None"""
+"""Spaces of networks: moving the units of each keeps the function, and nothing else does."""
 
 import copy
 import dataclasses
@@ -60,7 +60,7 @@ def test_permuting_every_space_keeps_the_function_of_random_networks(net, seed):
 
 
 @given(random_nets())
-def test_nothing_of_a_random_network_is_frozen_but_its_input_and_output(net):
+def test_only_inputs_and_outputs_of_random_networks_are_frozen(net):
     x = torch.randn(2, 3, 8, 8)
     reasons = {f.reason for f in fxfuse.find_spaces(net, x).frozen}
     assert reasons <= {"reads what cannot be moved", "an output of the network"}
@@ -68,7 +68,7 @@ def test_nothing_of_a_random_network_is_frozen_but_its_input_and_output(net):
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_parameter_left_behind_changes_the_outputs(name):
-    """The property can fail: a permutation that forgets one tensor is no symmetry."""
+    """The property can fail: a permutation that leaves out one tensor is not a symmetry."""
     net, x = build(name)
     permuted = fxfuse.permute(net, x)
     state = net.state_dict()
@@ -88,7 +88,7 @@ def turned(spaces, space):
 
 
 def movable(spaces):
-    """The spaces that are no blocks of others, which would have to move along."""
+    """The spaces that are not blocks of other spaces, which would have to move along."""
     return [s for s in spaces if not any(inner.parent == s.name for inner in spaces)]
 
 
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was_and_shares_nothing_with_the_result():
     assert not own & {t.data_ptr() for t in permuted.state_dict().values()}
 
 
-def test_nothing_of_the_model_is_kept():
+def test_the_model_can_be_freed():
     net, x = build("plain")
     alive = weakref.ref(net)
     spaces, permuted = fxfuse.find_spaces(net, x), fxfuse.permute(net, x)
@@ -137,7 +137,7 @@ def test_nothing_of_the_model_is_kept():
     assert len(spaces) == 2 and permuted is not None
 
 
-def test_the_same_seed_gives_the_same_permutation_and_another_another():
+def test_the_seed_decides_the_permutation():
     net, x = build("residual")
     first = fxfuse.permute(net, x, seed=3).state_dict()
     again = fxfuse.permute(net, x, seed=3).state_dict()
@@ -158,11 +158,11 @@ def test_global_random_state_is_not_used():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_have_the_same_spaces(dtype):
+def test_the_precision_does_not_change_the_spaces(dtype):
     net, x = build("residual")
     expected = [(s.name, s.size) for s in fxfuse.find_spaces(net, x)]
-    found = fxfuse.find_spaces(net.to(dtype), x.to(dtype))
-    assert [(s.name, s.size) for s in found] == expected
+    spaces = fxfuse.find_spaces(net.to(dtype), x.to(dtype))
+    assert [(s.name, s.size) for s in spaces] == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (3, 3, 16, 8)])
@@ -172,7 +172,7 @@ def test_spaces_do_not_depend_on_the_example(shape):
 
 
 @pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu")])
-def test_modes_around_the_call_change_nothing(around):
+def test_inference_mode_and_autocast_around_the_call_change_nothing(around):
     net, x = build("residual")
     free = fxfuse.find_spaces(net, x).free_units
     with around():
@@ -181,7 +181,7 @@ def test_modes_around_the_call_change_nothing(around):
     assert spaces.free_units == free
 
 
-def test_blocks_come_before_what_is_inside_them():
+def test_blocks_come_before_the_spaces_inside_them():
     for name in ("grouped", "tokens"):
         seen = set()
         for space in fxfuse.find_spaces(*build(name)):
@@ -223,7 +223,7 @@ def test_flattened_units_read_one_column_for_each_pixel():
     assert axis.index.reshape(-1).tolist() == list(range(80))
 
 
-def test_sizes_hold_each_axis_and_the_dense_one_of_grouped_weights():
+def test_sizes_are_those_of_the_axes_dense_ones_for_grouped_weights():
     spaces = fxfuse.find_spaces(*build("grouped"))
     assert spaces.sizes["1.b.0.weight", 0] == 8
     assert spaces.sizes["1.b.0.weight", 1] == 8
@@ -245,7 +245,7 @@ def test_a_shared_convolution_writes_what_it_reads():
     }
 
 
-def test_units_that_take_different_ways_are_different_spaces():
+def test_units_on_different_paths_are_different_spaces():
     class Halves(nn.Module):
         def __init__(self):
             super().__init__()
@@ -294,9 +294,9 @@ def test_an_operator_without_a_rule_freezes_its_units_and_is_named(name):
     net, x = randomise(Unruly()), torch.randn(3, 6)
     spaces, permuted = fxfuse.find_spaces(net, x), fxfuse.permute(net, x)
     assert [(s.name, s.size) for s in spaces] == [("b", 5)]
-    (found,) = [f for f in spaces.frozen if (f.tensor, f.dim) == ("a.weight", 0)]
-    assert found.node == name and f"aten.{name}" in found.reason and found.count == 8
-    assert str(found) in str(spaces)
+    (frozen,) = [f for f in spaces.frozen if (f.tensor, f.dim) == ("a.weight", 0)]
+    assert frozen.node == name and f"aten.{name}" in frozen.reason and frozen.count == 8
+    assert str(frozen) in str(spaces)
     assert gap(net, permuted, x) <= PERMUTATION
     assert moved(net, permuted) == {"b.weight", "b.bias", "c.weight"}
 
@@ -309,7 +309,7 @@ def test_inputs_and_outputs_are_frozen_with_the_reason():
     assert frozen["2.2.bias", 0].count == 3
 
 
-def test_several_inputs_and_nested_outputs_are_followed():
+def test_several_inputs_and_nested_outputs_are_fixed():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -345,11 +345,11 @@ def test_a_network_of_one_layer_has_no_spaces():
     assert not moved(net, fxfuse.permute(net, x))
 
 
-def test_printed_spaces_begin_with_how_many_units_are_free():
+def test_printed_spaces_begin_with_the_number_of_free_units():
     assert str(fxfuse.find_spaces(*build("plain"))).splitlines()[0] == "2 spaces, 15 free units"
 
 
-def test_a_refused_example_and_an_untraceable_model_say_so():
+def test_a_refused_example_and_an_untraceable_model_raise_their_errors():
     net, _ = build("plain")
     with pytest.raises(DataError, match="refuses a batch of shape"):
         fxfuse.find_spaces(net, torch.zeros(2, 5))
@@ -378,7 +378,7 @@ def test_wide_networks_take_seconds():
     assert time.perf_counter() - start < 5
 
 
-def test_permuting_twice_with_inverse_orders_gives_the_network_back():
+def test_an_order_and_its_inverse_give_the_network_back():
     net, x = build("residual")
     graph, spaces = trace(net), fxfuse.find_spaces(net, x)
     rng = np.random.default_rng(0)
@@ -390,8 +390,7 @@ def test_permuting_twice_with_inverse_orders_gives_the_network_back():
     assert torch.equal(outputs(graph, x), outputs(back, x))
 
 
-def test_shape_of_the_stream_decides_what_is_tied():
-    """Equal widths alone tie nothing; adding does."""
+def test_adding_ties_units_and_equal_widths_do_not():
     apart = mlp(6, 8, 8, 3)
     together = residual((8, 1), stem=8)
     assert len(fxfuse.find_spaces(randomise(apart), torch.randn(2, 6))) == 2
@@ -402,7 +401,7 @@ def test_shape_of_the_stream_decides_what_is_tied():
 
 
 class Keeping(nn.Module):
-    """A network that keeps a value computed from a parameter until its mode changes."""
+    """Keeps a value computed from a parameter until its mode changes."""
 
     def __init__(self):
         super().__init__()
