@@ -200,7 +200,7 @@ class Layer:
         nodes: Its nodes in graph order; the last one is its exit.
         entry: The node whose value it reads.
         merge: The node where the paths of a block meet; of a plain layer, its first node.
-        point: The node that holds its pre-activation; of a block, the value after the add.
+        pre_activation: The node that holds its pre-activation; of a block, the value after the add.
         producers: Its nodes that contract a parameter.
         branched: Whether it is a block, a region with parallel paths, instead of one step.
         resolution: Shape of its output without batch and feature axis.
@@ -213,7 +213,7 @@ class Layer:
     nodes: tuple[str, ...]
     entry: str
     merge: str
-    point: str
+    pre_activation: str
     producers: tuple[str, ...]
     branched: bool
     resolution: tuple[int, ...]
@@ -223,7 +223,7 @@ class Layer:
     @property
     def linear(self) -> bool:
         """Whether it is a plain layer without an activation."""
-        return not self.branched and self.point == self.nodes[-1]
+        return not self.branched and self.pre_activation == self.nodes[-1]
 
     def __str__(self) -> str:
         return f"{self.name} ({'block' if self.branched else 'layer'}, {self.width} units)"

@@ -142,7 +142,7 @@ def _samples_at_a_time(
         return batch_size(networks, BATCH_BYTES, meter.batch, least=8)
     sample_bytes = 0
     for network, compared in zip(networks, layers):
-        values = sum(math.prod(network.book.shapes[x.point]) for x in compared)
+        values = sum(math.prod(network.book.shapes[x.pre_activation]) for x in compared)
         sample_bytes += 4 * values // len(network.example[0])
     return max(1, min(BATCH_SAMPLES, BATCH_BYTES // max(sample_bytes, 1)))
 
@@ -155,9 +155,9 @@ def _reduced(
     def reducer(layer: Layer) -> Callable[[Tensor], Any]:
         return lambda x: meter.reduce(x.movedim(layer.layout[1], 1))
 
-    values = record(network, batch, {x.point: reducer(x) for x in layers})
+    values = record(network, batch, {x.pre_activation: reducer(x) for x in layers})
     for x in layers:
-        tensors = [t for t in tree_leaves(values[x.point]) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(values[x.pre_activation]) if isinstance(t, Tensor)]
         if not all(bool(t.isfinite().all()) for t in tensors):
             raise DataError(
                 "activations that are NaN or infinite",
@@ -165,7 +165,7 @@ def _reduced(
                 expected="finite activations on the calibration data",
                 do="check the data's normalisation and the network's weights",
             )
-    return {x.name: values[x.point] for x in layers}
+    return {x.name: values[x.pre_activation] for x in layers}
 
 
 def _require_costs(costs: np.ndarray, possible: np.ndarray, layer_cost: LayerCost) -> None:

@@ -154,7 +154,7 @@ def _layer(
         nodes=tuple(n.name for n in nodes),
         entry=step.entry.name,
         merge=step.exit.name,
-        point=pre_activation.name,
+        pre_activation=pre_activation.name,
         producers=tuple(n.name for n in nodes if n.name in network.book.weights),
         branched=bool(step.region),
         resolution=tuple(n for d, n in enumerate(shape) if d not in (0, dim)),

@@ -31,7 +31,7 @@ class Producer:
         node: The node.
         weight: Name of the parameter.
         bias: Name of its bias, None if it has none.
-        turned: Whether the parameter is stored `(in, out)`.
+        transposed: Whether the parameter is stored `(in, out)`.
         norm: The node behind it that normalises by running statistics, if nothing else reads the
             contraction.
         roles: The tensors of that norm by role, and its epsilon.
@@ -41,7 +41,7 @@ class Producer:
     node: str
     weight: str
     bias: str | None
-    turned: bool
+    transposed: bool
     norm: str | None
     roles: Roles
     affine: Affine
@@ -78,13 +78,13 @@ def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer 
         return None
     weights, names = network.book.weights[node.name], network.book.tensors[node.name]
     bias = next((n for n in names if n != weights[0]), None)
-    for turned in (False, True):
-        affine = _map_of(network, node, x, weights[0], bias, turned)
+    for transposed in (False, True):
+        affine = _map_of(network, node, x, weights[0], bias, transposed)
         if affine is not None and _computes(affine, x, y):
             norm = _norm_behind(network, node, affine)
             roles: Roles = {} if norm is None else network.book.norms[norm]
             whole = affine if norm is None else _with_norm(network, affine, roles)
-            return Producer(node.name, weights[0], bias, turned, norm, roles, whole)
+            return Producer(node.name, weights[0], bias, transposed, norm, roles, whole)
     return None
 
 
@@ -97,19 +97,19 @@ def _contracts_one(network: Network, node: fx.Node) -> bool:
 
 
 def _map_of(
-    network: Network, node: fx.Node, x: Tensor, weight: str, bias: str | None, turned: bool
+    network: Network, node: fx.Node, x: Tensor, weight: str, bias: str | None, transposed: bool
 ) -> Affine | None:
     """Return the map that a node's parameters suggest, if they suggest one."""
     contractions = network.contractions(node)
     kernel = tensor_at(network.module, weight).detach().double()
     offset = None if bias is None else tensor_at(network.module, bias).detach().double()
-    fits = offset is None or offset.shape == kernel.shape[turned : turned + 1]
+    fits = offset is None or offset.shape == kernel.shape[transposed : transposed + 1]
     if len(contractions) != 1 or not fits:
         return None
     conv = contractions[0].geometry
     if conv is None:
-        return Affine(kernel.T if turned else kernel, offset) if kernel.dim() == 2 else None
-    if conv.transposed or turned or x.dim() != kernel.dim():
+        return Affine(kernel.T if transposed else kernel, offset) if kernel.dim() == 2 else None
+    if conv.transposed or transposed or x.dim() != kernel.dim():
         return None
     groups = x.shape[1] // kernel.shape[1]
     return Affine(kernel, offset, conv.stride, conv.padding, conv.dilation, groups)
@@ -163,7 +163,8 @@ def write_producer(network: Network, producer: Producer, affine: Affine) -> None
             expected="a bias or a norm there, or a map without a bias",
             do="give the networks biases, or take a gate without an offset",
         )
-    replace_tensor(module, producer.weight, affine.weight.T if producer.turned else affine.weight)
+    weight = affine.weight.T if producer.transposed else affine.weight
+    replace_tensor(module, producer.weight, weight)
     if producer.bias is not None:
         replace_tensor(module, producer.bias, offset if producer.norm is None else 0 * offset)
     if producer.norm is not None:

@@ -178,7 +178,7 @@ class Fit:
         if correction.weight is not None:
             weight = tensor_at(self.network.module, self.producer.weight)
             added = rows_as_weight(correction.weight, self.producer.affine.kernel)
-            weight.data.add_((added.T if self.producer.turned else added).to(weight))
+            weight.data.add_((added.T if self.producer.transposed else added).to(weight))
             if self.aim.swing or not last:
                 self.values += self._given(correction.weight)
         return correction
@@ -189,14 +189,15 @@ class Fit:
 
     def _weight(self) -> Tensor:
         weight = tensor_at(self.network.module, self.producer.weight).detach()
-        return weight_as_rows(weight.T if self.producer.turned else weight, self.producer.affine)
+        weight = weight.T if self.producer.transposed else weight
+        return weight_as_rows(weight, self.producer.affine)
 
     def _scale(self, gain: np.ndarray) -> None:
         """Scale the units that the contraction writes."""
         weight = tensor_at(self.network.module, self.producer.weight)
         factor = torch.as_tensor(gain).to(weight)
         along = [1] * weight.dim()
-        along[int(self.producer.turned)] = -1
+        along[int(self.producer.transposed)] = -1
         weight.data.mul_(factor.view(along))
         if self.producer.bias is not None:
             tensor_at(self.network.module, self.producer.bias).data.mul_(factor)

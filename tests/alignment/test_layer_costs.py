@@ -36,9 +36,9 @@ def activations(seed, *shape):
 
 
 def layer(width=1, kind="linear", name="a layer"):
-    places = {"nodes": ("n",), "entry": "x", "merge": "n", "point": "n", "producers": ("n",)}
-    form = {"branched": False, "resolution": (), "layout": (2, 1)}
-    return Layer(name, kind, width=width, **places, **form)
+    nodes = {"nodes": ("n",), "entry": "x", "merge": "n", "pre_activation": "n"}
+    form = {"producers": ("n",), "branched": False, "resolution": (), "layout": (2, 1)}
+    return Layer(name, kind, width=width, **nodes, **form)
 
 
 def measured(cost, left, right, batch=None):

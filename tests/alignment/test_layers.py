@@ -132,21 +132,21 @@ def test_the_norm_activation_and_dropout_behind_a_layer_belong_to_it():
     net = nn.Sequential(*conv(3, 4), nn.Dropout(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
     first, last = layers(net)
     assert first.nodes == ("_0", "_1", "_2", "_3")
-    assert (first.entry, first.merge, first.point) == ("input_1", "_0", "_1")
+    assert (first.entry, first.merge, first.pre_activation) == ("input_1", "_0", "_1")
     assert (last.nodes, last.entry) == (("_6",), "_5")
 
 
 def test_the_pre_activation_of_a_block_is_its_sum():
     block = layers(residual((6, 1)))[1]
     assert block.branched and block.entry == "_0_2"
-    assert (block.point, block.merge, block.nodes[-1]) == ("add", "add", "relu")
+    assert (block.pre_activation, block.merge, block.nodes[-1]) == ("add", "add", "relu")
     assert block.producers == ("_1_0_a_0", "_1_0_b_0")
     assert block.width == 6 and block.resolution == (8, 8)
 
 
 def test_the_pre_activation_of_a_plain_layer_lies_behind_its_norm():
     with_norm, without = layers(conv(3, 4))[0], layers(conv(3, 4, norm=False))[0]
-    assert (with_norm.point, without.point) == ("_1", "_0")
+    assert (with_norm.pre_activation, without.pre_activation) == ("_1", "_0")
 
 
 def test_an_activation_before_the_convolution_belongs_to_the_layer_before():
@@ -424,7 +424,7 @@ def test_a_layer_of_several_outputs_ends_in_the_one_that_is_used():
     traced = network(First(nn.LSTM(6, 6, batch_first=True)), (2, 4, 6))
     (first,), (head,) = (s.layers for s in partition(traced))
     assert first.name == "inner" and first.width == 6 and first.resolution == (4,)
-    assert first.point == first.nodes[-1] != first.merge and head.name == "head"
+    assert first.pre_activation == first.nodes[-1] != first.merge and head.name == "head"
     assert chain_of(traced)[:2] == ("x", "inner") and chain_of(traced)[-1] == "output"
 
 

@@ -21,7 +21,7 @@ torch.manual_seed(0)  # of what is drawn while the tests are collected
 VECTORS, IMAGES = torch.randn(40, 6), torch.randn(20, 4, 8, 8)
 
 
-class Turned(nn.Module):
+class Transposed(nn.Module):
     """A weight that is stored as `(in, out)`."""
 
     def __init__(self):
@@ -45,7 +45,7 @@ READABLE = {
     "linear and norm": (lambda: mlp(6, 5, 3, norm=True), VECTORS),
     "linear without bias": (lambda: mlp(6, 5, 3, bias=False), VECTORS),
     "of tokens": (lambda: nn.Linear(6, 5), torch.randn(8, 3, 6)),
-    "turned": (Turned, VECTORS),
+    "transposed": (Transposed, VECTORS),
     "convolution": (lambda: conv(4, 6, norm=False, stride=2), IMAGES),
     "convolution and norm": (lambda: conv(4, 6), IMAGES),
     "grouped": (lambda: conv(4, 6, groups=2), IMAGES),

@@ -135,7 +135,7 @@ def test_moments_of_rows_are_those_of_units(count, units, seed):
     rows = torch.randn(count, units, generator=torch.Generator().manual_seed(seed)) * 3 + 5
     found, expected = moments_of_rows(rows), Moments()
     expected.add(rows.T)
-    for name in ("mean", "spread", "power"):
+    for name in ("mean", "spread", "rms"):
         assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
