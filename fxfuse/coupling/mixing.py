@@ -65,6 +65,27 @@ class Couplings:
                 total /= mass.reshape([-1 if d == dim else 1 for d in range(total.ndim)])
         return total
 
+    def pick(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return each entry from one network, in fused coordinates: from the lead, if it has it.
+
+        For buffers, which are no weights: the mean of two masks, or of two tables, is neither.
+
+        Args:
+            name: A buffer.
+            values: Each network's tensor of this name.
+        """
+        shares, lead = self.problem.shares(name), self.problem.lead
+        having = [k for k, share in enumerate(shares) if share] or [lead]
+        picked = np.zeros_like(values[self.problem.anchor])
+        empty = np.ones(picked.shape, dtype=bool)
+        for k in sorted(having, key=lambda k: (k != lead, -shares[k])):
+            carried = self.carry(name, values[k], k)
+            mass = self.carry(name, np.ones_like(values[k]), k)
+            entries = empty & (mass > 0)
+            picked[entries] = carried[entries] / mass[entries]
+            empty &= ~entries
+        return picked
+
     def _mass(self, name: str, dim: int, shares: Sequence[float]) -> np.ndarray | None:
         """Return what the maps give to each written position, where a network gives less.
 

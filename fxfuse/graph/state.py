@@ -7,6 +7,7 @@ sizes that a module repeats as attributes (`in_features`) follow its tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,43 @@ def floats_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}
 
 
+def state_floats_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point tensors that the state dictionary holds.
+
+    What it lacks (non-persistent buffers, tensors that are attributes, constants of forward) is
+    made anew by the model's class, so nothing may be changed in it.
+    """
+    kept = {id(t) for t in module.state_dict(keep_vars=True).values()}
+    return {name: t for name, t in floats_of(module).items() if id(t) in kept}
+
+
+def movable_floats_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the state whose units may be moved: those with memory of their own.
+
+    Memory that two tensors share, or that one tensor shows several times, cannot be moved for one
+    of its uses only.
+    """
+    shared = _sharing_memory(list(tensors_of(module).values()))
+    return {name: t for name, t in state_floats_of(module).items() if id(t) not in shared}
+
+
+def _sharing_memory(tensors: Sequence[Tensor]) -> set[int]:
+    """Return the ids of tensors that overlap in memory with others, or with themselves."""
+    shared = {id(t) for t in tensors if any(n > 1 and not s for n, s in zip(t.shape, t.stride()))}
+    ranges = []
+    for t in tensors:
+        if t.numel():
+            last = sum((n - 1) * step for n, step in zip(t.shape, t.stride()))
+            ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), t))
+    ranges.sort(key=lambda r: r[:2])
+    for i, (_, end, t) in enumerate(ranges):
+        for start, _, other in ranges[i + 1 :]:
+            if start >= end:
+                break
+            shared |= {id(t), id(other)}
+    return shared
+
+
 def part_at(module: nn.Module, name: str) -> nn.Module | Tensor | None:
     """Return the module, parameter or buffer of a name, looked up in nothing but their tables."""
     owner, leaf = _owner(module, name)
@@ -58,7 +96,12 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
 
 def fill(module: nn.Module, name: str, values: float | np.ndarray | Tensor) -> None:
     """Write values into a parameter or buffer, which keeps its shape, type and device."""
-    tensor_at(module, name).data.copy_(torch.as_tensor(values))
+    memory, source = tensor_at(module, name).data, torch.as_tensor(values)
+    for d, step in enumerate(memory.stride()):  # what is expanded is written once
+        if not step and memory.shape[d] > 1:
+            memory = memory.narrow(d, 0, 1)
+            source = source.narrow(d, 0, 1) if source.dim() == memory.dim() else source
+    memory.copy_(source)
 
 
 def replace_tensor(module: nn.Module, name: str, values: np.ndarray | Tensor) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import fx
+from torch import fx, nn
 
 from .._progress import counted
 from ..calibration.moments import Moments
 from ..calibration.norms import FoldedState, fold_norms, foldable_norms, single_weights
 from ..coupling.mixing import Couplings
-from ..graph.state import floats_of
+from ..graph.state import fill, floats_of, state_floats_of
 from ..spaces.network import Network
 
 
@@ -112,10 +111,11 @@ def emit(
     states = [fold_norms(n, folded) for n in couplings.problem.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
-    for name, tensor in counted(floats_of(module).items()):
+    for name, tensor in counted(state_floats_of(module).items()):
         if name not in norm_tensors:
-            mixed = couplings.mix(name, [s[name] for s in states])
-            tensor.data.copy_(torch.as_tensor(np.ascontiguousarray(mixed)).view(tensor.shape))
+            values = [s[name] for s in states]
+            mix = couplings.mix if isinstance(tensor, nn.Parameter) else couplings.pick
+            fill(module, name, np.ascontiguousarray(mix(name, values)).reshape(tensor.shape))
     norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.book.norms]
     able = single_weights(base)
     weights = [

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import tell
 from ..graph.modes import is_choice
-from ..graph.state import tensors_of
+from ..graph.state import movable_floats_of
 from ..graph.trace import Interpreter, eval_mode, plain_modes, tensors_in
 from ._labels import LabelRun, varying
 from ._ledger import Ledger
@@ -107,7 +107,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         example: Input tensors.
     """
     with plain_modes(), eval_mode(module):
-        run = LabelRun(tensors_of(module).items())
+        run = LabelRun(movable_floats_of(module).items())
         with _plain_kernels(), torch.no_grad(), _MirrorMode(run):
             interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)

@@ -65,7 +65,8 @@ class LabelRun:
     """The labels of every live tensor during one run of a network.
 
     Args:
-        tensors: Parameters and buffers by qualified name; the floating-point ones get labels.
+        tensors: Parameters and buffers whose units may move, by qualified name; the floating-point
+            ones get labels.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:

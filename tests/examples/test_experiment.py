@@ -1,4 +1,4 @@
-"""None"""
+"""The experiments' command line, records and refusals."""
 
 import json
 from dataclasses import replace

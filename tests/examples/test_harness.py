@@ -1,4 +1,4 @@
-"""None"""
+"""What experiments share: resuming, time limits, seeds."""
 
 import math
 from dataclasses import replace

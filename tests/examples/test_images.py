@@ -1,4 +1,4 @@
-"""None"""
+"""Images read from folders and from torchvision's files."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""None"""
+"""Records of experiments as tables and plots."""
 
 import json
 

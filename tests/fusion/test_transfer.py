@@ -1,4 +1,4 @@
-"""None"""
+"""Weights transferred along the longest chain, and along an alignment."""
 
 import copy
 

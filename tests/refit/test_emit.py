@@ -1,6 +1,9 @@
 """Emission: mixing and settling, against what the formulas say."""
 
+import math
+
 import numpy as np
+import pytest
 import torch
 from scipy.sparse import csr_array
 
@@ -123,18 +126,41 @@ def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
     assert gap(net, fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data), data) < FUNCTION
 
 
-def test_a_buffer_without_axes_is_mixed_too():
-    class Scaled(torch.nn.Module):
-        def __init__(self, scale):
-            super().__init__()
-            self.body = stages([5], [6])
-            self.register_buffer("scale", torch.tensor(scale))
+class Masked(torch.nn.Module):
+    """A masked autoencoder: output `i` depends on inputs before `i` only."""
 
-        def forward(self, x):
-            return self.body(x * self.scale)
+    def __init__(self, width=8, scale=1.0):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.randn(width, 6))
+        self.last = torch.nn.Parameter(torch.randn(6, width))
+        degree, place = torch.arange(width) % 5, torch.arange(6)
+        self.register_buffer("ins", (degree[:, None] >= place).float())
+        self.register_buffer("outs", (place[:, None] > degree).float())
+        self.register_buffer("scale", torch.tensor(scale))
 
-    nets = [Scaled(0.5), Scaled(1.5)]
-    assert float(fxfuse.fuse(nets, images()).scale) == 1.0
+    def forward(self, x):
+        hidden = torch.tanh(torch.nn.functional.linear(x * self.scale, self.first * self.ins))
+        return torch.nn.functional.linear(hidden, self.last * self.outs)
+
+
+@pytest.mark.parametrize("width", [1.0, 1.5, math.inf])
+@pytest.mark.parametrize("name", ["best", "otfusion", "git_rebasin", "clafusion"])
+def test_masks_are_moved_but_never_averaged(name, width):
+    torch.manual_seed(0)
+    nets, x = [Masked(8), Masked(8)], torch.randn(64, 6)
+    if width > 1 and name != "best":
+        pytest.skip("only couplings of whole spaces can be widened")
+    fused = getattr(fxfuse.presets, name)(nets, x, width=width)
+    assert all(set(m.unique().tolist()) <= {0.0, 1.0} for m in (fused.ins, fused.outs))
+    slopes = torch.autograd.functional.jacobian(lambda v: fused(v[None])[0], x[0])
+    assert slopes.triu().abs().max() <= 1e-6 * slopes.abs().max()
+
+
+def test_a_buffer_that_is_no_statistic_is_the_anchors():
+    nets = [Masked(8, 0.5), Masked(8, 1.5)]
+    for anchor in (0, 1):
+        fused = fxfuse.fuse(nets, torch.randn(64, 6), anchor=anchor)
+        assert torch.equal(fused.scale, nets[anchor].scale)
 
 
 def test_couplings_made_of_plans_are_used_by_default():

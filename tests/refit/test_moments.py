@@ -1,4 +1,4 @@
-"""None"""
+"""Filters keep their size when moments are matched."""
 
 import copy
 import sys

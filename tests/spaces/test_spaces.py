@@ -433,3 +433,44 @@ def test_a_tensor_that_no_operator_takes_stays():
     unused.register_parameter("idle", nn.Parameter(torch.randn(5)))
     spaces = fxfuse.find_spaces(net, x)
     assert ("1.idle", 5) in [(f.tensor, f.count) for f in spaces.frozen]
+
+
+class Scaled(nn.Module):
+    """Units that are multiplied by a table which the state may or may not hold."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(6, 8), nn.Linear(8, 3), kind
+        table = torch.linspace(0.5, 2, 8)
+        if kind == "attribute":
+            self.table = table
+        elif kind != "made in forward":
+            self.register_buffer("table", table, persistent=kind != "not persistent")
+        if kind == "shown twice":
+            self.register_buffer("row", self.table.view(1, 8))
+        if kind == "expanded":
+            self.register_buffer("row", torch.tensor([0.5]).expand(8))
+
+    def forward(self, x):
+        table = torch.linspace(0.5, 2, 8) if self.kind == "made in forward" else self.table
+        x = torch.tanh(torch.relu(self.first(x)) * table)
+        return self.last(x * self.row if self.kind in ("shown twice", "expanded") else x)
+
+
+KINDS = ["persistent", "not persistent", "attribute", "made in forward", "shown twice", "expanded"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_loads_the_state_and_computes_the_same(kind):
+    """What the state does not hold stays where it is, and so do the units that meet it."""
+    nets, data = [Scaled(kind).eval() for _ in range(2)], torch.randn(64, 6)
+    shuffled = fxfuse.permute(nets[0], data[:2], seed=3)
+    assert gap(nets[0], shuffled, data) < PERMUTATION
+    for made in (shuffled, fxfuse.fuse(nets, data)):
+        loaded = Scaled(kind)
+        if kind == "expanded":  # torch cannot write to what its class expands
+            loaded.row = loaded.row.clone()
+        loaded.load_state_dict(made.state_dict())
+        assert gap(made, loaded.eval(), data) < PERMUTATION
+    free = fxfuse.find_spaces(nets[0], data[:2]).free_units
+    assert free == (8 if kind in ("persistent", "expanded") else 0)
