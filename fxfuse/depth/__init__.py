@@ -2,6 +2,8 @@
 
 from ._insert import AbsentLayer
 from ._merge import (
+    Gate,
+    Responses,
     average_of_signs,
     fitted_line,
     fitted_line_through_zero,
@@ -16,6 +18,8 @@ __all__ = [
     "Balanced",
     "Balancing",
     "Deepen",
+    "Gate",
+    "Responses",
     "Shorten",
     "average_of_signs",
     "deepen",

@@ -121,13 +121,13 @@ def _insert(
 ) -> fx.Node:
     """Insert one layer behind a node; return its last node."""
     layer, readers = insertion.layer, list(after.users)
-    copies, paths = {insertion.nodes[layer.entry]: after}, dict[str, str]()
+    copies, paths = {insertion.template.nodes[layer.entry]: after}, dict[str, str]()
     width, templates = streams.width(insertion.after), _layer_nodes(insertion)
     with module.graph.inserting_before(after.next):
         for node in templates:
             copies[node] = _copy_node(module, node, copies, paths, insertion, width)
             copies[node].meta["origin"] = ("deepen", (after.name,))
-    last = copies[insertion.nodes[layer.nodes[-1]]]
+    last = copies[insertion.template.nodes[layer.nodes[-1]]]
     for reader in readers:
         reader.replace_input_with(after, last)
     last.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
@@ -139,7 +139,7 @@ def _insert(
     names = [copies[node].name for node in templates]
     first = 0  # index of the first node that holds the value
     if layer.branched or insertion.parts:
-        first = names.index(copies[insertion.nodes[layer.merge]].name)
+        first = names.index(copies[insertion.template.nodes[layer.merge]].name)
     stamp = AbsentLayer(
         tuple(names), after.name, tuple(names[first:]), joins, bool(insertion.parts), zeroed
     )
@@ -151,7 +151,7 @@ def _insert(
 def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
     """Return a layer's nodes and the parameters and sizes they read, in graph order."""
     layer = insertion.layer
-    needed = {insertion.nodes[name] for name in layer.nodes}
+    needed = {insertion.template.nodes[name] for name in layer.nodes}
     waiting = list(needed)
     while waiting:
         for node in waiting.pop().all_input_nodes:
@@ -161,7 +161,7 @@ def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
                 raise no_neutral_form(layer, "it reads the network's input besides its entry")
             needed.add(node)
             waiting.append(node)
-    return [n for n in insertion.nodes.values() if n in needed]
+    return [n for n in insertion.template.nodes.values() if n in needed]
 
 
 def _copy_node(
@@ -321,7 +321,7 @@ class Streams:
                 end, added = start + len(stream), self._added.setdefault(other, [])
                 position = end + sum(n for p, n in added if p <= end)
                 added.append((end, count))
-                if name in self.network.book.features:
+                if name in self.network.features:
                     continue
                 reads = any(axis.reads for _, axis in self.network.spaces.places[other])
                 _widen(module, other, position, count, reads)
@@ -339,14 +339,13 @@ class Streams:
 
     def _behind(self, node: str) -> list[str]:
         """Return the nodes behind a node, and the parameters and buffers they use."""
-        nodes = {n.name: n for n in self.network.module.graph.nodes}
         names: dict[str, None] = {}
-        waiting = [nodes[node]]
+        waiting = [self.network.nodes[node]]
         while waiting:
             for user in waiting.pop().users:
                 if user.name not in names:
                     names[user.name] = None
-                    names |= dict.fromkeys(self.network.book.tensors.get(user.name, ()))
+                    names |= dict.fromkeys(self.network.tensors.get(user.name, ()))
                     waiting.append(user)
         return list(names)
 
@@ -360,7 +359,7 @@ def _units_by_place(network: Network) -> dict[Place, np.ndarray]:
         for axis in (*space.features, *space.axes):
             place = axis.tensor, axis.dim
             if axis.groups == 1:
-                size = sizes.get(place) or network.book.shapes[axis.tensor][axis.dim]
+                size = sizes.get(place) or network.shapes[axis.tensor][axis.dim]
                 numbers = np.repeat(start + np.arange(space.size), axis.index.shape[1])
                 units.setdefault(place, np.full(size, -1))[axis.index.reshape(-1)] = numbers
         start += space.size
@@ -392,14 +391,14 @@ def _joins_units(insertion: Insertion) -> bool:
     layer, template = insertion.layer, insertion.template
     if insertion.parts or not layer.branched:
         return False
-    merge = insertion.nodes[layer.merge]
+    merge = insertion.template.nodes[layer.merge]
     parts, joins = template.inputs_of(merge), template.joins(merge)
     return joins and len(parts) > 1 and is_skip(template, parts[0], layer.entry)
 
 
 def _leave_unread(module: fx.GraphModule, insertion: Insertion, streams: Streams) -> None:
     """Widen the stream behind a layer that joins new units to it, so that nothing reads them."""
-    layer, shapes = insertion.layer, insertion.template.book.shapes
+    layer, shapes = insertion.layer, insertion.template.shapes
     sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
     if len(sizes) != 1 or layer.nodes[-1] != layer.merge:
         raise no_neutral_form(layer, "it changes its units again behind the join")

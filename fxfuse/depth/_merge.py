@@ -171,9 +171,9 @@ class MergeIntoNext:
     def _straightened(self, network: WorkingCopy, layer: Layer) -> Affine:
         """Return a layer as a map, with a line in place of its activation."""
         original, producer = network.original, self._producer(network, layer)
-        nodes = {n.name: n for n in original.module.graph.nodes}
-        behind = layer.nodes[layer.nodes.index(producer.joint) + 1 :]
-        activations = [nodes[n] for n in behind if not original.is_idle(nodes[n])]
+        names = layer.nodes[layer.nodes.index(producer.joint) + 1 :]
+        behind = [original.nodes[name] for name in names]
+        activations = [n for n in behind if not original.is_idle(n)]
         if len(activations) > 1 or not all(original.is_activation(n) for n in activations):
             raise Unsuitable(f"'{layer.name}' does more than contract, normalise and activate")
         if not activations:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,11 +46,6 @@ class Insertion:
     into: Network
     after: str
     parts: tuple[Layer, ...] = ()
-
-    @cached_property
-    def nodes(self) -> dict[str, fx.Node]:
-        """The nodes of the template by name."""
-        return {n.name: n for n in self.template.module.graph.nodes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +106,7 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
     else:
         _make_identity(copied)
     for name in layer.nodes[layer.nodes.index(layer.merge) + 1 :]:
-        node = insertion.nodes[name]
+        node = template.nodes[name]
         if template.is_activation(node) and not (approximate or changes_nothing(insertion, node)):
             raise no_neutral_form(
                 layer, f"activation '{name}' changes the values behind '{insertion.after}'"
@@ -148,8 +142,8 @@ def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     Rows beyond the number of inputs write zeros.
     """
     template = copied.insertion.template
-    weights = template.book.weights[layer.merge]
-    for name in template.book.tensors[layer.merge]:
+    weights = template.weights[layer.merge]
+    for name in template.tensors[layer.merge]:
         copied.fill(name, 0.0)
     weight = copied[weights[0]].data
     convolutions = [s.geometry for s in template.contractions(layer.merge) if s.geometry]
@@ -171,7 +165,7 @@ def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
 def _fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: float = 0.0) -> None:
     """Let a norm compute `scale * x + shift`."""
     insertion = copied.insertion
-    roles = insertion.template.book.norms.get(node.name)
+    roles = insertion.template.norms.get(node.name)
     if roles is None:
         raise no_neutral_form(insertion.layer, f"norm '{node.name}' depends on its input")
     for name, values in tensors_for(roles, scale, shift).items():
@@ -187,7 +181,7 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
     The block then adds nothing to its skip.
     """
     layer, template = copied.insertion.layer, copied.insertion.template
-    merge, node = copied.insertion.nodes[layer.merge], _branch(copied.insertion, layer)
+    merge, node = copied.insertion.template.nodes[layer.merge], _branch(copied.insertion, layer)
     if node is None or not template.adds(merge):
         raise no_neutral_form(layer, f"'{merge.name}' is not the sum of a branch and the entry")
     while True:
@@ -205,7 +199,7 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
 
 def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
     """Return the last node of a block's branch, if the block ends in its entry and one branch."""
-    template, merge = insertion.template, insertion.nodes[layer.merge]
+    template, merge = insertion.template, insertion.template.nodes[layer.merge]
     inputs = template.inputs_of(merge)
     branches = [n for n in inputs if not is_skip(template, n, layer.entry)]
     return branches[0] if len(inputs) == 2 and len(branches) == 1 else None
@@ -213,8 +207,8 @@ def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
 
 def _last_writers(network: Network, node: fx.Node) -> list[str]:
     """Return the tensors of a node's last contraction; all of a node that contracts nothing."""
-    names = network.book.tensors.get(node.name, [])
-    earlier = network.book.weights.get(node.name, [])[:-1]
+    names = network.tensors.get(node.name, [])
+    earlier = network.weights.get(node.name, [])[:-1]
     return names[names.index(earlier[-1]) + 1 :] if earlier else names
 
 
@@ -230,7 +224,7 @@ def is_skip(network: Network, node: fx.Node, entry: str) -> bool:
 # Where an activation may be a straight line: within a distance of a centre. Tried in this order.
 STRAIGHT = ((3.0, 2.5), (40.0, 16.0))  # (centre, distance)
 
-OPEN = 30.0  # gate activations map it to 1
+SATURATED = 30.0  # gate activations map it to one
 
 MARGIN = 4.0  # how much farther than on the example an input may reach
 
@@ -253,7 +247,7 @@ def _carry_through(copied: LayerCopy) -> None:
         weight = _copy_inputs(copied, layer)
         if weight.shape[0] < copied.width:
             raise no_neutral_form(layer, "it is narrower than the stream it has to carry")
-        behind = [insertion.nodes[n] for n in layer.nodes[1:]]
+        behind = [insertion.template.nodes[n] for n in layer.nodes[1:]]
         behind = [n for n in behind if not template.is_idle(n)]
         activation = next((n for n in behind if template.is_activation(n)), None)
         centre, distance = (0.0, reach) if activation is None else _straight(insertion, activation)
@@ -273,7 +267,7 @@ def _carry_through(copied: LayerCopy) -> None:
 def _scale_and_shift(copied: LayerCopy, layer: Layer, scale: float, shift: float) -> None:
     """Let a layer without a norm, whose weight copies its inputs, scale and shift them."""
     template = copied.insertion.template
-    names, weight = template.book.tensors[layer.merge], template.book.weights[layer.merge][0]
+    names, weight = template.tensors[layer.merge], template.weights[layer.merge][0]
     if len(names) != 2:
         layer_as_a_whole = copied.insertion.layer
         raise no_neutral_form(layer_as_a_whole, f"'{layer.name}' has neither a bias nor a norm")
@@ -299,13 +293,13 @@ def _open_gate(copied: LayerCopy, layer: Layer) -> None:
     template, node = insertion.template, _branch(insertion, layer)
     if node is None or not template.multiplies(layer.merge):
         raise no_neutral_form(insertion.layer, f"'{layer.name}' is neither plain nor a gate")
-    while not template.book.weights.get(node.name):
+    while not template.weights.get(node.name):
         node = template.inputs_of(node)[0]
     writers = _last_writers(template, node)
     if len(writers) != 2:
         raise no_neutral_form(insertion.layer, f"the gate '{layer.name}' has no bias to open it")
     for name in writers:
-        copied.fill(name, 0.0 if name in template.book.weights[node.name] else OPEN)
+        copied.fill(name, 0.0 if name in template.weights[node.name] else SATURATED)
 
 
 # --- activations ------------------------------------------------------------------------------
@@ -318,7 +312,7 @@ def changes_nothing(insertion: Insertion, node: fx.Node) -> bool:
     themselves, as ReLU does with the outputs of ReLU.
     """
     into = insertion.into
-    before = next(n for n in into.module.graph.nodes if n.name == insertion.after)
+    before = into.nodes[insertion.after]
     while not into.is_activation(before):
         if not (into.is_idle(before) or into.moves_or_resamples(before)):
             return False

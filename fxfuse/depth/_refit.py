@@ -85,7 +85,7 @@ class RefitNeighbour:
         original, layer = network.original, removal.behind
         if layer is None:
             raise Unsuitable("no layer behind")
-        site, shapes = find_site(original, layer), original.book.shapes
+        site, shapes = find_site(original, layer), original.shapes
         ends = [(shapes[p[0].entry], shapes[p[-1].nodes[-1]]) for p in removal.pieces]
         if layer.branched and any(before != after for before, after in ends):
             reason = f"'{layer.name}' is a block, and without them reads values of another shape"
@@ -111,7 +111,7 @@ class RefitNeighbour:
         prior = None if site.branch is None else site.producer.affine
         self._fit(network, site, target, _activation(original, last, target), prior)
         behind = nodes_behind(original, last, target)
-        if any(n.name in original.book.tensors for n in behind):
+        if any(n.name in original.tensors for n in behind):
             network.redirect(target, site.output)  # the norm behind the last removed sum stays
         else:
             network.redirect(last.nodes[-1], layer.nodes[-1])
@@ -151,7 +151,7 @@ class RefitNeighbour:
         except DataError as error:
             reason = f"without them the network does not run ({error.met})"
             raise Unsuitable(reason) from error
-        shape = original.book.shapes[target]
+        shape = original.shapes[target]
         if not _gives_shape(affine, x, shape):
             raise Unsuitable(f"'{producer.node}' would read values of another shape")
         size = max(1, min(FIT_SAMPLES, FIT_BYTES // (8 * _patch_size(affine, x, shape))))
@@ -196,7 +196,7 @@ def find_site(network: Network, layer: Layer) -> RefitSite:
     Raises:
         Unsuitable: If it is no single contraction, and no sum of a branch and a skip either.
     """
-    nodes = {n.name: n for n in network.module.graph.nodes}
+    nodes = network.nodes
     if not layer.branched:
         producer = read_producer(network, nodes[layer.merge])
         if producer is None:
@@ -221,7 +221,7 @@ def find_site(network: Network, layer: Layer) -> RefitSite:
 
 def nodes_behind(network: Network, layer: Layer, name: str) -> list[fx.Node]:
     """Return the nodes of a layer behind one of them, without those that do nothing."""
-    nodes = {n.name: n for n in network.module.graph.nodes}
+    nodes = network.nodes
     behind = [nodes[n] for n in layer.nodes[layer.nodes.index(name) + 1 :]]
     return [n for n in behind if not network.is_idle(n)]
 
@@ -231,7 +231,7 @@ def _end_of_branch(network: Network, node: fx.Node, layer: Layer) -> Producer | 
     while network.is_idle(node) and len(node.users) == 1 and node.name in layer.nodes:
         node = network.inputs_of(node)[0]
     end = node
-    if node.name in network.book.norms:
+    if node.name in network.norms:
         node = network.inputs_of(node)[0]
     alone = node.name in layer.nodes and len(end.users) == len(node.users) == 1
     producer = read_producer(network, node) if alone else None
@@ -274,7 +274,7 @@ def _require_alike(
     before, last = ([describe(network, n) for n in nodes_behind(network, *end)] for end in ends)
     if before != last:
         raise Unsuitable(f"'{layer.name}' has another activation")
-    shape, wanted = network.book.shapes[site.output], network.book.shapes[target]
+    shape, wanted = network.shapes[site.output], network.shapes[target]
     if site.branch is None and site.producer.affine.groups == 1:  # its width may change
         axis = site.producer.axis % len(shape)
         shape, wanted = (s[:axis] + s[axis + 1 :] for s in (shape, wanted))

@@ -120,13 +120,12 @@ class WorkingCopy:
 
     def node(self, name: str) -> fx.Node:
         """Return a node of the copy."""
-        node: fx.Node = next(n for n in self.edited.module.graph.nodes if n.name == name)
-        return node
+        return self.edited.nodes[name]
 
     def producer(self, layer: Layer) -> Producer | None:
         """Return the contraction of a plain layer; None if it is a block or no single one."""
-        nodes = {n.name: n for n in self.original.module.graph.nodes}
-        return None if layer.branched else read_producer(self.original, nodes[layer.merge])
+        merge = self.original.nodes[layer.merge]
+        return None if layer.branched else read_producer(self.original, merge)
 
     def redirect(self, name: str, other: str) -> None:
         """Let the readers of a node read another one; erase nodes that nothing reads any more."""

@@ -238,7 +238,7 @@ def _neutral_run(insertion: Insertion, missing: Sequence[Layer]) -> tuple[Layer,
     A layer whose activation would change its inputs is neutral only in a run that ends in a layer
     without an activation. An example is the widest layer of an inverted bottleneck.
     """
-    nodes = [insertion.nodes[name] for name in missing[0].nodes]
+    nodes = [insertion.template.nodes[name] for name in missing[0].nodes]
     activations = [n for n in nodes if insertion.template.is_activation(n)]
     if missing[0].branched or all(changes_nothing(insertion, n) for n in activations):
         return ()
@@ -273,7 +273,7 @@ def _template(
         wanted: The layer there.
         after: Node of the first network behind which the layer goes.
     """
-    shapes = network.book.shapes
+    shapes = network.shapes
     candidates = [
         layer
         for layer in layers

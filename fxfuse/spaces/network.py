@@ -66,6 +66,11 @@ class Network:
         """The network itself; in the way of those that still read `network.book.shapes`."""
         return self
 
+    @property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The nodes of its graph by name, in order."""
+        return {n.name: n for n in self.module.graph.nodes}
+
     def inputs_of(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose tensors a node reads, parameters and sizes left out."""
         return [n for n in node.all_input_nodes if self.carries_data(n)]

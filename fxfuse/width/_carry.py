@@ -151,7 +151,7 @@ def strengths(network: Network) -> dict[str, np.ndarray]:
     Heads have no weights of their own; they are as strong as the units inside them together.
     """
     state = fold_norms(network, foldable_norms(network))
-    contracted = {t for names in network.book.weights.values() for t in names}
+    contracted = {t for names in network.weights.values() for t in names}
     strength = {}
     for space in network.spaces:
         total = np.zeros(space.size)
@@ -414,7 +414,7 @@ def add_noise(copied: ResizedCopy, noise: float, seed: int) -> None:
         seed: Seed of the noise.
     """
     wide, generator = copied.plan.resized, torch.Generator().manual_seed(seed)
-    contracted = {t for names in wide.book.weights.values() for t in names}
+    contracted = {t for names in wide.weights.values() for t in names}
     for name, tensor in copied.module.named_parameters():
         written = [(space, axis) for space, axis in wide.spaces.on(name) if not axis.reads]
         if name not in contracted or tensor.dim() < 2:

@@ -143,7 +143,7 @@ class _MultiplyAdds:
 
     def _weights(self, sizes: dict[str, int]) -> dict[str, int]:
         """Return how many weights each node contracts with its input."""
-        shapes, contracted = shapes_at(self.base, sizes), self.base.book.weights
+        shapes, contracted = shapes_at(self.base, sizes), self.base.weights
         return {
             node: sum(prod(shapes[name]) for name in contracted[node])
             for node in self.by_node

@@ -248,7 +248,7 @@ class _SizeFitter(Interpreter):
             readers = [u for u in n.users if u.target is operator.getitem]
             pairs = [(u, _item(value, u.args[1])) for u in readers]
             return all(self._fits(u, item) for u, item in pairs if item is not None)
-        old = self.network.book.shapes.get(n.name)
+        old = self.network.shapes.get(n.name)
         if not isinstance(value, Tensor) or n.op == "get_attr" or not old:
             return True
         if value.dim() != len(old):
@@ -263,7 +263,7 @@ class _SizeFitter(Interpreter):
         """
         growth = [self.growth.get((n.name, dim), 0)]
         for user in n.users:
-            if self.network.book.shapes.get(user.name) != self.network.book.shapes[n.name]:
+            if self.network.shapes.get(user.name) != self.network.shapes[n.name]:
                 continue
             if self.network.is_elementwise(user):
                 growth.append(self.growth.get((user.name, dim), 0))
@@ -293,7 +293,7 @@ def _likely_sizes(network: Network, sizes: dict[str, int]) -> dict[int, list[int
             likely[old].append(new)
 
     for (node, dim), more in _feature_growth(network, sizes).items():
-        size = network.book.shapes[node][dim]
+        size = network.shapes[node][dim]
         add(size, size + more)
     for place, more in _tensor_growth(network, sizes).items():
         size = network.spaces.sizes[place]

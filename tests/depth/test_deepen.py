@@ -296,7 +296,7 @@ def test_inserted_layers_can_be_trained(name):
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         grads = {n: p.grad for n, p in network.module.named_parameters()}
         for layer in absent:
-            names = [t for n in layer.nodes for t in network.book.tensors.get(n, ()) if t in grads]
+            names = [t for n in layer.nodes for t in network.tensors.get(n, ()) if t in grads]
             assert any(float(grads[t].abs().max()) > 0 for t in names)
 
 
