@@ -1,4 +1,4 @@
-"""A model as a graph of its own: captured, rewritten by passes, and compared with the model."""
+"""A model as a graph: captured, edited by passes, and compared with the model."""
 
 from .passes import debug
 from .trace import trace

@@ -1,8 +1,8 @@
-"""The state of a module by qualified name: read, filled, replaced and attached.
+"""The parameters and buffers of a module by qualified name: read, filled, replaced and added.
 
-Names are those of `state_dict`, as `layer1.0.conv1.weight`. What stands here knows how torch keeps
-state: a tensor that several modules hold stays one tensor, a parameter stays a parameter, and the
-sizes that a module repeats as attributes (`in_features`) follow its tensors.
+Names are those of `state_dict`, as `layer1.0.conv1.weight`. A tensor that several modules share
+stays one tensor, a parameter stays a parameter, and attributes that repeat sizes of a module's
+tensors (`in_features`) follow them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-_SIZES = {  # attribute of a torch.nn module -> the tensor and the axis whose size it repeats
+_SIZES = {  # attribute of a torch.nn module -> the tensor and axis whose size it is
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
     nn.Bilinear: {
         "out_features": ("weight", 0),
@@ -32,7 +32,7 @@ _SIZES = {  # attribute of a torch.nn module -> the tensor and the axis whose si
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters, then all buffers; one of several names goes by its first."""
+    """Return all parameters, then all buffers, each by the first of its names."""
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
@@ -79,7 +79,7 @@ def _sharing_memory(tensors: Sequence[Tensor]) -> set[int]:
 
 
 def part_at(module: nn.Module, name: str) -> nn.Module | Tensor | None:
-    """Return the module, parameter or buffer of a name, looked up in nothing but their tables."""
+    """Return the module, parameter or buffer of a name, from torch's tables only; None if none."""
     owner, leaf = _owner(module, name)
     tables: tuple[dict[str, Any], ...] = ()
     if owner is not None:
@@ -105,10 +105,10 @@ def fill(module: nn.Module, name: str, values: float | np.ndarray | Tensor) -> N
 
 
 def replace_tensor(module: nn.Module, name: str, values: np.ndarray | Tensor) -> None:
-    """Put values of any shape in the place of a parameter or buffer.
+    """Replace a parameter or buffer by one with other values, and possibly another shape.
 
-    The new tensor has the type, device and `requires_grad` of the old one and all of its names, and
-    the sizes that the modules around it repeat are set anew.
+    The new tensor has the type, device, `requires_grad` and all names of the old one. The size
+    attributes of its modules are set to fit.
     """
     old = tensor_at(module, name)
     new = torch.as_tensor(values).detach().to(old).clone()
@@ -122,7 +122,7 @@ def replace_tensor(module: nn.Module, name: str, values: np.ndarray | Tensor) ->
 
 
 def add_part(module: fx.GraphModule, name: str, part: nn.Module | Tensor) -> None:
-    """Give a module a new part, parameter or buffer; make the modules of its name if need be."""
+    """Add a module, parameter or buffer, and the modules of its name that are not there yet."""
     if isinstance(part, nn.Module):
         module.add_submodule(name, part)
         return
@@ -150,7 +150,7 @@ def hide(module: nn.Module, name: str) -> None:
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """Return the module that holds what a name means, None if there is none; and the last name."""
+    """Return the module that holds a name, None if there is no such module, and the last name."""
     path, _, leaf = name.rpartition(".")
     owner: nn.Module | None = module
     for step in path.split(".") if path else ():

@@ -1,4 +1,4 @@
-"""Which units of a network are interchangeable, found by running it on labels."""
+"""Which units of a network are interchangeable, found by a run of the network on labels."""
 
 from .network import Network
 from .spaces import find_spaces, permute

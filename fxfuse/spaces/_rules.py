@@ -411,7 +411,7 @@ def _first_of_several(op: Op, labels: Labels) -> list[Labels]:
 # --- one value at a time ------------------------------------------------------------------------
 
 
-def pointwise(run: LabelRun, op: Op) -> Labels:
+def elementwise(run: LabelRun, op: Op) -> Labels:
     """Tie the units that meet at the same place."""
     return merge(run, [(run.of(t), extents(t)) for t in op.tensors], op.out.dim())
 

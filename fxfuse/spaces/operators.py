@@ -78,7 +78,7 @@ def _rows(names: str, *columns: Any) -> dict[str, Operator]:
 
 
 P = Property
-UNTABLED_POINTWISE = Operator(rules.pointwise, P.ELEMENTWISE, numbers)
+OTHER_ELEMENTWISE = Operator(rules.elementwise, P.ELEMENTWISE, numbers)
 UNKNOWN = Operator(rules.unknown, P.NONE, numbers)
 
 OPERATORS: dict[str, Operator] = {
@@ -106,14 +106,14 @@ OPERATORS: dict[str, Operator] = {
     **_rows("new_zeros new_ones new_full scalar_tensor", rules.constant, P.CONSTANT),
     **_rows("empty empty_like new_empty arange linspace", rules.opaque, P.SILENT),
     # --- one value at a time
-    **_rows("add", rules.pointwise, P.ELEMENTWISE | P.ADDS | P.COMMUTES),
-    **_rows("mul", rules.pointwise, P.ELEMENTWISE | P.MULTIPLIES | P.COMMUTES),
-    **_rows("sub rsub div", rules.pointwise, P.ELEMENTWISE),
-    **_rows("maximum minimum", rules.pointwise, P.ELEMENTWISE | P.COMMUTES, numbers),
+    **_rows("add", rules.elementwise, P.ELEMENTWISE | P.ADDS | P.COMMUTES),
+    **_rows("mul", rules.elementwise, P.ELEMENTWISE | P.MULTIPLIES | P.COMMUTES),
+    **_rows("sub rsub div", rules.elementwise, P.ELEMENTWISE),
+    **_rows("maximum minimum", rules.elementwise, P.ELEMENTWISE | P.COMMUTES, numbers),
     **_rows(  # what older versions of torch do not tag as pointwise
         "relu leaky_relu elu celu gelu silu mish hardtanh hardswish hardsigmoid softplus"
         " softshrink threshold _prelu_kernel clamp",
-        rules.pointwise,
+        rules.elementwise,
         P.ELEMENTWISE,
         numbers,
     ),
@@ -160,7 +160,7 @@ def operator_of(op: Op) -> Operator:
     if op.func.namespace == "aten" and op.name in OPERATORS:
         return OPERATORS[op.name]
     if torch.Tag.pointwise in op.func.tags and not op.func._schema.name.startswith("aten::copy"):
-        return UNTABLED_POINTWISE
+        return OTHER_ELEMENTWISE
     return UNKNOWN
 
 

@@ -35,11 +35,11 @@ def nothing(module):
 @graph_pass(keeps_function=True)
 def relu_again(module, after):
     """Apply the activation behind a node once more, which keeps the function only for a ReLU."""
-    found = node(module, after)
+    act = node(module, after)
     module.add_submodule("again", nn.ReLU())
-    with module.graph.inserting_after(found):
-        new = module.graph.call_module("again", (found,))
-    found.replace_all_uses_with(new, lambda user: user is not new)
+    with module.graph.inserting_after(act):
+        new = module.graph.call_module("again", (act,))
+    act.replace_all_uses_with(new, lambda user: user is not new)
     new.meta["neutral_to"] = after
 
 
@@ -80,9 +80,9 @@ def forget_an_attribute(module):
 @graph_pass(keeps_function=False)
 def skip(module, name):
     """Take a node out."""
-    found = node(module, name)
-    found.replace_all_uses_with(found.all_input_nodes[0])
-    module.graph.erase_node(found)
+    gone = node(module, name)
+    gone.replace_all_uses_with(gone.all_input_nodes[0])
+    module.graph.erase_node(gone)
 
 
 @graph_pass(keeps_function=False)
@@ -180,10 +180,10 @@ def test_the_code_of_the_graph_is_generated_again(net):
 
 def test_new_nodes_know_their_pass_and_their_sources(net):
     edited = relu_again(net, (X,), "_1")
-    known = {n.name for n in net.graph.nodes}
-    new = [n for n in edited.graph.nodes if n.name not in known]
+    old = {n.name for n in net.graph.nodes}
+    new = [n for n in edited.graph.nodes if n.name not in old]
     assert [n.meta["origin"] for n in new] == [("relu_again", ("_1",))]
-    assert not any("origin" in n.meta for n in edited.graph.nodes if n.name in known)
+    assert not any("origin" in n.meta for n in edited.graph.nodes if n.name in old)
 
 
 def test_passes_can_be_chained(net):
@@ -213,11 +213,11 @@ def test_levels_nest_and_are_restored_after_errors():
 def test_the_environment_sets_the_level_outside_of_blocks(monkeypatch, text, level):
     monkeypatch.setenv("FXFUSE_DEBUG", text)
     assert debug_level() == 2
-    found = []
-    outside = threading.Thread(target=lambda: found.append(debug_level()))
+    levels = []
+    outside = threading.Thread(target=lambda: levels.append(debug_level()))
     outside.start()
     outside.join()
-    assert found == [level]
+    assert levels == [level]
 
 
 def test_level_three_writes_each_graph(net, tmp_path, monkeypatch):

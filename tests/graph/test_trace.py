@@ -526,8 +526,8 @@ def test_a_head_that_refuses_the_batch_is_cut_off():
     graph = trace(net).train()
     graph.get_submodule("a.0").eval()
     modes = {path: m.training for path, m in graph.named_modules()}
-    (found,) = run_once(graph, (x,), "net")
-    assert torch.equal(found, outputs(net, x))
+    (output,) = run_once(graph, (x,), "net")
+    assert torch.equal(output, outputs(net, x))
     lint(graph)
     assert {k.partition(".")[0] for k in graph.state_dict()} == {"a", "b"}
     assert all(m.training == modes[path] for path, m in graph.named_modules())
@@ -579,5 +579,5 @@ def test_state_dictionaries_keep_the_version_of_their_class():
     made = [trace(outer), fxfuse.permute(outer, torch.zeros(1, 3))]
     made += [fxfuse.fuse([outer, outer], torch.randn(8, 3))]
     for graph in made:
-        found = graph.state_dict()._metadata
-        assert found[""]["version"] == found["0.0"]["version"] == 7 and found["0"]["version"] == 1
+        parts = graph.state_dict()._metadata
+        assert parts[""]["version"] == parts["0.0"]["version"] == 7 and parts["0"]["version"] == 1

@@ -1,6 +1,6 @@
-"""One line per operator: permuting every space keeps the function, and frees the units expected.
+"""A case for each operator: permuting every space keeps the function; some units are free.
 
-Most cases put an operator between two layers, where 8 units would be free if it were not there.
+Most cases put an operator between two layers. Without it, 8 units would be free there.
 """
 
 import functools
@@ -30,7 +30,7 @@ def numbered(x):
 
 
 class Custom(nn.Module):
-    """A network whose forward is given as a function of it and its input."""
+    """A network whose forward is a function of the network and its input."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def vectors(function, free=8, outputs=8, **parts):
-    """An operator between two linear layers on `(3, 6)`, seeing `(3, 8)`."""
+    """An operator between two linear layers; the input is `(3, 6)`, the operator gets `(3, 8)`."""
 
     def forward(net, x):
         return net.head(function(net, torch.relu(net.stem(x))))
@@ -62,13 +62,13 @@ def vectors(function, free=8, outputs=8, **parts):
 
 
 def tokens(function, free=8, outputs=8, **parts):
-    """An operator between two linear layers on 5 tokens, seeing `(2, 5, 8)`."""
+    """An operator between two linear layers on 5 tokens; it gets `(2, 5, 8)`."""
     case = vectors(function, free, outputs, **parts)
     return case._replace(shape=(2, 5, 6))
 
 
 def images(function, free=8, outputs=8, **parts):
-    """An operator between two convolutions on 6 x 6 pixels, seeing `(2, 8, 6, 6)`."""
+    """An operator between two convolutions on 6 x 6 pixels; it gets `(2, 8, 6, 6)`."""
 
     def forward(net, x):
         return net.head(function(net, torch.relu(net.stem(x))))
@@ -83,7 +83,7 @@ def images(function, free=8, outputs=8, **parts):
 
 
 def volumes(function, free=8, outputs=8, **parts):
-    """An operator between two convolutions on 4 x 4 x 4 voxels, seeing `(2, 8, 4, 4, 4)`."""
+    """An operator between two convolutions on 4 x 4 x 4 voxels; it gets `(2, 8, 4, 4, 4)`."""
 
     def forward(net, x):
         return net.head(function(net, torch.relu(net.stem(x))))
@@ -106,12 +106,12 @@ def table(*shape):
 
 
 def kept(part):
-    """A case line for a module between the two layers."""
+    """The arguments of a case with a module between the two layers."""
     return dict(function=lambda net, x: net.part(x), part=part)
 
 
 CASES = {
-    # --- moves: the units go with the data
+    # --- moves: the units move with the data
     "view": vectors(lambda net, x: x.view(-1, 2, 4).view(-1, 8)),
     "reshape": images(
         lambda net, x: x.flatten(2).transpose(1, 2).reshape(-1, 6, 6, 8).movedim(3, 1)
@@ -190,7 +190,7 @@ CASES = {
     ),
     "arange": vectors(lambda net, x: x + numbered(x), free=0),
     "empty": vectors(lambda net, x: torch.add(x, torch.empty_like(x).fill_(0.2)), free=0),
-    # --- pointwise
+    # --- elementwise
     "relu": vectors(lambda net, x: F.relu(x - 0.5, inplace=True)),
     "gelu": vectors(lambda net, x: F.gelu(x)),
     "add two": vectors(lambda net, x: x + net.a(x), a=lambda: nn.Linear(8, 8)),
@@ -208,7 +208,7 @@ CASES = {
         lambda net, x: x * torch.sigmoid(net.a(x.mean((2, 3), True))), a=lambda: nn.Conv2d(8, 8, 1)
     ),
     "one gate for all": images(lambda net, x: x * net.a(x), a=lambda: nn.Conv2d(8, 1, 1)),
-    # --- sums over units and positions
+    # --- sums over units or positions
     "mean": images(lambda net, x: x - x.mean((2, 3), keepdim=True)),
     "mean of units": vectors(lambda net, x: x - x.mean(1, keepdim=True)),
     "sum of half": vectors(lambda net, x: x.view(3, 2, 4).sum(2).repeat_interleave(4, 1) * 1, 8),
@@ -223,7 +223,7 @@ CASES = {
     "logsumexp": vectors(lambda net, x: x - x.logsumexp(1, keepdim=True)),
     "norm": vectors(lambda net, x: x / (1 + torch.linalg.vector_norm(x, dim=1, keepdim=True))),
     "nansum": images(lambda net, x: x - x.nansum((2, 3), keepdim=True)),
-    # --- by order and by number
+    # --- by order or by number
     "max of pixels": images(lambda net, x: x * torch.max(x, 2, keepdim=True)[0]),
     "min of pixels by name": images(lambda net, x: x - x.min(3, keepdim=True).values),
     "max of units": vectors(lambda net, x: x - torch.max(x, 1, keepdim=True)[0], 0),
@@ -407,7 +407,7 @@ CASES = {
     "depthwise multiplied": images(
         **kept(lambda: nn.Conv2d(8, 16, 3, groups=8)), free=16, outputs=16
     ),
-    # --- parameters with an axis for parts and one for what is in them
+    # --- parameters with an axis for parts and one for the units of a part
     "table of parts": vectors(
         lambda net, x: (x.view(3, 2, 4) + net.a).flatten(1), a=table(2, 4), free=4
     ),
@@ -424,7 +424,7 @@ CASES = {
         outputs=4,
         free=14,
     ),
-    # --- parts in place, units within them
+    # --- parts that stay, units that move within them
     "numbered parts": vectors(lambda net, x: (x.view(3, 2, 4) * numbered(x)[:2, None]).flatten(1)),
     "numbered parts with a gate": vectors(
         lambda net, x: (x.view(3, 4, 2) * (net.a(x)[:, :, None] * numbered(x)[:2])).flatten(1),
@@ -467,7 +467,7 @@ def _pooled_attention(net, q, k, v):
     return ((q @ k.mT).softmax(-1) @ v[:, :, :3]).transpose(1, 2).reshape(2, 5, 8)
 
 
-# Networks on which a permutation of all spaces once changed the function, or crashed.
+# Networks for which a permutation of all spaces once changed the function, or failed.
 FOUND_IN_THE_WILD = {
     "vector times matrix": vectors(
         lambda net, x: torch.stack([v @ net.a for v in _three(x)]), outputs=7, a=table(8, 7)
@@ -599,7 +599,7 @@ def applied(monkeypatch):
 
     for key, row in OPERATORS.items():
         monkeypatch.setitem(OPERATORS, key, replace(row, rule=watched(row.rule)))
-    for name in ("UNTABLED_POINTWISE", "UNKNOWN"):
+    for name in ("OTHER_ELEMENTWISE", "UNKNOWN"):
         row = getattr(operators, name)
         monkeypatch.setattr(operators, name, replace(row, rule=watched(row.rule)))
     return names
@@ -613,7 +613,7 @@ def test_every_rule_is_exercised_by_a_case(applied):
     assert {row.rule.__name__ for row in OPERATORS.values()} | {"unknown"} == applied
 
 
-def test_rows_are_of_operators_that_exist():
+def test_every_row_is_of_an_operator_of_aten():
     assert [name for name in OPERATORS if not hasattr(torch.ops.aten, name)] == []
 
 
@@ -630,11 +630,11 @@ def test_the_operators_of_other_libraries_have_no_row():
     assert any("fxfuse_tests.linear" in f.reason for f in spaces.frozen)
 
 
-# --- what other backends run ----------------------------------------------------------------------
+# --- operators of other backends ---------------------------------------------------------------------
 
 
 def mirrored_linear(bias):
-    """Mirror `aten.linear`, which the CPU takes apart before anyone sees it."""
+    """Mirror `aten.linear`, which other backends run in one piece; the CPU takes it apart."""
     layer, x = nn.Linear(8, 5, bias=bias), torch.zeros(2, 3, 8)
     run = LabelRun(layer.named_parameters())
     units = run.ledger.new(8)

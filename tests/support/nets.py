@@ -1,7 +1,7 @@
-"""Small networks, each with one structure that fusion has to see, and a generator of random ones.
+"""Small networks, each with one structure that fusion has to see, and random networks.
 
-No number may be special in them: `randomise` replaces every fresh zero and one (biases, affine
-parameters, running statistics, heads), since those hide wrong permutations.
+`randomise` gives every parameter and buffer random values: the zeros and ones of fresh networks
+(biases, affine parameters, running statistics, heads) hide wrong permutations.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 
 def randomise(module, seed=0):
-    """Draw every parameter and buffer anew from a seed and return the module in eval mode."""
+    """Draw every parameter and buffer from a seed; return the module, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point():
@@ -40,7 +40,7 @@ def gap(before, after, *inputs):
     """Largest difference of two networks' outputs, relative to the largest output of the first."""
     a, b = outputs(before, *inputs), outputs(after, *inputs)
     assert a.shape == b.shape and bool(torch.isfinite(b).all())
-    assert float(a.abs().max()) > 0.01, "outputs of nothing show nothing"
+    assert float(a.abs().max()) > 0.01, "outputs of zero would hide every difference"
     return float((a - b).abs().max() / a.abs().max())
 
 
@@ -51,7 +51,7 @@ def moved(before, after):
 
 
 class Recorder(fx.Interpreter):
-    """A graph's forward that keeps the value of every node."""
+    """Runs a graph and keeps the value of every node."""
 
     def run_node(self, n):
         self.seen[n.name] = value = super().run_node(n)
@@ -71,7 +71,7 @@ def values(graph, *inputs):
 
 
 def conv(inputs, outputs, kernel=3, norm=True, act=True, groups=1, stride=1, bias=None):
-    """Convolution, maybe norm, maybe ReLU; with a bias unless a norm follows (or as told)."""
+    """Convolution, norm and ReLU; it has a bias if no norm follows, or if asked for."""
     bias = not norm if bias is None else bias
     parts = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias)]
     parts += [nn.BatchNorm2d(outputs)] * norm + [nn.ReLU()] * act
@@ -116,7 +116,7 @@ class PaddedShortcut(nn.Module):
 
 
 class Concat(nn.Module):
-    """A dense layer: what it computes is put behind what it reads."""
+    """A dense layer: what it computes is appended to what it reads."""
 
     def __init__(self, inputs, growth):
         super().__init__()
@@ -127,7 +127,7 @@ class Concat(nn.Module):
 
 
 class Grown(nn.Module):
-    """Dense layers with the norm in front, spelled as one list of all that was computed so far."""
+    """Dense layers with the norm in front, written with one list of all values so far."""
 
     def __init__(self, inputs, growth, layers):
         super().__init__()
@@ -154,7 +154,7 @@ class Gate(nn.Module):
 
 
 class Inverted(nn.Module):
-    """Expand, depthwise, gate, project, around a skip."""
+    """An inverted bottleneck: expand, depthwise convolution, gate, project, around a skip."""
 
     def __init__(self, width, inner, gate=0):
         super().__init__()
@@ -176,7 +176,7 @@ class Shuffle(nn.Module):
 
 
 class Twice(nn.Module):
-    """One convolution applied two times: its inputs and outputs are the same units."""
+    """One convolution applied twice: its inputs and outputs are the same units."""
 
     def __init__(self, width):
         super().__init__()
@@ -196,7 +196,7 @@ class Pooled(nn.Module):
 
 
 class Functional(nn.Module):
-    """The plain network in functional spelling, flags and all."""
+    """The plain network written with functions, with dropout that follows the mode."""
 
     def __init__(self):
         super().__init__()
@@ -240,9 +240,9 @@ class Tokens(nn.Module):
 
 
 class States(nn.Module):
-    """Places are summed up in a few states, channels are mixed there, and it goes back to places.
+    """Sums places up in a few states, mixes the channels of each, and spreads them to the places.
 
-    A value in between has free units along two axes: the channels and the states.
+    A value in between has free units along two axes, the channels and the states.
     """
 
     def __init__(self, width=6, states=5):
@@ -259,7 +259,7 @@ class States(nn.Module):
 
 
 def mlp(*widths, norm=False, act=nn.ReLU, bias=True):
-    """Linear layers of the given widths, each but the last with its activation behind it."""
+    """Linear layers of the given widths, with an activation behind each but the last."""
     parts = []
     for i, o in zip(widths[:-2], widths[1:-1]):
         parts += [nn.Linear(i, o, bias=bias)] + [nn.BatchNorm1d(o)] * norm + [act()]
@@ -294,7 +294,7 @@ def residual(*stages, stem=6, classes=3, stride=2, inner=None):
 
 
 class Net(NamedTuple):
-    """How to build a network, the shape of its input, and the sizes of its spaces."""
+    """A function that builds a network, the shape of its input, and the sizes of its spaces."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -324,7 +324,7 @@ NETS = {
     "grouped": Net(
         lambda: _image(conv(3, 6), GroupedBottleneck(6, 8, 4), width=6), IMAGE, (4, 6, 8, 8)
     ),
-    # the stream falls apart into the channels of the stem and those the padding leaves alone
+    # the stream has two spaces: the channels of the stem, and those that the padding adds
     "padded": Net(lambda: _image(conv(3, 4), PaddedShortcut(4, 10), width=10), IMAGE, (4, 6, 10)),
     "concat": Net(
         lambda: _image(conv(3, 4), Concat(4, 3), Concat(7, 5), width=12), IMAGE, (3, 4, 5)
@@ -332,7 +332,7 @@ NETS = {
     "depthwise": Net(lambda: _image(conv(3, 6), Inverted(6, 9), width=6), IMAGE, (6, 9)),
     "gate": Net(lambda: _image(conv(3, 6), Inverted(6, 9, gate=4), width=6), IMAGE, (4, 6, 9)),
     "shared": Net(lambda: _image(conv(3, 6), Twice(6), width=6), IMAGE, (6,)),
-    # The shuffle deals each group of the first convolution out to all groups of the second: a unit
+    # The shuffle spreads each group of the first convolution over all groups of the second. A unit
     # lies in two blocks, which stay, and moves inside their intersection.
     "shuffle": Net(
         lambda: _image(conv(3, 8), conv(8, 8, groups=2), Shuffle(2), conv(8, 8, groups=2), width=8),
@@ -341,7 +341,7 @@ NETS = {
     ),
     # stream, MLP; heads, and inside them query/key and value/output units
     "tokens": Net(Tokens, IMAGE, (2, 8, 8, 8, 12)),
-    # states, stream, inside
+    # states, stream, units between the two layers inside
     "states": Net(
         lambda: nn.Sequential(conv(3, 6), States(6, 5), nn.Linear(6, 3)), IMAGE, (5, 6, 7)
     ),
@@ -357,7 +357,7 @@ def build(name, seed=0):
 
 # --- random networks ------------------------------------------------------------------------------
 
-_STEPS = {  # name -> (module, channels behind it) of the channels before it and a drawn width
+_STEPS = {  # (channels before it, a drawn width) -> (module, channels behind it)
     "conv": lambda c, w: (conv(c, w), w),
     "bias": lambda c, w: (conv(c, w, norm=False), w),
     "linear": lambda c, w: (conv(c, w, 1, norm=True, act=False, bias=True), w),
@@ -390,7 +390,7 @@ def random_net(steps, flatten, seed):
 
 @st.composite
 def random_nets(draw, max_steps=4):
-    """Draw a small random network, in eval mode, with nothing left at a special value."""
+    """Draw a small random network, in eval mode, with random values everywhere."""
     step = st.tuples(st.sampled_from(sorted(_STEPS)), st.sampled_from([2, 4, 6, 8]))
     steps = draw(st.lists(step, max_size=max_steps))
     return random_net(steps, draw(st.booleans()), draw(st.integers(0, 1000)))
