@@ -91,7 +91,7 @@ class Monotone(Aligner):
 #: The optimum under both constraints, as the paper has it.
 monotone = Monotone()
 
-#: Segment-wise alignment: only the first layers are bound to each other.
+#: Segment-wise alignment: only the first layers have to pair.
 segment_wise = Monotone(last=False)
 
 

@@ -1,11 +1,12 @@
-"""Ridge regression of a contraction's weight: how it should change, and how strong the ridge is.
+"""Ridge regression of a contraction's weight.
 
-A regression fits a correction of the weight to the residuals: to what the contraction should give
-beyond what it gives. The ridge draws the correction to zero, so that with little data the weight
-hardly changes. Of several ridges the one is taken that does best on samples held out of the fit.
+A regression fits a correction of the weight to the residuals: what the contraction should give,
+less what it gives. The ridge draws the correction to zero, so that the weight hardly changes where
+there are few data. Of several ridges, the one is chosen that does best on samples held out of the
+fit.
 
-With many rows, a regression is solved by the products of its inputs with each other (the primal
-form), with fewer rows than inputs by the products of its rows (the dual form): the same weights.
+The primal form solves a system of the inputs' products with each other, the dual form one of the
+rows' products with each other. Both give the same; the dual form suits fewer rows than inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..errors import ArgumentError, DataError, SolverError
 from .affine import Affine
 from .positions import in_groups, input_rows, output_rows, rows_as_weight, weight_as_rows
 
-STRETCH = 4096  # rows whose products are added up in their own precision
+STRETCH = 4096  # rows whose products are summed in their own precision
 BLOCK = 128  # columns of a symmetric product that are formed at a time
 
 
@@ -38,11 +39,11 @@ def products(x: Tensor) -> Tensor:
 
 
 def _factor(system: Tensor, power: Tensor, ridge: float) -> Tensor | None:
-    """Return the Cholesky factor of a system with a ridge on its diagonal, None if it has none.
+    """Return the Cholesky factor of a system with a ridge on its diagonal; None if singular.
 
     Args:
         system: `(groups, n, n)`.
-        power: `(groups,)` what the ridge is relative to.
+        power: `(groups,)` what the ridge is relative to, in each group.
         ridge: How strong it is.
     """
     power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # some groups hardly vary
@@ -87,7 +88,7 @@ class InputSums:
         return InputSums(self.centred, count, xx, x)
 
     def factor(self, ridge: float) -> Tensor | None:
-        """Return the Cholesky factor of the second moments with a ridge, None if it has none."""
+        """Return the Cholesky factor of the second moments with a ridge; None if singular."""
         if ridge not in self._factors:
             xx = self.xx / self.count
             if self.centred:
@@ -122,11 +123,11 @@ class Sums:
             self.r = self.r + b.sum(1, keepdim=True).double()
 
     def joined(self, other: Sums, inputs: InputSums) -> Sums:
-        """Return the sums over both sets of rows, whose inputs are summed up already."""
+        """Return the sums over both sets of rows; `inputs` has those over their inputs."""
         return Sums(inputs, self.xr + other.xr, self.rr + other.rr, self.r + other.r)
 
     def solve(self, ridge: float) -> Tensor | None:
-        """Return the correction `(groups, inputs, out)`, None if the system is singular.
+        """Return the correction `(groups, inputs, out)`; None if the system is singular.
 
         Args:
             ridge: Relative to the mean variance of the inputs (mean square, without a bias).
@@ -190,7 +191,7 @@ class _Dual:
         return None if factor is None else torch.cholesky_solve(self.r[:, self.fit], factor)
 
     def error(self, rows: Tensor, ridge: float) -> float:
-        """Return the mean squared error on other rows; of no correction at an infinite ridge."""
+        """Return the mean squared error on other rows; with an infinite ridge, uncorrected."""
         left, shares = self.r[:, rows], None
         if ridge != float("inf"):
             shares = self.shares(ridge)
@@ -240,13 +241,13 @@ class Correction:
 
 
 def best_correction(fit: Sums, held: Sums, every: Sums, ridges: Sequence[float]) -> Correction:
-    """Choose the ridge by the error on held-out rows, and fit with it to all rows.
+    """Choose the ridge by the error on held-out rows, then fit to all rows with it.
 
     Args:
-        fit: Sums over the rows to fit to first.
+        fit: Sums over the rows to fit to, while the ridge is chosen.
         held: Sums over the others; if there are none, the weight stays.
         every: Sums over both.
-        ridges: The ridges to choose from, beside the infinite one.
+        ridges: The ridges to choose from; no correction at all is a choice, too.
     """
     infinite = float("inf")
     if not fit.inputs.count or not held.inputs.count:
@@ -273,9 +274,9 @@ def best_correction_dual(
     Args:
         x: Inputs `(groups, rows, inputs)`.
         r: Residuals `(groups, rows, out)`.
-        held: `(rows,)` which rows are held out of the first fits.
+        held: `(rows,)` which rows are held out, while the ridge is chosen.
         centred: Whether there is a bias.
-        ridges: The ridges to choose from, beside the infinite one.
+        ridges: The ridges to choose from; no correction at all is a choice, too.
         row_products: `(groups, rows, rows)` of the inputs, if they are known.
     """
     row_products = (x @ x.mT).double() if row_products is None else row_products
@@ -295,10 +296,10 @@ class Regression:
 
     Args:
         x: Inputs `(groups, rows, inputs)`.
-        fit: How many of the rows, the first ones, are to fit to; the others choose the ridge.
+        fit: How many rows, the first ones, to fit to; on the others the ridge is chosen.
         centred: Whether there is a bias.
-        dual_every: If `n` is above 0, solve the dual form with every `n`-th row only. With 0,
-            solve the primal form with all rows.
+        dual_every: With 0, solve the primal form with all rows. With a number `n` above 0, solve
+            the dual form with every `n`-th row only.
     """
 
     def __init__(self, x: Tensor, fit: int, centred: bool, dual_every: int = 0) -> None:
@@ -319,8 +320,9 @@ class Regression:
 
         Args:
             residuals: `(groups, rows, out)`.
-            ridges: The ridges to choose from, beside the infinite one.
-            least: Mean square, summed over the units, up to which residuals are left as they are.
+            ridges: The ridges to choose from; no correction at all is a choice, too.
+            least: Residuals whose mean square, summed over the units, is no larger are not
+                corrected.
         """
         power = float(residuals.double().square().sum()) / max(residuals.shape[1], 1)
         if power <= least:

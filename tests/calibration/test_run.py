@@ -28,9 +28,9 @@ def same(a, b):
 @given(random_nets())
 def test_a_walk_visits_every_node_with_the_value_of_the_forward(net):
     x = torch.randn(2, 3, 8, 8)
-    one, seen = network(net, x), {}
-    walk([one], (x,), lambda node, values: seen.update({node.name: values[0]}))
-    expected = values_of(one.module, x)
+    traced, seen = network(net, x), {}
+    walk([traced], (x,), lambda node, values: seen.update({node.name: values[0]}))
+    expected = values_of(traced.module, x)
     assert list(seen) == list(expected)
     assert all(same(seen[name], value) for name, value in expected.items())
 
@@ -40,22 +40,22 @@ def test_networks_of_different_widths_advance_together():
     nets = [randomise(residual((w, 2), (2 * w, 1), stem=w), w) for w in (4, 6)]
     networks, seen = [network(n, x) for n in nets], {}
     walk(networks, (x,), lambda node, values: seen.update({node.name: list(values)}))
-    for k, one in enumerate(networks):
-        for name, value in values_of(one.module, x).items():
+    for k, traced in enumerate(networks):
+        for name, value in values_of(traced.module, x).items():
             assert same(seen[name][k], value)
     assert torch.equal(seen["output"][1], outputs(nets[1], x))
 
 
 def test_a_walk_is_in_eval_mode_and_needs_no_gradients():
     x, seen = torch.randn(4, 6), []
-    one = network(randomise(mlp(6, 8, 3, norm=True, act=lambda: nn.Dropout(0.9))), x)
-    one.module.train()
-    state = {k: t.clone() for k, t in one.module.state_dict().items()}
+    traced = network(randomise(mlp(6, 8, 3, norm=True, act=lambda: nn.Dropout(0.9))), x)
+    traced.module.train()
+    state = {k: t.clone() for k, t in traced.module.state_dict().items()}
     for _ in range(2):
-        walk([one], (x,), lambda node, values: seen.append(values[0]))
+        walk([traced], (x,), lambda node, values: seen.append(values[0]))
     assert torch.equal(seen[len(seen) // 2 - 1], seen[-1])
     assert not seen[-1].requires_grad
-    assert all(torch.equal(t, state[k]) for k, t in one.module.state_dict().items())
+    assert all(torch.equal(t, state[k]) for k, t in traced.module.state_dict().items())
 
 
 def test_recording_stops_behind_the_last_node_that_is_asked_for():
@@ -64,25 +64,25 @@ def test_recording_stops_behind_the_last_node_that_is_asked_for():
             raise AssertionError("this should not run")
 
     x = torch.randn(2, 6)
-    one = network(mlp(6, 8, 7, 3), x)
-    setattr(one.module, "4", Stop())
-    assert list(record(one, (x,), dict.fromkeys(["_2", "_1"], torch.clone))) == ["_1", "_2"]
+    traced = network(mlp(6, 8, 7, 3), x)
+    setattr(traced.module, "4", Stop())
+    assert list(record(traced, (x,), dict.fromkeys(["_2", "_1"], torch.clone))) == ["_1", "_2"]
 
 
 def test_recording_in_parts_gives_the_values_of_the_whole_batch():
     x = torch.randn(300, 6)  # more than is run at a time
-    one = network(randomise(mlp(6, 8, 7, 3)), x)
-    parts = record(one, (x,), dict.fromkeys(["_1", "_2"], torch.clone))
-    whole = values_of(one.module, x)
+    traced = network(randomise(mlp(6, 8, 7, 3)), x)
+    parts = record(traced, (x,), dict.fromkeys(["_1", "_2"], torch.clone))
+    whole = values_of(traced.module, x)
     assert all(torch.allclose(parts[n], whole[n], atol=1e-6) for n in ("_1", "_2"))
 
 
 def test_recording_reduces_the_named_values_only():
     net, x = build("plain")
-    one = network(net, x)
-    shapes = record(one, (x,), dict.fromkeys(["_2", "_1"], lambda value: tuple(value.shape)))
+    traced = network(net, x)
+    shapes = record(traced, (x,), dict.fromkeys(["_2", "_1"], lambda value: tuple(value.shape)))
     assert shapes == {"_1": (2, 8), "_2": (2, 7)}
-    assert record(one, (x,), dict.fromkeys([], pytest.fail)) == {}
+    assert record(traced, (x,), dict.fromkeys([], pytest.fail)) == {}
 
 
 def test_a_network_may_get_a_batch_of_another_size_than_its_example():
@@ -113,12 +113,12 @@ def test_bypassed_nodes_are_not_run_and_stand_for_their_entry():
 
 def test_bypassed_layers_may_follow_each_other():
     x, seen = torch.randn(2, 6), {}
-    one = network(randomise(mlp(6, 8, 8, 8, 3)), x)
+    traced = network(randomise(mlp(6, 8, 8, 8, 3)), x)
     bypass = {n: ("_1", True) for n in ("_2", "_3", "_4", "_5")}
-    walk([one], (x,), lambda n, values: seen.update({n.name: values[0]}), [bypass])
+    walk([traced], (x,), lambda n, values: seen.update({n.name: values[0]}), [bypass])
     assert all(seen[n] is seen["_1"] for n in bypass)
     with torch.no_grad():
-        assert torch.equal(seen["_6"], one.module.get_submodule("6")(seen["_1"]))
+        assert torch.equal(seen["_6"], traced.module.get_submodule("6")(seen["_1"]))
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -130,10 +130,10 @@ def test_bypassed_layers_may_follow_each_other():
 def test_only_the_frontier_is_held(make, live):
     net = randomise(make())
     x = torch.randn(2, 6) if isinstance(net[0], nn.Linear) else torch.randn(2, 3, 8, 8)
-    one = network(net, x)
-    run, most = Run(one, (x,)), 0
+    traced = network(net, x)
+    run, most = Run(traced, (x,)), 0
     with torch.no_grad():
-        for node in one.module.graph.nodes:
+        for node in traced.module.graph.nodes:
             run.step(node)
             most = max(most, len(run.env))
     assert most <= live
@@ -143,8 +143,8 @@ def test_only_the_frontier_is_held(make, live):
 def test_values_are_freed_once_nothing_reads_them(name):
     """In networks without views: a view keeps the value that it looks into."""
     net, x = build(name)
-    one, alive, done = network(net, x), {}, set()
-    readers = {n.name: {u.name for u in n.users} for n in one.module.graph.nodes}
+    traced, alive, done = network(net, x), {}, set()
+    readers = {n.name: {u.name for u in n.users} for n in traced.module.graph.nodes}
 
     def visit(node, values):
         for old, value in alive.items():
@@ -153,18 +153,18 @@ def test_values_are_freed_once_nothing_reads_them(name):
         if isinstance(values[0], torch.Tensor) and node.op == "call_module":
             alive[node.name] = weakref.ref(values[0])
 
-    walk([one], (x,), visit)
+    walk([traced], (x,), visit)
     assert len(alive) >= 3
 
 
 def test_a_run_returns_values_that_are_still_to_be_read():
     net, x = build("plain")
-    one = network(net, x)
-    run, nodes = Run(one, (x,)), list(one.module.graph.nodes)
+    traced = network(net, x)
+    run, nodes = Run(traced, (x,)), list(traced.module.graph.nodes)
     with torch.no_grad():
         for node in nodes[:2]:
             run.step(node)
-        assert torch.equal(run.value_of("_0"), one.module.get_submodule("0")(x))
+        assert torch.equal(run.value_of("_0"), traced.module.get_submodule("0")(x))
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ def test_a_run_returns_values_that_are_still_to_be_read():
 
 def test_batches_fit_the_budget_for_the_largest_value():
     net = randomise(mlp(6, 100, 3))
-    one = network(net, torch.randn(2, 6))
-    assert batch_size([one], 4 * 100 * 12, 1000) == 12
-    assert batch_size([one], 4 * 100 * 12, 5) == 5
-    assert batch_size([one], 1, 1000) == 1
-    assert batch_size([one], 1, 1000, least=8) == 8
+    traced = network(net, torch.randn(2, 6))
+    assert batch_size([traced], 4 * 100 * 12, 1000) == 12
+    assert batch_size([traced], 4 * 100 * 12, 5) == 5
+    assert batch_size([traced], 1, 1000) == 1
+    assert batch_size([traced], 1, 1000, least=8) == 8
     wide = network(randomise(mlp(6, 400, 3)), torch.randn(4, 6))
-    assert batch_size([one, wide], 4 * 400 * 3, 1000) == 3
+    assert batch_size([traced, wide], 4 * 400 * 3, 1000) == 3
 
 
 def test_a_batch_that_is_refused_names_node_and_network():
@@ -190,8 +190,8 @@ def test_a_batch_that_is_refused_names_node_and_network():
 
 def test_a_node_can_be_asked_what_it_gives_for_another_value():
     x = torch.randn(2, 6)
-    one = network(randomise(mlp(6, 8, 3)), x)
-    run, nodes = Run(one, (x,)), list(one.module.graph.nodes)
+    traced = network(randomise(mlp(6, 8, 3)), x)
+    run, nodes = Run(traced, (x,)), list(traced.module.graph.nodes)
     with torch.no_grad():
         for node in nodes[:2]:
             run.step(node)
