@@ -107,7 +107,7 @@ def _show_weights(networks: Sequence[Network], comparisons: Sequence[_Comparison
     for network, layers in zip(networks, _compared_layers(len(networks), comparisons)):
         state = fold_norms(network, foldable_norms(network))
         weights = {
-            x.name: [state[name] for node in x.producers for name in network.book.weights[node]]
+            x.name: [state[name] for node in x.producers for name in network.weights[node]]
             for x in layers
         }
         reduced.append({name: meter.reduce(arrays) for name, arrays in weights.items()})
@@ -142,7 +142,7 @@ def _samples_at_a_time(
         return batch_size(networks, BATCH_BYTES, meter.batch, least=8)
     sample_bytes = 0
     for network, compared in zip(networks, layers):
-        values = sum(math.prod(network.book.shapes[x.pre_activation]) for x in compared)
+        values = sum(math.prod(network.shapes[x.pre_activation]) for x in compared)
         sample_bytes += 4 * values // len(network.example[0])
     return max(1, min(BATCH_SAMPLES, BATCH_BYTES // max(sample_bytes, 1)))
 

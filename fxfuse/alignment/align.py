@@ -94,7 +94,7 @@ def _facts(network: Network, layers: Sequence[Layer]) -> dict[str, LayerFacts]:
     sizes = {name: p.numel() for name, p in network.module.named_parameters()}
     facts = {}
     for x in layers:
-        names = {t for node in x.nodes for t in network.book.tensors.get(node, ())}
+        names = {t for node in x.nodes for t in network.tensors.get(node, ())}
         facts[x.name] = LayerFacts(x.kind, x.width, sum(sizes.get(t, 0) for t in names))
     return facts
 

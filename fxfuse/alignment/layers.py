@@ -110,7 +110,7 @@ def _layers(network: Network) -> list[Layer]:
     while i < len(steps):
         step = steps[i]
         i += 1
-        if not any(n.name in network.book.weights for n in [*step.region, step.exit]):
+        if not any(n.name in network.weights for n in [*step.region, step.exit]):
             continue
         nodes = [*step.region, step.exit]
         while i < len(steps) and _picks_output(network, steps[i]):
@@ -130,7 +130,7 @@ def _layers(network: Network) -> list[Layer]:
 
 def _picks_output(network: Network, step: _Step) -> bool:
     """Tell whether a step picks one of several tensors that a module returns, as of an LSTM."""
-    returns_several = network.book.shapes.get(step.entry.name) == ()
+    returns_several = network.shapes.get(step.entry.name) == ()
     return returns_several and not step.region and step.exit.target is operator.getitem
 
 
@@ -138,7 +138,7 @@ def _follows_layer(network: Network, step: _Step) -> bool:
     """Tell whether a step is the norm, activation or dropout behind a layer."""
     if step.region or step.exit.op == "output":
         return False
-    node, shapes = step.exit, network.book.shapes
+    node, shapes = step.exit, network.shapes
     belongs = network.is_norm(node) or network.is_activation(node) or network.is_idle(node)
     return belongs and shapes.get(node.name) == shapes.get(step.entry.name)
 
@@ -146,7 +146,7 @@ def _follows_layer(network: Network, step: _Step) -> bool:
 def _layer(
     network: Network, step: _Step, nodes: list[fx.Node], pre_activation: fx.Node, taken: set[str]
 ) -> Layer:
-    shape = network.book.shapes.get(nodes[-1].name, ())
+    shape = network.shapes.get(nodes[-1].name, ())
     dim = _feature_axis(network, nodes[-1], len(shape))
     return Layer(
         name=_name(network, nodes, taken),
@@ -155,7 +155,7 @@ def _layer(
         entry=step.entry.name,
         merge=step.exit.name,
         pre_activation=pre_activation.name,
-        producers=tuple(n.name for n in nodes if n.name in network.book.weights),
+        producers=tuple(n.name for n in nodes if n.name in network.weights),
         branched=bool(step.region),
         resolution=tuple(n for d, n in enumerate(shape) if d not in (0, dim)),
         layout=(len(shape), dim),
@@ -172,7 +172,7 @@ def _feature_axis(network: Network, node: fx.Node, rank: int) -> int:
 
 def _name(network: Network, nodes: list[fx.Node], taken: set[str]) -> str:
     """Name a layer by the module that holds its contractions, in a way that no other layer has."""
-    paths = [module_path(n) for n in nodes if n.name in network.book.weights]
+    paths = [module_path(n) for n in nodes if n.name in network.weights]
     common = paths[0].split(".")
     for path in paths[1:]:
         parts = path.split(".")

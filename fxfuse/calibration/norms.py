@@ -133,9 +133,9 @@ def single_weights(network: Network) -> dict[str, tuple[str, int]]:
     Returns:
         Node -> the name of the weight, and its axis that holds the node's output units.
     """
-    uses = Counter(name for names in network.book.tensors.values() for name in names)
+    uses = Counter(name for names in network.tensors.values() for name in names)
     single = {}
-    for node, weights in network.book.weights.items():
+    for node, weights in network.weights.items():
         writes = {axis.dim for _, axis in network.spaces.on(weights[0]) if not axis.reads}
         if len(weights) == 1 and uses[weights[0]] == 1 and len(writes) == 1:
             single[node] = weights[0], writes.pop()
@@ -152,8 +152,8 @@ def foldable_norms(network: Network) -> dict[str, str]:
     """
     nodes = {n.name: n for n in network.module.graph.nodes}
     contractions, foldable = single_weights(network), {}
-    uses = Counter(str(roles["running_mean"]) for roles in network.book.norms.values())
-    for name, roles in network.book.norms.items():
+    uses = Counter(str(roles["running_mean"]) for roles in network.norms.values())
+    for name, roles in network.norms.items():
         source = network.inputs_of(nodes[name])[0]
         alone = len(source.users) == 1 and uses[str(roles["running_mean"])] == 1
         if source.name in contractions and alone:
@@ -170,11 +170,11 @@ def fold_norms(network: Network, norms: Mapping[str, str]) -> FoldedState:
     """
     tensors = {n: t.detach().cpu().numpy() for n, t in floats_of(network.module).items()}
     contractions, factors, scales, shifts = single_weights(network), {}, {}, {}
-    for name, roles in network.book.norms.items():
+    for name, roles in network.norms.items():
         scale, shift = scale_and_shift(network.module, roles)
         if name in norms:
             weight, dim = contractions[norms[name]]
-            for tensor in network.book.tensors[norms[name]]:
+            for tensor in network.tensors[norms[name]]:
                 factors[tensor] = (dim if tensor == weight else 0, scale)
             scale = np.ones_like(scale)
         scales[name], shifts[name] = scale, shift

@@ -76,13 +76,13 @@ def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer 
     """Read a node that gave `y` for `x`, both in float64, as an affine map, if it is one."""
     if not _contracts_one(network, node):
         return None
-    weights, names = network.book.weights[node.name], network.book.tensors[node.name]
+    weights, names = network.weights[node.name], network.tensors[node.name]
     bias = next((n for n in names if n != weights[0]), None)
     for transposed in (False, True):
         affine = _map_of(network, node, x, weights[0], bias, transposed)
         if affine is not None and _computes(affine, x, y):
             norm = _norm_behind(network, node, affine)
-            roles: Roles = {} if norm is None else network.book.norms[norm]
+            roles: Roles = {} if norm is None else network.norms[norm]
             whole = affine if norm is None else _with_norm(network, affine, roles)
             return Producer(node.name, weights[0], bias, transposed, norm, roles, whole)
     return None
@@ -90,9 +90,9 @@ def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer 
 
 def _contracts_one(network: Network, node: fx.Node) -> bool:
     """Tell whether a node contracts one parameter used nowhere else, and reads at most a bias."""
-    weights = network.book.weights.get(node.name, [])
-    names = network.book.tensors.get(node.name, [])
-    uses = [n for names_of_node in network.book.tensors.values() for n in names_of_node]
+    weights = network.weights.get(node.name, [])
+    names = network.tensors.get(node.name, [])
+    uses = [n for names_of_node in network.tensors.values() for n in names_of_node]
     return len(weights) == 1 and uses.count(weights[0]) == 1 and len(names) <= 2
 
 
@@ -129,11 +129,11 @@ def _computes(affine: Affine, x: Tensor, y: Tensor) -> bool:
 def _norm_behind(network: Network, node: fx.Node, affine: Affine) -> str | None:
     """Return the norm that alone reads a node, if its statistics are used once."""
     user = next(iter(node.users))
-    roles = network.book.norms.get(user.name)
-    same_axis = bool(affine.kernel) or len(network.book.shapes[node.name]) == 2
+    roles = network.norms.get(user.name)
+    same_axis = bool(affine.kernel) or len(network.shapes[node.name]) == 2
     if roles is None or len(node.users) > 1 or not same_axis:
         return None
-    statistics = [r["running_mean"] for r in network.book.norms.values()]
+    statistics = [r["running_mean"] for r in network.norms.values()]
     return user.name if statistics.count(roles["running_mean"]) == 1 else None
 
 

@@ -57,7 +57,7 @@ def batch_size(networks: Sequence[Network], budget: int, most: int, least: int =
     largest = 1
     for network in networks:
         samples = len(network.example[0])
-        sizes = [math.prod(s) for s in network.book.shapes.values() if s]
+        sizes = [math.prod(s) for s in network.shapes.values() if s]
         largest = max(largest, 4 * max(sizes) // samples)
     return max(least, min(most, budget // largest))
 

@@ -268,14 +268,14 @@ def _sum(a: Products, b: Products) -> Products:
 
 
 def _raw(network: Network) -> dict[str, np.ndarray]:
-    roles = network.book.norms.values()
+    roles = network.norms.values()
     statistics = {r[role] for r in roles for role in ("running_mean", "running_var")}
     tensors = floats_of(network.module)
     return {n: t.detach().cpu().numpy() for n, t in tensors.items() if n not in statistics}
 
 
 def _folded(network: Network, alone: Mapping[str, str]) -> dict[str, np.ndarray]:
-    state, roles = fold_norms(network, dict(alone)), network.book.norms
+    state, roles = fold_norms(network, dict(alone)), network.norms
     of_norms = {t for r in roles.values() for t in r.values()}
     found = {name: state[name] for name in state.raw if name not in of_norms}
     for node, role in roles.items():

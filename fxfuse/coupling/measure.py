@@ -76,7 +76,7 @@ def points_of(network: Network, view: View) -> dict[str, str]:
     """Return where what each contraction writes is compared: contraction -> node."""
     points = {}
     for node in network.module.graph.nodes:
-        if node.name not in network.book.weights:
+        if node.name not in network.weights:
             continue
         point = node
         while len(point.users) == 1:
@@ -97,12 +97,12 @@ def _joins_second(network: Network, node: fx.Node, add: fx.Node) -> bool:
     """Tell whether an add has a contraction beside this node, and in front of it."""
     first, *others = network.inputs_of(add)
     behind = bool(others) and node is not first
-    while len(first.users) == 1 and first.name not in network.book.weights:
+    while len(first.users) == 1 and first.name not in network.weights:
         before = network.inputs_of(first)
         if len(before) != 1 or not (network.is_norm(first) or network.is_idle(first)):
             return False
         first = before[0]
-    return behind and first.name in network.book.weights
+    return behind and first.name in network.weights
 
 
 def bypasses(problem: Problem) -> list[Bypass]:
@@ -260,9 +260,9 @@ def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
 
 def last_contraction(network: Network) -> tuple[str, int, int]:
     """Return the last contraction in front of the output, its feature axis and its width."""
-    node = [*network.book.weights][-1]
+    node = [*network.weights][-1]
     dim = network.features[node][0]
-    return node, dim, network.book.shapes[node][dim]
+    return node, dim, network.shapes[node][dim]
 
 
 def _compared(problem: Problem, name: str, view: View) -> list[tuple[int, int]]:

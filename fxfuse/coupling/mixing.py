@@ -141,7 +141,7 @@ class Couplings:
         networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
         shown = (n.spaces.feature_places.get((node, dim), ()) for n in networks)
         base, here = ({s.name: a for s, a in pairs} for pairs in shown)
-        ours, theirs = (n.book.shapes[node][dim] for n in networks)
+        ours, theirs = (n.shapes[node][dim] for n in networks)
         return self._positions(node, dim, base, here, ours, theirs, k)
 
     def reading_map(self, node: str, dim: int, k: int) -> csr_array:
@@ -153,7 +153,7 @@ class Couplings:
         networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
         places = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
         base, here = ({s.name: replace(a, reads=True) for s, a in shown} for shown in places)
-        ours, theirs = (n.book.shapes[node][dim] for n in networks)
+        ours, theirs = (n.shapes[node][dim] for n in networks)
         return csr_array(self._positions(node, dim, base, here, ours, theirs, k).T)
 
     def _positions(

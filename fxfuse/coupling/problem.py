@@ -147,7 +147,7 @@ def _corresponding(
         for s in ours.spaces
     }
     _require_common_ground(networks, anchor, spaces)
-    contracted = {t for names in ours.book.weights.values() for t in names}
+    contracted = {t for names in ours.weights.values() for t in names}
     present = {
         s.name: tuple(_has(own, s, contracted, gone) for own, gone in zip(spaces[s.name], missing))
         for s in ours.spaces
@@ -217,18 +217,18 @@ def absent_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """
     silent = {t for a in absent for t in a.zeroed}
     folded = foldable_norms(network)
-    for norm, roles in network.book.norms.items():
+    for norm, roles in network.norms.items():
         touched = {t for t in roles.values() if isinstance(t, str)}
         if silent & touched:
-            silent |= touched | set(network.book.tensors.get(folded.get(norm, ""), ()))
+            silent |= touched | set(network.tensors.get(folded.get(norm, ""), ()))
     return foreign_tensors(network, absent) - silent
 
 
 def foreign_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """Return all parameters and buffers of layers that a network has in name only."""
     nodes = {node for a in absent for node in a.foreign}
-    own = {t for node in nodes for t in network.book.tensors.get(node, ())}
-    kept = {t for n, ts in network.book.tensors.items() if n not in nodes for t in ts}
+    own = {t for node in nodes for t in network.tensors.get(node, ())}
+    kept = {t for n, ts in network.tensors.items() if n not in nodes for t in ts}
     return own - kept
 
 

@@ -214,14 +214,14 @@ def _reach(network: Network) -> Reach:
     graph = nx.DiGraph()
     for node in network.module.graph.nodes:
         graph.add_edges_from((n.name, node.name) for n in node.all_input_nodes)
-    return {n: nx.descendants(graph, n) for n in network.book.weights}
+    return {n: nx.descendants(graph, n) for n in network.weights}
 
 
 def _let_flow(base: Network, space: Space, k: int, flow: Flow, reach: Reach) -> AxisMaps:
     """Return the map of each axis of a space: that of the contractions which wrote last."""
     of_axes: AxisMaps = {}
     writers = _writers(base, space)
-    touched = {t: n for n, names in base.book.tensors.items() for t in names}
+    touched = {t: n for n, names in base.tensors.items() for t in names}
     for axis in space.axes:
         node = touched.get(axis.tensor)
         last = [node] if node in writers and not axis.reads else _last(writers, node, reach)
@@ -240,7 +240,7 @@ def _map_outputs(base: Network, k: int, flow: Flow) -> AxisMaps:
     """Return the map of the axes that the network's outputs lie along."""
     of_axes: AxisMaps = {}
     for node, coupling in flow.items():
-        for tensor in base.book.tensors[node]:
+        for tensor in base.tensors[node]:
             read = {axis.dim for _, axis in base.spaces.on(tensor)}
             of_axes[OUTPUTS, tensor, int(0 in read), k] = coupling
     return of_axes
@@ -249,7 +249,7 @@ def _map_outputs(base: Network, k: int, flow: Flow) -> AxisMaps:
 def _writers(network: Network, space: Space) -> set[str]:
     """Return the contractions that write a space."""
     written = {a.tensor for a in space.axes if not a.reads}
-    return {n for n, weights in network.book.weights.items() if written & set(weights)}
+    return {n for n, weights in network.weights.items() if written & set(weights)}
 
 
 def _last(writers: set[str], node: str | None, reach: Reach) -> list[str]:

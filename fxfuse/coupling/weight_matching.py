@@ -306,7 +306,7 @@ def network_order(network: Network) -> list[str]:
     """Return the names of the spaces by the first node that writes their units."""
     first: dict[str, int] = {}
     for i, node in enumerate(network.module.graph.nodes):
-        for tensor in network.book.tensors.get(node.name, ()):
+        for tensor in network.tensors.get(node.name, ()):
             for space, axis in network.spaces.on(tensor):
                 if not axis.reads:
                     first.setdefault(space.name, i)

@@ -189,7 +189,7 @@ def _trunk(module: fx.GraphModule, at: str) -> fx.GraphModule:
 
 def _head(network: Network, at: str) -> Head:
     """Return the part of a graph behind a node, with what it needs of weights, sizes and flags."""
-    if not network.book.shapes[at]:
+    if not network.shapes[at]:
         raise _crossing(network, at, at, "several tensors at once")
     graph = copy.deepcopy(network.module.graph)
     nodes, fed = list(graph.nodes), network.fed()

@@ -104,7 +104,7 @@ def _axis(couplings: Couplings, k: int) -> tuple[str, int | None]:
     axes = [
         sorted({a.dim for s in n.spaces for a in s.features if a.tensor == at}) for n in networks
     ]
-    shapes = [n.book.shapes[at] for n in networks]
+    shapes = [n.shapes[at] for n in networks]
     if axes[0] != axes[1] or len(axes[0]) > 1 or (not axes[0] and shapes[0] != shapes[1]):
         raise PairingError(
             f"values of shape {shapes[0]} and {shapes[1]} whose units do not correspond",
@@ -529,7 +529,7 @@ def label_axis(network: Network) -> tuple[int, int]:
             expected="one tensor of logits, to give each output a label",
             do="use fxfuse.heads.Separate, which hands on whatever each network returns",
         )
-    return dim, network.book.shapes[value.name][dim]
+    return dim, network.shapes[value.name][dim]
 
 
 def _misfit(met: str, where: str, expected: str) -> ArgumentError:

@@ -119,9 +119,9 @@ def longest_chain(network: Network) -> list[fx.Node]:
     """Return the contractions on the path that passes through most of them."""
     graph = data_graph(network)
     for _, node, edge in graph.edges(data=True):
-        edge["weight"] = int(node.name in network.book.weights)
+        edge["weight"] = int(node.name in network.weights)
     path = nx.dag_longest_path(graph, weight="weight")
-    return [n for n in path if n != "source" and n.name in network.book.weights]
+    return [n for n in path if n != "source" and n.name in network.weights]
 
 
 def _pairs(
@@ -153,7 +153,7 @@ def _in_order(
     by_rank: list[dict[int, list[fx.Node]]] = []
     for network, chain in zip(networks, chains):
         state = tensors_of(network.module)
-        ranks = {n: state[network.book.weights[n.name][0]].dim() for n in chain}
+        ranks = {n: state[network.weights[n.name][0]].dim() for n in chain}
         by_rank.append({r: [n for n in chain if ranks[n] == r] for r in set(ranks.values())})
     ours, theirs = by_rank
     pairs = [p for rank in theirs for p in zip(ours.get(rank, []), theirs[rank])]
@@ -164,7 +164,7 @@ def _tensors(
     source: Network, here: fx.Node, target: Network, there: fx.Node, weights_only: bool
 ) -> Iterator[tuple[str, str]]:
     """Return the tensors of a pair of contractions that correspond."""
-    yield from zip(source.book.weights[here.name], target.book.weights[there.name])
+    yield from zip(source.weights[here.name], target.weights[there.name])
     if not weights_only:
         yield from _paired(_biases(source, here), _biases(target, there))
         yield from _paired(_norm(source, here), _norm(target, there))
@@ -175,15 +175,15 @@ def _paired(ours: list[str], theirs: list[str]) -> list[tuple[str, str]]:
 
 
 def _biases(network: Network, node: fx.Node) -> list[str]:
-    weights = network.book.weights[node.name]
-    return [t for t in network.book.tensors[node.name] if t not in weights]
+    weights = network.weights[node.name]
+    return [t for t in network.tensors[node.name] if t not in weights]
 
 
 def _norm(network: Network, node: fx.Node) -> list[str]:
     """Return the tensors of the norm behind a contraction, or of the one in front of it."""
     beside = [*node.users, *network.inputs_of(node)]
     norm = next((n for n in beside if network.is_norm(n)), None)
-    return network.book.tensors.get(norm.name, []) if norm is not None else []
+    return network.tensors.get(norm.name, []) if norm is not None else []
 
 
 def _fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

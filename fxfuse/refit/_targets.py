@@ -172,7 +172,7 @@ class Aim:
 
     def axis_in(self, network: Network) -> int:
         """Return the axis that holds the units, counted from the front."""
-        return self.producer.axis % len(network.book.shapes[self.producer.node])
+        return self.producer.axis % len(network.shapes[self.producer.node])
 
 
 Draw = Callable[[Aim, int, Sequence[int]], Positions]
@@ -298,7 +298,7 @@ def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: obje
     A weight that is computed from a parameter is left alone.
     """
     tensors = [t for t in (*inputs, value) if isinstance(t, Tensor) and t.is_floating_point()]
-    if node.name not in network.book.weights or len(inputs) != 1 or len(tensors) != 2:
+    if node.name not in network.weights or len(inputs) != 1 or len(tensors) != 2:
         return False
     assert isinstance(value, Tensor), "there is one input"
     if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
@@ -333,7 +333,7 @@ def _swings(network: Network, joint: str) -> bool:
             if network.is_idle(user):
                 waiting.append(user)
             linear = network.joins(user) or network.is_norm(user)
-            if linear or user.op == "output" or user.name in network.book.weights:
+            if linear or user.op == "output" or user.name in network.weights:
                 return False
             if network.adds(user) and len(network.inputs_of(user)) > 1:
                 return False
@@ -363,7 +363,7 @@ class Targets:
             wanted = [self.problem.spaces[s.name][k] for s, _ in found[self.problem.anchor]]
             if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
                 return False
-        return all(len(n.book.shapes.get(node, ())) > dim for n in networks)
+        return all(len(n.shapes.get(node, ())) > dim for n in networks)
 
     def mix(
         self,
@@ -419,7 +419,7 @@ class Targets:
     def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
         """Return the share of the networks that give something to the unit at each position."""
         base = self.problem.structure
-        mass = np.full(base.book.shapes[node][dim], sum(shares))
+        mass = np.full(base.shapes[node][dim], sum(shares))
         for space, axis in base.spaces.feature_places.get((node, dim), ()):
             couplings = [self.couplings.maps[space.name, k] for k in range(len(shares))]
             given = np.array(shares) @ np.array([c.given for c in couplings])
@@ -431,7 +431,7 @@ def _behind_contractions(network: Network) -> set[str]:
     """Return the nodes whose values reach the outputs through no further contraction."""
     before: set[fx.Node] = set()
     for node in reversed(network.module.graph.nodes):
-        if node in before or node.name in network.book.weights:
+        if node in before or node.name in network.weights:
             before.update(node.all_input_nodes)
     return {node.name for node in network.module.graph.nodes if node not in before}
 

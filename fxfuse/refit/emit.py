@@ -81,11 +81,11 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
     A bias that is put together from several tensors, or from one of another size, cannot be.
     """
     shapes = {name: tuple(t.shape) for name, t in floats_of(network.module).items()}
-    found = dict.fromkeys(network.book.norms, 1)
+    found = dict.fromkeys(network.norms, 1)
     taken = set(foldable_norms(network).values())
     for node, (weight, dim) in single_weights(network).items():
         axes = set(network.features.get(node, ()))
-        biases = {shapes.get(t) for t in network.book.tensors[node] if t != weight}
+        biases = {shapes.get(t) for t in network.tensors[node] if t != weight}
         plain = biases <= {shapes[weight][dim : dim + 1]}
         if node not in taken and len(axes) == 1 and plain:
             found[node] = axes.pop()
@@ -110,18 +110,18 @@ def emit(
     folded = foldable_norms(base)
     states = [fold_norms(n, folded) for n in couplings.problem.networks]
     module = copy.deepcopy(base.module)
-    norm_tensors = {v for roles in base.book.norms.values() for v in roles.values()}
+    norm_tensors = {v for roles in base.norms.values() for v in roles.values()}
     for name, tensor in counted(state_floats_of(module).items()):
         if name not in norm_tensors:
             values = [s[name] for s in states]
             mix = couplings.mix if isinstance(tensor, nn.Parameter) else couplings.pick
             fill(module, name, np.ascontiguousarray(mix(name, values)).reshape(tensor.shape))
-    norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.book.norms]
+    norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.norms]
     able = single_weights(base)
     weights = [
         _weight_plan(couplings, node, able[node], moments)
         for node, moments in outputs.items()
-        if node not in base.book.norms
+        if node not in base.norms
     ]
     return module, [*norms, *weights]
 
@@ -133,7 +133,7 @@ def _norm_plan(
     moments: list[Moments | None] | None,
 ) -> NormPlan:
     base = couplings.problem.structure
-    statistics = str(base.book.norms[node]["running_mean"])
+    statistics = str(base.norms[node]["running_mean"])
     nodes = {n.name: n for n in base.module.graph.nodes}
     return NormPlan(
         node,
@@ -148,7 +148,7 @@ def _weight_plan(
     couplings: Couplings, node: str, writes: tuple[str, int], moments: list[Moments | None]
 ) -> WeightPlan:
     base, (weight, dim) = couplings.problem.structure, writes
-    bias = next((t for t in base.book.tensors[node] if t != weight), None)
+    bias = next((t for t in base.tensors[node] if t != weight), None)
     axis = base.features[node][0]
     return WeightPlan(node, weight, dim, bias, axis, _target(couplings, weight, dim, moments))
 

@@ -186,7 +186,7 @@ def settle_norm(network: Network, plan: NormPlan, found: Moments, keep: bool) ->
     if not keep and plan.target is not None:
         wanted = gain_of(plan.target.spread, found.spread, np.abs(plan.scale))
         gain, shift = np.copysign(wanted, plan.scale), plan.target.mean
-    roles = network.book.norms[plan.node]
+    roles = network.norms[plan.node]
     write_norm(network.module, roles, gain, shift, found.mean, found.variance)
 
 
@@ -260,14 +260,14 @@ def rescale(fused: Network, couplings: Couplings) -> None:
         found = _squares(tensor_at(fused.module, weight), dim)
         known = (found > 0) & (wanted > 0)
         factor = np.sqrt(np.divide(wanted, found, out=np.ones_like(found), where=known))
-        roles = base.book.norms[norm]
+        roles = base.norms[norm]
         statistics = (str(roles[r]) for r in ("running_mean", "running_var"))
         mean, variance = (tensor_at(fused.module, name) for name in statistics)
         eps, spread = float(roles["eps"]), variance.double().cpu().numpy()
         factor = np.maximum(factor, np.sqrt(eps / (spread + eps)))  # no variance below zero
         variance.data.copy_(torch.as_tensor(factor**2 * (spread + eps) - eps))
         mean.data.mul_(torch.as_tensor(factor).to(mean))
-        for name in base.book.tensors[node]:
+        for name in base.tensors[node]:
             tensor, axis = tensor_at(fused.module, name), dim if name == weight else 0
             along = [-1 if d == axis else 1 for d in range(tensor.dim())]
             tensor.data.mul_(torch.as_tensor(factor).to(tensor).view(along))

@@ -63,7 +63,7 @@ class Network:
 
     @property
     def book(self) -> Network:
-        """The network itself; in the way of those that still read `network.book.shapes`."""
+        """The network itself; in the way of those that still read `network.shapes`."""
         return self
 
     @property

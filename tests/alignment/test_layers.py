@@ -115,7 +115,7 @@ def test_every_layer_holds_parameters_and_every_contraction_lies_in_one_layer(ne
     traced = network(net)
     segments = partition(traced)
     inside = [n for s in segments for layer in s.layers for n in layer.producers]
-    assert sorted(inside) == sorted(traced.book.weights)
+    assert sorted(inside) == sorted(traced.weights)
     nodes = [n for s in segments for layer in s.layers for n in layer.nodes]
     assert len(nodes) == len(set(nodes))
     order = {n.name: i for i, n in enumerate(traced.module.graph.nodes)}

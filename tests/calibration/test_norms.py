@@ -89,7 +89,7 @@ def test_folded_weights_and_what_is_left_to_the_norms_compute_the_same(net):
     traced = network(net, x)
     state = fold_norms(traced, foldable_norms(traced))
     twin = trace(net)
-    for node, roles in traced.book.norms.items():
+    for node, roles in traced.norms.items():
         left = tensors_for(roles, state.scales[node], state.shifts[node])
         for name, values in left.items():
             fill(twin, name, values)
@@ -103,7 +103,7 @@ def test_folded_weights_and_what_is_left_to_the_norms_compute_the_same(net):
 def test_a_norm_behind_a_shared_convolution_is_not_folded():
     net, x = build("shared")
     traced = network(net, x)
-    weights = [names[0] for names in traced.book.weights.values()]
-    shared = {n for n, names in traced.book.weights.items() if weights.count(names[0]) == 2}
+    weights = [names[0] for names in traced.weights.values()]
+    shared = {n for n, names in traced.weights.items() if weights.count(names[0]) == 2}
     assert len(shared) == 2 and not shared & set(single_weights(traced))
     assert foldable_norms(traced) and not shared & set(foldable_norms(traced).values())

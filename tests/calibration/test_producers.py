@@ -36,7 +36,7 @@ def first_producer(net, data):
     """Return a network and its first contraction as a producer."""
     module = canonical(trace(randomise(net)), (data[:2],))
     network = Network.of("net", module, (data[:2],))
-    node = next(n for n in module.graph.nodes if n.name in network.book.weights)
+    node = next(n for n in module.graph.nodes if n.name in network.weights)
     return network, read_producer(network, node)
 
 

@@ -39,7 +39,7 @@ def test_no_path_holds_more_contractions_than_the_chain(net):
     chain = longest_chain(network)
     graph, best = data_graph(network), {"source": 0}
     for node in nx.topological_sort(graph):
-        here = int(node != "source" and node.name in network.book.weights)
+        here = int(node != "source" and node.name in network.weights)
         best[node] = here + max((best[n] for n in graph.predecessors(node)), default=0)
     assert len(chain) == max(best.values())
     assert all(nx.has_path(graph, a, b) for a, b in zip(chain, chain[1:]))

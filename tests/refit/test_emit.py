@@ -55,7 +55,7 @@ def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_insi
     problem = problem_of(nets, x, weights=(0.4, 0.6))
     gone = absent_tensors(problem.networks[1], problem.absent[1])
     assert gone and not absent_tensors(problem.networks[0], problem.absent[0])
-    inside = [n for n in gone if n.endswith("weight") and problem.networks[0].book]
+    inside = [n for n in gone if n.endswith("weight")]
     shares = {name: problem.shares(name) for name in inside}
     assert {tuple(s) for s in shares.values()} == {(1.0, 0.0)}
     silent = {t for a in problem.absent[1] for t in a.zeroed}
@@ -74,7 +74,7 @@ def test_the_joint_pass_measures_what_numpy_measures():
         net[0][0][1].register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
         outputs(net, x)
         expected = recorded["out"].transpose(0, 1).flatten(1).double().numpy()
-        first = next(n for n in nodes if n in problem.networks[0].book.norms)
+        first = next(n for n in nodes if n in problem.networks[0].norms)
         assert np.allclose(found.outputs[first][k].mean, expected.mean(1), atol=1e-5)
         assert np.allclose(found.outputs[first][k].spread, expected.std(1), atol=1e-5)
     assert point

@@ -630,7 +630,7 @@ def test_the_operators_of_other_libraries_have_no_row():
     assert any("fxfuse_tests.linear" in f.reason for f in spaces.frozen)
 
 
-# --- operators of other backends ---------------------------------------------------------------------
+# --- operators of other backends ------------------------------------------------------------------
 
 
 def mirrored_linear(bias):
