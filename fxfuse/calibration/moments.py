@@ -29,6 +29,15 @@ class Moments:
         self.count = 0
         self.shift = self.total = self.squares = torch.empty(0)
 
+    @classmethod
+    def of(cls, mean: np.ndarray, spread: np.ndarray) -> Moments:
+        """Return moments of a known mean and standard deviation, both `(units,)`."""
+        moments = cls()
+        moments.count, moments.shift = 1, torch.as_tensor(mean)
+        moments.total = torch.zeros(len(mean), dtype=torch.float64)
+        moments.squares = torch.as_tensor(spread).double().square()
+        return moments
+
     def add(self, x: Tensor) -> Tensor:
         """Add values `(units, ...)`; return them shifted, as `(units, positions)`."""
         if not self.count:

@@ -18,10 +18,11 @@ from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import GroundCosts
 from ..errors import ModelError
+from ..graph.state import floats_of
 from ..graph.trace import run_once
 from ..graph.verify import lint
 from ..refit.emit import emit
-from ..refit.moments import Outcome, Refit, finite
+from ..refit.moments import Outcome, Refit
 from ..spaces.network import Network
 from ..width.budget import Room, with_room
 from .selection import nearest
@@ -117,7 +118,7 @@ def require_sound(fused: Network) -> None:
         ModelError: If weights are not finite.
         PassError: If modules and parameters disagree.
     """
-    if not finite(fused.module):
+    if not all(bool(t.isfinite().all()) for t in floats_of(fused.module).values()):
         raise ModelError(
             "fused weights that are NaN or infinite",
             where=fused.name,

@@ -26,7 +26,8 @@ from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
 from ..graph.trace import copy_modes, plain_modes
 from ..ir import Alignment, Segment
-from ..refit.moments import Refit, rescale
+from ..refit.emit import rescale
+from ..refit.moments import Refit
 from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network

@@ -1,11 +1,12 @@
-"""The networks that are fused, on their way over the data together, and what they ask for.
-
-What each contraction of the fused network should give: the mean of the networks' own values.
+"""What each contraction of the fused network should give: the mean of the networks' own values.
 
 The target is taken where the effect of a contraction is complete: behind its norm, or, if it ends a
 branch, behind the sum with what is already there. Then the contraction has to give what is missing,
-and errors do not add up along a stream. Where an activation reads it, the mean of the networks'
-activations is wanted too: these are what the next layers mix.
+and errors do not add up along a stream. Where only an activation reads the target, the mean of the
+networks' activations is wanted too, because these are what the next layers mix.
+
+`aims_of` finds what can be refitted and in which order; `Parents` takes the networks over the data
+in that order and returns the `Goal` of each contraction.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ class Goal:
     Attributes:
         sample: Which positions.
         shapes: Of the value of each batch, without its units.
-        values: `(positions, units)` of each batch: the mean of the networks' values where the
-            contraction's effect is complete.
-        acted: The same of what the activation behind it makes of them; empty unless it alone
-            reads them.
+        values: `(positions, units)`, the mean of the networks' values where the contraction's
+            effect is complete; the fit writes to it.
+        activated: The mean of what the networks' activations make of them, if nothing else reads
+            them.
     """
 
     sample: Positions
     shapes: list[tuple[int, ...]]
-    values: list[Tensor]
-    acted: list[Tensor]
+    values: Tensor
+    activated: Tensor | None
 
 
 class Parents:
-    """The networks on their way, a step ahead of the fused one where its targets ask for it.
+    """The networks on their way over the data, ahead of the fused one where a target asks for it.
 
     Args:
         targets: Mixes their values.
-        order: Of the fused network's nodes.
-        aims: What is to be refitted.
+        order: The order in which the fused network's nodes are visited.
+        aims: What is to be refitted, by contraction.
         data: Calibration inputs.
         samples: How many of the first ones.
         size: How many of them are one batch.
         store: Where their values wait between stops.
-        draw: Chooses positions of a contraction, told how many one sample has, and the samples
-            of each batch.
+        draw: Chooses positions of a contraction from the number of positions in one sample and
+            the number of samples in each batch.
     """
 
     def __init__(
@@ -84,71 +85,70 @@ class Parents:
         for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             given = network, data, samples, size, nodes, store, bypass
-            self.tracks.append(None if _silent(couplings, k) else Track(*given))
+            self.tracks.append(Track(*given) if _contributes(couplings, k) else None)
         self.sizes = next(track.sizes for track in self.tracks if track is not None)
         self.place = place
         self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
-        self.caught: dict[str, Goal] = {}
+        self.goals: dict[str, Goal] = {}  # those that lie before the one asked for last
 
     def goal(self, aim: Aim) -> Goal:
-        """Return what is wanted of a contraction; it is forgotten."""
+        """Return what is wanted of a contraction; it can be asked for once."""
         name = aim.producer.node
-        while name not in self.caught:
+        while name not in self.goals:
             following = self.stops.pop(0)
-            self.caught[following.producer.node] = self._go(following)
-        return self.caught.pop(name)
+            self.goals[following.producer.node] = self._go(following)
+        return self.goals.pop(name)
 
     def _go(self, aim: Aim) -> Goal:
-        """Go on to where a contraction meets its target."""
-        values: list[Tensor] = []
-        acted: list[Tensor] = []
-        chosen: Positions | None = None
+        """Take all networks to where a contraction meets its target, and return that."""
+        means: list[Tensor] = []
+        activated: list[Tensor] = []
+        sample: Positions | None = None
         shapes: list[tuple[int, ...]] = []
         axis = aim.axis_in(self.targets.problem.networks[0])
         for batch, size in enumerate(self.sizes):
-            found = [
-                None if t is None else t.go(batch, self.place[aim.at] + 1) for t in self.tracks
+            stops = [
+                (None, None) if t is None else t.go(batch, self.place[aim.at] + 1)
+                for t in self.tracks
             ]
-            given = [None if f is None else f[1] for f in found]
-            one = next(value for value in given if value is not None)
-            if chosen is None:
-                chosen = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
+            one = next(value for _, value in stops if value is not None)
+            if sample is None:
+                sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
-            at = chosen.at[batch]
-            rows = [None if value is None else output_rows(value, axis, at) for value in given]
-            values.append(self._mixed(aim, rows))
-            if aim.through is not None:
-                runs = [None if f is None else f[0] for f in found]
-                through = [self._act(aim, *pair) for pair in zip(runs, rows)]
-                acted.append(self._mixed(aim, through))
+            at = sample.at[batch]
+            rows = [None if value is None else output_rows(value, axis, at) for _, value in stops]
+            means.append(self._mixed(aim, rows))
+            if aim.activation is not None:
+                results = [self._activated(aim, run, r) for (run, _), r in zip(stops, rows)]
+                activated.append(self._mixed(aim, results))
             for track in self.tracks:
                 if track is not None:
                     track.rest(batch)
-        assert chosen is not None, "there is a batch"
-        return Goal(chosen, shapes, values, acted)
+        assert sample is not None, "there is a batch"
+        joined = sample.joined
+        return Goal(sample, shapes, joined(means), joined(activated) if activated else None)
 
     def _mixed(self, aim: Aim, rows: Sequence[Tensor | None]) -> Tensor:
         axis = aim.axis_in(self.targets.problem.networks[0])
         return self.targets.mix(aim.at, aim.producer.weight, axis, rows, -1)
 
-    def _act(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
+    def _activated(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
         """Return what the activation behind a contraction makes of one network's values."""
         if run is None or rows is None:
             return None
-        node = next(n for n in run.network.module.graph.nodes if n.name == aim.through)
+        node = next(n for n in run.network.module.graph.nodes if n.name == aim.activation)
         return run.apply(node, run.network.inputs_of(node)[0], rows)
 
     def outputs(self, batch: int) -> list[Any]:
-        """Go to the end with a batch, and return what each network gives; None for a silent one."""
-        ends = [None if t is None else t.go(batch, len(t.order)) for t in self.tracks]
-        return [None if end is None else end[1] for end in ends]
+        """Take a batch to the end; return each network's output, None where none contributes."""
+        return [None if t is None else t.go(batch, len(t.order))[1] for t in self.tracks]
 
 
-def _silent(couplings: Couplings, k: int) -> bool:
-    """Tell whether a network gives nothing, but a structure at most."""
+def _contributes(couplings: Couplings, k: int) -> bool:
+    """Tell whether a network gives values, and not a structure at most."""
     gives = any(c.given.any() for (_, j), c in couplings.maps.items() if j == k)
     problem = couplings.problem
-    return not (problem.weights[k] or problem.output_weights[k] or gives)
+    return bool(problem.weights[k] or problem.output_weights[k] or gives)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,17 +158,17 @@ class Aim:
     Attributes:
         producer: The contraction; its map has a shape but no values.
         at: The node whose value is to be the networks' mean.
-        rest: If that is a sum, the node that is added to what the contraction gives.
-        through: The activation that is all that reads the target, if there is one.
-        swing: Whether its units need the target's spread, because no sum, concatenation or further
-            linear map reads them.
+        added: If that is a sum, the node that is added to what the contraction gives.
+        activation: The activation that alone reads the target, if there is one.
+        needs_spread: Whether its units need the target's spread, because no sum, concatenation or
+            further linear map reads them.
     """
 
     producer: Producer
     at: str
-    rest: str | None
-    through: str | None
-    swing: bool
+    added: str | None
+    activation: str | None
+    needs_spread: bool
 
     def axis_in(self, network: Network) -> int:
         """Return the axis that holds the units, counted from the front."""
@@ -178,22 +178,14 @@ class Aim:
 Draw = Callable[[Aim, int, Sequence[int]], Positions]
 
 
-@dataclass(frozen=True, eq=False)
-class Sum:
-    """A node that adds another node's value to that of a contraction."""
-
-    node: str
-    rest: str
-
-
 def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
-    """Return the order in which to refit a network, and what to refit.
+    """Return the order in which to refit a network, and what to refit, by contraction.
 
-    Values are computed as early as possible, contractions level by level, so that of two that end
-    in one sum the one behind more others comes last.
+    Values are computed as early as possible. Contractions come level by level: of two that end in
+    one sum, the one behind more others comes last, and gives what the other one lacks.
 
     Args:
-        network: The fused network, its weights of no matter.
+        network: The fused network; its weights do not matter.
     """
     nodes = list(network.module.graph.nodes)
     producers, sums = _survey(network)
@@ -203,17 +195,11 @@ def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
     place = {node.name: i for i, node in enumerate(order)}
     aims = {}
     for name, producer in producers.items():
-        closing = sums.get(name)
-        if closing is not None and place[closing.rest] > place[name]:
-            closing = None
-        at = closing.node if closing else producer.joint
-        aims[name] = Aim(
-            producer,
-            at,
-            closing.rest if closing else None,
-            _activation(network, at),
-            closing is None and _swings(network, producer.joint),
-        )
+        at, added = sums.get(name, (producer.joint, None))
+        if added is not None and place[added] > place[name]:
+            at, added = producer.joint, None
+        spread = added is None and _needs_spread(network, producer.joint)
+        aims[name] = Aim(producer, at, added, _activation(network, at), spread)
     return order, aims
 
 
@@ -236,26 +222,30 @@ def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
 
 
 def _same_function(network: Network, order: Sequence[fx.Node]) -> bool:
-    """Tell whether another order changes no value, which writing in place can do."""
-    values = []
+    """Tell whether another order changes no value; it does where values are written in place."""
+    sizes: list[dict[str, float]] = []
     for nodes in (list(network.module.graph.nodes), order):
-        run, found = Run(network, network.example, order=nodes), {}
+        run = Run(network, network.example, order=nodes)
+        sizes.append({})
         with torch.no_grad():
             for node in nodes:
                 value = run.step(node)
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    found[node.name] = float(value.double().abs().sum())
-        values.append(found)
-    return all(abs(v - values[1][n]) <= TOLERANCE * abs(v) for n, v in values[0].items())
+                    sizes[-1][node.name] = float(value.double().abs().sum())
+    return all(abs(v - sizes[1][n]) <= TOLERANCE * abs(v) for n, v in sizes[0].items())
 
 
-def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
-    """Find what can be refitted, and which sums it ends in, in one run of the network's example."""
+def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, tuple[str, str]]]:
+    """Find what can be refitted, and the sums that it ends in, in one run of the example.
+
+    Returns:
+        The contractions; for those that end in a sum, this sum and the node that it adds to them.
+    """
     folded = {producer: norm for norm, producer in foldable_norms(network).items()}
     run = Run(network, network.example)
     producers: dict[str, Producer] = {}
-    ends: dict[str, str] = {}  # node -> the contraction whose value it holds and nothing else does
-    sums: dict[str, Sum] = {}
+    holds: dict[str, str] = {}  # node -> the contraction whose value it alone hands on
+    sums: dict[str, tuple[str, str]] = {}
     with torch.no_grad():
         for node in network.module.graph.nodes:
             inputs = network.inputs_of(node)
@@ -264,21 +254,19 @@ def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, Sum]]:
                 before = [value.clone() for value in before]  # it may be written in place
             value = run.step(node)
             alone = [n.name for n in inputs if len(n.users) == 1]
-            if _able(network, node, before, value):
-                found = identify(network, node, before[0].double(), value.double())
-                if found is not None and found.norm == folded.get(node.name):
-                    producers[node.name] = _hollow(found)
-                    ends[node.name] = node.name
-            elif len(alone) == len(inputs) == 1 and alone[0] in ends:
-                if network.is_idle(node) or producers[ends[alone[0]]].norm == node.name:
-                    ends[node.name] = ends[alone[0]]
+            if _may_be_refitted(network, node, before, value):
+                producer = identify(network, node, before[0].double(), value.double())
+                if producer is not None and producer.norm == folded.get(node.name):
+                    producers[node.name] = _without_values(producer)
+                    holds[node.name] = node.name
+            elif len(alone) == len(inputs) == 1 and alone[0] in holds:
+                if network.is_idle(node) or producers[holds[alone[0]]].norm == node.name:
+                    holds[node.name] = holds[alone[0]]
             elif _is_sum(network, node) and _adds(before, value):
                 for part, other in (inputs, inputs[::-1]):
-                    if part.name in alone and part.name in ends:
-                        sums[ends[part.name]] = Sum(node.name, other.name)
-    joints = {p.joint for p in producers.values()}
-    reached = {ends[n] for n in ends if n in joints}
-    return producers, {name: found for name, found in sums.items() if name in reached}
+                    if part.name in alone and part.name in holds:
+                        sums[holds[part.name]] = node.name, other.name
+    return producers, {n: ends for n, ends in sums.items() if producers[n].joint in holds}
 
 
 def _is_sum(network: Network, node: fx.Node) -> bool:
@@ -292,8 +280,10 @@ def _adds(parts: Sequence[Tensor], value: Tensor) -> bool:
     return bool((value - parts[0] - parts[1]).abs().max() <= TOLERANCE * scale)
 
 
-def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: object) -> bool:
-    """Tell whether a node may be refitted: it contracts, along one axis that holds its units.
+def _may_be_refitted(
+    network: Network, node: fx.Node, inputs: Sequence[object], value: object
+) -> bool:
+    """Tell whether a node contracts a parameter, and holds its units along one axis.
 
     A weight that is computed from a parameter is left alone.
     """
@@ -307,14 +297,14 @@ def _able(network: Network, node: fx.Node, inputs: Sequence[object], value: obje
     return len(dims) <= 1
 
 
-def _hollow(producer: Producer) -> Producer:
-    """Forget the values of a producer's map: of wide networks they take gigabytes."""
+def _without_values(producer: Producer) -> Producer:
+    """Keep the shape of a producer's map only: values of wide networks take gigabytes."""
     empty = torch.zeros(()).expand(producer.affine.weight.shape)
     return replace(producer, affine=replace(producer.affine, weight=empty, bias=None))
 
 
 def _activation(network: Network, name: str) -> str | None:
-    """Return the activation that is all that reads a node."""
+    """Return the activation that alone reads a node, if there is one."""
     node: fx.Node = next(n for n in network.module.graph.nodes if n.name == name)
     while len(node.users) == 1:
         node = next(iter(node.users))
@@ -325,7 +315,7 @@ def _activation(network: Network, name: str) -> str | None:
     return None
 
 
-def _swings(network: Network, joint: str) -> bool:
+def _needs_spread(network: Network, joint: str) -> bool:
     """Tell whether no sum, concatenation, norm or further contraction reads a node directly."""
     waiting = [n for n in network.module.graph.nodes if n.name == joint]
     while waiting:
@@ -358,10 +348,10 @@ class Targets:
     def fits(self, node: str, dim: int) -> bool:
         """Tell whether every network has the fused network's spaces along an axis of a node."""
         networks = self.problem.networks
-        found = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
-        for k, theirs in enumerate(found):
-            wanted = [self.problem.spaces[s.name][k] for s, _ in found[self.problem.anchor]]
-            if not {s.name for s in wanted if s.size} <= {s.name for s, _ in theirs}:
+        shown = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
+        for k, places in enumerate(shown):
+            wanted = [self.problem.spaces[s.name][k] for s, _ in shown[self.problem.anchor]]
+            if not {s.name for s in wanted if s.size} <= {s.name for s, _ in places}:
                 return False
         return all(len(n.shapes.get(node, ())) > dim for n in networks)
 
@@ -375,15 +365,15 @@ class Targets:
     ) -> Tensor:
         """Return the target at a node.
 
-        A layer that a network lacks has no say inside a branch, unless it stands for writing
-        nothing; where a value passes by such a layer, it counts.
+        A network has no say inside a branch that it lacks, but for tensors that are zero because
+        it lacks the branch. Where its value passes by such a branch, it counts.
 
         Args:
             node: The node.
             weight: The weight of the contraction whose target it is.
             dim: The feature axis.
             values: Each network's value there, None where it has none.
-            axis: The axis of the values that holds the features, if not that one.
+            axis: The feature axis of the values given, if not `dim`.
         """
         axis = dim if axis is None else axis
         shares, total = self._shares(node, weight, values), None
@@ -392,9 +382,8 @@ class Targets:
                 part = _apply(self._map(node, dim, k), value, axis).mul_(share)
                 total = part if total is None else total.add_(part)
         assert total is not None, "some network has a share"
-        mass = torch.as_tensor(self._mass(node, dim, shares)).to(total)
-        along = axis % total.dim()
-        return total.div_(mass.view([-1 if d == along else 1 for d in range(total.dim())]))
+        total.movedim(axis, -1).div_(torch.as_tensor(self._mass(node, dim, shares)).to(total))
+        return total
 
     def _map(self, node: str, dim: int, k: int) -> Tensor:
         """Return the map into the fused network's units; an index where it only picks units."""
@@ -406,15 +395,15 @@ class Targets:
         return self.maps[node, dim, k]
 
     def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
-        silent = [
-            node in inner and weight in gone
-            for inner, gone in zip(self.inner, self.problem.lacking)
-        ]
+        """Return each network's share in the target; equal ones if those with a share lack it."""
         last = node in self.outputs
         weights = self.problem.output_weights if last else self.problem.weights
-        shares = [0.0 if s else w for s, w in zip(silent, weights)]
-        here = [v is not None and s > 0 for v, s in zip(values, shares)]
-        return shares if any(here) else [float(v is not None) for v in values]
+        lacks = zip(self.inner, self.problem.lacking)
+        absent = [node in inner and weight in tensors for inner, tensors in lacks]
+        shares = [0.0 if gone else w for gone, w in zip(absent, weights)]
+        if any(v is not None and s > 0 for v, s in zip(values, shares)):
+            return shares
+        return [float(v is not None) for v in values]
 
     def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
         """Return the share of the networks that give something to the unit at each position."""

@@ -1,7 +1,13 @@
-"""Emit the fused network, and say what its norms and outputs have to look like.
+"""Emit the fused network, and plan what its norms and contractions have to give.
 
 Norms with running statistics are folded into the weights before mixing, because the scale of a raw
-filter is arbitrary; the fused network gets the anchor's norms again, to be settled by `refit`.
+filter is arbitrary. The fused network gets the anchor's norms again; a refit settles them by the
+plans. At the end `rescale` gives the filters in front of norms the size that they were trained at:
+a norm undoes that size, but the smaller a filter, the further a step of gradient descent turns it.
+
+References:
+    van Laarhoven 2017, L2 regularization versus batch and weight normalization: the effective
+    learning rate is that over the squared norm of the filter.
 """
 
 from __future__ import annotations
@@ -11,47 +17,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from .._progress import counted
 from ..calibration.moments import Moments
 from ..calibration.norms import FoldedState, fold_norms, foldable_norms, single_weights
 from ..coupling.mixing import Couplings
-from ..graph.state import fill, floats_of, state_floats_of
+from ..graph.state import fill, floats_of, state_floats_of, tensor_at
 from ..spaces.network import Network
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """The mean and spread `(units,)` that the parents ask of a node's output."""
-
-    mean: np.ndarray
-    spread: np.ndarray
-
-    @property
-    def rms(self) -> np.ndarray:
-        """`(units,)` root mean squares."""
-        found: np.ndarray = np.sqrt(self.mean**2 + self.spread**2)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
 class NormPlan:
-    """What a norm of the fused network has to compute: `scale * input + shift` before corrections.
+    """A norm of the fused network, which has to compute `scale * input + shift`.
 
     Attributes:
         node: The norm's node.
         reads: The node before it.
         scale: `(units,)`.
         shift: `(units,)`.
-        target: Moments its output should have, if they were measured.
+        target: Moments that its output should have instead, if the refit asked for them.
     """
 
     node: str
     reads: str
     scale: np.ndarray
     shift: np.ndarray
-    target: Target | None
+    target: Moments | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +65,7 @@ class WeightPlan:
     dim: int
     bias: str | None
     axis: int
-    target: Target
+    target: Moments
 
 
 def outputs_to_settle(network: Network) -> dict[str, int]:
@@ -81,15 +74,15 @@ def outputs_to_settle(network: Network) -> dict[str, int]:
     A bias that is put together from several tensors, or from one of another size, cannot be.
     """
     shapes = {name: tuple(t.shape) for name, t in floats_of(network.module).items()}
-    found = dict.fromkeys(network.norms, 1)
-    taken = set(foldable_norms(network).values())
+    axes = dict.fromkeys(network.norms, 1)
+    folded = set(foldable_norms(network).values())
     for node, (weight, dim) in single_weights(network).items():
-        axes = set(network.features.get(node, ()))
+        dims = set(network.features.get(node, ()))
         biases = {shapes.get(t) for t in network.tensors[node] if t != weight}
-        plain = biases <= {shapes[weight][dim : dim + 1]}
-        if node not in taken and len(axes) == 1 and plain:
-            found[node] = axes.pop()
-    return found
+        one_bias = biases <= {shapes[weight][dim : dim + 1]}
+        if node not in folded and len(dims) == 1 and one_bias:
+            axes[node] = dims.pop()
+    return axes
 
 
 def emit(
@@ -99,11 +92,11 @@ def emit(
 
     Args:
         couplings: The maps of the networks.
-        outputs: Per node to settle, the moments of each network's output; empty if none are asked
-            for.
+        outputs: The nodes of `outputs_to_settle` that the refit asked for, with the moments of each
+            network's output.
 
     Returns:
-        The network, its norms still the anchor's, and one plan for each norm and node of
+        The network, its norms still the anchor's, and one plan for each norm and each node of
         `outputs`.
     """
     base = couplings.problem.structure
@@ -117,9 +110,9 @@ def emit(
             mix = couplings.mix if isinstance(tensor, nn.Parameter) else couplings.pick
             fill(module, name, np.ascontiguousarray(mix(name, values)).reshape(tensor.shape))
     norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.norms]
-    able = single_weights(base)
+    contractions = single_weights(base)
     weights = [
-        _weight_plan(couplings, node, able[node], moments)
+        _weight_plan(couplings, node, contractions[node], moments)
         for node, moments in outputs.items()
         if node not in base.norms
     ]
@@ -153,9 +146,50 @@ def _weight_plan(
     return WeightPlan(node, weight, dim, bias, axis, _target(couplings, weight, dim, moments))
 
 
-def _target(couplings: Couplings, tensor: str, dim: int, moments: list[Moments | None]) -> Target:
-    """Mix the parents' moments over the units that a tensor axis holds; no layer writes zero."""
+def _target(couplings: Couplings, tensor: str, dim: int, moments: list[Moments | None]) -> Moments:
+    """Mix the parents' moments of an axis's units; a layer that a network lacks writes zero."""
     sizes = [n.spaces.sizes[tensor, dim] for n in couplings.problem.networks]
     means = [np.zeros(n) if m is None else m.mean for m, n in zip(moments, sizes)]
     spreads = [np.zeros(n) if m is None else m.spread for m, n in zip(moments, sizes)]
-    return Target(couplings.mix(tensor, means, dim), couplings.mix(tensor, spreads, dim))
+    return Moments.of(couplings.mix(tensor, means, dim), couplings.mix(tensor, spreads, dim))
+
+
+def rescale(fused: Network, couplings: Couplings) -> None:
+    """Scale each filter in front of a norm to the root mean square size of those it came from.
+
+    The statistics of the norm follow, so that the function stays.
+
+    Args:
+        fused: The fused network; edited in place.
+        couplings: The maps of the networks it is made of.
+    """
+    problem, module = couplings.problem, fused.module
+    base = problem.structure
+    contractions = single_weights(base)
+    for norm, node in foldable_norms(base).items():
+        weight, dim = contractions[node]
+        sizes = [_squares(tensor_at(n.module, weight), dim) for n in problem.networks]
+        wanted = couplings.mix(weight, sizes, along=dim)
+        size = _squares(tensor_at(module, weight), dim)
+        scalable = (size > 0) & (wanted > 0)
+        factor = np.sqrt(np.divide(wanted, size, out=np.ones_like(size), where=scalable))
+        roles = base.norms[norm]
+        mean, variance = (tensor_at(module, str(roles[r])) for r in ("running_mean", "running_var"))
+        eps, spread = float(roles["eps"]), variance.double().cpu().numpy()
+        factor = np.maximum(factor, np.sqrt(eps / (spread + eps)))  # no variance below zero
+        variance.data.copy_(torch.as_tensor(factor**2 * (spread + eps) - eps))
+        scale_units(mean, factor, 0)
+        for name in base.tensors[node]:
+            scale_units(tensor_at(module, name), factor, dim if name == weight else 0)
+
+
+def _squares(tensor: Tensor, dim: int) -> np.ndarray:
+    """Return the squared size `(units,)` of each filter."""
+    filters = tensor.detach().double().movedim(dim, 0).flatten(1)
+    squares: np.ndarray = filters.square().sum(1).cpu().numpy()
+    return squares
+
+
+def scale_units(tensor: Tensor, factors: np.ndarray, dim: int) -> None:
+    """Multiply the entries of each unit along an axis by its factor, in place."""
+    tensor.data.movedim(dim, -1).mul_(torch.as_tensor(factors).to(tensor))

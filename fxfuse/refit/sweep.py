@@ -1,13 +1,9 @@
-"""Fit one contraction of the fused network to what is wanted of it, at a sample of its positions.
+"""Refit every contraction of the fused network in one forward sweep, by ridge least squares.
 
-Weights are corrected by ridge least squares, first to the mean of the networks' values, then to
-that of their activations; then units get back the spread that averaging takes from them.
-
-Refit every contraction of the fused network in one forward sweep, by ridge least squares.
-
-All networks advance together. Each contraction is fitted to the mean of the parents' values on what
-the fused network really feeds it, corrected as it is up to there; then its units get back the
-spread that averaging takes from them, where something non-linear reads them.
+All networks advance together. Each contraction is fitted, at a sample of its positions, on what the
+fused network really feeds it, corrected as it is up to there: first to the mean of the parents'
+values, then to the mean of their activations. Then its units get back the spread that averaging
+takes from them, where something non-linear reads them.
 
 References:
     Jin et al. 2023 (RegMean): least squares to the parents' own layers, on their own inputs.
@@ -53,43 +49,17 @@ from ..coupling.problem import Problem
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
-from ._targets import Aim, Parents, Targets, aims_of
-from .emit import NormPlan, WeightPlan, outputs_to_settle
-from .moments import (
-    Outcome,
-    Refit,
-    gain_of,
-    settle_norm,
-    settle_weight,
-)
+from ._targets import Aim, Goal, Parents, Targets, aims_of
+from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
+from .moments import Outcome, Refit, gain_of, settle_norm, settle_weight
 
-ROUNDING = 1e-5  # a target met but for this share of its spread is met
+ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
 
 
-FAR = 0.5  # share of the variance of a unit's activation that its start may miss
+FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What a contraction reads and what is wanted of it, at some positions.
-
-    Attributes:
-        x: What it reads, `(groups, positions, inputs)`; written to.
-        wanted: The mean of the networks' values, `(positions, units)`; written to.
-        acted: The mean of their activations, if one alone reads the values.
-        rest: What is added to the contraction's own value, if that is part of a sum.
-        activation: What that activation makes of values.
-        fit: How many of the positions, the first ones, may be fitted to for choosing a ridge.
-        dual_every: See `least_squares.Regression`.
-    """
-
-    x: Tensor
-    wanted: Tensor
-    acted: Tensor | None
-    rest: Tensor | None
-    activation: Callable[[Tensor], Tensor]
-    fit: int
-    dual_every: int
+FEWEST_POSITIONS = 256  # to take moments of, where there is memory for few products only
 
 
 class Fit:
@@ -98,16 +68,29 @@ class Fit:
     Args:
         network: The fused network.
         aim: The contraction.
-        task: What is wanted of it.
-        ridges: See `least_squares.best_correction`.
+        goal: What is wanted of it; its values are written to.
+        x: What it reads at these positions, `(groups, positions, inputs)`; written to.
+        added: What is added to its own value, if that is part of a sum.
+        activation: What the activation behind it makes of values.
+        ridges: See `LeastSquares`.
     """
 
-    def __init__(self, network: Network, aim: Aim, task: Task, ridges: Sequence[float]) -> None:
-        self.network, self.aim, self.task, self.ridges = network, aim, task, ridges
+    def __init__(
+        self,
+        network: Network,
+        aim: Aim,
+        goal: Goal,
+        x: Tensor,
+        added: Tensor | None,
+        activation: Callable[[Tensor], Tensor],
+        ridges: Sequence[float],
+    ) -> None:
+        self.network, self.aim, self.goal, self.ridges = network, aim, goal, ridges
+        self.x, self.added, self.activation = x, added, activation
         self.producer, self.biased = aim.producer, aim.producer.biased
-        self.origin = task.x.mean(1, keepdim=True) * self.biased
-        task.x.sub_(self.origin)
-        self.regression = Regression(task.x, task.fit, self.biased, task.dual_every)
+        self.origin = x.mean(1, keepdim=True) * self.biased
+        x.sub_(self.origin)
+        self.regression = Regression(x, sum(goal.sample.fit), self.biased, goal.sample.dual_every)
         self.values = self._given(self._weight())  # but for a constant
 
     def __call__(self, steps: int) -> Correction:
@@ -116,51 +99,51 @@ class Fit:
         Args:
             steps: Corrections by the results of the activation, if there is one.
         """
-        targets, acted, rest = self.task.wanted, self.task.acted, self.task.rest
-        if acted is not None:
-            self._revive(targets, acted)
+        targets, activated = self.goal.values, self.goal.activated
+        if activated is not None:
+            self._revive(targets, activated)
         self.whole = whole = moments_of_rows(targets)
-        if rest is not None:
-            targets = targets.sub_(rest)
-        wanted, found = moments_of_rows(targets), moments_of_rows(self.values)
-        gain = self._gain(wanted, found)
+        if self.added is not None:
+            targets = targets.sub_(self.added)
+        wanted, given = moments_of_rows(targets), moments_of_rows(self.values)
+        gain = self._gain(wanted, given)
         self._scale(gain)
-        shift = (wanted.mean - gain * found.mean) * self.biased
+        shift = (wanted.mean - gain * given.mean) * self.biased
         left = targets.sub_(self.values).sub_(_row(shift, targets))
-        correction = self._correct(left, whole, acted is None or not steps)
+        correction = self._correct(left, whole, activated is None or not steps)
         mean = wanted.mean
-        if acted is not None:
-            correction, mean = self._descend(acted, correction, mean, steps)
+        if activated is not None:
+            correction, mean = self._descend(activated, correction, mean, steps)
         self._complete(wanted, mean)
         return correction
 
-    def _revive(self, targets: Tensor, acted: Tensor) -> None:
-        """Start units within reach of what is wanted of them, in place.
+    def _revive(self, targets: Tensor, activated: Tensor) -> None:
+        """Aim units at their mean activation where their mean value is far from giving it.
 
         The mean of a unit that never fires and one that does can be one that never fires.
         """
-        missed = moments_of_rows(acted - self.task.activation(targets)).rms ** 2
-        lost = np.flatnonzero(missed > FAR * moments_of_rows(acted).variance)
+        missed = moments_of_rows(activated - self.activation(targets)).rms ** 2
+        lost = np.flatnonzero(missed > FURTHEST_START * moments_of_rows(activated).variance)
         if len(lost):
             units = torch.as_tensor(lost, device=targets.device)
-            targets.index_copy_(1, units, acted.index_select(1, units))
+            targets.index_copy_(1, units, activated.index_select(1, units))
 
     def _descend(
-        self, acted: Tensor, correction: Correction, mean: np.ndarray, steps: int
+        self, activated: Tensor, correction: Correction, mean: np.ndarray, steps: int
     ) -> tuple[Correction, np.ndarray]:
         """Correct further by what the activation's results lack, as the next layers read these.
 
-        An activation with slopes between 0 and 1 is the gradient of a convex function, so that to
-        meet its results is convex too (the loss matched to it), and each step by the plain
-        regression's curvature, which bounds that of the loss, descends.
+        An activation with slopes between 0 and 1 is the gradient of a convex function. The loss
+        that is matched to it is convex too, and the curvature of the plain regression bounds that
+        of the loss. So each step of the plain regression descends.
         """
-        self.whole = moments_of_rows(acted)
+        self.whole = moments_of_rows(activated)
         for step in range(steps):
             shift = (mean - moments_of_rows(self.values).mean) * self.biased
             value = self.values + _row(shift, self.values)
-            if self.task.rest is not None:
-                value += self.task.rest
-            left = acted - self.task.activation(value)
+            if self.added is not None:
+                value += self.added
+            left = activated - self.activation(value)
             mean = mean + moments_of_rows(left).mean * self.biased
             correction = self._correct(left, self.whole, step == steps - 1)
             if correction.weight is None:
@@ -173,19 +156,19 @@ class Fit:
         After the last correction, values are followed only where their spread still counts.
         """
         least = ROUNDING**2 * float((whole.rms**2).sum())
-        rest = in_groups(left, self.producer.affine.groups)
-        correction = self.regression.correct(rest, self.ridges, least)
+        left = in_groups(left, self.producer.affine.groups)
+        correction = self.regression.correct(left, self.ridges, least)
         if correction.weight is not None:
             weight = tensor_at(self.network.module, self.producer.weight)
             added = rows_as_weight(correction.weight, self.producer.affine.kernel)
             weight.data.add_((added.T if self.producer.transposed else added).to(weight))
-            if self.aim.swing or not last:
+            if self.aim.needs_spread or not last:
                 self.values += self._given(correction.weight)
         return correction
 
     def _given(self, weight: Tensor) -> Tensor:
         """Return what a weight `(groups, inputs, out / groups)` gives, `(positions, units)`."""
-        return (self.task.x @ weight.to(self.task.x)).transpose(0, 1).flatten(1)
+        return (self.x @ weight.to(self.x)).transpose(0, 1).flatten(1)
 
     def _weight(self) -> Tensor:
         weight = tensor_at(self.network.module, self.producer.weight).detach()
@@ -194,29 +177,25 @@ class Fit:
 
     def _scale(self, gain: np.ndarray) -> None:
         """Scale the units that the contraction writes."""
-        weight = tensor_at(self.network.module, self.producer.weight)
-        factor = torch.as_tensor(gain).to(weight)
-        along = [1] * weight.dim()
-        along[int(self.producer.transposed)] = -1
-        weight.data.mul_(factor.view(along))
-        if self.producer.bias is not None:
-            tensor_at(self.network.module, self.producer.bias).data.mul_(factor)
+        module, producer = self.network.module, self.producer
+        scale_units(tensor_at(module, producer.weight), gain, int(producer.transposed))
+        if producer.bias is not None:
+            scale_units(tensor_at(module, producer.bias), gain, 0)
         self.values.mul_(_row(gain, self.values))
 
     def _complete(self, wanted: Moments, mean: np.ndarray) -> None:
         """Give the units a mean, and the target's spread where that counts."""
-        producer = self.producer
-        found = moments_of_rows(self.values)  # not of the last, their mean is the same: nothing
-        gain = self._gain(wanted, found) if self.aim.swing else np.ones_like(found.mean)
+        producer, module = self.producer, self.network.module
+        given = moments_of_rows(self.values)  # the last correction adds nothing to their means
+        gain = self._gain(wanted, given) if self.aim.needs_spread else np.ones_like(given.mean)
         if producer.norm is not None:
-            found.shift = found.shift + self._offset().to(found.shift)
-            module, roles = self.network.module, producer.roles
-            write_norm(module, roles, gain, mean, found.mean, found.variance)
+            given.shift = given.shift + self._offset().to(given.shift)
+            write_norm(module, producer.roles, gain, mean, given.mean, given.variance)
             return
         self._scale(gain)
         if producer.bias is not None:
-            shift = mean - gain * found.mean
-            bias = tensor_at(self.network.module, producer.bias)
+            shift = mean - gain * given.mean
+            bias = tensor_at(module, producer.bias)
             offset = self._offset() - bias.detach().double()
             bias.data.copy_(torch.as_tensor(shift).to(offset) - offset)
 
@@ -228,11 +207,11 @@ class Fit:
             offset = offset + tensor_at(self.network.module, self.producer.bias).detach().double()
         return offset
 
-    def _gain(self, wanted: Moments, found: Moments) -> np.ndarray:
-        one = np.ones_like(found.mean)
+    def _gain(self, wanted: Moments, given: Moments) -> np.ndarray:
+        one = np.ones_like(given.mean)
         if self.biased:
-            return gain_of(wanted.spread, found.spread, one)
-        return gain_of(wanted.rms, found.rms, one)
+            return gain_of(wanted.spread, given.spread, one)
+        return gain_of(wanted.rms, given.rms, one)
 
 
 def moments_of_rows(rows: Tensor) -> Moments:
@@ -249,28 +228,26 @@ def _row(units: np.ndarray, rows: Tensor) -> Tensor:
     return torch.as_tensor(units).to(rows)
 
 
-FEWEST = 256  # positions whose moments are taken, where products are few
-
-
 @dataclass(frozen=True)
 class LeastSquares(Refit):
     """Refit every contraction by ridge least squares while sweeping forward.
 
-    What is no single contraction of one weight (attention in one module, weights used twice) gets
-    the parents' moments as in `refit.MatchMoments`.
+    What is not one contraction of one weight (attention in one module, weights used twice) gets the
+    parents' moments as in `MatchMoments`.
 
     Attributes:
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
-            variance of what they read; a held-out quarter of the samples chooses, and may choose
+            variance of what they read. A held-out quarter of the samples chooses, and may choose
             to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time and change little.
         steps: Corrections by the results of an activation, where one reads the values.
         frontier: Bytes of memory for the values of all networks and samples that are still to be
-            read; beyond them these lie in a temporary file until they are.
-        gram: Bytes for the products of the inputs of one contraction with each other: of 2,896 by
-            default. Where there are more, or more than positions, the products of that many
-            positions are taken instead. Eight times this for the inputs themselves.
-        outputs: Fit what writes the outputs, too. If not, it stays as it was mixed.
+            read; what exceeds them lies in a temporary file.
+        gram: Bytes for the products of a contraction's inputs with each other; the default is
+            enough for 2,896 inputs. Where there are more inputs, or more than positions, the
+            products of as many positions are taken instead. The inputs themselves may take eight
+            times as much.
+        outputs: Fit the contractions that write the outputs, too. If not, they stay as mixed.
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -282,11 +259,11 @@ class LeastSquares(Refit):
 
     @property
     def variants(self) -> tuple[LeastSquares, ...]:
-        """The same without a fit of the outputs: they hold what is learned by heart, too."""
+        """The same without a fit of the outputs, which parents can have learned by heart."""
         return (replace(self, outputs=False),) if self.outputs else ()
 
     def settles(self, problem: Problem) -> dict[str, int]:
-        """Return the nodes whose moments are wanted: those that are not refitted."""
+        """Return the nodes whose moments are wanted: those that cannot be refitted."""
         network, targets = problem.structure, Targets(Couplings(problem, {}))
         _, aims = replace(self, outputs=True)._aims(network, targets)
         refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
@@ -304,7 +281,7 @@ class LeastSquares(Refit):
         data: Calibration,
         samples: int,
     ) -> Outcome:
-        """Refit in place; see `refit.Refit`."""
+        """Refit in place; see `Refit`."""
         targets = Targets(couplings)
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
@@ -332,10 +309,9 @@ class LeastSquares(Refit):
         return order, {name: aim for name, aim in aims.items() if can(aim)}
 
     def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Positions:
-        """Choose at which positions of a contraction it is fitted; see `draw_positions`."""
-        return draw_positions(
-            places, sizes, *self.rows_for(aim.producer.affine, places * sum(sizes))
-        )
+        """Choose the positions at which a contraction is fitted."""
+        budget = self.rows_for(aim.producer.affine, places * sum(sizes))
+        return draw_positions(places, sizes, *budget)
 
     def rows_for(self, affine: Affine, positions: int) -> tuple[int, int]:
         """Return how many positions to draw, and `dual_every` of their `Regression`.
@@ -345,19 +321,29 @@ class LeastSquares(Refit):
             positions: How many there are.
         """
         inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
-        held = 8 * budget // (4 * inputs)  # rows whose inputs can be held
+        affordable = 8 * budget // (4 * inputs)  # positions whose inputs can be held
         if 8 * inputs**2 <= budget and inputs <= positions:
-            return min(self.rows * inputs, held, positions), 0
-        equations = max(min(math.isqrt(budget // 8), held, positions), 1)
-        looked = min(max(min(4 * equations, held), FEWEST), positions)
-        return looked, -(-looked // equations)
+            return min(self.rows * inputs, affordable, positions), 0
+        equations = max(min(math.isqrt(budget // 8), affordable, positions), 1)
+        count = min(max(min(4 * equations, affordable), FEWEST_POSITIONS), positions)
+        return count, -(-count // equations)
 
 
 @dataclass(eq=False)
 class _Sweep:
-    """The fused network on its way."""
+    """The fused network on its way over the data.
 
-    choice: LeastSquares
+    Attributes:
+        method: The options.
+        fused: The fused network.
+        parents: The networks that it is made of.
+        track: Takes the fused network from node to node.
+        waiting: The plans that are still to be settled, by node.
+        layers: What was refitted so far.
+        read: Norms of which the statistics of what they read are measured next, by contraction.
+    """
+
+    method: LeastSquares
     fused: Network
     parents: Parents
     track: Track
@@ -371,12 +357,12 @@ class _Sweep:
         if aim is not None and self._refit(place, node, aim):
             self.waiting.pop(aim.producer.joint, None)
         elif isinstance(plan, NormPlan):
-            settle_norm(self.fused, plan, self._moments(place, plan), False)
+            settle_norm(self.fused, plan, self._moments(place, plan))
         elif plan is not None:
             settle_weight(self.fused, plan, self._moments(place, plan))
 
     def _go(self, place: int, show: Callable[[int, Run], None]) -> None:
-        """Take all batches to a place, and show each there."""
+        """Take all batches to a place in the order, and show each there."""
         for batch in range(len(self.track.sizes)):
             run, _ = self.track.go(batch, place, self._watch)
             show(batch, run)
@@ -386,7 +372,7 @@ class _Sweep:
         self.read = {}
 
     def _watch(self, node: fx.Node, value: Any) -> None:
-        """Take the moments of what a norm reads that is to have them as its statistics."""
+        """Add to the moments of what a norm reads, if they are to be its statistics."""
         if node.name in self.read:
             aim, moments = self.read[node.name]
             moments.add(value.movedim(aim.axis_in(self.fused), 0))
@@ -406,11 +392,12 @@ class _Sweep:
 
     def _refit(self, place: int, node: fx.Node, aim: Aim) -> bool:
         """Refit one contraction; tell whether that could be done."""
-        task = self._task(place, node, aim)
-        if task is None:
+        goal = self.parents.goal(aim)
+        read = self._read_at(place, node, aim, goal)
+        if read is None:
             return False
-        fit = Fit(self.fused, aim, task, self.choice.ridges)
-        correction = fit(self.choice.steps)
+        fit = Fit(self.fused, aim, goal, *read, partial(self._act, place, aim), self.method.ridges)
+        correction = fit(self.method.steps)
         power = fit.whole.variance if aim.producer.biased else fit.whole.rms**2
         if power.sum() > 0:
             explained = 1 - correction.error / float(power.sum())
@@ -419,61 +406,53 @@ class _Sweep:
             self.read[node.name] = aim, Moments()
         return True
 
-    def _task(self, place: int, node: fx.Node, aim: Aim) -> Task | None:
-        """Gather what a contraction reads; None if it gives values of another shape."""
-        goal, affine, axis = self.parents.goal(aim), aim.producer.affine, aim.axis_in(self.fused)
+    def _read_at(
+        self, place: int, node: fx.Node, aim: Aim, goal: Goal
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Return what a contraction reads and what is added to it, at the goal's positions.
+
+        None if it gives values of another shape than the parents.
+        """
+        affine, axis = aim.producer.affine, aim.axis_in(self.fused)
         source = self.fused.inputs_of(node)[0].name
         inputs: list[Tensor] = []
-        rests: list[Tensor] = []
-        fits: list[bool] = []
+        added: list[Tensor] = []
 
         def show(batch: int, run: Run) -> None:
             x, at = run.value_of(source), goal.sample.at[batch]
             spatial = affine.output_sizes(tuple(x.shape[2:]))
             places = (len(x), *spatial) if affine.kernel else x.shape[:-1]
-            fits.append(tuple(places) == goal.shapes[batch])
-            if fits[-1]:
+            if tuple(places) == goal.shapes[batch]:
                 inputs.append(input_rows(x, affine, at))
-                rests.extend([output_rows(run.value_of(aim.rest), axis, at)] if aim.rest else [])
+                added.extend([output_rows(run.value_of(aim.added), axis, at)] if aim.added else [])
 
         self._go(place, show)
-        if not all(fits):
+        if len(inputs) < len(goal.shapes):
             return None
-        joined = goal.sample.joined
-        read = joined(inputs)
-        inputs.clear()
-        return Task(
-            read,
-            joined(goal.values),
-            joined(goal.acted) if goal.acted else None,
-            joined(rests) if rests else None,
-            partial(self._act, place, aim),
-            sum(goal.sample.fit),
-            goal.sample.dual_every,
-        )
+        return goal.sample.joined(inputs), goal.sample.joined(added) if added else None
 
     def _act(self, place: int, aim: Aim, value: Tensor) -> Tensor:
         """Return what the activation behind a contraction makes of values."""
-        node = next(n for n in self.track.order if n.name == aim.through)
+        node = next(n for n in self.track.order if n.name == aim.activation)
         run, _ = self.track.go(0, place)
-        found = run.apply(node, self.fused.inputs_of(node)[0], value)
+        activated = run.apply(node, self.fused.inputs_of(node)[0], value)
         self.track.rest(0)
-        return found
+        return activated
 
     def finish(self) -> float | None:
         """Go to the end; return the mean divergence from the ensemble, if outputs can be logits."""
         end, total = len(self.track.order) - 1, [0.0]
         output, shares = self.track.order[end], self.parents.targets.problem.output_weights
-        able = OPEN not in self.fused.module.graph.output_node().meta
+        closed = OPEN not in self.fused.module.graph.output_node().meta
 
         def show(batch: int, run: Run) -> None:
-            own = run.peek(output)
-            if not able or not is_logits(own) or math.isnan(total[0]):
+            logits = run.peek(output)
+            if not closed or not is_logits(logits) or math.isnan(total[0]):
                 total[0] = math.nan
                 return
-            found = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
-            mean: Tensor = sum(w * t.double() for w, t in found)
-            total[0] += divergence(mean, own)
+            outputs = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
+            mean: Tensor = sum(w * t.double() for w, t in outputs)
+            total[0] += divergence(mean, logits)
 
         self._go(end, show)
         return None if math.isnan(total[0]) else total[0] / sum(self.track.sizes)

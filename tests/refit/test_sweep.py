@@ -1,6 +1,8 @@
-"""One contraction fitted at some positions: against brute force on the whole values.
+"""A contraction fitted at some positions, and the sweep over all of them.
 
-The sweep: nearer to the parents than moments alone, never much worse, exact where it must be."""
+A fit is checked on the whole values. The sweep has to come nearer to the parents than moments
+alone, never much further away, and to be exact where it must be.
+"""
 
 import math
 import tempfile
@@ -15,13 +17,13 @@ from torch import nn
 
 import fxfuse
 from fxfuse.calibration.moments import Moments
-from fxfuse.calibration.positions import input_rows, output_rows
+from fxfuse.calibration.positions import Positions, input_rows, output_rows
 from fxfuse.calibration.spill import SpillStore, _memory_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.graph.trace import trace
-from fxfuse.refit._targets import aims_of
+from fxfuse.refit._targets import Goal, aims_of
 from fxfuse.refit.moments import MatchMoments
-from fxfuse.refit.sweep import Fit, LeastSquares, Task, moments_of_rows
+from fxfuse.refit.sweep import Fit, LeastSquares, moments_of_rows
 from fxfuse.spaces.network import Network
 from tests.support.nets import (
     Concat,
@@ -55,30 +57,29 @@ KINDS = {
 
 def case(kind, seed=0, count=40):
     """Return a network whose first contraction is to be fitted, its aim and an input."""
-    net = randomise(
-        nn.Sequential(KINDS[kind](), nn.Conv2d(6 if kind == "groups" else 4, 2, 1)), seed
-    )
+    width = 6 if kind == "groups" else 4
+    net = randomise(nn.Sequential(KINDS[kind](), nn.Conv2d(width, 2, 1)), seed)
     inputs = next(p for p in net.parameters() if p.dim() == 4).shape[1] * (1 + (kind == "groups"))
     x = torch.randn(count, inputs, 6, 6, generator=torch.Generator().manual_seed(seed + 50))
-    one = Network.of("net", trace(net.eval()), (x[:2],))
-    aim = next(iter(aims_of(one)[1].values()))
-    return one, aim, x + 0.5
+    network = Network.of("net", trace(net.eval()), (x[:2],))
+    aim = next(iter(aims_of(network)[1].values()))
+    return network, aim, x + 0.5
 
 
 def value_at(network, x, name):
-    found = {}
+    seen = {}
     for part, module in network.module.named_modules():
         if part.replace(".", "_") == name.strip("_"):
-            module.register_forward_hook(lambda m, i, out: found.update(value=out.clone()))
+            module.register_forward_hook(lambda m, i, out: seen.update(value=out.clone()))
     outputs(network.module, x)
-    return found["value"]
+    return seen["value"]
 
 
-def task_of(network, aim, x, wanted, acted=None):
+def fit_of(network, aim, x, wanted, activated=None):
     at = torch.arange(len(x) * 36)
-    rows = [None if t is None else output_rows(t, 1, at) for t in (wanted, acted)]
-    reads = input_rows(x, aim.producer.affine, at)
-    return Task(reads, rows[0], rows[1], None, torch.relu, len(at) * 3 // 4, 0)
+    rows = [None if t is None else output_rows(t, 1, at) for t in (wanted, activated)]
+    goal = Goal(Positions([at], [len(at) * 3 // 4]), [], *rows)
+    return Fit(network, aim, goal, input_rows(x, aim.producer.affine, at), None, torch.relu, RIDGES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,8 +87,8 @@ def test_a_target_within_reach_is_reached(kind):
     network, aim, x = case(kind)
     other, _, _ = case(kind, seed=1)
     wanted = value_at(other, x, aim.at)
-    acted = wanted.relu() if aim.through else None
-    Fit(network, aim, task_of(network, aim, x, wanted, acted), RIDGES)(1)
+    activated = wanted.relu() if aim.activation else None
+    fit_of(network, aim, x, wanted, activated)(1)
     error = value_at(network, x, aim.at) - wanted
     assert float(error.square().mean() / wanted.var()) < 1e-4
 
@@ -97,8 +98,8 @@ def test_a_target_that_is_met_changes_nothing(kind):
     network, aim, x = case(kind)
     wanted = value_at(network, x, aim.at)
     state = {k: t.clone() for k, t in network.module.state_dict().items()}
-    acted = wanted.relu() if aim.through else None
-    correction = Fit(network, aim, task_of(network, aim, x, wanted, acted), RIDGES)(1)
+    activated = wanted.relu() if aim.activation else None
+    correction = fit_of(network, aim, x, wanted, activated)(1)
     assert correction.weight is None
     assert torch.allclose(value_at(network, x, aim.at), wanted, atol=1e-5)
     if aim.producer.norm is None:  # which takes what its contraction is scaled by
@@ -110,33 +111,34 @@ def test_a_target_that_is_met_changes_nothing(kind):
 def test_units_get_the_mean_of_what_is_wanted_and_the_activated_their_spread(kind):
     network, aim, x = case(kind)
     wanted = torch.randn(value_at(network, x, aim.at).shape) * 3 + 2
-    Fit(network, aim, task_of(network, aim, x, wanted), RIDGES)(1)
+    fit_of(network, aim, x, wanted)(1)
     given = value_at(network, x, aim.at).movedim(1, 0).flatten(1)
     assert torch.allclose(given.mean(1), wanted.movedim(1, 0).flatten(1).mean(1), atol=1e-4)
 
 
 def test_steps_follow_the_gradient_of_what_the_activations_lack():
-    found = []
+    gradients = []
     for steps in (0, 1, 3):
         network, aim, x = case("relu", count=200)
-        aim = replace(aim, swing=False)
+        aim = replace(aim, needs_spread=False)
         others = [case("relu", seed=s)[0] for s in (1, 2)]
         values = [value_at(o, x, aim.at) for o in others]
-        acted = sum(v.relu() for v in values) / 2
-        Fit(network, aim, task_of(network, aim, x, sum(values) / 2, acted), RIDGES)(steps)
-        left = output_rows(value_at(network, x, aim.at).relu() - acted, 1, torch.arange(200 * 36))
-        reads = input_rows(x, aim.producer.affine, torch.arange(200 * 36))[0]
-        found.append(float(((reads - reads.mean(0)).T @ (left - left.mean(0))).norm()))
-    assert found[0] > found[1] > found[2]
+        activated = sum(v.relu() for v in values) / 2
+        fit_of(network, aim, x, sum(values) / 2, activated)(steps)
+        lacking, at = value_at(network, x, aim.at).relu() - activated, torch.arange(200 * 36)
+        left = output_rows(lacking, 1, at)
+        reads = input_rows(x, aim.producer.affine, at)[0]
+        gradients.append(float(((reads - reads.mean(0)).T @ (left - left.mean(0))).norm()))
+    assert gradients[0] > gradients[1] > gradients[2]
 
 
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(0, 99))
 def test_moments_of_rows_are_those_of_units(count, units, seed):
     rows = torch.randn(count, units, generator=torch.Generator().manual_seed(seed)) * 3 + 5
-    found, expected = moments_of_rows(rows), Moments()
+    moments, expected = moments_of_rows(rows), Moments()
     expected.add(rows.T)
     for name in ("mean", "spread", "rms"):
-        assert np.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert np.allclose(getattr(moments, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
 MOMENTS = fxfuse.Method(refit=MatchMoments())

@@ -1,4 +1,4 @@
-"""Order of the sweep, what is refitted, and what it should give."""
+"""The order of the sweep, what is refitted, and what it should give."""
 
 import torch
 from hypothesis import given, settings
@@ -101,12 +101,12 @@ def test_of_two_that_end_in_a_sum_the_deeper_one_closes():
     net, x = randomise(residual((6, 2), (8, 1))), images(3)
     found = network(net, x)
     _, aims = aims_of(found)
-    closing = {name for name, aim in aims.items() if aim.rest is not None}
+    closing = {name for name, aim in aims.items() if aim.added is not None}
     assert closing == {"_1_0_b_0", "_1_1_b_0", "_2_0_b_0"}
     assert aims["_2_0_skip_0"].at == aims["_2_0_skip_0"].producer.joint
-    assert aims["_2_0_b_0"].rest == aims["_2_0_skip_0"].producer.joint
-    swinging = {name for name, aim in aims.items() if aim.swing}
-    assert swinging == {"_0_0", "_1_0_a_0", "_1_1_a_0", "_2_0_a_0"}
+    assert aims["_2_0_b_0"].added == aims["_2_0_skip_0"].producer.joint
+    spread = {name for name, aim in aims.items() if aim.needs_spread}
+    assert spread == {"_0_0", "_1_0_a_0", "_1_1_a_0", "_2_0_a_0"}
 
 
 class Overwriting(nn.Module):
@@ -220,5 +220,5 @@ def test_a_network_without_a_block_has_no_say_inside_and_counts_on_the_stream():
 def test_the_activation_behind_a_target_is_found_through_what_is_idle():
     net = nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.GELU(), nn.Linear(5, 4), nn.Linear(4, 3))
     _, aims = aims_of(network(randomise(net), torch.randn(3, 6)))
-    assert [aim.through for aim in aims.values()] == ["_2", None, None]
-    assert [aim.swing for aim in aims.values()] == [True, False, False]
+    assert [aim.activation for aim in aims.values()] == ["_2", None, None]
+    assert [aim.needs_spread for aim in aims.values()] == [True, False, False]
