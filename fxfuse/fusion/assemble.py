@@ -18,7 +18,7 @@ from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import GroundCosts
 from ..errors import ModelError
-from ..graph.state import floats_of
+from ..graph.state import not_finite
 from ..graph.trace import run_once
 from ..graph.verify import lint
 from ..refit.emit import emit
@@ -118,7 +118,7 @@ def require_sound(fused: Network) -> None:
         ModelError: If weights are not finite.
         PassError: If modules and parameters disagree.
     """
-    if not all(bool(t.isfinite().all()) for t in floats_of(fused.module).values()):
+    if not_finite(fused.module):
         raise ModelError(
             "fused weights that are NaN or infinite",
             where=fused.name,

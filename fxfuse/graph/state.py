@@ -41,6 +41,17 @@ def floats_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}
 
 
+def not_finite(module: nn.Module) -> dict[str, int]:
+    """Return how many values of each tensor are not finite; a buffer (a mask) may hold `-inf`."""
+    counts = {}
+    for name, tensor in floats_of(module).items():
+        wrong = ~tensor.isfinite()
+        if not isinstance(tensor, nn.Parameter):
+            wrong &= ~tensor.isneginf()
+        counts[name] = int(wrong.sum())
+    return {name: count for name, count in counts.items() if count}
+
+
 def state_floats_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the floating-point tensors that the state dictionary holds.
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, TraceError
 from ._merge import merge
 from .modes import Mode, cut_to, evaluating_part
-from .state import hide, tensors_of
+from .state import hide, not_finite, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]
 
@@ -119,10 +121,12 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
             expected="a torch.nn.Module",
             do="build the model first and load its weights into it",
         )
+    _require_plain_state(model, name)
     _require_finite(model, name)
     _refuse_hooks(model, name)
     shell = _shell(model)
     graph = _live_graph(shell, name)
+    graph._tracer_cls = None  # who unpickles a GraphModule makes its tracer without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)
     _hide_constants(model, module)
     return copy_modes(model, module)
@@ -197,15 +201,55 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _require_finite(model: nn.Module, name: str) -> None:
-    for path, tensor in tensors_of(model).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def _require_plain_state(model: nn.Module, name: str) -> None:
+    """Refuse state that cannot be read, moved and mixed as numbers of a tensor each."""
+    for path, part in model.named_modules():
+        if parametrize.is_parametrized(part):
             raise ModelError(
-                f"{int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite",
+                "a parametrized weight, which is computed from other tensors at each use",
                 where=f"'{path}' of {name}",
-                expected="finite weights and statistics",
-                do="load a checkpoint that finished training",
+                expected="weights that are parameters themselves",
+                do="torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
             )
+    for path, tensor in tensors_of(model).items():
+        problem = _unreadable(tensor)
+        if problem is not None:
+            what, do = problem
+            raise ModelError(
+                what, where=f"'{path}' of {name}", expected="an ordinary dense tensor", do=do
+            )
+    for path, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or value.is_quantized:
+            raise ModelError(
+                f"state that is no tensor of floating point, a {type(value).__name__}",
+                where=f"'{path}' of {name}",
+                expected="weights that can be read and averaged, not quantized ones",
+                do="fuse the networks before they are quantized, and quantize the result",
+            )
+
+
+def _unreadable(tensor: Tensor) -> tuple[str, str] | None:
+    """Return what keeps a tensor from being worked on, and what to do; None if nothing does."""
+    if is_lazy(tensor):
+        return "a lazy tensor, whose shape is not known", "run one batch through the model first"
+    if tensor.is_meta:
+        return "a tensor without data, on the meta device", "load its weights onto a real device"
+    if tensor.layout != torch.strided:
+        return f"a {tensor.layout} tensor", "replace it by tensor.to_dense()"
+    if tensor.is_inference():
+        do = "build the model outside of torch.inference_mode() and load its weights there"
+        return "a tensor that was made in inference mode", do
+    return None
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    for path, count in not_finite(model).items():
+        raise ModelError(
+            f"{count} values that are NaN or infinite",
+            where=f"'{path}' of {name}",
+            expected="finite weights and statistics",
+            do="load a checkpoint that finished training",
+        )
 
 
 def _shell(model: nn.Module) -> nn.Module:

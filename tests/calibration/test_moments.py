@@ -240,3 +240,12 @@ def test_euclidean_depends_on_scale_unlike_correlation():
     moments.add(x, 4 * x)
     assert np.diag(correlation([moments], tie_break=0.0)).max() <= STATISTIC
     assert np.diag(euclidean([moments])).min() > 1
+
+
+def test_truth_values_count_as_numbers():
+    values = torch.randn(5, 40) > 0.3
+    moments, numbers = Moments(), Moments()
+    moments.add(values)
+    numbers.add(values.float())
+    assert np.array_equal(moments.mean, numbers.mean)
+    assert np.array_equal(moments.spread, numbers.spread)

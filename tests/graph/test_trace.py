@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import gc
+import math
+import pickle
 import sys
 import weakref
 from dataclasses import dataclass
@@ -581,3 +583,107 @@ def test_state_dictionaries_keep_the_version_of_their_class():
     for graph in made:
         parts = graph.state_dict()._metadata
         assert parts[""]["version"] == parts["0.0"]["version"] == 7 and parts["0"]["version"] == 1
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(3))
+
+
+def on_meta():
+    return nn.Sequential(nn.Linear(6, 3)).to("meta")
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(6, 3))
+
+
+def sparse():
+    net = nn.Sequential(nn.Linear(6, 3))
+    net.register_buffer("near", torch.eye(4).to_sparse())
+    return net
+
+
+def weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
+
+
+def quantized():
+    return torch.ao.nn.quantized.dynamic.Linear(6, 3)
+
+
+UNREADABLE = {
+    lazy: "lazy",
+    on_meta: "meta device",
+    in_inference_mode: "inference mode",
+    sparse: "sparse",
+    weight_normed: "parametrized",
+    quantized: "no tensor of floating point",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "problem"), UNREADABLE.items())
+def test_state_that_is_no_plain_tensor_is_refused_by_every_function(make, problem):
+    net, x = make(), torch.randn(8, 6)
+    calls = [
+        lambda: fxfuse.permute(net, x),
+        lambda: fxfuse.inspect(net, x),
+        lambda: fxfuse.find_spaces(net, x),
+        lambda: fxfuse.fuse([nn.Sequential(nn.Linear(6, 3)), net], x),
+        lambda: fxfuse.align([net, net], x),
+        lambda: fxfuse.balance([net, net], x),
+        lambda: fxfuse.net2wider(net, x),
+        lambda: fxfuse.narrow(net, x),
+        lambda: fxfuse.transfer(net, net, x),
+    ]
+    for call in calls:
+        with pytest.raises(ModelError, match=problem):
+            call()
+
+
+def test_the_advice_on_parametrized_weights_works():
+    net, x = weight_normed().eval(), torch.randn(8, 6)
+    before = net(x)
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    assert torch.allclose(fxfuse.fuse([net, net], x)(x), before, atol=1e-5)
+
+
+def test_a_buffer_may_hold_infinities_but_a_weight_may_not():
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
+
+        def forward(self, x):
+            x = self.first(x)
+            scores = (x @ x.mT + self.mask).softmax(-1)
+            return self.last(scores @ torch.relu(x))
+
+    nets, x = [Causal().eval() for _ in range(2)], torch.randn(32, 5, 6)
+    assert gap(nets[0], fxfuse.permute(nets[0], x, seed=1), x) < FUNCTION
+    assert torch.equal(fxfuse.fuse(nets, x).mask, nets[0].mask)
+    with torch.no_grad():
+        nets[0].first.weight[0, 0] = math.inf
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        fxfuse.permute(nets[0], x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_can_be_pickled(training):
+    class Dropout(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training)
+
+    net = nn.Sequential(nn.Linear(6, 8), Dropout(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    x = torch.randn(9, 6)
+    network = fxfuse.permute(net.train(training), x)
+    again = pickle.loads(pickle.dumps(network))
+    assert again.training == training and list(again.state_dict()) == list(network.state_dict())
+    for mode in (True, False):
+        results = []
+        for each in (network, again):
+            torch.manual_seed(0)
+            results.append(each.train(mode)(x))
+        assert torch.equal(*results)
