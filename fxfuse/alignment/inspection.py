@@ -12,7 +12,7 @@ from torch import nn
 
 from .._progress import Clock, Progress
 from ..calibration.prepare import analyse
-from ..graph.trace import Example, plain_modes
+from ..graph.trace import Example, without_autocast
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
 
@@ -129,7 +129,7 @@ class Inspection:
         return json.dumps(facts, indent=2)
 
 
-@plain_modes()
+@without_autocast()
 def inspect(model: nn.Module, example: Example, *, progress: Progress | None = None) -> Inspection:
     """Find the chain, layers, segments and unit spaces of any traceable module.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._progress import Progress, counted
 from ..errors import ArgumentError, DataError
-from ..graph.trace import device_of, plain_modes
+from ..graph.trace import device_of, without_autocast
 from ..ir import Alignment
 from ..report.plots import draw_barrier
 from .fuse import Method, fuse_along
@@ -161,7 +161,7 @@ class Barrier:
         return "\n".join([*lines, f"barrier of the loss {self.height:.4f}"])
 
 
-@plain_modes()
+@without_autocast()
 def barrier(
     models: Sequence[nn.Module],
     data: Any,

@@ -24,7 +24,7 @@ from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
-from ..graph.trace import copy_modes, plain_modes
+from ..graph.trace import copy_modes, without_autocast
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
 from ..refit.moments import Refit
@@ -93,7 +93,7 @@ class Method:
 FAIR = Method(coupling=Transport())  # every network has its full say in every unit
 
 
-@plain_modes()
+@without_autocast()
 def fuse(
     models: Sequence[nn.Module],
     data: Any,
@@ -315,7 +315,7 @@ def fuse_along(
         yield fused
 
 
-@plain_modes()
+@without_autocast()
 def align(
     models: Sequence[nn.Module],
     data: Any,
@@ -361,7 +361,7 @@ def align(
         return align_networks(networks, calibration, *choices, pairs=pairs)
 
 
-@plain_modes()
+@without_autocast()
 def balance(
     models: Sequence[nn.Module],
     data: Any,

@@ -25,7 +25,7 @@ from ..calibration.data import Calibration
 from ..calibration.prepare import analyse
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
-from ..graph.trace import copy_modes, plain_modes
+from ..graph.trace import copy_modes, without_autocast
 from ..ir import Alignment
 from ..spaces.network import Network
 
@@ -41,7 +41,7 @@ class Transferred:
     pairs: tuple[tuple[str, str], ...]
 
 
-@plain_modes()
+@without_autocast()
 def transfer(
     source: nn.Module,
     target: nn.Module,

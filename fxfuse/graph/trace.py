@@ -29,8 +29,8 @@ Example = Tensor | tuple[Tensor, ...]
 
 
 @contextmanager
-def plain_modes() -> Iterator[None]:
-    """Leave inference mode and autocast, in which a caller may be: they hide operators."""
+def without_autocast() -> Iterator[None]:
+    """Leave autocast and inference mode, in which a caller may be: they hide operators."""
     cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     with torch.inference_mode(False), cpu, cuda:
         yield

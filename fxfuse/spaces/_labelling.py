@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._progress import tell
 from ..graph.modes import is_choice
 from ..graph.state import movable_floats_of
-from ..graph.trace import Interpreter, eval_mode, plain_modes, tensors_in
+from ..graph.trace import Interpreter, eval_mode, tensors_in, without_autocast
 from ._labels import LabelRun, varying
 from ._ledger import Ledger
 from .operators import mirror
@@ -106,7 +106,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         module: Traced network; not modified.
         example: Input tensors.
     """
-    with plain_modes(), eval_mode(module):
+    with without_autocast(), eval_mode(module):
         run = LabelRun(movable_floats_of(module).items())
         with _plain_kernels(), torch.no_grad(), _MirrorMode(run):
             interpreter = _NodeInterpreter(module, run)

@@ -26,7 +26,7 @@ from ._ledger import FIXED, NOTHING, Ledger
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the units in one tensor.
+    """The units in one tensor, as far as they are known.
 
     Attributes:
         layers: Label tensors of the tensor's rank, collapsed where they do not vary.
@@ -45,7 +45,7 @@ def varying(layer: Tensor) -> tuple[int, ...]:
 
 
 def absent(layer: Tensor, layers: Iterable[Tensor]) -> bool:
-    """Tell whether a layer is none of some others, by identity."""
+    """Tell whether a layer is not among some others, by identity."""
     return not any(layer is other for other in layers)
 
 
@@ -232,10 +232,10 @@ def _meet(run: LabelRun, layer: Tensor, other: Operand) -> bool:
         if set(varying(x)) < axes or set(varying(x)) > axes:
             unlabelled -= set(varying(x))
     reason = "meets values that vary along its axis without being its units"
-    return hold(run, layer, unlabelled, reason)
+    return _hold(run, layer, unlabelled, reason)
 
 
-def hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
+def _hold(run: LabelRun, layer: Tensor, axes: set[int], reason: str) -> bool:
     """Keep the units of a layer in their rows along some axes; tell whether any may still move."""
     if axes == set(varying(layer)):
         run.freeze([layer], reason)

@@ -14,16 +14,16 @@ from ..graph.trace import (
     as_example,
     copy_modes,
     device_of,
-    plain_modes,
     run_once,
     trace_sharing,
+    without_autocast,
 )
 from ..ir import Axis, Space, Spaces
 from ._labelling import label_network
 from ._solve import spaces_of
 
 
-@plain_modes()
+@without_autocast()
 def find_spaces(module: nn.Module, example: Example) -> Spaces:
     """Find the unit spaces of any traceable module.
 
@@ -46,7 +46,7 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
     return _analyse(module, example)[1]
 
 
-@plain_modes()
+@without_autocast()
 def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModule:
     """Return a network of the same function with every space randomly permuted.
 

@@ -16,7 +16,7 @@ from torch import fx, nn
 from ..calibration.prepare import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
-from ..graph.trace import Example, copy_modes, plain_modes
+from ..graph.trace import Example, copy_modes, without_autocast
 from ..spaces.network import Network
 from ._carry import (
     ResizedCopy,
@@ -45,7 +45,7 @@ class WidthReport:
     error: float
 
 
-@plain_modes()
+@without_autocast()
 def net2wider(
     model: nn.Module,
     example: Example,
@@ -107,7 +107,7 @@ def net2wider(
     return _reported(model, copied, kept)
 
 
-@plain_modes()
+@without_autocast()
 def narrow(
     model: nn.Module, example: Example, *, share: float = 0.5, like: nn.Module | None = None
 ) -> fx.GraphModule:
