@@ -1,6 +1,9 @@
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +81,62 @@ def test_the_fixed_signatures():
     for name in ("fuse", "align", "balance"):
         assert signatures[name][:2] == ["models", "data"]
     assert {"alignment", "weights", "anchor"} <= set(signatures["fuse"])
+
+
+PLACES = [fxfuse] + [
+    importlib.import_module(f"fxfuse.{name}")
+    for name in (
+        *("alignment", "calibration", "coupling", "depth", "errors", "fusion", "graph", "io", "ir"),
+        *("presets", "refit", "report", "solvers", "spaces", "width"),
+    )
+]
+PUBLIC = {name for place in PLACES for name in vars(place) if not name.startswith("_")}
+ROOT = Path(__file__).parents[1]
+TEXTS = {
+    path.name: path.read_text()
+    for path in [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *ROOT.glob("examples/*.py")]
+}
+DOCUMENTED = {
+    f"{place.__name__}.{name}": inspect.getdoc(member)
+    for place in PLACES
+    for name in getattr(place, "__all__", ())
+    for member in [getattr(place, name)]
+    if inspect.isfunction(member) or inspect.isclass(member)
+}
+
+
+def imported(dotted):
+    """Return what a dotted name stands for; import the modules on its way."""
+    place, path = fxfuse, "fxfuse"
+    for name in dotted.split(".")[1:]:
+        path = f"{path}.{name}"
+        place = getattr(place, name) if hasattr(place, name) else importlib.import_module(path)
+    return place
+
+
+@pytest.mark.parametrize("text", [*TEXTS.values(), *DOCUMENTED.values()], ids=[*TEXTS, *DOCUMENTED])
+def test_names_that_are_mentioned_can_be_imported(text):
+    for dotted in set(re.findall(r"\bfxfuse(?:\.[A-Za-z_]\w*)+", text)):
+        assert imported(dotted) is not None
+
+
+def test_names_that_cannot_be_imported_would_be_seen():
+    assert imported("fxfuse.coupling.Transport") is fxfuse.coupling.Transport
+    for dotted in ("fxfuse.transport", "fxfuse.coupling.Teleport"):
+        with pytest.raises(ImportError):
+            imported(dotted)
+
+
+def test_classes_that_the_readme_calls_are_in_a_package():
+    called = set(re.findall(r"\b([A-Z]\w*)\(", TEXTS["README.md"]))
+    assert "Transport" in called and called <= PUBLIC
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_classes_that_a_docstring_mentions_are_in_a_package(name):
+    """Torch's own are known by the names that everybody uses."""
+    mentioned = set(re.findall(r"`([A-Z][a-z]\w*)[`.(]", DOCUMENTED[name]))
+    assert mentioned - {"GraphModule", "DataLoader"} <= PUBLIC
 
 
 IMPORT = """
