@@ -207,7 +207,7 @@ class Random(Aligner):
     Cost matrices of one shape with the same impossible pairs get the same map.
 
     Attributes:
-        seed: Of the draw.
+        seed: Seed of the draw.
         first: Map the first column to the first row, as the paper's code does.
         last: Map the last column to the last row.
     """

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..graph.state import fill, floats_of, replace_tensor, tensor_at
@@ -82,6 +83,20 @@ def write_statistics(module: nn.Module, roles: Roles, inputs: Moments) -> None:
         scale = weight / np.sqrt(variance + float(roles["eps"]))
         output_mean = bias + scale * (inputs.mean - mean)
         write_norm(module, roles, scale, output_mean, inputs.mean, inputs.variance)
+
+
+def scale_statistics(module: nn.Module, roles: Roles, factors: np.ndarray) -> np.ndarray:
+    """Let a norm give the same as before for inputs that will be multiplied by factors.
+
+    Returns:
+        The factors `(units,)` for which it does: raised where its variance would fall below zero.
+    """
+    mean, variance = (tensor_at(module, str(roles[r])) for r in ("running_mean", "running_var"))
+    eps, old = float(roles["eps"]), variance.double().cpu().numpy()
+    factors = np.maximum(factors, np.sqrt(eps / (old + eps)))
+    variance.data.copy_(torch.as_tensor(factors**2 * (old + eps) - eps))
+    mean.data.mul_(torch.as_tensor(factors).to(mean))
+    return factors
 
 
 def _values(module: nn.Module, roles: Roles) -> tuple[np.ndarray, ...]:

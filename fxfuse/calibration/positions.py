@@ -102,7 +102,7 @@ def input_rows(x: Tensor, affine: Affine, at: Tensor | None = None) -> Tensor:
     taps = torch.zeros(1, dtype=torch.long, device=x.device)
     for size, k, d in zip(sizes, affine.kernel, affine.dilation):
         taps = (taps[:, None] * size + torch.arange(k, device=x.device) * d).flatten()
-    pixels = x.movedim(1, -1).reshape(-1, x.shape[1])  # channels side by side: copied at a stroke
+    pixels = x.movedim(1, -1).reshape(-1, x.shape[1])  # channels side by side
     read = pixels.index_select(0, (corner[:, None] + taps).flatten())
     grouped = read.view(len(corner), len(taps), affine.groups, x.shape[1] // affine.groups)
     rows: Tensor = grouped.permute(2, 0, 1, 3).flatten(2)

@@ -22,7 +22,13 @@ from torch import Tensor, fx, nn
 
 from .._progress import counted
 from ..calibration.moments import Moments
-from ..calibration.norms import FoldedState, fold_norms, foldable_norms, single_weights
+from ..calibration.norms import (
+    FoldedState,
+    fold_norms,
+    foldable_norms,
+    scale_statistics,
+    single_weights,
+)
 from ..coupling.mixing import Couplings
 from ..graph.state import fill, floats_of, state_floats_of, tensor_at
 from ..spaces.network import Network
@@ -173,12 +179,7 @@ def rescale(fused: Network, couplings: Couplings) -> None:
         size = _squares(tensor_at(module, weight), dim)
         scalable = (size > 0) & (wanted > 0)
         factor = np.sqrt(np.divide(wanted, size, out=np.ones_like(size), where=scalable))
-        roles = base.norms[norm]
-        mean, variance = (tensor_at(module, str(roles[r])) for r in ("running_mean", "running_var"))
-        eps, spread = float(roles["eps"]), variance.double().cpu().numpy()
-        factor = np.maximum(factor, np.sqrt(eps / (spread + eps)))  # no variance below zero
-        variance.data.copy_(torch.as_tensor(factor**2 * (spread + eps) - eps))
-        scale_units(mean, factor, 0)
+        factor = scale_statistics(module, base.norms[norm], factor)
         for name in base.tensors[node]:
             scale_units(tensor_at(module, name), factor, dim if name == weight else 0)
 

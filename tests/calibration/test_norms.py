@@ -11,6 +11,7 @@ from fxfuse.calibration.norms import (
     fold_norms,
     foldable_norms,
     scale_and_shift,
+    scale_statistics,
     single_weights,
     tensors_for,
     write_norm,
@@ -77,6 +78,16 @@ def test_statistics_can_be_replaced_without_changing_the_function(affine):
     write_statistics(module, roles, moments)
     assert torch.allclose(module(x), before, atol=1e-9)
     assert np.allclose(module.running_mean, moments.mean) is affine
+
+
+@AFFINE
+def test_a_norm_gives_the_same_for_scaled_inputs_once_its_statistics_are_scaled(affine):
+    module, roles = norm(affine=affine)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    before, factors = module(x), scale_statistics(module, roles, np.array([0.0, 0.5, 1, 2, 3]))
+    assert torch.allclose(module(x * torch.as_tensor(factors)), before, atol=1e-9)
+    assert (factors[1:] == [0.5, 1, 2, 3]).all() and 0 < factors[0] < 0.01
+    assert bool((module.running_var >= -1e-12).all())
 
 
 # --- folding --------------------------------------------------------------------------------------
