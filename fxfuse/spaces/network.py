@@ -62,11 +62,6 @@ class Network:
         )
 
     @property
-    def book(self) -> Network:
-        """The network itself; in the way of those that still read `network.shapes`."""
-        return self
-
-    @property
     def nodes(self) -> dict[str, fx.Node]:
         """The nodes of its graph by name, in order."""
         return {n.name: n for n in self.module.graph.nodes}
