@@ -1,20 +1,19 @@
 """Compare units by their weights: their rows of every tensor, all its other axes mapped.
 
-Running statistics have no say, and neither have layers that a network has in name only. The weight
-of a grouped convolution counts as the dense one it stands for, zero between groups; with one input
-per group only its output axis counts, since each row then belongs to one unit whatever it reads.
+Running statistics do not count, nor do layers that a network has in name only. The weight of a
+grouped convolution counts as the dense one with the same function, zero between groups; with one
+input per group only its output axis counts, as each row belongs to one unit whatever it reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from ..calibration.norms import fold_norms, foldable_norms
 from ..graph.state import floats_of
 from ..ir import Axis, Coupling
 from ..spaces.network import Network
@@ -24,31 +23,16 @@ from .problem import Problem, foreign_tensors
 CHUNK = 1 << 22  # numbers that are turned to double precision at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Products:
-    """Inner products of two networks' rows, summed over tensors.
-
-    Attributes:
-        ours: `(n,)` squared norms.
-        theirs: `(m,)` squared norms.
-        cross: `(n, m)` inner products.
-    """
-
-    ours: np.ndarray
-    theirs: np.ndarray
-    cross: np.ndarray
-
-
 @dataclass(eq=False)
 class Weights:
-    """The tensors of all networks that have a say in how their units match, as far as they do.
+    """The tensors that count when units are matched, and the couplings found so far.
 
-    A matching puts couplings here as it finds them, and sees tensors carried by these.
+    A matching puts its couplings here one by one, and sees tensors carried by them.
 
     Attributes:
         problem: The networks.
-        states: Per network, its tensors by name, without those that have no say.
-        couplings: The coupling of each space and network, as far as it is known.
+        states: Per network, its tensors by name, without those that do not count.
+        couplings: The coupling of each space and network that has one so far.
         maps: Maps of axes `(tensor, axis, network)` made so far.
     """
 
@@ -59,25 +43,21 @@ class Weights:
 
     @classmethod
     def of(
-        cls,
-        problem: Problem,
-        couplings: dict[tuple[str, int], Coupling] | None = None,
-        folded: bool = False,
+        cls, problem: Problem, couplings: dict[tuple[str, int], Coupling] | None = None
     ) -> Weights:
-        """Gather the tensors of balanced networks, as they are or with norms folded in.
+        """Gather the tensors of balanced networks.
 
         Args:
             problem: The networks.
-            couplings: What is coupled already; what is put is added to it.
-            folded: Fold norms by running statistics into the weights before them; what such a
-                norm adds counts as a bias, under the name of its running mean.
+            couplings: What is coupled already; new couplings are added to it.
         """
-        alone = foldable_norms(problem.structure)
         states = []
         for network, absent in zip(problem.networks, problem.absent):
-            found = _folded(network, alone) if folded else _raw(network)
-            foreign = foreign_tensors(network, absent)
-            states.append({n: t for n, t in found.items() if n not in foreign})
+            roles = network.norms.values()
+            ignored = {r[role] for r in roles for role in ("running_mean", "running_var")}
+            ignored |= foreign_tensors(network, absent)
+            tensors = floats_of(network.module).items()
+            states.append({n: t.detach().cpu().numpy() for n, t in tensors if n not in ignored})
         return cls(problem, tuple(states), {} if couplings is None else couplings)
 
     def at(self, couplings: dict[tuple[str, int], Coupling]) -> Weights:
@@ -85,7 +65,7 @@ class Weights:
         return Weights(self.problem, self.states, self.couplings | couplings)
 
     def having(self, tensor: str) -> list[int]:
-        """Return the networks in which a tensor has a say."""
+        """Return the networks in which a tensor counts."""
         return [k for k, state in enumerate(self.states) if tensor in state]
 
     def forget(self, name: str, k: int) -> None:
@@ -100,7 +80,7 @@ class Weights:
         self.couplings[name, k] = coupling
 
     def axes(self, name: str) -> list[Axis]:
-        """Return where a space lies in tensors with a say, in the anchor's coordinates."""
+        """Return where a space lies in tensors that count, in the anchor's coordinates."""
         axes = self.anchor.spaces[name].axes
         return [a for a in axes if (name, a) in self.places(a.tensor)]
 
@@ -123,20 +103,20 @@ class Weights:
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[str, Axis]]]:
-        """The spaces on each tensor; the input axis of one input per group follows the other."""
-        found = {}
+        """The spaces on each tensor; the input axis of one input per group does not count."""
+        counted = {}
         for tensor in dict.fromkeys(name for state in self.states for name in state):
             places = [(space.name, axis) for space, axis in self.anchor.spaces.on(tensor)]
             shapes = [state[tensor].shape for state in self.states if tensor in state]
-            found[tensor] = [
+            counted[tensor] = [
                 (name, axis)
                 for name, axis in places
                 if axis.groups == 1 or any(shape[axis.dim] > 1 for shape in shapes)
             ]
-        return found
+        return counted
 
     def carried(self, tensor: str, k: int, but: int | None = None) -> np.ndarray:
-        """Return one network's tensor with every axis mapped, `but` one; dense, if grouped."""
+        """Return one network's tensor, dense if grouped, with every axis mapped `but` one."""
         value = self.dense(tensor, k)
         for dim in self.dims(tensor):
             if dim != but:
@@ -144,7 +124,7 @@ class Weights:
         return value
 
     def dense(self, tensor: str, k: int) -> np.ndarray:
-        """Return one network's tensor as it is; dense, if grouped."""
+        """Return one network's tensor, dense if grouped."""
         value, places = self.states[k][tensor], self.problem.networks[k].spaces.places
         for dim in self.dims(tensor):
             groups = max((a.groups for _, a in places.get((tensor, dim), ())), default=1)
@@ -167,23 +147,23 @@ class Weights:
             axis: Where it lies, as the anchor has it.
             k: The network.
         """
-        own = self.problem.spaces[name][k].axes
-        here = next(a for a in own if (a.tensor, a.dim) == (axis.tensor, axis.dim))
-        return unit_rows(self.carried(axis.tensor, k, axis.dim), here)
+        axes = self.problem.spaces[name][k].axes
+        same = next(a for a in axes if (a.tensor, a.dim) == (axis.tensor, axis.dim))
+        return unit_rows(self.carried(axis.tensor, k, axis.dim), same)
 
     def settled(self, axis: Axis, *networks: int) -> bool:
         """Tell whether networks have a tensor, with couplings on all its other axes."""
         across = self.spaces_on(axis.tensor, axis.dim)
-        pairs = [(s, k) for s in across for k in networks]
-        mapped = all(pair in self.couplings for pair in pairs)
-        return mapped and all(axis.tensor in self.states[k] for k in networks)
+        return all(axis.tensor in self.states[k] for k in networks) and all(
+            (name, k) in self.couplings for name in across for k in networks
+        )
 
     def reference(self, name: str) -> int:
         """Return whose units the others' are compared with: the first's, if the base has none."""
-        base, here = self.problem.base[name], self.problem.present[name]
-        return base if here[base] or not any(here) else here.index(True)
+        base, present = self.problem.base[name], self.problem.present[name]
+        return base if present[base] or not any(present) else present.index(True)
 
-    def products(self, name: str, k: int, axes: list[Axis]) -> Products | None:
+    def distances(self, name: str, k: int, axes: list[Axis]) -> np.ndarray | None:
         """Compare a network's units with the fused units, as the reference network fills them.
 
         Args:
@@ -192,19 +172,16 @@ class Weights:
             axes: Which of the space's axes count; those that are not settled do not.
 
         Returns:
-            Their inner products, or None if there was nothing to compare.
+            The squared distances `(fused units, units)` of their rows; None if there are no rows.
         """
-        other, total = self.reference(name), None
+        other = self.reference(name)
         if other == k or (name, other) not in self.couplings:
             return None
-        for axis in axes:
-            if not self.settled(axis, other, k):
-                continue
-            a = unit_rows(self.carried(axis.tensor, other), axis)
-            b = self.rows(name, axis, k)
-            part = Products(squares(a), squares(b), cross(a, b))
-            total = part if total is None else _sum(total, part)
-        return total
+        return squared_distances(
+            (unit_rows(self.carried(axis.tensor, other), axis), self.rows(name, axis, k))
+            for axis in axes
+            if self.settled(axis, other, k)
+        )
 
 
 def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
@@ -213,32 +190,30 @@ def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
     References:
         Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
     """
-    found = weights.products(name, k, weights.axes(name))
-    if found is None:
-        spaces = weights.problem.spaces[name]
-        return np.zeros((spaces[weights.problem.base[name]].size, spaces[k].size))
-    return squared_distance(found)
+    squared, problem = weights.distances(name, k, weights.axes(name)), weights.problem
+    if squared is None:
+        return np.zeros((problem.base_space(name).size, problem.spaces[name][k].size))
+    return squared
 
 
-def squared_distance(found: Products) -> np.ndarray:
-    """Squared Euclidean distance between rows, `(n, m)`."""
-    both = found.ours[:, None] + found.theirs[None]
-    squares: np.ndarray = np.maximum(both - 2 * found.cross, 0.0)
-    return squares
+def squared_distances(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+    """Return the squared Euclidean distances `(n, m)` between rows given piece by piece.
 
+    Args:
+        pieces: Some columns of the rows, `(n, columns)` and `(m, columns)` at a time.
 
-def distance(found: Products) -> np.ndarray:
-    """Euclidean distance between rows, `(n, m)`: the ground metric of OTFusion's scripts."""
-    root: np.ndarray = np.sqrt(squared_distance(found))
-    return root
-
-
-def unit_norm(found: Products) -> Products:
-    """Return the products of the same rows scaled to norm 1; rows of zeros stay."""
-    ours, theirs = (np.sqrt(x) for x in (found.ours, found.theirs))
-    scale = np.outer(ours, theirs)
-    cosine = np.divide(found.cross, scale, out=np.zeros_like(scale), where=scale > 0)
-    return Products((ours > 0).astype(float), (theirs > 0).astype(float), cosine)
+    Returns:
+        The distances; None if there are no pieces.
+    """
+    total = None
+    for a, b in pieces:
+        part = squares(a), squares(b), cross(a, b)
+        total = part if total is None else tuple(x + y for x, y in zip(total, part))
+    if total is None:
+        return None
+    ours, theirs, products = total
+    distances: np.ndarray = np.maximum(ours[:, None] + theirs[None] - 2 * products, 0.0)
+    return distances
 
 
 def unit_rows(tensor: np.ndarray, axis: Axis) -> np.ndarray:
@@ -259,37 +234,15 @@ def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def squares(a: np.ndarray) -> np.ndarray:
     """Return the squared norm of each row, `(n,)`."""
-    found: np.ndarray = np.einsum("ij,ij->i", a, a, dtype=float)
-    return found
-
-
-def _sum(a: Products, b: Products) -> Products:
-    return Products(a.ours + b.ours, a.theirs + b.theirs, a.cross + b.cross)
-
-
-def _raw(network: Network) -> dict[str, np.ndarray]:
-    roles = network.norms.values()
-    statistics = {r[role] for r in roles for role in ("running_mean", "running_var")}
-    tensors = floats_of(network.module)
-    return {n: t.detach().cpu().numpy() for n, t in tensors.items() if n not in statistics}
-
-
-def _folded(network: Network, alone: Mapping[str, str]) -> dict[str, np.ndarray]:
-    state, roles = fold_norms(network, dict(alone)), network.norms
-    of_norms = {t for r in roles.values() for t in r.values()}
-    found = {name: state[name] for name in state.raw if name not in of_norms}
-    for node, role in roles.items():
-        found[str(role["running_mean"])] = state.shifts[node]
-        if node not in alone:
-            found[str(role["running_var"])] = state.scales[node]
-    return found
+    norms: np.ndarray = np.einsum("ij,ij->i", a, a, dtype=float)
+    return norms
 
 
 def _without_groups(weight: np.ndarray, groups: int) -> np.ndarray:
-    """Return the dense weight that a grouped one stands for: zero between groups."""
+    """Return the dense weight with the function of a grouped one: zero between groups."""
     rows, inner = weight.shape[0] // groups, weight.shape[1]
     dense = np.zeros((weight.shape[0], groups * inner, *weight.shape[2:]), dtype=weight.dtype)
     for g in range(groups):
-        here = slice(g * rows, (g + 1) * rows)
-        dense[here, g * inner : (g + 1) * inner] = weight[here]
+        group = slice(g * rows, (g + 1) * rows)
+        dense[group, g * inner : (g + 1) * inner] = weight[group]
     return dense

@@ -1,4 +1,4 @@
-"""Match all networks jointly, through units of a universe that belong to none of them.
+"""Match all networks jointly, through a universe of units that belong to none of them.
 
 References:
     Crisostomi et al. 2024 (C2M3), equations 5 to 8. Differences: the step along a segment is the
@@ -20,16 +20,14 @@ from .._progress import counted, part
 from ..ir import Coupling
 from ..solvers import Assignment
 from ._weights import Weights, cross, unit_rows
-from .measure import Evidence, View
+from .measure import Evidence
 from .mixing import Couplings, apply_along
 from .plans import Costs, CouplingMethod, Plans, two_maps
 from .problem import Problem
 from .weight_matching import (
     Free,
-    Start,
     families,
     followed,
-    forward,
     inner,
     join,
     members,
@@ -38,9 +36,10 @@ from .weight_matching import (
     spaces_to_join,
 )
 
+INWARD = 0.5  # way from the permutations to the maps that share every unit out evenly
+TOLERANCE = 1e-4  # relative to the objective: what still counts as a gain
+
 Maps = dict[tuple[str, int], csr_array]
-
-
 Gains = dict[tuple[str, int], np.ndarray]
 
 
@@ -54,25 +53,15 @@ class CycleConsistent(CouplingMethod):
     universe, and the order of the networks does not matter. Networks of equal width only.
 
     Attributes:
-        start: Permutations to start from, each network against those before it.
-        inward: How far to move from these to the maps that share every unit out evenly. At the
-            permutations themselves, what other networks now show counts for all.
         iterations: Limit of the steps.
-        tolerance: Relative to the objective, what still counts as a gain.
-        polish: Rounds of matching each rounded network to the sum of the others.
+        polish: Limit of the rounds in which each rounded network is matched to the sum of the
+            others; 0 for the paper's method.
         seed: Of the order in these rounds.
-        folded: Compare weights with norms folded in.
-        view: Nothing is measured.
     """
 
-    start: Start = forward
-    inward: float = 0.5
     iterations: int = 100
-    tolerance: float = 1e-4
     polish: int = 100
     seed: int = 0
-    folded: bool = False
-    view: View | None = None
 
     def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
         """Return the coupling of every space and network.
@@ -81,54 +70,56 @@ class CycleConsistent(CouplingMethod):
             PairingError: If the networks differ in width.
         """
         require_equal_widths(problem, type(self).__name__)
-        weights = Weights.of(problem, folded=self.folded)
+        weights = Weights.of(problem)
         rng, free = np.random.default_rng(self.seed), spaces_to_join(weights)
         with part(0.0, 0.2):
-            join(weights, free, self.start)
-        _soften(weights, free, self.inward)
+            join(weights, free)
+        _soften(weights, free, INWARD)
         with part(0.2, 0.8):
             for _ in counted(range(self.iterations)):
-                if not _step(weights, free, self.tolerance):
+                if not _step(weights, free):
                     break
-        here = {key: weights.couplings[key].project.toarray() for key in _keys(free)}
-        _move(weights, _corner(weights, free, here))
+        maps = {key: weights.couplings[key].project.toarray() for key in _keys(free)}
+        _move(weights, _corner(weights, free, maps))
         with part(0.8, 1.0):
-            merge_in_turn(weights, free, self.polish, 100, rng)
+            merge_in_turn(weights, free, self.polish, rng)
         return Couplings(problem, weights.couplings)
 
 
 def _soften(weights: Weights, free: Free, share: float) -> None:
-    """Move all maps towards the even ones; no further than a space's blocks let its units go."""
-    if share:
-        known = {key: weights.couplings[key].project for key in _keys(free)}
-        parents = {s.name: s.parent for s in weights.anchor.spaces}
-        even = {key: csr_array(even_map(weights.problem, parents, *key)) for key in known}
-        _move(weights, {key: (1 - share) * known[key] + share * even[key] for key in known})
+    """Move all maps towards the even ones; no further than a space's blocks let its units go.
+
+    At the permutations themselves, the first step would depend on this one match alone.
+    """
+    maps = {key: weights.couplings[key].project for key in _keys(free)}
+    parents = {s.name: s.parent for s in weights.anchor.spaces}
+    even = {key: csr_array(even_map(weights.problem, parents, *key)) for key in maps}
+    _move(weights, {key: (1 - share) * maps[key] + share * even[key] for key in maps})
 
 
 def even_map(problem: Problem, parents: Mapping[str, str | None], name: str, k: int) -> np.ndarray:
     """Return the mean of all permutations that a space allows, `(universe, units)`."""
-    base, own = problem.spaces[name][problem.base[name]], problem.spaces[name][k]
-    if base.blocks is None or own.blocks is None:
-        return np.full((base.size, own.size), 1.0 / own.size)
-    parent, count = parents[name], int(own.blocks.max()) + 1
-    outer = even_map(problem, parents, parent, k) if parent else np.eye(count)
-    even: np.ndarray = outer[np.ix_(base.blocks, own.blocks)] / np.bincount(own.blocks)[own.blocks]
+    base, space = problem.base_space(name), problem.spaces[name][k]
+    if base.blocks is None or space.blocks is None:
+        return np.full((base.size, space.size), 1.0 / space.size)
+    parent, blocks = parents[name], space.blocks
+    outer = even_map(problem, parents, parent, k) if parent else np.eye(int(blocks.max()) + 1)
+    even: np.ndarray = outer[np.ix_(base.blocks, blocks)] / np.bincount(blocks)[blocks]
     return even
 
 
-def _step(weights: Weights, free: Free, tolerance: float) -> bool:
+def _step(weights: Weights, free: Free) -> bool:
     """Take one Frank-Wolfe step; return whether it gained anything."""
     gains = slope(weights)
-    here = {key: weights.couplings[key].project for key in _keys(free)}
+    maps = {key: weights.couplings[key].project for key in _keys(free)}
     corner = _corner(weights, free, gains)
     curve = Polynomial(along(weights, corner))
-    room = sum(float((corner[key] - here[key]).multiply(g).sum()) for key, g in gains.items())
-    least = tolerance * abs(curve(0.0))
-    if room <= least:
+    rise = sum(float((corner[key] - maps[key]).multiply(g).sum()) for key, g in gains.items())
+    least = TOLERANCE * abs(curve(0.0))
+    if rise <= least:
         return False
     best = _highest(curve)
-    _move(weights, {key: (1 - best) * here[key] + best * corner[key] for key in here})
+    _move(weights, {key: (1 - best) * maps[key] + best * corner[key] for key in maps})
     return bool(curve(best) - curve(0.0) > least)
 
 
@@ -156,14 +147,14 @@ def along(weights: Weights, corner: Maps) -> np.ndarray:
 
 def _curve(weights: Weights, other: Weights, tensor: str, k: int) -> list[np.ndarray]:
     """Return the coefficients of a mapped tensor on the way from some maps to others."""
-    found = [weights.dense(tensor, k)]
+    curve = [weights.dense(tensor, k)]
     for dim in weights.dims(tensor):
-        here, there = (w.axis_map(tensor, dim, k) for w in (weights, other))
-        low = [apply_along(here, t, dim) for t in found]
-        high = [apply_along(there, t, dim) for t in found]
+        start, end = (w.axis_map(tensor, dim, k) for w in (weights, other))
+        low = [apply_along(start, t, dim) for t in curve]
+        high = [apply_along(end, t, dim) for t in curve]
         steps = [b - a for a, b in zip(low, high)]
-        found = [low[0], *(a + b for a, b in zip(low[1:], steps)), steps[-1]]
-    return found
+        curve = [low[0], *(a + b for a, b in zip(low[1:], steps)), steps[-1]]
+    return curve
 
 
 def _square(curve: list[np.ndarray]) -> np.ndarray:
@@ -181,10 +172,10 @@ def slope(weights: Weights) -> Gains:
     for tensor in _tensors(weights):
         mapped = {k: weights.carried(tensor, k) for k in weights.having(tensor)}
         total = sum(mapped.values())
-        for k, own in mapped.items():
+        for k, value in mapped.items():
             for name, axis in weights.places(tensor):
-                found = cross(unit_rows(total - own, axis), weights.rows(name, axis, k))
-                gains[name, k] = gains[name, k] + found if (name, k) in gains else found
+                gain = cross(unit_rows(total - value, axis), weights.rows(name, axis, k))
+                gains[name, k] = gains[name, k] + gain if (name, k) in gains else gain
     return gains
 
 

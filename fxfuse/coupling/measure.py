@@ -1,8 +1,8 @@
 """One joint pass over the data: how alike the units of matched spaces are, and their moments.
 
-Units are compared by their pre-activations (after every contraction, the value behind its norm and
-residual add) or by what their activations make of these. Layers that a network has only as neutral
-ones are not run. Of many samples no more are run than tell how alike units are.
+Units are compared by their pre-activations (behind every contraction, its norm and residual add) or
+by the values behind their activations. Layers that a network has only as neutral ones are not run,
+nor more samples than it takes to tell how alike units are.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from .problem import Problem
 
 ENOUGH_SAMPLES, ENOUGH_POSITIONS = 512, 1 << 15  # more hardly change how alike units are
 
-
 Key = tuple[str, str | None]  # a node, and the space if it is measured unit by unit there
-
-
-Pair = tuple[str, int, int]
+Pair = tuple[str, int, int]  # a space, one network, the other
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class View:
         activated: Compare units behind their activations, not before.
         everything: Compare all networks with each other and each with itself, not only each with
             the base network of the space.
-        singly: Where contractions write side by side into one sum, compare behind the sum for the
-            one in its first operand only, and the others before it.
+        singly: Where several contractions are added up, only the one in the first operand is
+            compared behind the sum, the others before it.
         outputs: Compare the network's outputs too, as a space called `OUTPUTS`.
     """
 
@@ -55,10 +52,10 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one joint pass over the data found.
+    """What one joint pass over the data measured.
 
     Attributes:
-        pairs: `(space, one network, the other)` -> moments, per node.
+        pairs: `(space, one network, the other)` -> moments of both, per node.
         outputs: Node whose output is to keep its moments -> those of each network, None where
             the network has no such layer.
     """
@@ -67,13 +64,8 @@ class Evidence:
     outputs: dict[str, list[Moments | None]]
 
 
-def measuring_points(network: Network, view: View = View()) -> set[str]:
-    """Return the nodes where units are compared: behind each contraction, its norm and add."""
-    return set(points_of(network, view).values())
-
-
 def points_of(network: Network, view: View) -> dict[str, str]:
-    """Return where what each contraction writes is compared: contraction -> node."""
+    """Return the node where the units that a contraction writes are compared, per contraction."""
     points = {}
     for node in network.module.graph.nodes:
         if node.name not in network.weights:
@@ -82,7 +74,7 @@ def points_of(network: Network, view: View) -> dict[str, str]:
         while len(point.users) == 1:
             user = next(iter(point.users))
             adds = network.adds(user)
-            if adds and view.singly and _joins_second(network, point, user):
+            if adds and view.singly and _second_operand(network, point, user):
                 break
             passed = network.is_norm(user) or adds or network.is_idle(user)
             passed = passed or view.activated and network.is_activation(user)
@@ -93,16 +85,16 @@ def points_of(network: Network, view: View) -> dict[str, str]:
     return points
 
 
-def _joins_second(network: Network, node: fx.Node, add: fx.Node) -> bool:
-    """Tell whether an add has a contraction beside this node, and in front of it."""
+def _second_operand(network: Network, node: fx.Node, add: fx.Node) -> bool:
+    """Tell whether a node is not an add's first operand, and a contraction writes the first."""
     first, *others = network.inputs_of(add)
-    behind = bool(others) and node is not first
+    second = bool(others) and node is not first
     while len(first.users) == 1 and first.name not in network.weights:
         before = network.inputs_of(first)
         if len(before) != 1 or not (network.is_norm(first) or network.is_idle(first)):
             return False
         first = before[0]
-    return behind and first.name in network.weights
+    return second and first.name in network.weights
 
 
 def bypasses(problem: Problem) -> list[Bypass]:
@@ -128,8 +120,8 @@ def measure(
         data: Calibration inputs.
         view: How units are compared; None if they are not.
         outputs: Nodes whose output moments are wanted, with their feature axis.
-        samples: How many of the first samples count for these: a multiple of `measuring_batch`,
-            or all.
+        samples: How many of the first samples count for these: a multiple of
+            `calibration.run.working_batch`, or all.
 
     Raises:
         DataError: If activations are not finite.
@@ -159,25 +151,20 @@ def measure(
                         moved[k] = _unit_by_unit(values[k], axis, pair.across)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
-    around = bypasses(problem)
-    for batch in data.chunks(measuring_batch(networks)):
-        walk(networks, batch, visit, around)
+    bypassed = bypasses(problem)
+    for batch in data.chunks(working_batch(networks)):
+        walk(networks, batch, visit, bypassed)
         seen += len(batch[0])
         tell(seen / data.samples)
         if seen == samples:
             kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
         fewest = min((m.positions for m in meters.values()), default=0)
-        told = seen >= ENOUGH_SAMPLES and fewest >= ENOUGH_POSITIONS
-        if told and (seen >= samples or not outputs):
+        enough = seen >= ENOUGH_SAMPLES and fewest >= ENOUGH_POSITIONS
+        if enough and (seen >= samples or not outputs):
             break
     pairs = _pairs(visits, meters)
     _require_finite(pairs, networks)
     return Evidence(pairs, kept)
-
-
-def measuring_batch(networks: Sequence[Network]) -> int:
-    """Return how many samples are measured at a time."""
-    return working_batch(networks)
 
 
 class _Meter:
@@ -199,11 +186,11 @@ class _Meter:
                 moments = self.moments[k] = self.moments[k] or Moments()
                 shifted[k] = moments.add(value)
         for i, k in pairs:
-            a, b, here, there = self.moments[i], self.moments[k], shifted[i], shifted[k]
-            assert a and b and here is not None and there is not None, "both are shown"
+            a, b, x, y = self.moments[i], self.moments[k], shifted[i], shifted[k]
+            assert a and b and x is not None and y is not None, "both networks have this value"
             if (i, k) not in self.pairs:
                 self.pairs[i, k] = PairMoments(a, b)
-            self.pairs[i, k].add_shifted(here, there)
+            self.pairs[i, k].add_shifted(x, y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +202,7 @@ class _Visit:
         base: One network.
         network: The other.
         axes: Where the units lie in each.
-        across: Axes of the value along which other units lie, in an order of each network's own.
+        across: Axes of the value along which other units lie, which each network orders its way.
     """
 
     space: str
@@ -231,29 +218,29 @@ class _Visit:
 
 
 def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
-    points = measuring_points(problem.networks[0], view)
+    points = set(points_of(problem.networks[0], view).values())
     fed = problem.networks[0].fed()
-    gone = [{n for a in absent for n in a.inner} for absent in problem.absent]
+    bypassed = [{n for a in absent for n in a.inner} for absent in problem.absent]
     dims: dict[str, set[int]] = {}
     for node, dim in (place for n in problem.networks for place in n.spaces.feature_places):
         dims.setdefault(node, set()).add(dim)
     visits: dict[Key, list[_Visit]] = {}
     for name, spaces in problem.spaces.items():
         for i, k in _compared(problem, name, view):
-            own = {a.tensor: a for a in spaces[k].features}
-            both = [(a, own[a.tensor]) for a in spaces[i].features if a.tensor in own]
-            both = [p for p in both if p[0].tensor in fed - gone[k] - gone[i]]
-            found = [
+            axes = {a.tensor: a for a in spaces[k].features}
+            both = [(a, axes[a.tensor]) for a in spaces[i].features if a.tensor in axes]
+            both = [p for p in both if p[0].tensor in fed - bypassed[k] - bypassed[i]]
+            places = [
                 _Visit(name, i, k, p, tuple(dims[p[0].tensor] - {p[0].dim}))
                 for p in [p for p in both if p[0].tensor in points] or both[:1]
             ]
-            for visit in [v for v in found if not v.across] or found:
+            for visit in [v for v in places if not v.across] or places:
                 key = (visit.axes[0].tensor, None if visit.plain else name)
                 visits.setdefault(key, []).append(visit)
     if view.outputs and OPEN not in problem.networks[0].module.graph.output_node().meta:
         node, dim, size = last_contraction(problem.networks[0])
         axis = Axis(node, dim, np.arange(size)[:, None])
-        pairs = permutations(range(len(gone)), 2)
+        pairs = permutations(range(len(bypassed)), 2)
         visits[node, None] = [_Visit(OUTPUTS, i, k, (axis, axis)) for i, k in pairs]
     return visits
 
@@ -267,31 +254,31 @@ def last_contraction(network: Network) -> tuple[str, int, int]:
 
 def _compared(problem: Problem, name: str, view: View) -> list[tuple[int, int]]:
     """Return the pairs of networks whose units of a space are compared."""
-    here = [k for k, has in enumerate(problem.present[name]) if has]
+    having = [k for k, present in enumerate(problem.present[name]) if present]
     if view.everything:
-        return [(i, k) for i in here for k in here if i <= k]
+        return [(i, k) for i in having for k in having if i <= k]
     base = problem.base[name]
-    return [(base, k) for k in here if k != base and base in here]
+    return [(base, k) for k in having if k != base and base in having]
 
 
 def _pairs(
     visits: dict[Key, list[_Visit]], meters: dict[Key, _Meter]
 ) -> dict[Pair, dict[str, PairMoments]]:
-    found: dict[Pair, dict[str, PairMoments]] = {}
+    pairs: dict[Pair, dict[str, PairMoments]] = {}
     for key, measured in visits.items():
         meter = meters.pop(key)  # of wide networks each takes gigabytes
         for visit in measured:
             moments = meter.pairs[visit.base, visit.network]
             if key[1] is None:
                 moments = moments.take(*(a.index[:, 0] for a in visit.axes))
-            found.setdefault((visit.space, visit.base, visit.network), {})[key[0]] = moments
-    return found
+            pairs.setdefault((visit.space, visit.base, visit.network), {})[key[0]] = moments
+    return pairs
 
 
 def _unit_by_unit(value: Tensor, axis: Axis, across: tuple[int, ...]) -> Tensor:
-    """Return values `(units, positions)`; of other units, `across`, no more than their mean.
+    """Return values `(units, positions)`, averaged over the axes `across` of other units.
 
-    Unlike samples and places, these are not the same from one network to the other.
+    Samples and places are the same in all networks, the order of other units is not.
     """
     if across:
         value = value.mean(across, keepdim=True)

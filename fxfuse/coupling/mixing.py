@@ -13,10 +13,12 @@ import numpy as np
 from scipy.sparse import csr_array, eye_array
 
 from ..errors import PairingError
-from ..ir import OUTPUTS, Axis, Coupling, Spaces
+from ..ir import OUTPUTS, Axis, Coupling, Space, Spaces
 from .problem import Problem
 
-LESS = 0.999  # rows of maps that sum to less are of networks that have less of a say there
+OnAxis = Sequence[tuple[Space, Axis]]  # the spaces on an axis, and where
+
+LESS = 0.999  # a row of a map that sums to less: the network counts less in that fused unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Couplings:
         """
         shape = values[self.problem.anchor].shape
         if along is not None:
-            shape = (self._anchor_spaces().sizes[name, along],)
+            shape = (self._spaces.sizes[name, along],)
         total = np.zeros(shape, dtype=values[self.problem.anchor].dtype)
         shares = self.problem.shares(name)
         for k, (share, value) in enumerate(zip(shares, values)):
@@ -91,126 +93,123 @@ class Couplings:
 
         Where all give, with their usual shares, the scale is the coupling method's own.
         """
-        written = [(s, a) for s, a in self._on_axis(name, dim) if not a.reads]
         if self.problem.absent_as_zero:
             return None
-        mass = np.ones(self._anchor_spaces().sizes[name, dim])
+        mass = np.ones(self._spaces.sizes[name, dim])
         usual = np.allclose(shares, self.problem.weights)
-        for space, axis in written:
-            given = np.array([self.maps[space, k].given for k in range(len(shares))])
-            short = (given < LESS).any(0) if usual else True
-            here = shares @ given
-            mass[axis.index] = np.where(short & (here > 0), here, 1.0)[:, None]
+        for space, axis in self._spaces.places.get((name, dim), ()):
+            if not axis.reads:
+                given = np.array([self.maps[space.name, k].given for k in range(len(shares))])
+                less = (given < LESS).any(0) if usual else True
+                total = shares @ given
+                mass[axis.index] = np.where(less & (total > 0), total, 1.0)[:, None]
         return mass if (mass != 1.0).any() else None
 
-    def _anchor_spaces(self) -> Spaces:
+    @property
+    def _spaces(self) -> Spaces:
         return self.problem.structure.spaces
 
     def carry(self, name: str, tensor: np.ndarray, k: int, but: int | None = None) -> np.ndarray:
         """Return one network's tensor with every axis mapped, `but` one."""
-        axes = [a for _, a in self._anchor_spaces().on(name) if a.dim != but]
+        axes = [a for _, a in self._spaces.on(name) if a.dim != but]
         dims = dict.fromkeys(a.dim for a in axes)
         others = (d for d in range(tensor.ndim) if d != but)
         dims |= {d: None for d in others if (OUTPUTS, name, d, k) in self.of_axes}
         maps = {d: self.axis_map(name, d, k) for d in dims}
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:
-            return _map_grouped(tensor, maps, groups, self._groups(name, k))
+            theirs = max(a.groups for _, a in self.problem.networks[k].spaces.on(name))
+            return _map_grouped(tensor, maps, groups, theirs)
         for d, matrix in maps.items():
             tensor = apply_along(matrix, tensor, d)
         return tensor
 
-    def _groups(self, name: str, k: int) -> int:
-        return max(a.groups for _, a in self.problem.networks[k].spaces.on(name))
-
-    def _on_axis(self, name: str, dim: int) -> list[tuple[str, Axis]]:
-        return [(s.name, a) for s, a in self._anchor_spaces().places.get((name, dim), ())]
-
     def axis_map(self, name: str, dim: int, k: int) -> csr_array:
         """Return the map `(fused positions, own positions)` along one axis of a tensor."""
-        whole = self._whole(name, dim, k)
-        if whole is not None:
-            return whole
-        spaces = [self.problem.networks[i].spaces for i in (self.problem.anchor, k)]
-        base, here = ({s.name: a for s, a in x.places.get((name, dim), ())} for x in spaces)
-        ours, theirs = (x.sizes[name, dim] for x in spaces)
-        return self._positions(name, dim, base, here, ours, theirs, k)
+        both = self._spaces, self.problem.networks[k].spaces
+        axes: list[OnAxis] = [spaces.places.get((name, dim), ()) for spaces in both]
+        sizes = [spaces.sizes[name, dim] for spaces in both]
+        if len(axes[0]) == len(axes[1]) == 1:
+            (space, axis), (same, other) = axes[0][0], axes[1][0]
+            whole = [np.arange(size)[:, None] for size in sizes]
+            if (
+                self.problem.spaces[space.name][k] is same
+                and np.array_equal(axis.index, whole[0])
+                and np.array_equal(other.index, whole[1])
+            ):  # one space and nothing else, unit by unit
+                coupling = self._coupling(space.name, name, dim, k)
+                return csr_array(coupling.unproject.T) if axis.reads else coupling.project
+        return self._positions(name, dim, k, axes, sizes)
 
-    def feature_map(self, node: str, dim: int, k: int) -> csr_array:
-        """Return the map `(fused positions, own positions)` along one axis of a node's output."""
-        networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
-        shown = (n.spaces.feature_places.get((node, dim), ()) for n in networks)
-        base, here = ({s.name: a for s, a in pairs} for pairs in shown)
-        ours, theirs = (n.shapes[node][dim] for n in networks)
-        return self._positions(node, dim, base, here, ours, theirs, k)
+    def feature_map(self, node: str, dim: int, k: int, reads: bool = False) -> csr_array:
+        """Return the map `(fused positions, own positions)` along one axis of a node's output.
 
-    def reading_map(self, node: str, dim: int, k: int) -> csr_array:
-        """Return the map `(own positions, fused positions)` for what reads a node's output.
+        Args:
+            node: The node.
+            dim: The axis.
+            k: The network.
+            reads: Whether the map is for what reads the output, which takes its transpose.
 
         Raises:
             PairingError: If what must stay in place there differs from the anchor's.
         """
-        networks = [self.problem.networks[i] for i in (self.problem.anchor, k)]
-        places = [n.spaces.feature_places.get((node, dim), ()) for n in networks]
-        base, here = ({s.name: replace(a, reads=True) for s, a in shown} for shown in places)
-        ours, theirs = (n.shapes[node][dim] for n in networks)
-        return csr_array(self._positions(node, dim, base, here, ours, theirs, k).T)
+        both = self.problem.structure, self.problem.networks[k]
+        axes = [
+            [
+                (space, replace(axis, reads=reads))
+                for space, axis in n.spaces.feature_places.get((node, dim), ())
+            ]
+            for n in both
+        ]
+        return self._positions(node, dim, k, axes, [n.shapes[node][dim] for n in both])
+
+    def _coupling(self, space: str, where: str, dim: int, k: int) -> Coupling:
+        return self.of_axes.get((space, where, dim, k)) or self.maps[space, k]
 
     def _positions(
         self,
         where: str,
         dim: int,
-        base: dict[str, Axis],
-        here: dict[str, Axis],
-        ours: int,
-        theirs: int,
         k: int,
+        axes: Sequence[OnAxis],
+        sizes: Sequence[int],
     ) -> csr_array:
-        """Return the map `(ours, theirs)`, given the spaces on an axis of the anchor and of `k`."""
+        """Return the map of all positions along an axis of the anchor and one of network `k`.
+
+        Args:
+            where: The tensor or node.
+            dim: The axis.
+            k: The network.
+            axes: The spaces that lie on the axis, of the anchor and of the network.
+            sizes: The sizes of the axis in both.
+        """
         rows, columns, data = [], [], []
-        fixed = np.ones(ours, dtype=bool), np.ones(theirs, dtype=bool)
-        for axis in here.values():
-            fixed[1][axis.index] = False
-        for space_name, axis in base.items():
-            fixed[0][axis.index] = False
-            own = self.problem.spaces[space_name][k]
-            if not own.size:
+        fixed = [np.ones(size, dtype=bool) for size in sizes]
+        for mask, spaces in zip(fixed, axes):
+            for _, axis in spaces:
+                mask[axis.index] = False
+        theirs = {space.name: axis for space, axis in axes[1]}
+        for space, axis in axes[0]:
+            same = self.problem.spaces[space.name][k]
+            if not same.size:
                 continue
-            other = here[own.name]
-            own_maps = self.of_axes.get((space_name, where, dim, k))
-            coupling = own_maps or self.maps[space_name, k]
+            coupling = self._coupling(space.name, where, dim, k)
             matrix = (coupling.unproject.T if axis.reads else coupling.project).tocoo()
             for m in range(axis.index.shape[1]):
                 rows.append(axis.index[matrix.row, m])
-                columns.append(other.index[matrix.col, m])
+                columns.append(theirs[same.name].index[matrix.col, m])
                 data.append(matrix.data)
-        rows.append(np.flatnonzero(fixed[0]))
-        columns.append(np.flatnonzero(fixed[1]))
-        if len(rows[-1]) != len(columns[-1]):
-            raise _fixed_apart(where, len(rows[-1]), len(columns[-1]))
-        matrix = eye_array(len(rows[-1])).tocoo()
+        still = [np.flatnonzero(mask) for mask in fixed]
+        if len(still[0]) != len(still[1]):
+            raise _fixed_apart(where, len(still[0]), len(still[1]))
+        matrix = eye_array(len(still[0])).tocoo()
         if (OUTPUTS, where, dim, k) in self.of_axes:
             matrix = self.of_axes[OUTPUTS, where, dim, k].project.tocoo()
-        rows[-1], columns[-1] = rows[-1][matrix.row], columns[-1][matrix.col]
+        rows.append(still[0][matrix.row])
+        columns.append(still[1][matrix.col])
         data.append(matrix.data)
         places = (np.concatenate(rows), np.concatenate(columns))
-        return csr_array((np.concatenate(data), places), shape=(ours, theirs))
-
-    def _whole(self, name: str, dim: int, k: int) -> csr_array | None:
-        """Return the map of an axis that is one space and nothing else, unit by unit."""
-        found = self._anchor_spaces().places.get((name, dim), ())
-        other = self.problem.networks[k].spaces.places.get((name, dim), ())
-        if len(found) != 1 or len(other) != 1:
-            return None
-        for network, (_, axis) in ((self.problem.anchor, found[0]), (k, other[0])):
-            size = self.problem.networks[network].spaces.sizes[name, dim]
-            if not np.array_equal(axis.index, np.arange(size)[:, None]):
-                return None
-        space = found[0][0].name
-        if self.problem.spaces[space][k] is not other[0][0]:
-            return None
-        coupling = self.of_axes.get((space, name, dim, k)) or self.maps[space, k]
-        return csr_array(coupling.unproject.T) if found[0][1].reads else coupling.project
+        return csr_array((np.concatenate(data), places), shape=(sizes[0], sizes[1]))
 
 
 def _fixed_apart(where: str, ours: int, theirs: int) -> PairingError:
@@ -224,13 +223,13 @@ def _fixed_apart(where: str, ours: int, theirs: int) -> PairingError:
 
 def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
     """Apply a map `(new, old)` along one axis of a tensor."""
-    if (np.diff(matrix.indptr) == 1).all():  # one unit for each: no sums
+    if (np.diff(matrix.indptr) == 1).all():  # each position takes one: nothing is summed
         still = np.array_equal(matrix.indices, np.arange(matrix.shape[1]))
         taken = tensor if still else np.take(tensor, matrix.indices, axis=dim)
         if (matrix.data == 1).all():
             return taken
-        along = [-1 if d == dim else 1 for d in range(tensor.ndim)]
-        factors = matrix.data.astype(tensor.dtype).reshape(along)
+        shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
+        factors = matrix.data.astype(tensor.dtype).reshape(shape)
         scaled: np.ndarray = np.multiply(taken, factors, out=None if still else taken)
         return scaled
     moved = np.moveaxis(tensor, dim, 0)
@@ -244,22 +243,22 @@ def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
 def _map_grouped(
     tensor: np.ndarray, maps: dict[int, csr_array], ours: int, theirs: int
 ) -> np.ndarray:
-    """Map the weight of a grouped convolution, group by group.
+    """Map the weight of a convolution of `theirs` groups, group by group, to one of `ours`.
 
     A fused group reads its own inputs only, so the shares of its unproject map are taken within
     the group of the other network that they come from.
     """
     rows, inner = tensor.shape[0] // theirs, tensor.shape[1]
-    out = maps.get(0, csr_array(eye_array(tensor.shape[0]))).toarray()
-    dense = maps.get(1, csr_array(eye_array(inner * theirs))).toarray()
-    out = out.reshape(ours, -1, theirs, rows)
-    dense = dense.reshape(ours, -1, theirs, inner)
-    mixed = np.zeros((ours, out.shape[1], dense.shape[1], *tensor.shape[2:]), dtype=tensor.dtype)
-    own = tensor.reshape(theirs, rows, inner, -1)
-    for i, j in np.argwhere(np.abs(out).sum((1, 3)) > 0):
-        reads = dense[i, :, j].T
-        mass = reads.sum(1, keepdims=True)
-        reads = np.divide(reads, mass, out=np.zeros_like(reads), where=mass > 0)
-        part = np.einsum("po,oit,iq->pqt", out[i, :, j], own[j], reads, optimize=True)
+    write = maps.get(0, csr_array(eye_array(tensor.shape[0]))).toarray()
+    read = maps.get(1, csr_array(eye_array(inner * theirs))).toarray()
+    write = write.reshape(ours, -1, theirs, rows)
+    read = read.reshape(ours, -1, theirs, inner)
+    mixed = np.zeros((ours, write.shape[1], read.shape[1], *tensor.shape[2:]), dtype=tensor.dtype)
+    groups = tensor.reshape(theirs, rows, inner, -1)
+    for i, j in np.argwhere(np.abs(write).sum((1, 3)) > 0):
+        share = read[i, :, j].T
+        mass = share.sum(1, keepdims=True)
+        share = np.divide(share, mass, out=np.zeros_like(share), where=mass > 0)
+        part = np.einsum("po,oit,iq->pqt", write[i, :, j], groups[j], share, optimize=True)
         mixed[i] += part.reshape(mixed.shape[1:])
-    return mixed.reshape(ours * out.shape[1], *mixed.shape[2:])
+    return mixed.reshape(ours * write.shape[1], *mixed.shape[2:])

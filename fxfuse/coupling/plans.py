@@ -1,14 +1,13 @@
 """From ground costs to plans, and from plans to couplings: what all coupling methods share.
 
-A coupling method is a function of a problem and of the evidence that it asked for, its `view`; it
-returns couplings. A residual stream is one space and gets one coupling from all its places
-together. Spaces inside blocks (groups, heads) are coupled in two steps: blocks by the cost of their
-best inner match, then units inside matched blocks. Blocks, and units that no weight reads (queries,
-keys), are not mixed: soft solvers leave them out.
+A coupling method is a function `(problem, evidence) -> couplings` with a `view`: what it wants
+measured. A residual stream is one space and gets one coupling from all its places together. Spaces
+inside blocks (groups, heads) are coupled in two steps: blocks by the cost of their best inner
+match, then units inside matched blocks. Blocks, and units that no weight reads (queries, keys), are
+not mixed: there a soft solver is replaced by an exact one.
 
-The mean of two units that have little in common is neither of them, and what reads it gets neither.
-A network may therefore have the less of a say in a fused unit, the less its units agree with the
-base network's there; where they do not agree, the base network's unit stays.
+The mean of two units that have little in common computes neither. A network may therefore count the
+less in a fused unit, the less its unit agrees with the base network's (see `agreements`).
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -34,22 +33,15 @@ from .mixing import Couplings
 from .problem import Problem
 
 Costs = Mapping[tuple[str, int], np.ndarray]  # space and network -> ground cost
+ToMaps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
-
-SAME = 1e-3  # relative cost of units that agree but for rounding
-
-
-ALIKE = 0.5  # mean cost, at least, that others are relative to
-
-
-LEAST = 0.03  # agreement of units that have nothing in common: what they give counts if alone
-
-
-Maps = Callable[[csr_array], tuple[csr_array, csr_array]]
+SAME = 1e-3  # relative cost below which units differ by rounding only
+ALIKE = 0.5  # costs are relative to their mean, or to this if it is less
+LEAST = 0.03  # agreement of units that have nothing in common, so that a lone network counts fully
 
 
 class CouplingMethod(Protocol):
-    """How the units of the networks find each other; inherit from it for the defaults.
+    """How the units of the networks are matched; inherit from it for the defaults.
 
     Attributes:
         widest: Whether the anchor is the widest network, if the caller names none.
@@ -59,14 +51,15 @@ class CouplingMethod(Protocol):
 
     @property
     def view(self) -> View | None:
-        """What is to be measured of the units; None if only weights count."""
+        """What is to be measured of the units; None, the default, if only weights count."""
+        return None
 
     def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
         """Return the coupling of every space and network.
 
         Args:
             problem: The networks, their spaces and shares.
-            evidence: What one pass over the data found of the units, in the method's view.
+            evidence: What one pass over the data measured of the units, in the method's view.
         """
 
 
@@ -82,9 +75,9 @@ def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
 
 
 def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
-    """Divide each row by its sum; a permutation gets ones exactly, which `mixing` relies on."""
+    """Divide each row by its sum; a permutation gets ones exactly, which mixes without sums."""
     scaled = csr_array(matrix, copy=True)
-    scaled.eliminate_zeros()  # a row of zeros stays one: the unit takes part in nothing
+    scaled.eliminate_zeros()  # a row of zeros stays: the unit is matched with nothing
     scaled.data = scaled.data / (scaled.sum(1) + floor)[coo_array(scaled).row]
     return scaled
 
@@ -92,9 +85,9 @@ def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
 def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) -> np.ndarray:
     """Return how far a network's units agree with the base network's, `(fused units,)`.
 
-    It is one minus the cost of what a fused unit is given, relative to the mean cost: of
-    correlations, the correlation. 1 means that they are the same. A mean cost below one half says
-    that all units are alike, or that there is but one, and is no measure.
+    The agreement is one minus the cost of what a fused unit is given, relative to the mean cost:
+    with correlations as costs, the correlation. It is 1 where units are the same. A mean cost below
+    one half says that all units are alike, or that there is only one; it is then taken as one half.
 
     Args:
         cost: Ground cost `(fused units, units)`.
@@ -112,27 +105,26 @@ def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) 
 class Plans:
     """Solves space by space, between the base network and one other, given ground costs.
 
-    What is solved is kept: a space inside blocks follows the plan of its blocks.
+    Plans are kept, as a space inside blocks follows the plan of its blocks.
 
     Attributes:
         problem: The spaces.
         solver: Ground cost and marginals to a plan.
         maps: Plan to project and unproject.
-        couplings: The maps of what is solved.
-        plans: The plans of what is solved.
-        agreement: Power of the agreement that a network's say in a fused unit is; see
-            `transport.Transport`.
+        couplings: The maps of each space and network solved so far.
+        plans: Their plans.
+        agreement: Power of the agreement, as in `transport.Transport`.
     """
 
     problem: Problem
     solver: Solver
-    maps: Maps
+    maps: ToMaps
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
     agreement: float = 0.0
 
     def settle_given(self) -> list[tuple[str, int]]:
-        """Settle what needs no solving; return the spaces and networks that are left."""
+        """Couple what needs no solving; return the spaces and networks that are left."""
         left = []
         for name, spaces in self.problem.spaces.items():
             for k in range(len(spaces)):
@@ -148,10 +140,7 @@ class Plans:
 
     def solve(self, name: str, k: int, costs: Costs) -> None:
         """Solve one space, given the ground costs of it or of the spaces inside its blocks."""
-        space, base = (
-            self.problem.spaces[name][k],
-            self.problem.spaces[name][self.problem.base[name]],
-        )
+        space, base = self.problem.spaces[name][k], self.problem.base_space(name)
         cost, inner = costs.get((name, k)), self._children(name, k, costs)
         solver = self._solver_of(name)
         if inner:
@@ -159,7 +148,12 @@ class Plans:
             cost = blocks if cost is None else cost + blocks
         if cost is None:
             if base.size != space.size:
-                raise _unmeasured(name, base.size, space.size)
+                raise PairingError(
+                    f"a space of {base.size} and {space.size} units that nothing tells apart",
+                    where=f"space '{name}'",
+                    expected="equal sizes where units cannot be compared",
+                    do="use networks of equal width in this place",
+                )
             self.keep(name, k)
             return
         outer = self.plans.get((self._parent(name) or "", k))
@@ -174,10 +168,10 @@ class Plans:
         self.couplings[name, k] = Coupling(project, unproject, total)
 
     def _solver_of(self, name: str) -> Solver:
-        """Return an exact solver where mixing units would mix heads or groups, or products.
+        """Return an exact solver for blocks, and for units that no weight reads.
 
-        No map on the reading side undoes there what a soft plan does: queries and keys meet each
-        other, not a weight.
+        No map on the reading side could undo what a soft plan does there: queries meet keys, not a
+        weight.
         """
         read = any(a.reads for s in self.problem.spaces[name] for a in s.axes)
         blocks = any(self._encloses(name, spaces) for spaces in self.problem.spaces.values())
@@ -185,17 +179,13 @@ class Plans:
 
     def keep(self, name: str, k: int) -> None:
         """Leave the units of a space where they are."""
-        size = self.problem.spaces[name][self.problem.base[name]].size
+        size = self.problem.base_space(name).size
         self.plans[name, k] = csr_array(eye_array(size) / size)
         self.couplings[name, k] = Coupling(csr_array(eye_array(size)), csr_array(eye_array(size)))
 
     def drop(self, name: str, k: int) -> None:
         """Take nothing from a network that does not have a space."""
-        fused, own = (
-            self.problem.spaces[name][self.problem.base[name]],
-            self.problem.spaces[name][k],
-        )
-        shape = fused.size, own.size
+        shape = self.problem.base_space(name).size, self.problem.spaces[name][k].size
         self.couplings[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
 
     def _parent(self, name: str) -> str | None:
@@ -208,21 +198,12 @@ class Plans:
         return all(child.parent == outer.name for outer, child in pairs if child.size)
 
     def _children(self, name: str, k: int, costs: Costs) -> list[tuple[Space, Space, np.ndarray]]:
-        """Return the measured spaces inside a space's blocks: of the base, of `k`, their cost."""
-        found = []
-        for child, spaces in self.problem.spaces.items():
-            if (child, k) in costs and self._encloses(name, spaces):
-                found.append((spaces[self.problem.base[child]], spaces[k], costs[child, k]))
-        return found
-
-
-def _unmeasured(name: str, size: int, other: int) -> PairingError:
-    return PairingError(
-        f"a space of {size} and {other} units that nothing tells apart",
-        where=f"space '{name}'",
-        expected="equal sizes where units cannot be compared",
-        do="use networks of equal width in this place",
-    )
+        """Return the spaces with costs inside a space's blocks: of the base, of `k`, their cost."""
+        return [
+            (self.problem.base_space(child), spaces[k], costs[child, k])
+            for child, spaces in self.problem.spaces.items()
+            if (child, k) in costs and self._encloses(name, spaces)
+        ]
 
 
 def _members(space: Space) -> list[np.ndarray]:
@@ -236,15 +217,14 @@ def _block_cost(
 ) -> np.ndarray:
     total = np.zeros((rows, columns))
     for base, space, cost in inner:
-        ours, theirs = _members(base), _members(space)
-        for i, here in enumerate(ours):
-            for j, there in enumerate(theirs):
-                total[i, j] += _least(cost[np.ix_(here, there)], solver)
+        for i, ours in enumerate(_members(base)):
+            for j, theirs in enumerate(_members(space)):
+                total[i, j] += _least(cost[np.ix_(ours, theirs)], solver)
     return total
 
 
 def _least(cost: np.ndarray, solver: Solver) -> float:
-    """Return the cost of the best plan; many small assignments are worth a shortcut."""
+    """Return the cost of the best plan; the many small assignments take a shortcut."""
     if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
         return float(cost[linear_sum_assignment(cost)].mean())
     return float(solver(cost, *uniform(cost)).multiply(cost).sum())
@@ -273,5 +253,5 @@ def _solve(
         rows.append(ours[i][plan.row])
         columns.append(theirs[j][plan.col])
         data.append(plan.data * mass)
-    where = (np.concatenate(rows), np.concatenate(columns))
-    return csr_array((np.concatenate(data), where), shape=cost.shape)
+    places = (np.concatenate(rows), np.concatenate(columns))
+    return csr_array((np.concatenate(data), places), shape=cost.shape)

@@ -1,7 +1,7 @@
-"""What is to be solved: networks of one structure, which spaces correspond, and who has a say.
+"""What is to be solved: networks of one structure, which spaces correspond, and their weights.
 
-A problem is all that depends on the networks and the caller's choices alone. Coupling methods read
-it, together with what was measured on the data, and return couplings; nothing is filled in.
+A problem holds all that depends on the networks and the caller's choices alone. Coupling methods
+read it, together with what was measured on the data, and return couplings; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Problem:
         networks: The balanced networks, equal node for node and name for name.
         absent: Per network, the layers that it has only as neutral ones.
         anchor: Index of the network whose structure, names and widths the fused network takes.
-        lead: Index of the network whose units the fused units are, wherever it has them.
+        lead: Index of the network whose units the fused units are, where it has them.
         spaces: Name of a space, as the anchor calls it -> that space in each network; of size 0
             where a network has none in these places.
         present: Name of a space -> whether each network really has it.
         base: Name of a space -> the network whose units the fused units are.
         weights: `(networks,)` shares in every unit, sum 1.
         output_weights: `(networks,)` shares of the networks' outputs in what the fused network is
-            to give, sum 1.
-        absent_as_zero: Whether layers that a network has only as neutral ones count as zeros, not
-            as layers of which the other networks alone have a say.
+            to return, sum 1.
+        absent_as_zero: Whether layers that a network has only as neutral ones count as zeros; if
+            not, the other networks share these layers out among themselves.
     """
 
     networks: tuple[Network, ...]
@@ -63,7 +63,7 @@ class Problem:
             balanced: Networks of one structure.
             anchor: Index of the network whose structure the fused one takes.
             weights: `(networks,)` shares, sum 1, in units and outputs alike.
-            absent_as_zero: Whether layers that a network lacks count as zeros.
+            absent_as_zero: Whether layers that a network has only as neutral ones count as zeros.
 
         Raises:
             PairingError: If a network lacks a space, or two fixed axes differ in size.
@@ -86,9 +86,9 @@ class Problem:
 
     @classmethod
     def between(cls, network: Network, like: Network) -> Problem:
-        """Match the spaces of a network with those of one of the same structure, the anchor.
+        """Match a network's spaces with those of the anchor, whose widths its tensors are to take.
 
-        The first has the only say; this is for carrying its tensors to other widths.
+        The anchor is of the same structure, and has no share.
         """
         balanced = Balanced((network, like), ((), ()), (0.0, 0.0))
         return cls.of(balanced, anchor=1, weights=(1.0, 0.0))
@@ -98,33 +98,36 @@ class Problem:
         """The anchor: the network whose structure the fused one takes."""
         return self.networks[self.anchor]
 
-    def led_by(self, k: int) -> Problem | None:
-        """Return the same in the units of another network, wherever it has them.
+    def base_space(self, name: str) -> Space:
+        """Return a space of the network whose units the fused units are."""
+        return self.spaces[name][self.base[name]]
 
-        None if it has more or fewer of them anywhere, as the fused network's widths are given.
+    def led_by(self, k: int) -> Problem | None:
+        """Return the same problem in the units of another network, where it has them.
+
+        None if a space of it differs in size, as the widths of the fused network are given.
         """
-        theirs = [name for name, present in self.present.items() if present[k]]
-        for name in theirs:
-            spaces = self.spaces[name]
-            if spaces[k].size != spaces[self.base[name]].size:
-                return None
-        return replace(self, base=self.base | dict.fromkeys(theirs, k), lead=k)
+        names = [name for name, present in self.present.items() if present[k]]
+        if any(self.spaces[name][k].size != self.base_space(name).size for name in names):
+            return None
+        return replace(self, base=self.base | dict.fromkeys(names, k), lead=k)
 
     def weighted(self, weights: Sequence[float]) -> Problem:
-        """Return the same with other shares in the units; those of the outputs stay."""
+        """Return the same problem with other shares in the units; those of the outputs stay."""
         return replace(self, weights=tuple(weights))
 
     def shares(self, name: str) -> list[float]:
-        """Return each network's share of a tensor, which belongs to the networks that have it."""
+        """Return each network's share of a tensor: of those that have it, unless absent is zero."""
+        present = [name not in lacking for lacking in self.lacking]
         if self.absent_as_zero:
-            return [0.0 if name in gone else w for gone, w in zip(self.lacking, self.weights)]
-        return self.among([name not in gone for gone in self.lacking])
+            return [w if has else 0.0 for has, w in zip(present, self.weights)]
+        return self.among(present)
 
-    def among(self, having: Sequence[bool]) -> list[float]:
+    def among(self, present: Sequence[bool]) -> list[float]:
         """Return each network's share of what only some of them have; equal if none has weight."""
-        shares = [w if has else 0.0 for has, w in zip(having, self.weights)]
+        shares = [w if has else 0.0 for has, w in zip(present, self.weights)]
         if not any(shares):
-            shares = [float(has) for has in having]
+            shares = [float(has) for has in present]
         return [s / sum(shares) for s in shares]
 
     @cached_property
@@ -138,7 +141,7 @@ def _corresponding(
 ) -> tuple[dict[str, tuple[Space, ...]], dict[str, tuple[bool, ...]], dict[str, int]]:
     """Return, by the anchor's name: the space in each network, who has it, and whose units lead."""
     by_places = [_by_places(n) for n in networks]
-    missing = [absent_tensors(n, a) for n, a in zip(networks, absent)]
+    lacking = [absent_tensors(n, a) for n, a in zip(networks, absent)]
     ours = networks[anchor]
     spaces = {
         s.name: tuple(
@@ -148,27 +151,24 @@ def _corresponding(
     }
     _require_common_ground(networks, anchor, spaces)
     contracted = {t for names in ours.weights.values() for t in names}
-    present = {
-        s.name: tuple(_has(own, s, contracted, gone) for own, gone in zip(spaces[s.name], missing))
-        for s in ours.spaces
-        if s.axes
-    }
+    present = {}
+    for space in ours.spaces:
+        if space.axes:
+            written = {a.tensor for a in space.axes if not a.reads}
+            written = written & contracted or written
+            present[space.name] = tuple(  # written by anything but layers in name only
+                same.size > 0 and (not written or not written <= absent_ones)
+                for same, absent_ones in zip(spaces[space.name], lacking)
+            )
     for space in ours.spaces:
         inside = [present[s.name] for s in ours.spaces if s.parent == space.name and s.axes]
         present.setdefault(space.name, tuple(any(column) for column in zip(*inside)))
     base = {}
-    for name, found in spaces.items():
-        same = [k for k, s in enumerate(found) if present[name][k] and s.size == found[anchor].size]
-        base[name] = anchor if present[name][anchor] or not same else same[0]
+    for name, same in spaces.items():
+        having = [k for k, s in enumerate(same) if present[name][k] and s.size == same[anchor].size]
+        base[name] = anchor if present[name][anchor] or not having else having[0]
     _require_equal_sizes(networks, anchor)
     return spaces, present, base
-
-
-def _has(own: Space, space: Space, contracted: set[str], gone: set[str]) -> bool:
-    """Tell whether a network writes a space by anything but layers that it has in name only."""
-    written = {a.tensor for a in space.axes if not a.reads}
-    written = written & contracted or written
-    return own.size > 0 and (not written or not written <= gone)
 
 
 def _require_common_ground(
@@ -176,34 +176,41 @@ def _require_common_ground(
 ) -> None:
     """Refuse networks most of whose units lie in places that another does not have.
 
-    Some may: where streams are cut and interleaved again and again (channel shuffle), the pieces
-    of streams of different widths do not all come out alike.
+    Some units may: where streams are cut and interleaved many times (channel shuffle), the pieces
+    of streams of different widths do not all correspond.
     """
-    total = sum(s.size for s in networks[anchor].spaces)
+    ours = networks[anchor]
+    total = sum(s.size for s in ours.spaces)
     for k, network in enumerate(networks):
-        lost = [s for s in networks[anchor].spaces if not spaces[s.name][k].size]
+        lost = [s for s in ours.spaces if not spaces[s.name][k].size]
         if 2 * sum(s.size for s in lost) > total:
-            raise _unmatched(lost[0], networks[anchor], network)
+            places = ", ".join(sorted(f"{x.tensor}[{x.dim}]" for x in lost[0].axes)[:4])
+            raise PairingError(
+                f"a space of {ours.name} that {network.name} does not have",
+                where=f"space '{lost[0].name}' on {places}",
+                expected="networks whose units lie in the same places once their depths are equal",
+                do="compare fxfuse.find_spaces(...) of both; residual streams must agree in kind",
+            )
 
 
 def _by_places(network: Network) -> dict[Signature, list[Space]]:
-    found: dict[Signature, list[Space]] = {}
+    by_places: dict[Signature, list[Space]] = {}
     for space in network.spaces:
-        found.setdefault(space.signature, []).append(space)
-    return found
+        by_places.setdefault(space.signature, []).append(space)
+    return by_places
 
 
 def _same_space(
     space: Space, ours: Network, theirs: Network, by_places: dict[Signature, list[Space]]
 ) -> Space | None:
-    """Find a space by its places; a space of blocks that are no axis by a space inside it.
+    """Find a space by its places; one without axes (of blocks) by a space inside it.
 
     Spaces in the same places (the insides of fixed blocks) correspond in order.
     """
     if space.axes:
-        alike = [s.name for s in ours.spaces if s.signature == space.signature]
-        there = by_places.get(space.signature, [])
-        return there[alike.index(space.name)] if len(there) == len(alike) else None
+        names = [s.name for s in ours.spaces if s.signature == space.signature]
+        same = by_places.get(space.signature, [])
+        return same[names.index(space.name)] if len(same) == len(names) else None
     inside = next((s for s in ours.spaces if s.parent == space.name), None)
     other = inside and _same_space(inside, ours, theirs, by_places)
     return theirs.spaces[other.parent] if other and other.parent else None
@@ -213,33 +220,22 @@ def absent_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """Return the parameters and buffers of layers that a network has in name only.
 
     What was set to zero to silence such a layer is not among them, nor the weights that a zeroed
-    norm is folded into: it is a fact that the network adds nothing there.
+    norm is folded into: that the network adds nothing there counts.
     """
     silent = {t for a in absent for t in a.zeroed}
     folded = foldable_norms(network)
     for norm, roles in network.norms.items():
-        touched = {t for t in roles.values() if isinstance(t, str)}
-        if silent & touched:
-            silent |= touched | set(network.tensors.get(folded.get(norm, ""), ()))
+        of_norm = {t for t in roles.values() if isinstance(t, str)}
+        if silent & of_norm:
+            silent |= of_norm | set(network.tensors.get(folded.get(norm, ""), ()))
     return foreign_tensors(network, absent) - silent
 
 
 def foreign_tensors(network: Network, absent: Sequence[AbsentLayer]) -> set[str]:
     """Return all parameters and buffers of layers that a network has in name only."""
     nodes = {node for a in absent for node in a.foreign}
-    own = {t for node in nodes for t in network.tensors.get(node, ())}
-    kept = {t for n, ts in network.tensors.items() if n not in nodes for t in ts}
-    return own - kept
-
-
-def _unmatched(space: Space, a: Network, b: Network) -> PairingError:
-    places = ", ".join(sorted(f"{x.tensor}[{x.dim}]" for x in space.axes)[:4])
-    return PairingError(
-        f"a space of {a.name} that {b.name} does not have",
-        where=f"space '{space.name}' on {places}",
-        expected="networks whose units lie in the same places once their depths are equal",
-        do="compare print(fxfuse.find_spaces(...)) of both; residual streams must agree in kind",
-    )
+    touched = {t for node in nodes for t in network.tensors.get(node, ())}
+    return touched - {t for n, ts in network.tensors.items() if n not in nodes for t in ts}
 
 
 def _require_equal_sizes(networks: Sequence[Network], anchor: int) -> None:

@@ -1,19 +1,16 @@
-"""Couple units by optimal transport between what they compute on the data.
+"""Couple units by optimal transport between what they compute on the data, or leave them in place.
 
-Couple layer by layer, as the published transport codes do: a plan for each layer's output.
-
-`transport` gives the units of a residual stream one coupling. Here every contraction that writes
-into the stream has a plan of its own, and what reads the stream takes the plan of the contraction
-that wrote last; where two wrote side by side (a branch and the convolution of its shortcut), the
-mean of theirs. What an identity skip carries past a layer is not made consistent with that layer's
-plan: kept for the sake of the papers' figures. So is a plan for the network's outputs, which is the
-identity where networks agree on their classes, and wrong where it is not.
+`Transport` gives every space one plan, a residual stream too. `LayerByLayer`, as the published
+transport codes do, gives every contraction that writes into a stream a plan of its own. What reads
+the stream takes the plan of the contraction that wrote last; where two wrote side by side (a branch
+and the convolution of its shortcut), the mean of their plans. What an identity skip carries past a
+layer then disagrees with that layer's plan. The network's outputs get a plan too, which is wrong
+where networks disagree on their classes. Both are kept to reproduce the papers' figures. `InPlace`
+couples unit `i` with unit `i`: naive averaging.
 
 References:
     Singh and Jaggi 2020 (OTFusion), Nguyen et al. (CLAFusion), with their codes' treatment of
     skips; Imfeld et al. 2024 (Transformer Fusion) call it the flow of transport maps.
-
-Couple unit `i` of each network with unit `i` of the others: naive averaging.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from typing import cast
 
 import networkx as nx
 import numpy as np
-from scipy.sparse import csr_array, eye_array
+from scipy.sparse import csr_array
 
 from .._progress import counted, part
 from ..calibration.moments import PairMoments, correlation
@@ -37,7 +34,7 @@ from ..spaces.network import Network
 from ._weights import Weights, weight_cost
 from .measure import Evidence, Pair, View, points_of
 from .mixing import Couplings
-from .plans import Costs, CouplingMethod, Maps, Plans, two_maps, uniform
+from .plans import Costs, CouplingMethod, Plans, ToMaps, two_maps, uniform
 from .problem import Problem
 
 GroundCost = Callable[[Sequence[PairMoments]], np.ndarray]
@@ -54,26 +51,26 @@ class Transport(CouplingMethod):
         solver: Ground cost and marginals to a transport plan.
         maps: Plan to project and unproject.
         view: Where units are compared.
-        agreement: Where a network's units agree less with the base network's (see
-            `coupling.agreements`), its weight counts less: times this power of the agreement. What
-            reads the fused units in its place reads them as far as they agree. With 0 every
-            network has its full say everywhere.
+        agreement: Power of the agreement (see `plans.agreements`) that a network's weight in a
+            fused unit is multiplied by: the less its unit agrees with the base network's, the less
+            it counts, and the less what reads it in that network reads the fused unit. With 0,
+            every network counts fully in every unit.
     """
 
     ground_cost: GroundCost = correlation
     solver: Solver = Exact()
-    maps: Maps = two_maps
+    maps: ToMaps = two_maps
     view: View = View()
     agreement: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what is no power."""
+        """Refuse a power that is negative or infinite."""
         if not 0 <= self.agreement < math.inf:
             raise ArgumentError(
                 f"agreement {self.agreement}",
-                where="transport.Transport",
-                expected="a power that is not negative",
-                do="use 0 for a full say everywhere, 4 for that of the default method",
+                where="Transport(agreement=...)",
+                expected="a finite power, 0 or more",
+                do="use 0 to count every network fully, 4 for what the default method does",
             )
 
     def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
@@ -84,14 +81,9 @@ class Transport(CouplingMethod):
 
 
 class GroundCosts(Mapping[tuple[str, int], np.ndarray]):
-    """The cost between the base network's units and each other's, where these were measured.
+    """The costs between the base network's units and each other's, where these were measured.
 
     A cost is computed each time it is asked for: of wide networks each takes gigabytes.
-
-    Args:
-        problem: The spaces.
-        evidence: What was measured of them.
-        ground_cost: Moments of two spaces to the cost between their units.
     """
 
     def __init__(self, problem: Problem, evidence: Evidence, ground_cost: GroundCost) -> None:
@@ -113,7 +105,7 @@ class GroundCosts(Mapping[tuple[str, int], np.ndarray]):
         return iter(self._pairs)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return how many spaces and networks were compared."""
         return len(self._pairs)
 
     def __contains__(self, key: object) -> bool:
@@ -122,9 +114,9 @@ class GroundCosts(Mapping[tuple[str, int], np.ndarray]):
 
 
 def solve_all(plans: Plans, costs: Costs) -> None:
-    """Couple what is not coupled yet, given its costs; what has none is compared by weights."""
+    """Couple what is not coupled yet by its costs; what has no costs, last, by its weights."""
     problem, keys = plans.problem, plans.settle_given()
-    late = _unseen(problem, keys, costs)
+    late = _without_costs(problem, keys, costs)
     early = [key for key in keys if key not in late]
     share = len(early) / max(len(keys), 1)
     with part(0.0, share):
@@ -133,48 +125,46 @@ def solve_all(plans: Plans, costs: Costs) -> None:
     weights = Weights.of(problem, plans.couplings)
     with part(share, 1.0):
         for k in counted(sorted({k for _, k in late})):
-            own = [key for key in keys if key in late and key[1] == k]
-            shown = [key for key in own if problem.spaces[key[0]][0].axes]
-            by_weights = {key: weight_cost(weights, *key) for key in shown}
+            late_of_k = [key for key in keys if key in late and key[1] == k]
+            on_axes = [key for key in late_of_k if problem.spaces[key[0]][0].axes]
+            by_weights = {key: weight_cost(weights, *key) for key in on_axes}
             costs = ChainMap(by_weights, cast(MutableMapping[tuple[str, int], np.ndarray], costs))
-            for key in counted(own):
+            for key in counted(late_of_k):
                 plans.solve(*key, costs)
 
 
-def _unseen(
-    problem: Problem,
-    keys: Sequence[tuple[str, int]],
-    costs: Costs,
+def _without_costs(
+    problem: Problem, keys: Sequence[tuple[str, int]], costs: Costs
 ) -> set[tuple[str, int]]:
-    """Return the spaces without a cost of their own, or around or beside such a one in blocks."""
+    """Return the spaces without costs of their own, the spaces of their blocks, and all inside."""
     late: set[tuple[str, int]] = set()
     for k in {k for _, k in keys}:
-        family = {s[k].name: name for name, s in problem.spaces.items()}
+        anchor_name = {s[k].name: name for name, s in problem.spaces.items()}
         outer = {s[k].parent for s in problem.spaces.values()}
-        for name in (n for n, j in keys if j == k):
+        names = [name for name, network in keys if network == k]
+        for name in names:
             space = problem.spaces[name][k]
             if (name, k) not in costs and space.name not in outer:
                 late.add((name, k))
                 if space.parent is not None:
-                    late.add((family[space.parent], k))
-        for name in (n for n, j in keys if j == k):
+                    late.add((anchor_name[space.parent], k))
+        for name in names:
             parent = problem.spaces[name][k].parent
-            if parent is not None and (family[parent], k) in late:
+            if parent is not None and (anchor_name[parent], k) in late:
                 late.add((name, k))
     return late
 
 
 AxisMaps = dict[tuple[str, str, int, int], Coupling]  # see `Couplings.of_axes`
-Flow = dict[str, Coupling]  # the contraction that wrote, and the maps of its output
-Reach = dict[str, set[str]]
+Flow = dict[str, Coupling]  # contraction -> the maps of its output
+Reach = dict[str, set[str]]  # contraction -> all nodes behind it
 
 
 @dataclass(frozen=True)
 class LayerByLayer(Transport):
-    """Transport between the outputs of single layers rather than between spaces.
+    """Transport between the outputs of single layers; takes the attributes of `Transport`.
 
     Spaces inside blocks, and axes whose writers cannot be measured, take the space's coupling.
-    Takes the attributes of `Transport`.
     """
 
     view: View = View(singly=True, outputs=True)
@@ -220,19 +210,20 @@ def _reach(network: Network) -> Reach:
 def _let_flow(base: Network, space: Space, k: int, flow: Flow, reach: Reach) -> AxisMaps:
     """Return the map of each axis of a space: that of the contractions which wrote last."""
     of_axes: AxisMaps = {}
-    writers = _writers(base, space)
-    touched = {t: n for n, names in base.tensors.items() for t in names}
+    written = {a.tensor for a in space.axes if not a.reads}
+    writers = {n for n, weights in base.weights.items() if written & set(weights)}
+    node_of = {t: n for n, names in base.tensors.items() for t in names}
     for axis in space.axes:
-        node = touched.get(axis.tensor)
+        node = node_of.get(axis.tensor)
         last = [node] if node in writers and not axis.reads else _last(writers, node, reach)
-        found = [flow[w] for w in last if w in flow]
-        if found:
-            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(found)
+        maps = [flow[w] for w in last if w in flow]
+        if maps:
+            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(maps)
     output = base.module.graph.output_node()
-    found = [flow[w] for w in _last(writers, output.name, reach) if w in flow]
-    for axis in space.features if found else ():
+    maps = [flow[w] for w in _last(writers, output.name, reach) if w in flow]
+    for axis in space.features if maps else ():
         if axis.tensor in {n.name for n in output.all_input_nodes}:  # a head may read it there
-            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(found)
+            of_axes[space.name, axis.tensor, axis.dim, k] = _mean(maps)
     return of_axes
 
 
@@ -241,15 +232,9 @@ def _map_outputs(base: Network, k: int, flow: Flow) -> AxisMaps:
     of_axes: AxisMaps = {}
     for node, coupling in flow.items():
         for tensor in base.tensors[node]:
-            read = {axis.dim for _, axis in base.spaces.on(tensor)}
-            of_axes[OUTPUTS, tensor, int(0 in read), k] = coupling
+            input_dims = {axis.dim for _, axis in base.spaces.on(tensor)}
+            of_axes[OUTPUTS, tensor, int(0 in input_dims), k] = coupling
     return of_axes
-
-
-def _writers(network: Network, space: Space) -> set[str]:
-    """Return the contractions that write a space."""
-    written = {a.tensor for a in space.axes if not a.reads}
-    return {n for n, weights in network.weights.items() if written & set(weights)}
 
 
 def _last(writers: set[str], node: str | None, reach: Reach) -> list[str]:
@@ -268,12 +253,9 @@ def _mean(couplings: Sequence[Coupling]) -> Coupling:
 class InPlace(CouplingMethod):
     """Leave every unit where it is: the baseline that knows nothing of permutations.
 
-    With `MatchMoments(keep=True)` the result is the average of the weights, name by name. Nets of
-    unequal depth are balanced first, as for any other method. Norms with running statistics are
+    With `MatchMoments(keep=True)` the result is the average of the weights, name by name. Networks
+    of unequal depth are balanced first, as for any other method. Norms with running statistics are
     folded into the weights that are averaged, and measured anew on the result.
-
-    Attributes:
-        view: Nothing is measured.
 
     Raises:
         PairingError: If networks differ in width.
@@ -288,33 +270,17 @@ class InPlace(CouplingMethod):
         True
     """
 
-    view: View | None = None
-
     def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
-        """Return the coupling of every space and network.
-
-        Raises:
-            PairingError: If the networks differ in width.
-        """
-        maps: dict[tuple[str, int], Coupling] = {}
-        for name, spaces in counted(problem.spaces.items()):
-            fused = spaces[problem.base[name]].size
-            for k, space in enumerate(spaces):
-                if not problem.present[name][k]:
-                    shape = fused, space.size
-                    maps[name, k] = Coupling(csr_array(shape), csr_array(shape[::-1]))
-                elif space.size == fused:
-                    same = csr_array(eye_array(fused))
-                    maps[name, k] = Coupling(same, same.copy())
-                else:
-                    raise _unequal(name, fused, space.size)
-        return Couplings(problem, maps)
-
-
-def _unequal(name: str, fused: int, own: int) -> PairingError:
-    return PairingError(
-        f"a space of {fused} and {own} units, to be averaged in place",
-        where=f"space '{name}'",
-        expected="equal widths, where unit i of one network is unit i of the other",
-        do="couple the units by transport, or bring the networks to one width first",
-    )
+        """Return the coupling of every space and network."""
+        plans = Plans(problem, Exact(), two_maps)
+        for name, k in counted(plans.settle_given()):
+            sizes = problem.base_space(name).size, problem.spaces[name][k].size
+            if sizes[0] != sizes[1]:
+                raise PairingError(
+                    f"a space of {sizes[0]} and {sizes[1]} units, to be averaged in place",
+                    where=f"space '{name}'",
+                    expected="equal widths, where unit i of one network is unit i of the other",
+                    do="couple the units by transport, or bring the networks to one width first",
+                )
+            plans.keep(name, k)
+        return Couplings(problem, plans.couplings)

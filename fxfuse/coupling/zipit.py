@@ -1,19 +1,19 @@
 """Couple units by zipping: merge the most alike, within a network too, until the width is reached.
 
-The units of all networks lie side by side; the two groups that correlate most are merged again and
-again. A fused unit is the mean of its group, weighted by the networks' shares, and whatever read a
-member reads the group.
+At first, each unit of each network is a group; the two groups that correlate most are merged again
+and again. A fused unit is the mean of its group, weighted by the networks' shares, and whatever
+read a member reads the group.
 
 References:
     Stoica et al. 2024 (ZipIt), section 4; Xu et al. 2025, elastic zip for unequal widths.
-    Differences: (1) a network's budget of inner merges binds from the first merge on; the published
-    code tests it after a merge, so that none still allows one; (2) a group counts as each of the
-    networks it holds, not as its first one's, so that an inner merge cannot pass for one between
-    networks; (3) the discount `alpha` never raises a similarity, negative ones included, and is not
-    taken for units that are the same; (4) what a network wider than the result has to lose is
-    always granted, and budgets are lifted where nothing else is left to merge (three networks and
-    more); (5) units that correlate equally are told apart by mean and spread, and dead units, all
-    of one constant value, are the same; (6) means are of weight sum 1, heads included.
+    Differences: (1) a network's budget of inner merges is tested before a merge; the published code
+    tests it afterwards, so that a budget of none still allows one; (2) a group counts as each of
+    the networks that have units in it, not only as that of its first unit; (3) the discount `alpha`
+    never raises a similarity, negative ones included, and does not apply to units that are the
+    same; (4) a network wider than the result may always make the inner merges that it needs, and
+    budgets are lifted where nothing else is left to merge (three networks and more); (5) units that
+    correlate equally are told apart by mean and spread, and units that are constant are the same if
+    their values are; (6) the weights of a group sum to 1, in heads too.
 """
 
 from __future__ import annotations
@@ -37,37 +37,32 @@ from .problem import Problem
 from .transport import GroundCosts, solve_all
 
 FLOOR = 1e-7  # least product of two spreads that a correlation divides by
-
-
-TIE_BREAK, EQUAL = 1e-3, 1e-9  # weight of the distance of means and spreads; none to speak of
-
-
+TIE_BREAK = 1e-3  # weight of the distance of means and spreads in a similarity
+EQUAL = 1e-9  # distance of means and spreads up to which they are equal
 SAME = 1.0  # similarity from which on two units are one
-
-
-DECIMALS = 4  # similarities are measured no finer: what differs by less is a tie
+DECIMALS = 4  # similarities are rounded to so many: what differs by less is a tie
 
 
 @dataclass(frozen=True)
 class Zip(CouplingMethod):
-    """Zips every space whose units are measured, read by a weight, and in no blocks.
+    """Zip every space whose units are measured, read by a weight, and in no blocks.
 
     Other spaces (groups and heads and what is inside them, queries and keys, units that no node
     shows) are matched with the base network's by exact transport, as `Transport` does it. The fused
     width of a space is the anchor's, by default that of the widest network. Networks without a
-    share have no say in the grouping; their units join the group they resemble most.
+    share do not influence the groups; their units join the group they resemble most.
 
     Attributes:
         alpha: In (0, 1]: factor on the similarity of groups at each merge; the smaller, the fewer
             groups of more than two.
         beta: In [0, 1]: share of its part of the merges that a network may spend on itself.
-        view: Where units are compared; must be of all networks with each other.
+        view: Where units are compared; all networks must be compared with each other.
     """
 
     alpha: float = 0.3
     beta: float = 0.125
     view: View = View(activated=True, everything=True)
-    widest: ClassVar[bool] = True  # the anchor, if nobody says otherwise
+    widest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse options out of range."""
@@ -97,21 +92,21 @@ class Zip(CouplingMethod):
         self, problem: Problem, name: str, evidence: Evidence
     ) -> dict[tuple[str, int], Coupling]:
         """Return the coupling of one space for each network that has it."""
-        pairs = {key: found for key, found in evidence.pairs.items() if key[0] == name}
-        places = {(i, k): list(found.values()) for (_, i, k), found in pairs.items()}
+        pairs = [(key, by_node) for key, by_node in evidence.pairs.items() if key[0] == name]
+        places = {(i, k): list(by_node.values()) for (_, i, k), by_node in pairs}
         spaces, base = problem.spaces[name], problem.base[name]
-        here = sorted({k for pair in places for k in pair}, key=lambda k: (k != base, k))
-        owners = np.repeat(here, [spaces[k].size for k in here])
-        alike = similarities(places, here)
+        having = sorted({k for pair in places for k in pair}, key=lambda k: (k != base, k))
+        owners = np.repeat(having, [spaces[k].size for k in having])
+        alike = similarities(places, having)
         shares = np.array(problem.among(problem.present[name]))
         size = spaces[problem.anchor].size
         groups = self._group(alike, owners, shares[owners], min(size, len(owners)))
         mass = np.bincount(groups, shares[owners])
         maps = {}
-        for k in here:
-            own = owners == k
-            project, unproject = _maps(groups[own], np.where(mass > 0, mass, 1.0), size)
-            cost = _cost(alike[own], groups[own][:, None] == groups, np.flatnonzero(own))
+        for k in having:
+            of_k = owners == k
+            project, unproject = _maps(groups[of_k], np.where(mass > 0, mass, 1.0), size)
+            cost = _cost(alike[of_k], groups[of_k][:, None] == groups, np.flatnonzero(of_k))
             maps[name, k] = Coupling(project, unproject, cost)
         return maps
 
@@ -119,12 +114,12 @@ class Zip(CouplingMethod):
         self, alike: np.ndarray, owners: np.ndarray, shares: np.ndarray, size: int
     ) -> np.ndarray:
         """Zip the units of networks that have a share, if they are enough; the others join them."""
-        voting = shares > 0 if (shares > 0).sum() >= size else shares >= 0
-        chosen = alike if voting.all() else alike[np.ix_(voting, voting)]
+        zipped = shares > 0 if (shares > 0).sum() >= size else shares >= 0
+        chosen = alike if zipped.all() else alike[np.ix_(zipped, zipped)]
         groups = np.empty(len(owners), dtype=int)
-        groups[voting] = greedy_zip(chosen, owners[voting], size, self.alpha, self.beta)
-        if not voting.all():
-            groups[~voting] = groups[voting][alike[np.ix_(~voting, voting)].argmax(1)]
+        groups[zipped] = greedy_zip(chosen, owners[zipped], size, self.alpha, self.beta)
+        if not zipped.all():
+            groups[~zipped] = groups[zipped][alike[np.ix_(~zipped, zipped)].argmax(1)]
         return groups
 
 
@@ -150,10 +145,10 @@ def similarities(
 
 
 def _alike(m: PairMoments) -> np.ndarray:
-    """Correlate units; two that never vary are alike if they are of one value, and otherwise 0."""
+    """Correlate units; of two that never vary it is 1 if their values are equal, otherwise 0."""
     apart = moment_distance(m)
-    still = np.outer(~varies(m.a), ~varies(m.b)) & (apart < EQUAL)
-    return np.where(still, 1.0, np.clip(pearson(m, FLOOR), -1.0, 1.0)) - TIE_BREAK * apart
+    equal = np.outer(~varies(m.a), ~varies(m.b)) & (apart < EQUAL)
+    return np.where(equal, 1.0, np.clip(pearson(m, FLOOR), -1.0, 1.0)) - TIE_BREAK * apart
 
 
 def greedy_zip(
@@ -169,8 +164,8 @@ def greedy_zip(
         owners: `(units,)` the network of each unit.
         size: Number of groups.
         alpha: In (0, 1].
-        beta: In [0, 1]: of the merges, a network's part is in proportion to its width; this share
-            of it may join units of the network with each other.
+        beta: In [0, 1]: each network's part of the merges is in proportion to its width; this
+            share of its part may join units of the network with each other.
 
     Returns:
         `(units,)` the group of each unit; groups are numbered by their first units.
@@ -192,7 +187,7 @@ def greedy_zip(
     widths = np.bincount(owners)
     removed = len(owners) - size
     budgets = np.floor(removed * widths / max(len(owners), 1) * beta + 1e-4)
-    budgets = np.maximum(budgets, widths - size)  # these merges cannot be spared
+    budgets = np.maximum(budgets, widths - size)  # a network wider than the result needs these
     groups = _Groups(
         np.minimum(similarity, similarity.T), owners[:, None] == np.arange(len(widths)), budgets
     )
@@ -202,10 +197,10 @@ def greedy_zip(
 
 
 class _Groups:
-    """Groups on their way, with the best partner of each.
+    """The groups while they are merged, with the best partner of each.
 
-    Similarities only ever fall, so what was a group's best stays a bound, and a group is looked
-    through again only when this bound is the largest of all.
+    Similarities never rise. A group's best one is therefore a bound later on, and the group is
+    searched again only when this bound is the largest of all.
     """
 
     def __init__(self, similarity: np.ndarray, holds: np.ndarray, budgets: np.ndarray) -> None:
@@ -224,11 +219,11 @@ class _Groups:
             if self.best[i] == -np.inf:
                 self._lift()
             elif self.stale[i]:
-                self._look(i)
+                self._search(i)
             else:
                 return i, int(self.partner[i])
 
-    def _look(self, i: int) -> None:
+    def _search(self, i: int) -> None:
         row = self.similarity[i]
         spent = self.holds[i] & (self.budgets <= 0)
         if spent.any():
@@ -237,7 +232,7 @@ class _Groups:
         self.best[i], self.stale[i] = row[self.partner[i]], False
 
     def _lift(self) -> None:
-        """Allow every merge, as the groups that are left all share a network with each other."""
+        """Lift all budgets, as any two of the groups that are left share a network."""
         self.budgets[:] = np.inf
         alive = np.unique(self.first)
         self.best[alive], self.stale[alive] = np.inf, True
@@ -262,8 +257,8 @@ class _Groups:
 def _maps(groups: np.ndarray, mass: np.ndarray, size: int) -> tuple[csr_array, csr_array]:
     """Return the maps of a network's units, given their groups and the shares in each group.
 
-    An anchor may be wider than all units of a layer that it lacks: groups then take several fused
-    units, all of the same value, and whatever reads a group reads its part of each.
+    Where the anchor lacks a layer, its width may exceed the number of units to zip: a group then
+    becomes several equal fused units, and whatever reads the group reads an equal part of each.
     """
     units, places = np.arange(len(groups)), np.arange(size)
     shape = len(groups), len(mass)
@@ -273,24 +268,24 @@ def _maps(groups: np.ndarray, mass: np.ndarray, size: int) -> tuple[csr_array, c
     return csr_array(project), csr_array(member @ copies.multiply(1.0 / copies.sum(1)[:, None]))
 
 
-def _cost(alike: np.ndarray, same: np.ndarray, own: np.ndarray) -> float | None:
+def _cost(alike: np.ndarray, same: np.ndarray, units: np.ndarray) -> float | None:
     """Return how unlike units are to the others of their groups, None if all are alone."""
-    same[np.arange(len(own)), own] = False
+    same[np.arange(len(units)), units] = False
     return float(1.0 - alike[same].mean()) if same.any() else None
 
 
 def _to_zip(problem: Problem, evidence: Evidence) -> list[str]:
     """Return the spaces that are measured, read by a weight, and neither in blocks nor blocks."""
     parents = {s.parent for spaces in problem.spaces.values() for s in spaces}
-    found = []
+    names = []
     for name, spaces in problem.spaces.items():
         blocks = any(s.blocks is not None or s.name in parents for s in spaces if s.size)
         read = any(a.reads for s in spaces for a in s.axes)
-        here = [k for k, present in enumerate(problem.present[name]) if present]
-        seen = all((name, i, k) in evidence.pairs for i in here for k in here if i <= k)
-        if len(here) and seen and read and not blocks:
-            found.append(name)
-    return found
+        having = [k for k, present in enumerate(problem.present[name]) if present]
+        measured = all((name, i, k) in evidence.pairs for i in having for k in having if i <= k)
+        if having and measured and read and not blocks:
+            names.append(name)
+    return names
 
 
 def _require_options(alpha: float, beta: float) -> None:

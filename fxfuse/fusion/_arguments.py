@@ -1,4 +1,4 @@
-"""Weights and anchor, as a caller hands them in: checked, and made plain."""
+"""The weights and the anchor that a caller gives: checked, and turned into numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ from ..errors import ArgumentError
 
 
 def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
-    """Tell whether the weights are to be chosen.
-
-    Args:
-        weights: As for `fuse`.
-        apart: Whether the networks are of different tasks.
-
-    Raises:
-        ArgumentError: If they are a word that means nothing.
-    """
+    """Tell whether the weights are to be chosen, which needs networks of one task (not `apart`)."""
     if isinstance(weights, str) and (weights != "auto" or apart):
         raise ArgumentError(
             f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
@@ -30,7 +22,7 @@ def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
 
 
 def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
-    """Return the share of each model, sum 1; refuse what is no weights."""
+    """Return the share of each model, sum 1; refuse weights that do not fit the models."""
     count = len(models) if isinstance(models, Sequence) else 0
     given = [1.0] * count if weights is None else [float(w) for w in weights]
     total = sum(given)
@@ -46,7 +38,7 @@ def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> t
 
 
 def anchor_of(given: int | None, default: int, count: int) -> int:
-    """Return the index of the anchor; refuse what is no index."""
+    """Return the index of the anchor; refuse what is not the index of a network."""
     if given is None:
         return default
     if isinstance(given, int) and 0 <= given < count:

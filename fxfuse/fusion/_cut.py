@@ -1,11 +1,11 @@
-"""Cut networks in two at layers that correspond: trunks to be fused, and what lies behind them.
+"""Cut networks in two at layers that correspond: trunks to be fused, and heads behind them.
 
-A network is cut at a node of its chain, which every path from input to output passes through, so
-that one value crosses the cut. The units of that value are free in the trunk.
+A network is cut at a node that every path from input to output passes through, so that one value
+crosses the cut. The units of that value are free in the trunk.
 
 References:
-    Stoica et al. 2024 (ZipIt), partial zip. Difference: the networks need not have one structure,
-    neither before the cut (their layers are aligned) nor behind it.
+    Stoica et al. 2024 (ZipIt), partial zip. Difference: the networks need not have the same
+    structure, neither before the cut (their layers are aligned) nor behind it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Head:
     Attributes:
         name: How the network is called.
         module: Takes that value, and then some of the network's inputs.
-        inputs: Which inputs these are; it reads them for their sizes only.
-        dim: The axis of the units of what it returns, None if this is not one tensor with such.
+        inputs: The indices of these inputs; it reads them for their sizes only.
+        dim: The axis of the units that it returns, None if it does not return one tensor of units.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Head:
 def trunk_segments(
     networks: Sequence[Network], anchor: int, after: str | None
 ) -> list[tuple[Segment, ...]]:
-    """Return the segments of each network as far as they matter in front of a cut.
+    """Return the segments of each network in front of a cut, with the one that is cut.
 
     Args:
         networks: The whole networks.
@@ -54,13 +54,13 @@ def trunk_segments(
     Raises:
         ArgumentError: If the anchor has no such layer, or a network has a single layer.
     """
-    found = [partition(n) for n in networks]
-    layers = [[x for s in segments for x in s.layers] for segments in found]
+    parts = [partition(n) for n in networks]
+    layers = [[x for s in segments for x in s.layers] for segments in parts]
     last = _last_layer(networks, layers, anchor, after)
     if last is None:
-        return [segments[:-1] for segments in found]
-    end = next(i for i, s in enumerate(found[anchor]) if last in [x.name for x in s.layers]) + 1
-    return [segments[:end] for segments in found]
+        return [segments[:-1] for segments in parts]
+    end = next(i for i, s in enumerate(parts[anchor]) if last in [x.name for x in s.layers]) + 1
+    return [segments[:end] for segments in parts]
 
 
 def cut_networks(
@@ -86,13 +86,13 @@ def cut_networks(
     layers = [[x for s in partition(n) for x in s.layers] for n in networks]
     last = _last_layer(networks, layers, anchor, after)
     if last is None:
-        kept = [found[:-1] for found in layers]
-        cuts = [found[-1].entry for found in layers]
+        kept = [chain[:-1] for chain in layers]
+        cuts = [chain[-1].entry for chain in layers]
     else:
         names = _counterparts(networks, layers, alignment, anchor, last)
-        ends = [[x.name for x in found].index(n) + 1 for found, n in zip(layers, names)]
-        kept = [found[:end] for found, end in zip(layers, ends)]
-        cuts = [found[-1].nodes[-1] for found in kept]
+        ends = [[x.name for x in chain].index(n) + 1 for chain, n in zip(layers, names)]
+        kept = [chain[:end] for chain, end in zip(layers, ends)]
+        cuts = [chain[-1].nodes[-1] for chain in kept]
     heads = [_head(n, at) for n, at in zip(networks, cuts)]
     trunks = [Network.of(n.name, _trunk(n.module, at), n.example) for n, at in zip(networks, cuts)]
     return trunks, _in_front(alignment, kept), heads
@@ -102,8 +102,8 @@ def _last_layer(
     networks: Sequence[Network], layers: Sequence[Sequence[Layer]], anchor: int, after: str | None
 ) -> str | None:
     """Return the last layer of the anchor in front of the cut; None if it is the last but one."""
-    for network, found in zip(networks, layers):
-        if len(found) < 2:
+    for network, chain in zip(networks, layers):
+        if len(chain) < 2:
             raise ArgumentError(
                 "a network of fewer than two layers",
                 where=f"the argument `heads`, {network.name}",
@@ -116,7 +116,7 @@ def _last_layer(
     inside = [n for n in names if n == after or n.startswith(f"{after}.")]
     if not inside or inside[-1] == names[-1]:
         raise ArgumentError(
-            f"a cut behind {after!r}, which is {'the last' if inside else 'no'} layer",
+            f"a cut behind {after!r}, which is {'the last' if inside else 'not a'} layer",
             where=f"the argument `heads`, {networks[anchor].name}, whose widths the result takes",
             expected="a layer that another one follows: " + ", ".join(names[:-1]),
             do="name one of these, or leave `after` out to cut just before the last layer",
@@ -133,31 +133,31 @@ def _counterparts(
 ) -> list[str]:
     """Return the layer of each network that is aligned with one of the anchor's."""
     rows = [names for s in alignment.segments if len(s.slots) > anchor for names in zip(*s.slots)]
-    found = next((r for r in rows if r[anchor] == last), ())
-    known = [n is None or n in {x.name for x in own} for n, own in zip(found, layers)]
-    if len(found) != len(networks) or not all(known):
-        check_alignment(alignment, [{x.name: x for x in own} for own in layers])
-    if None in found:
+    row = next((r for r in rows if r[anchor] == last), ())
+    exist = [n is None or n in {x.name for x in chain} for n, chain in zip(row, layers)]
+    if len(row) != len(networks) or not all(exist):
+        check_alignment(alignment, [{x.name: x for x in chain} for chain in layers])
+    if None in row:
         common = [r[anchor] for r in rows if None not in r and r[anchor] != layers[anchor][-1].name]
-        lacks = networks[found.index(None)].name
+        lacks = networks[row.index(None)].name
         raise ArgumentError(
             f"a cut behind '{last}', a layer that {lacks} does not have",
-            where=f"the argument `heads`; the alignment gives {lacks} no counterpart of it",
+            where=f"the argument `heads`; the alignment pairs it with no layer of {lacks}",
             expected=f"a layer that all networks have: {', '.join(common) or 'there is none'}",
             do="cut behind one of these, or give an alignment that pairs this layer",
         )
-    return list(found)
+    return list(row)
 
 
 def _in_front(alignment: Alignment, kept: Sequence[Sequence[Layer]]) -> Alignment:
-    """Return the part of an alignment that speaks of the layers in front of the cut."""
-    names = [{x.name for x in found} for found in kept]
+    """Return the part of an alignment that is about the layers in front of the cut."""
+    names = [{x.name for x in chain} for chain in kept]
     segments = []
     for s in alignment.segments:
-        here = [i for i, row in enumerate(zip(*s.slots)) if any(x in n for x, n in zip(row, names))]
-        if not here:
+        rows = [i for i, row in enumerate(zip(*s.slots)) if any(x in n for x, n in zip(row, names))]
+        if not rows:
             continue
-        end = here[-1] + 1
+        end = rows[-1] + 1
         slots = tuple(row[:end] for row in s.slots)
         counts = [sum(x is not None for x in row) for row in slots]
         costs = [
@@ -199,23 +199,23 @@ def _head(network: Network, at: str) -> Head:
     with graph.inserting_before(nodes[0]):
         value = graph.placeholder("features")
     cut.replace_all_uses_with(value)
-    left = []
+    read = []
     for node in reversed(front):
         if node.users:
-            left.append(node)
+            read.append(node)
         else:
             graph.erase_node(node)
-    for node in left:
+    for node in read:
         if node.name in fed and node.op != "placeholder" and network.carries_data(node):
             raise _crossing(network, at, node.name, "a second value (at least its size)")
-    inputs = tuple(i for i, node in enumerate(placeholders) if node in left)
+    inputs = tuple(i for i, node in enumerate(placeholders) if node in read)
     return Head(
         network.name, fx.GraphModule(network.module, graph, "Head"), inputs, output_axis(network)
     )
 
 
 def output_axis(network: Network) -> int | None:
-    """Return the axis of the units that a network returns, None unless it is one tensor's."""
+    """Return the axis of the units that a network returns, None if it is not one such tensor."""
     returned = network.module.graph.output_node().args[0]
     return network.feature_axis(returned) if isinstance(returned, fx.Node) else None
 

@@ -1,4 +1,4 @@
-"""What a fusion did, gathered from its stages into a `Report`."""
+"""Gather what the stages of a fusion did into a `Report`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def report_on(
     seeds: dict[str, int],
     narrow: dict[str, str],
 ) -> Report:
-    """Sum up a fusion, without the network that only gave its structure, if there was one.
+    """Sum up a fusion; a last network of the problem that only gives its structure is left out.
 
     Args:
         alignment: The layers that were matched.
         balanced: The networks once their depths were equal.
-        anchor: Index of the network whose structure the fused one has.
+        anchor: Index of the network whose structure the fused network takes.
         couplings: The maps that it was made with.
-        outcome: How near it came to the parents.
-        clock: What the stages took.
+        outcome: How near it came to the networks.
+        clock: The time and memory that the stages took.
         seeds: Of what was drawn at random.
         narrow: The spaces that kept their width though more was asked for, with the reason.
     """
@@ -43,16 +43,18 @@ def report_on(
     maps = {key: c for key, c in couplings.maps.items() if key[1] < count}
     spaces = []
     for space in problem.structure.spaces:
-        parents = [maps[space.name, k] for k in range(count)]
-        having = problem.present[space.name]
+        of_networks = [maps[space.name, k] for k in range(count)]
+        present = problem.present[space.name]
         spaces.append(
             SpaceReport(
                 name=space.name,
                 size=space.size,
-                costs=tuple(c.cost for c in parents),
-                confidences=tuple(c.confidence if h else None for c, h in zip(parents, having)),
+                costs=tuple(c.cost for c in of_networks),
+                confidences=tuple(
+                    c.confidence if has else None for c, has in zip(of_networks, present)
+                ),
                 sizes=tuple(s.size for s in problem.spaces[space.name][:count]),
-                couplings=tuple(map(describe, parents)),
+                couplings=tuple(map(describe, of_networks)),
             )
         )
     return Report(
@@ -84,30 +86,25 @@ def describe(coupling: Coupling) -> CouplingReport:
         return CouplingReport("absent", 0.0, 0.0)
     rows, columns = matrix.shape
     stays = float(matrix.diagonal().sum()) / mass
-    used = np.bincount(matrix.indices, minlength=columns)
-    if (np.diff(matrix.indptr) <= 1).all() and (used <= 1).all():
-        whole = matrix.nnz == rows == columns
-        kind = ("identity" if stays == 1.0 else "permutation") if whole else "one to one"
+    whole = (np.bincount(matrix.indices, minlength=columns) <= 1).all()  # no unit is shared out
+    if not whole or (np.diff(matrix.indptr) > 1).any():
+        kind = "merging" if whole else "soft"
+    elif matrix.nnz == rows == columns:
+        kind = "identity" if stays == 1.0 else "permutation"
     else:
-        kind = "merging" if (used <= 1).all() else "soft"
+        kind = "one to one"
     return CouplingReport(kind, mass / max(rows, 1), stays)
 
 
 def _kept(couplings: Mapping[tuple[str, int], Coupling]) -> dict[tuple[str, int], csr_array]:
     """Return the maps with the fewest entries, in single precision, up to a limit in all."""
-    found: dict[tuple[str, int], csr_array] = {}
+    kept: dict[tuple[str, int], csr_array] = {}
     left = KEPT
     for key, coupling in sorted(couplings.items(), key=lambda item: item[1].project.nnz):
         left -= coupling.project.nnz
         if left < 0:
             break
         matrix = csr_array(coupling.project)
-        found[key] = csr_array(
-            (
-                matrix.data.astype(np.float32),
-                matrix.indices.astype(np.int32),
-                matrix.indptr.astype(np.int32),
-            ),
-            shape=matrix.shape,
-        )
-    return found
+        indices = (x.astype(np.int32) for x in (matrix.indices, matrix.indptr))
+        kept[key] = csr_array((matrix.data.astype(np.float32), *indices), shape=matrix.shape)
+    return kept

@@ -1,7 +1,7 @@
 """From a problem to the fused network: measure, couple, make room, emit, refit.
 
-Each stage returns what it found. What was measured of the units is let go once they are coupled:
-of wide networks it takes gigabytes.
+What was measured of the units is released once they are coupled: of wide networks it takes
+gigabytes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def couple(
     Args:
         problem: Networks of one structure.
         data: Calibration inputs.
-        coupling: How the units of the networks find each other.
-        refit: Says which moments it will ask for.
-        clock: Told what is being done.
+        coupling: How the units of the networks are matched.
+        refit: Says which moments it needs.
+        clock: Times the stages.
         width: Of the fused network, relative to its anchor's.
-        room: Which spaces get how much of it.
+        room: Which spaces get how much more width.
 
     Returns:
-        The couplings; the moments of the networks' outputs at the nodes that the refit asked for;
+        The couplings; the moments of the networks' outputs at the nodes that the refit names;
         and the spaces that kept their width though more was asked for, with the reason.
     """
     with clock.stage("measure units"):
@@ -74,15 +74,15 @@ def make(
 
     Args:
         couplings: The maps of the networks.
-        moments: Of the networks' outputs, at the nodes that the refit asked for.
-        refit: How to correct it.
+        moments: Of the networks' outputs, at the nodes that the refit names.
+        refit: How to correct the network.
         data: Calibration inputs.
-        clock: Told what is being done.
+        clock: Times the stages.
     """
     problem = couplings.problem
     samples = min(data.samples, refit.samples(problem.networks))
     count = len(problem.networks)  # one more than were measured, if the last is only a structure
-    padded = {node: [*found, *[None] * (count - len(found))] for node, found in moments.items()}
+    padded = {node: [*ms, *[None] * (count - len(ms))] for node, ms in moments.items()}
     with clock.stage("emit"):
         module, plans = emit(couplings, padded)
     base = problem.structure
@@ -99,8 +99,8 @@ def choose(
     Args:
         ways: What to choose from, the usual way first.
         moments: As for `make`.
-        data: Calibration inputs; a part of them judges.
-        clock: Told what is being done.
+        data: Calibration inputs; a part of them is held out to judge.
+        clock: Times the stages.
     """
 
     def made(way: int, couplings: Couplings, part: Calibration) -> Network:
@@ -112,7 +112,7 @@ def choose(
 
 
 def require_sound(fused: Network) -> None:
-    """Refuse a network that cannot be handed out.
+    """Refuse a fused network that is broken.
 
     Raises:
         ModelError: If weights are not finite.

@@ -1,6 +1,6 @@
-"""Loss and accuracy of classifiers on labelled data, and along the weights of two networks.
+"""Measure loss and accuracy of classifiers on labelled data, and along the weights of two networks.
 
-The fusions of all weights come from one analysis of the networks.
+The fusions with all weights come from one analysis of the networks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from ..report.plots import draw_barrier
 from .fuse import Method, fuse_along
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
 Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such batches
 
 
@@ -32,8 +30,8 @@ def compare(
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
     Args:
-        models: What is compared, in eval mode; outputs `(n, classes)`.
-        data: Whatever a fusion is calibrated on.
+        models: The classifiers, in eval mode; their outputs are `(n, classes)`.
+        data: Calibration inputs, as for `fuse`, with labels if there are any.
         samples: How many of the first samples to look at.
     """
     batches, seen = [], 0
@@ -48,16 +46,15 @@ def compare(
             break
     if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
         return {}
-    named = counted(models.items())
-    return {name: evaluate(model, batches) for name, model in named}
+    return {name: evaluate(model, batches) for name, model in counted(models.items())}
 
 
 def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
     """Tell whether a model gives a score to each label."""
     with torch.no_grad():
-        found = model(inputs[:2].to(device_of(model)))
-    fits = isinstance(found, Tensor) and found.dim() == 2 and labels.dim() == 1
-    return fits and 0 <= int(labels.min()) <= int(labels.max()) < found.shape[1]
+        scores = model(inputs[:2].to(device_of(model)))
+    fits = isinstance(scores, Tensor) and scores.dim() == 2 and labels.dim() == 1
+    return fits and 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]
 
 
 def evaluate(
@@ -182,8 +179,8 @@ def barrier(
     Args:
         models: Two networks; not modified.
         data: Unlabelled calibration inputs, as for `fuse`.
-        labelled: What is measured on: a pair of tensors (inputs, labels), or an iterable of such
-            batches, such as a `DataLoader`.
+        labelled: A pair of tensors (inputs, labels), or an iterable of such batches, such as a
+            `DataLoader`.
         weights: Shares of the second network, increasing; 0, 0.1 ... 1 if not given.
         alignment: Which layers correspond; found once if not given.
         anchor: As for `fuse`.

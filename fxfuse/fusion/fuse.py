@@ -44,18 +44,18 @@ class Method:
     """The choices that make a fusion method; call it like `fuse`.
 
     Attributes:
-        aligner: Cost matrix of a segment to the alignment of its layers (see `aligners`).
-        layer_cost: How unlike two layers are (see `layer_costs`).
+        aligner: Cost matrix of a segment to the alignment of its layers (see `fxfuse.alignment`).
+        layer_cost: How unlike two layers are (see `fxfuse.alignment`).
         balancing: How networks of different depth get one structure: `deepen`, which is exact, or
             `Shorten(...)`.
-        coupling: How the units of the networks find each other, and how far each has a say.
-        refit: How the fused network is corrected on the data: `LeastSquares(...)`, or by its
-            moments alone.
-        room: Where the units of a wider network get their places: `room.deepest_first`, or
-            `room.evenly` if it is to have the widths of an architecture.
-        absent_as_zero: Let layers that a network lacks pull the others' towards zero.
-        anchor: Which network's widths the fused one takes, when the caller does not say: from all
-            depths to an index. None for the deepest, or the widest if the coupling asks for it.
+        coupling: How the units of the networks are matched (see `fxfuse.coupling`).
+        refit: How the fused network is corrected on the data: `LeastSquares(...)`, or
+            `MatchMoments(...)`.
+        room: Which layers a wider network widens: `fxfuse.width.deepest_first`, or `evenly` if it
+            is to have the widths of an architecture.
+        absent_as_zero: Whether layers that a network lacks count as zeros in the mean.
+        anchor: From the depths of all networks to the index of the anchor, where the caller names
+            none. None for the deepest network, or the widest if the coupling asks for it.
     """
 
     aligner: Aligner = monotone
@@ -73,12 +73,12 @@ class Method:
 
     @property
     def seeds(self) -> dict[str, int]:
-        """The seeds of the choices; what has none draws nothing, or always the same."""
+        """The seeds of the choices that have one."""
         seeds = {f.name: getattr(getattr(self, f.name), "seed", None) for f in fields(self)}
         return {name: seed for name, seed in seeds.items() if isinstance(seed, int)}
 
     def usual_anchor(self, networks: Sequence[Network]) -> int:
-        """Return the anchor where the caller names none: the deepest, or first the widest."""
+        """Return the anchor where the caller names none: the deepest, or the widest."""
         parts = [partition(n) for n in networks]
         depths = [sum(len(s.layers) for s in segments) for segments in parts]
         if self.anchor is not None:
@@ -90,7 +90,7 @@ class Method:
         return order.index(max(order))
 
 
-FAIR = Method(coupling=Transport())  # every network has its full say in every unit
+FAIR = Method(coupling=Transport())  # every network counts fully in every unit
 
 
 @without_autocast()
@@ -115,20 +115,20 @@ def fuse(
             tensor or a tuple, list or dict whose first entry is the input.
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
-            "auto" the outputs are to be the equal ensemble's, and the shares in the units before
-            them are those that come nearest to it on samples held out; so are, if there is no more
-            width, a last layer that is fitted or just mixed and, unless the anchor is given, the
-            units of the anchor or of another network as wide.
+            "auto", the outputs are to be those of the equal ensemble, and the shares in the units
+            are the ones that come nearest to it on samples held out. At `width` 1, two more things
+            are chosen so: whether the last layer is fitted or just mixed and, unless the anchor is
+            given, whether the units are the anchor's or those of another network as wide.
         width: Of the fused network, relative to the anchor's: it takes at most the multiply-adds of
             the anchor with all layers made so much wider. Units that are least like their matches
-            get places of their own, the deepest layers first (`Method(room=)`); with room for all,
-            `float("inf")`, the outputs are the mean of the networks' exactly, but for norms over
-            units, groups and heads, which keep their width.
+            are not mixed but kept beside each other, the deepest layers first (`Method(room=)`).
+            With `float("inf")` all are, and the outputs are exactly the mean of the networks', but
+            for norms over units, groups and heads, which keep their width.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
         method: The choices along the way; the default is the best one known (with heads, `FAIR`).
-        heads: For networks of different tasks: fuse them up to a layer only, and keep a head for
-            each (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
+        heads: For networks of different tasks: fuse them up to a layer, and keep a head for each
+            (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
         progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
@@ -204,7 +204,7 @@ def _fuse_networks(
     method: Method,
     clock: Clock,
 ) -> tuple[Network, Couplings, Report]:
-    """Go the way of the data: balance, couple, choose if asked to, emit, refit.
+    """Balance, couple, choose weights if asked to, emit and refit.
 
     Args:
         networks: The traced networks.
@@ -212,11 +212,11 @@ def _fuse_networks(
         data: Calibration inputs.
         anchor: Index of the network whose structure the result takes.
         shares: Of each network, sum 1.
-        automatic: Whether the weights in the units are chosen, and what else `choose` does.
-        leads: Networks whose units may lead instead of the anchor's, if that is chosen, too.
+        automatic: Whether the weights in the units are chosen.
+        leads: If so, the networks whose units may be taken instead of the anchor's.
         width: Of the result, relative to the anchor's.
         method: The choices along the way.
-        clock: Told what is being done.
+        clock: Times the stages.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
     problem = Problem.of(balanced, anchor, shares, method.absent_as_zero)
@@ -280,12 +280,12 @@ def fuse_along(
     method: Method | None = None,
     progress: Progress | None = None,
 ) -> Iterator[fx.GraphModule]:
-    """Fuse the same networks with one set of weights after the other, analysed and balanced once.
+    """Fuse networks with several sets of weights, one after the other; analyse them once.
 
     Args:
         models: As for `fuse`.
         data: As for `fuse`.
-        weights: The shares of each fusion.
+        weights: For each fusion, the weights as for `fuse`.
         alignment: As for `fuse`.
         anchor: As for `fuse`.
         method: As for `fuse`.
@@ -330,9 +330,9 @@ def align(
         models: Two or more networks; not modified.
         data: Calibration inputs, as for `fuse`.
         method: The choices along the way.
-        pairs: Pairs by hand, of two models: per segment, as in `Alignment.pairs`, every layer of
-            the shallower one with its layer of the deeper one, by name. None, or no entry, leaves
-            a segment to the method.
+        pairs: Pairs by hand, for two models: per segment, as in `Alignment.pairs`, every layer of
+            the shallower model with its layer of the deeper one, by name. A segment with None, or
+            without an entry, is left to the method.
         progress: Called with the name of a stage and the share of it that is done.
 
     Returns:
@@ -372,8 +372,8 @@ def balance(
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
 
-    By default, layers that do nothing are inserted and no function changes; other ways are a choice
-    of the method, such as `Method(balancing=Shorten())`.
+    By default, layers that do nothing are inserted and no function changes; the method may choose
+    another way, such as `Method(balancing=Shorten())`.
 
     Args:
         models: The networks; not modified.
@@ -405,8 +405,8 @@ def net2deeper(
 ) -> fx.GraphModule:
     """Return a network of the depth of another: the depth-aligned shallow network.
 
-    It has neutral layers where the other has layers that it lacks, at its own widths, and computes
-    what the model computes. If the widths agree, its state loads into the deeper class.
+    It computes what the model computes, at the model's widths, with neutral layers where only the
+    other network has layers. If the widths agree, its state loads into the deeper class.
 
     Args:
         model: The network; not modified.

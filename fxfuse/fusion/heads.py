@@ -83,7 +83,7 @@ def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> tuple[fx.G
     head.module.to(value if value.is_floating_point() else value.device)
     if dim is None:
         return head.module, "as it is"
-    read = couplings.reading_map(at, dim, k)
+    read = csr_array(couplings.feature_map(at, dim, k, reads=True).T)
     if _same_places(read):
         return head.module, "as it is"
     example = couplings.problem.structure.example

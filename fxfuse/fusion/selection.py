@@ -1,9 +1,9 @@
 """Choose the networks' weights by how near the fused network comes to their ensemble.
 
-Units are mixed with the chosen weights, outputs stay those of the ensemble. A fused network in the
-units of one network, the lead, computes what this one does at no loss, and anything between the
-networks at some: on samples that nothing is fitted to, the best place between the two shows, and
-whose units are the best to lead.
+Units are mixed with the chosen weights; the outputs wanted stay those of the ensemble. In the units
+of one network, the lead, a fused network with all weight on the lead computes just what the lead
+computes; with any other weights, mixing loses something. Which weights are best, and which lead,
+shows on samples that nothing is fitted to.
 """
 
 from __future__ import annotations
@@ -21,14 +21,9 @@ from ..coupling.mixing import Couplings
 from ..graph.trace import device_of, tensors_in
 from ..spaces.network import Network
 
-HELD = 4  # every fourth sample judges
-
-
-STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead; between the best ones
-
-
-CLEARLY = 0.75  # of what the first lead misses: ratios above it say nothing on other samples
-
+HELD = 4  # every fourth sample is held out to judge
+STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead to try; then, between the best ones
+CLEARLY = 0.75  # a greater ratio of distances may be otherwise on other samples
 
 Make = Callable[[int, Couplings, Calibration], Network]  # a way, its maps, data -> fused network
 
@@ -36,41 +31,41 @@ Make = Callable[[int, Couplings, Calibration], Network]  # a way, its maps, data
 def nearest(ways: Sequence[Couplings], make: Make, data: Calibration) -> tuple[int, Couplings]:
     """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
 
-    Of several ways the first is taken, unless another comes nearer with the ensemble's weights;
-    one that is led by another network has to come clearly nearer. Then the weight of the lead is
-    searched for between its share of the ensemble and all; the others keep their proportions.
+    Of several ways, the first is taken unless another comes nearer with the ensemble's weights; one
+    with another lead must come clearly nearer. Then the weight of the lead is searched for between
+    its share of the ensemble and 1; the others keep their proportions.
 
     Args:
         ways: The couplings of each way, with the weights of the ensemble.
         make: Makes the fused network of a way, with other weights, on some of the data.
-        data: Calibration inputs; every fourth is held out, unless there are less than four.
+        data: Calibration inputs; every fourth is held out, unless there are fewer than four.
 
     Returns:
-        Which way it is, and its couplings with the weights.
+        The index of the way, and its couplings with the chosen weights.
     """
     fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
     usual = ways[0].problem
-    voices = [(w, n) for w, n in zip(usual.output_weights, usual.networks) if w]
+    ensemble = [(w, n) for w, n in zip(usual.output_weights, usual.networks) if w]
     most, done = len(ways) + len(STARTS) + REFINEMENTS, 0
 
-    def missed(way: int, share: float) -> float:
+    def distance(way: int, share: float) -> float:
         nonlocal done
         network = make(way, _with_share(ways[way], share), fit)
         done += 1
         tell(done / most)
-        return _distance(voices, network, held)
+        return _distance(ensemble, network, held)
 
     equal = [way.problem.output_weights[way.problem.lead] for way in ways]
-    first = [missed(i, share) for i, share in enumerate(equal)]
+    first = [distance(i, share) for i, share in enumerate(equal)]
     margins = [1.0 if way.problem.lead == usual.lead else CLEARLY for way in ways]
-    able = [i for i, margin in enumerate(margins) if not i or first[i] < margin * first[0]]
-    best = min(able, key=first.__getitem__)
+    eligible = [i for i, margin in enumerate(margins) if not i or first[i] < margin * first[0]]
+    best = min(eligible, key=first.__getitem__)
     tried = {equal[best]: first[best]}
     for share in [s for s in STARTS if s not in tried and s > min(tried)]:
-        tried[share] = missed(best, share)
+        tried[share] = distance(best, share)
     for _ in range(REFINEMENTS):
         share = _between(tried)
-        tried[share] = missed(best, share)
+        tried[share] = distance(best, share)
     tell(1.0)
     return best, _with_share(ways[best], min(tried, key=tried.__getitem__))
 
@@ -79,42 +74,40 @@ def _between(tried: dict[float, float]) -> float:
     """Return the middle between the best share and the better of its neighbours."""
     order = sorted(tried)
     best = order.index(min(tried, key=tried.__getitem__))
-    beside = [order[i] for i in (best - 1, best + 1) if 0 <= i < len(order)]
-    return (order[best] + min(beside, key=tried.__getitem__, default=order[best] / 2)) / 2
+    neighbours = [order[i] for i in (best - 1, best + 1) if 0 <= i < len(order)]
+    return (order[best] + min(neighbours, key=tried.__getitem__, default=order[best] / 2)) / 2
 
 
 def _with_share(couplings: Couplings, share: float) -> Couplings:
     """Return the maps with a weight of the lead, and the others in proportion."""
     given, lead = couplings.problem.output_weights, couplings.problem.lead
     rest = sum(given) - given[lead]
-    scale = (1 - share) / rest if rest > 0 else 0.0
-    weights = [share if k == lead else w * scale for k, w in enumerate(given)]
     if rest <= 0:
-        weights[lead] = 1.0
-    return couplings.weighted(weights)
+        return couplings.weighted([float(k == lead) for k in range(len(given))])
+    scale = (1 - share) / rest
+    return couplings.weighted([share if k == lead else w * scale for k, w in enumerate(given)])
 
 
-def _distance(voices: list[tuple[float, Network]], network: Network, data: Calibration) -> float:
-    """Return how far outputs are from a weighted mean of networks' outputs.
+def _distance(ensemble: list[tuple[float, Network]], network: Network, data: Calibration) -> float:
+    """Return how far a network's outputs are from a weighted mean of other networks' outputs.
 
-    That is the divergence of class probabilities, or the relative error of other outputs; what it
-    holds does not grow with the number of samples.
+    This is the divergence of class probabilities, or the relative error of other outputs.
     """
-    networks = [*(other for _, other in voices), network]
+    networks = [*(member for _, member in ensemble), network]
     error, nats, samples = SquaredError(), 0.0, 0
     with torch.no_grad():
         for batch in data.chunks(working_batch(networks)):
-            outputs = [_outputs(n, batch) for n in networks]
-            own = outputs.pop()
-            mean = [sum(w * t for (w, _), t in zip(voices, each)) for each in zip(*outputs)]
+            *members, outputs = (_outputs(n, batch) for n in networks)
+            mean = [sum(w * t for (w, _), t in zip(ensemble, each)) for each in zip(*members)]
             if len(mean) == 1 and is_logits(mean[0]):
-                nats, samples = nats + divergence(mean[0], own[0]), samples + len(mean[0])
+                nats += divergence(mean[0], outputs[0])
+                samples += len(mean[0])
             else:
-                error.add(mean, own)
+                error.add(mean, outputs)
     return nats / samples if samples else error.relative
 
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
     module = network.module.eval()
-    found = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
-    return [t.double().cpu() for t in found]
+    outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    return [t.double().cpu() for t in outputs]

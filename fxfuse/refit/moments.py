@@ -25,7 +25,6 @@ from ..calibration.data import Calibration
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm
 from ..calibration.run import Run, batch_size, working_batch
-from ..coupling.measure import measuring_batch
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..graph.state import fill, tensor_at
@@ -105,7 +104,7 @@ class MatchMoments(Refit):
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""
-        whole = measuring_batch(networks)
+        whole = working_batch(networks)
         fitting = batch_size(networks, FRONTIER_BYTES // 3, 1 << 30, least=16)
         return max(fitting // whole, 1) * whole
 

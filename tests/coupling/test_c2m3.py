@@ -20,7 +20,7 @@ from fxfuse.coupling.c2m3 import (
     slope,
 )
 from fxfuse.coupling.measure import Evidence
-from fxfuse.coupling.weight_matching import forward, in_place, inner
+from fxfuse.coupling.weight_matching import inner
 from fxfuse.errors import PairingError
 from tests.support.nets import build, data_shape, gap, mlp, randomise, residual
 from tests.support.problems import images, joined, problem_of
@@ -29,9 +29,9 @@ from tests.support.tolerances import FUNCTION
 NETWORKS = ["plain", "grouped", "shared", "tokens", "depthwise"]
 
 
-def three(name, start=in_place):
+def three(name):
     nets = [build(name, seed)[0] for seed in (1, 2, 3)]
-    return joined(nets, torch.randn(8, *data_shape(name)), start)
+    return joined(nets, torch.randn(8, *data_shape(name)), in_place=True)
 
 
 def objective(weights: Weights) -> float:
@@ -114,10 +114,10 @@ def test_maps_between_networks_agree_around_every_cycle():
             assert np.array_equal(round_trip, np.eye(len(round_trip)))
 
 
-@pytest.mark.parametrize("start", [{}, {"start": in_place, "inward": 0.0}])
-def test_the_order_of_the_networks_does_not_matter(start):
+@pytest.mark.parametrize("options", [{}, {"polish": 0}])
+def test_the_order_of_the_networks_does_not_matter(options):
     nets, data = [randomise(mlp(6, 9, 8, 3, norm=True), s) for s in range(3)], torch.randn(32, 6)
-    method = fxfuse.Method(coupling=CycleConsistent(**start))
+    method = fxfuse.Method(coupling=CycleConsistent(**options))
     whole = fxfuse.fuse(nets, data, method=method)
     for order in ([1, 0, 2], [2, 0, 1]):
         again = fxfuse.fuse([nets[i] for i in order], data, method=method)
@@ -135,19 +135,22 @@ def test_permuted_copies_of_one_network_fuse_to_it(name):
 
 def test_steps_then_rounding_then_turns_each_raise_the_objective():
     nets, x = [randomise(mlp(6, 12, 10, 3), s) for s in range(4)], torch.randn(8, 6)
-    start = objective(joined(nets, x, in_place)[0])
+    start = objective(joined(nets, x, in_place=True)[0])
     rounded, polished = (value_of(coupled(nets, x, polish=p)) for p in (0, 100))
     assert start < rounded <= polished
 
 
-@pytest.mark.parametrize(
-    "options", [{"start": forward}, {"inward": 0.5}, {"iterations": 2}, {"folded": True}]
-)
+@pytest.mark.parametrize("options", [{"iterations": 2}, {"polish": 100}])
 def test_each_option_changes_the_result(options):
-    nets = [randomise(mlp(6, 12, 10, 3, norm=True), s) for s in (1, 2, 3)]
-    plain = {"start": in_place, "inward": 0.0, "polish": 0}
-    a, b = (coupled(nets, torch.randn(8, 6), **o).maps for o in (plain, plain | options))
+    nets = [randomise(mlp(6, 12, 10, 3, norm=True), s) for s in range(4)]
+    a, b = (coupled(nets, torch.randn(8, 6), **{"polish": 0} | o).maps for o in ({}, options))
     assert any((a[key].project != b[key].project).nnz for key in a)
+
+
+def test_the_seed_changes_where_polishing_ends():
+    nets = [randomise(residual((6, 2), (9, 2)), s) for s in range(3)]
+    ends = [coupled(nets, images(), iterations=1, seed=seed).maps for seed in range(4)]
+    assert any((ends[0][key].project != e[key].project).nnz for e in ends[1:] for key in e)
 
 
 def test_layers_that_networks_lack_are_nobodys_say():

@@ -7,15 +7,17 @@ from torch import nn
 
 import fxfuse
 from fxfuse.calibration.data import Calibration
-from fxfuse.coupling.measure import View, measure, measuring_points
+from fxfuse.coupling.measure import View, measure, points_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.coupling.zipit import Zip
+from fxfuse.refit.emit import outputs_to_settle
 from tests.support.nets import (
     build,
     conv,
     data_shape,
     gap,
     mlp,
+    outputs,
     randomise,
     residual,
     stages,
@@ -28,20 +30,24 @@ def images(count=40):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
-def behind(found, points):
-    """The activations that read a point and nothing else does."""
-    nodes = {n.name: n for n in found.module.graph.nodes}
+def measuring_points(net, activated):
+    return set(points_of(net, View(activated)).values())
+
+
+def activated_next(net, points):
+    """The points that one activation reads and nothing else."""
+    nodes = {n.name: n for n in net.module.graph.nodes}
     users = {p: list(nodes[p].users) for p in points}
-    return {p for p, u in users.items() if len(u) == 1 and found.is_activation(u[0])}
+    return {p for p, u in users.items() if len(u) == 1 and net.is_activation(u[0])}
 
 
 @pytest.mark.parametrize("name", ["plain", "batch norm", "residual", "depthwise", "gate", "tokens"])
 def test_points_go_on_behind_the_activations_where_there_are_any(name):
     net, x = build(name)
     found = network(net, x)
-    before, after = (measuring_points(found, View(activated=a)) for a in (False, True))
+    before, after = (measuring_points(found, a) for a in (False, True))
     assert len(before) == len(after)
-    assert behind(found, before) and not behind(found, after)
+    assert activated_next(found, before) and not activated_next(found, after)
     assert after - before and before & after  # the head, at least, has no activation
 
 
@@ -50,7 +56,7 @@ def test_points_of_a_residual_block_lie_behind_its_add_or_the_activation_of_the_
     x = images(2)
     found = network(net, x)
     seen = values(found.module, x)
-    before, after = (measuring_points(found, View(activated=a)) for a in (False, True))
+    before, after = (measuring_points(found, a) for a in (False, True))
     adds = {n.name for n in found.module.graph.nodes if n.name.startswith("add")}
     assert len(adds) == 3 and adds <= before and not adds & after
     acts = {u.name for n in found.module.graph.nodes if n.name in adds for u in n.users}
@@ -63,10 +69,10 @@ def test_points_of_a_residual_block_lie_behind_its_add_or_the_activation_of_the_
 def test_an_activation_whose_value_is_not_labelled_is_not_passed():
     net, x = build("plain")
     found = network(net, x)
-    before, after = (measuring_points(found, View(activated=a)) for a in (False, True))
+    before, after = (measuring_points(found, a) for a in (False, True))
     lost = sorted(after - before)[0]
     del found.features[lost]
-    assert measuring_points(found, View(activated=True)) == after - {lost} | {
+    assert measuring_points(found, True) == after - {lost} | {
         n.all_input_nodes[0].name for n in found.module.graph.nodes if n.name == lost
     }
 
@@ -86,7 +92,7 @@ def test_a_stream_that_several_read_is_measured_as_it_is():
     net = randomise(nn.Sequential(conv(3, 6), PreNorm(6), PreNorm(6), nn.Conv2d(6, 3, 1)))
     found = network(net, images(2))
     adds = {n.name for n in found.module.graph.nodes if n.name.startswith("add")}
-    assert len(adds) == 2 and adds <= measuring_points(found, View(activated=True))
+    assert len(adds) == 2 and adds <= measuring_points(found, True)
 
 
 def test_what_is_measured_behind_an_activation_is_what_it_makes_of_the_units():
@@ -156,7 +162,24 @@ def test_no_more_samples_are_run_than_tell_how_alike_units_are(enough, expected,
     problem = problem_of([randomise(net, s) for s in (1, 1)], images())
     data = Calibration(images())
     node = next(n.name for n in problem.networks[0].module.graph.nodes if n.op == "call_module")
-    for outputs, seen in (({}, expected), ({node: 1}, 40)):
-        found = measure(problem, data, View(), outputs, 40)
+    for nodes, seen in (({}, expected), ({node: 1}, 40)):
+        found = measure(problem, data, View(), nodes, 40)
         counts = {m.a.count for places in found.pairs.values() for m in places.values()}
         assert counts == {64 * seen}
+
+
+def test_the_joint_pass_measures_what_numpy_measures():
+    nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
+    problem, data = problem_of(nets, x), Calibration(x)
+    nodes = outputs_to_settle(problem.networks[0])
+    evidence = measure(problem, data, View(), nodes, 70)
+    point = next(iter(measuring_points(problem.networks[0], False) & set(nodes)))
+    for k, net in enumerate(nets):
+        recorded = {}
+        net[0][0][1].register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
+        outputs(net, x)
+        expected = recorded["out"].transpose(0, 1).flatten(1).double().numpy()
+        first = next(n for n in nodes if n in problem.networks[0].norms)
+        assert np.allclose(evidence.outputs[first][k].mean, expected.mean(1), atol=1e-5)
+        assert np.allclose(evidence.outputs[first][k].spread, expected.std(1), atol=1e-5)
+    assert point

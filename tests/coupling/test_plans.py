@@ -16,7 +16,6 @@ from fxfuse.coupling.measure import measure
 from fxfuse.coupling.plans import agreements, one_map, two_maps
 from fxfuse.coupling.transport import Transport
 from fxfuse.errors import ArgumentError
-from fxfuse.ir import Coupling
 from fxfuse.refit.moments import MatchMoments
 from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import build, data_shape, gap, mlp, randomise
@@ -176,22 +175,6 @@ def test_units_left_with_nothing_get_rows_of_zeros(maps, rows, columns, seed):
         assert np.allclose(project.sum(1)[1:], 1.0, atol=1e-5)
         if maps is two_maps:
             assert np.allclose(np.delete(unproject.sum(1), 1), 1.0, atol=1e-9)
-
-
-def test_a_fused_unit_that_a_network_gives_nothing_to_is_that_of_the_others():
-    nets, x = [randomise(mlp(4, 3, 2), s) for s in (1, 2)], torch.randn(30, 4)
-    couplings = couplings_of(nets, x, Exact())
-    space = next(iter(couplings.problem.networks[0].spaces))
-    plan = np.eye(3) / 3
-    plan[1] = 0.0
-    couplings.maps[space.name, 1] = Coupling(*two_maps(csr_array(plan)))
-    weights = [n.state_dict()["0.weight"].numpy() for n in nets]
-    mixed = couplings.mix("0.weight", weights)
-    assert np.allclose(mixed[[0, 2]], (weights[0] + weights[1])[[0, 2]] / 2, atol=1e-6)
-    assert np.allclose(mixed[1], weights[0][1], atol=1e-6)
-    heads = [n.state_dict()["2.weight"].numpy() for n in nets]
-    read = couplings.mix("2.weight", heads)
-    assert np.allclose(read[:, 1], heads[0][:, 1] / 2, atol=1e-6)
 
 
 def test_a_solver_changes_the_result():

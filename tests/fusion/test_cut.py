@@ -145,7 +145,7 @@ def test_a_node_of_several_tensors_is_no_place_to_cut():
 
 def test_wrong_places_are_refused_with_the_right_ones():
     found = networks(residual((6, 3), (8, 1)), residual((6, 1), (8, 1)))
-    for after, words in (("nope", "is no layer"), ("3.fc", "is the last layer")):
+    for after, words in (("nope", "is not a layer"), ("3.fc", "is the last layer")):
         with pytest.raises(ArgumentError, match=words) as caught:
             cut(found, after)
         assert "1.0, 1.1, 1.2, 2.0" in caught.value.expected

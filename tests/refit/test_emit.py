@@ -1,66 +1,22 @@
-"""Emission: tensors are mixed as the formula says; filters in front of norms keep their size."""
+"""Emission: filters in front of norms keep their size, and buffers are picked, not mixed."""
 
 import copy
 import math
 import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_array
 from torch import nn
 
 import fxfuse
-from fxfuse.coupling.mixing import Couplings
 from fxfuse.coupling.plans import two_maps
-from fxfuse.coupling.problem import absent_tensors
 from fxfuse.coupling.transport import Transport
-from fxfuse.ir import Coupling
-from tests.support.nets import randomise, residual, stages
-from tests.support.problems import problem_of
 
 
 def images(count=40):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def test_a_tensor_is_mixed_as_the_formula_says():
-    nets, x = [randomise(stages([5, 6], [7]), s) for s in (1, 2)], images()
-    problem = problem_of(nets, x, weights=(0.3, 0.7))
-    rng = np.random.default_rng(0)
-    couplings, maps = {}, {}
-    for name, spaces in problem.spaces.items():
-        for k in (0, 1):
-            p, u = (rng.random((spaces[k].size,) * 2) for _ in range(2))
-            maps[name, k] = (p, u)
-            couplings[name, k] = Coupling(csr_array(p), csr_array(u))
-    weights = [n.state_dict()["0.1.0.weight"].numpy() for n in nets]
-    (first, second) = [s.name for s in problem.networks[0].spaces][:2]
-    expected = sum(
-        share * np.einsum("Oo,oihw,iI->OIhw", maps[second, k][0], weights[k], maps[first, k][1])
-        for k, share in enumerate((0.3, 0.7))
-    )
-    mixed = Couplings(problem, couplings).mix("0.1.0.weight", weights)
-    assert np.allclose(mixed, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_network_without_a_block_adds_nothing_to_the_stream_and_shares_no_inside():
-    """The zeros that silence the block count, its other tensors belong to the other network."""
-    nets, x = (
-        [randomise(residual((6, 3), (8, 1)), 1), randomise(residual((6, 1), (8, 1)), 2)],
-        images(),
-    )
-    problem = problem_of(nets, x, weights=(0.4, 0.6))
-    gone = absent_tensors(problem.networks[1], problem.absent[1])
-    assert gone and not absent_tensors(problem.networks[0], problem.absent[0])
-    inside = [n for n in gone if n.endswith("weight")]
-    shares = {name: problem.shares(name) for name in inside}
-    assert {tuple(s) for s in shares.values()} == {(1.0, 0.0)}
-    silent = {t for a in problem.absent[1] for t in a.zeroed}
-    assert silent and all(problem.shares(name) == [0.4, 0.6] for name in silent)
-    assert problem.shares("0.0.weight") == [0.4, 0.6]
 
 
 class Masked(torch.nn.Module):

@@ -1,38 +1,18 @@
 """Moment matching: norms and contractions get the moments of the parents, or keep the function."""
 
-import numpy as np
 import torch
 
 import fxfuse
-from fxfuse.calibration.data import Calibration
-from fxfuse.coupling.measure import View, measure, measuring_batch, measuring_points
+from fxfuse.calibration.run import working_batch
 from fxfuse.coupling.transport import Transport
-from fxfuse.refit.emit import outputs_to_settle
 from fxfuse.refit.moments import MatchMoments
 from tests.support.nets import build, gap, outputs, randomise, stages
-from tests.support.problems import network, problem_of
+from tests.support.problems import network
 from tests.support.tolerances import FUNCTION
 
 
 def images(count=40):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def test_the_joint_pass_measures_what_numpy_measures():
-    nets, x = [randomise(stages([5], [6]), s) for s in (1, 2)], images(70)
-    problem, data = problem_of(nets, x), Calibration(x)
-    nodes = outputs_to_settle(problem.networks[0])
-    found = measure(problem, data, View(), nodes, 70)
-    point = next(iter(measuring_points(problem.networks[0]) & set(nodes)))
-    for k, net in enumerate(nets):
-        recorded = {}
-        net[0][0][1].register_forward_hook(lambda m, i, o, r=recorded: r.update(out=o))
-        outputs(net, x)
-        expected = recorded["out"].transpose(0, 1).flatten(1).double().numpy()
-        first = next(n for n in nodes if n in problem.networks[0].norms)
-        assert np.allclose(found.outputs[first][k].mean, expected.mean(1), atol=1e-5)
-        assert np.allclose(found.outputs[first][k].spread, expected.std(1), atol=1e-5)
-    assert point
 
 
 def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
@@ -76,6 +56,6 @@ def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
     net, x = build("batch norm")
     networks = [network(net, x)]
     samples = MatchMoments().samples(networks)
-    assert samples % measuring_batch(networks) == 0 and samples < 100
+    assert samples % working_batch(networks) == 0 and samples < 100
     data = images(100)
     assert gap(net, fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data), data) < FUNCTION

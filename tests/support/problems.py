@@ -6,7 +6,7 @@ from fxfuse.alignment.align import align_networks
 from fxfuse.calibration.data import Calibration
 from fxfuse.coupling._weights import Weights
 from fxfuse.coupling.problem import Problem
-from fxfuse.coupling.weight_matching import forward, join, spaces_to_join
+from fxfuse.coupling.weight_matching import Ascent, join, spaces_to_join
 from fxfuse.depth.deepen import deepen
 from fxfuse.graph.trace import trace
 from fxfuse.spaces.network import Network
@@ -22,13 +22,18 @@ def network(module, x):
 
 def problem_of(nets, x, anchor=0, weights=None):
     """The problem of networks with equal weights, if none are given."""
-    found = [Network.of(str(i), trace(n), (x[:2],)) for i, n in enumerate(nets)]
-    balanced = deepen(found, align_networks(found, Calibration(x)))
+    networks = [Network.of(str(i), trace(n), (x[:2],)) for i, n in enumerate(nets)]
+    balanced = deepen(networks, align_networks(networks, Calibration(x)))
     return Problem.of(balanced, anchor, weights or [1 / len(nets)] * len(nets))
 
 
-def joined(nets, x, start=forward):
+def joined(nets, x, in_place=False):
+    """Weights of networks that are matched forward, or left in place, and the spaces that move."""
     weights = Weights.of(problem_of(nets, x))
     free = spaces_to_join(weights)
-    join(weights, free, start)
+    if in_place:
+        for k, names in free.items():
+            Ascent(weights, k, {}, names).keep()
+    else:
+        join(weights, free)
     return weights, free
