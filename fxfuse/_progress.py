@@ -47,7 +47,7 @@ def unheard() -> AbstractContextManager[None]:
 
 @contextmanager
 def part(start: float, end: float) -> Iterator[None]:
-    """Make what is told inside a part of the job, which is done from one share to another.
+    """Count what is told inside as a part of the job, from one share to another.
 
     Example:
         >>> with heard_by(print), part(0.5, 1.0):
@@ -60,7 +60,7 @@ def part(start: float, end: float) -> Iterator[None]:
 
 
 def counted(items: Collection[T]) -> Iterator[T]:
-    """Hand on items, each an equal part of the job; what is told while it is worked on counts.
+    """Yield items, each an equal part of the job; what is told while one is worked on counts.
 
     Example:
         >>> with heard_by(print):
@@ -130,7 +130,7 @@ class Clock:
 
 
 def peak_memory() -> int | None:
-    """Return the largest resident size of this process so far in bytes, None if nobody tells."""
+    """Return the largest resident size of this process so far in bytes, None if unknown."""
     try:
         import resource
     except ImportError:  # not on Windows

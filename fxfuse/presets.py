@@ -1,7 +1,8 @@
-"""Methods under the names of their papers, and the default of `fuse`.
+"""The papers' methods by name, and the default of `fuse`.
 
 Each is called like `fuse`: `presets.zipit([a, b], data)`. Where a paper wants equal depths,
-networks are balanced first; what a paper cannot do (weights matched across widths) is refused.
+networks are balanced first. What a paper cannot do, such as matching weights across widths, is
+refused.
 """
 
 from __future__ import annotations
@@ -65,13 +66,11 @@ class Transfer:
         return moved if self.then is None else self.then([moved, target], data, **options)
 
 
-#: The best one known.
+#: The default: the method that gives the best networks.
 best = Method()
 
-
-#: Weights of one name averaged, with the layers that a network lacks left to the others.
+#: Weights of the same name are averaged; layers that a network lacks are left to the others.
 average = Method(coupling=InPlace(), refit=MatchMoments(keep=True))
-
 
 #: OTFusion (Singh and Jaggi) on activations, as its scripts run it; layers match in order.
 otfusion = Method(
@@ -80,7 +79,6 @@ otfusion = Method(
     refit=MatchMoments(keep=True),
     absent_as_zero=True,
 )
-
 
 #: CLAFusion (Nguyen et al.) by adding layers, as its scripts run it: Euclidean ground metric on raw
 #: pre-activations, a plan for each layer's output and for the network's, one map for both sides,
@@ -92,22 +90,17 @@ clafusion = Method(
     anchor=lambda depths: depths.index(min(depths)),
 )
 
-
 #: Heterogeneous model transfer (Wang et al.) alone; see `Transfer` for what may follow.
 hmt = Transfer()
-
 
 #: Git Re-Basin (Ainsworth et al.): weights matched without data, which only the norms still need.
 git_rebasin = Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
 
-
 #: ZipIt (Stoica et al.): the units most alike are merged, some within a network.
 zipit = Method(coupling=Zip(alpha=0.3, beta=0.125), refit=MatchMoments(keep=True))
 
-
 #: Elastic zip (Xu et al.): budgets in proportion to the widths.
 elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=MatchMoments(keep=True))
-
 
 #: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
 c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())

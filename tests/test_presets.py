@@ -31,8 +31,8 @@ def test_clafusion_reaches_the_accuracies_of_the_papers_code(seed, accuracy):
     # fc1, fc2, fc5 of the deep network are modules 0, 2, 8 of the sequence
     assert alignment.pairs[0] == [("0", "0"), ("2", "2"), ("8", "4")]
     fused = fxfuse.presets.clafusion(nets, samples, alignment=alignment)
-    found = 100 * float((outputs(fused, x).argmax(1) == y).float().mean())
-    assert found == pytest.approx(accuracy, abs=0.02)
+    reached = 100 * float((outputs(fused, x).argmax(1) == y).float().mean())
+    assert reached == pytest.approx(accuracy, abs=0.02)
     if seed == 0:
         golden = load_file(SHARED / "golden" / "mlp_depth_seed0_add.safetensors")
         for ours, theirs in zip(fused.state_dict().values(), golden.values()):

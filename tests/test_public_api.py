@@ -52,11 +52,13 @@ def test_nothing_else_is_public():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_exists_and_is_documented(name):
-    found = getattr(fxfuse, name)
+    member = getattr(fxfuse, name)
     if name == "__version__":
-        assert found.count(".") == 2 and all(part.isdigit() for part in found.split("."))
+        assert member.count(".") == 2 and all(part.isdigit() for part in member.split("."))
     else:
-        assert found.__doc__ and found.__doc__.strip().split("\n")[0].rstrip().endswith((".", ":"))
+        assert member.__doc__ and member.__doc__.strip().split("\n")[0].rstrip().endswith(
+            (".", ":")
+        )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

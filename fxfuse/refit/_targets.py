@@ -134,9 +134,9 @@ class Parents:
 
     def _activated(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
         """Return what the activation behind a contraction makes of one network's values."""
-        if run is None or rows is None:
+        if run is None or rows is None or aim.activation is None:
             return None
-        node = next(n for n in run.network.module.graph.nodes if n.name == aim.activation)
+        node = run.network.nodes[aim.activation]
         return run.apply(node, run.network.inputs_of(node)[0], rows)
 
     def outputs(self, batch: int) -> list[Any]:
@@ -305,7 +305,7 @@ def _without_values(producer: Producer) -> Producer:
 
 def _activation(network: Network, name: str) -> str | None:
     """Return the activation that alone reads a node, if there is one."""
-    node: fx.Node = next(n for n in network.module.graph.nodes if n.name == name)
+    node = network.nodes[name]
     while len(node.users) == 1:
         node = next(iter(node.users))
         if network.is_activation(node):
@@ -317,7 +317,7 @@ def _activation(network: Network, name: str) -> str | None:
 
 def _needs_spread(network: Network, joint: str) -> bool:
     """Tell whether no sum, concatenation, norm or further contraction reads a node directly."""
-    waiting = [n for n in network.module.graph.nodes if n.name == joint]
+    waiting = [network.nodes[joint]]
     while waiting:
         for user in waiting.pop().users:
             if network.is_idle(user):

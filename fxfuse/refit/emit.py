@@ -133,10 +133,9 @@ def _norm_plan(
 ) -> NormPlan:
     base = couplings.problem.structure
     statistics = str(base.norms[node]["running_mean"])
-    nodes = {n.name: n for n in base.module.graph.nodes}
     return NormPlan(
         node,
-        base.inputs_of(nodes[node])[0].name,
+        base.inputs_of(base.nodes[node])[0].name,
         couplings.mix(statistics, [s.scales[node] for s in states]),
         couplings.mix(statistics, [s.shifts[node] for s in states]),
         None if moments is None else _target(couplings, statistics, 0, moments),

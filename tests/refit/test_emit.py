@@ -92,8 +92,8 @@ def test_filters_get_their_size_back_and_the_function_stays(seed, affine, bias):
     fused = fxfuse.fuse(parents, data, method=method)
     torch.testing.assert_close(fused(data), plain(data), rtol=1e-4, atol=1e-4)
     for place in ("0", "3"):
-        own = sum(sizes(p, place).square().mean() for p in parents) / 2
-        assert 0.5 < float(sizes(fused, place).square().mean() / own) < 1.5
+        usual = sum(sizes(p, place).square().mean() for p in parents) / 2
+        assert 0.5 < float(sizes(fused, place).square().mean() / usual) < 1.5
 
 
 def test_a_copy_of_another_scale_does_not_change_the_filters_of_a_network():

@@ -194,12 +194,12 @@ def error(nets, fused, x, weights=None):
 @pytest.mark.parametrize("name", PAIRS)
 def test_new_data_see_less_error_than_with_moments_alone_even_from_30_samples(name):
     nets, new = pair_of(name), draw(name, 500, 99)
-    found = {}
+    errors = {}
     for count in (30, 200):
         x = draw(name, count)
-        found[count] = error(nets, fxfuse.fuse(nets, x), new)
-        assert found[count] < 0.9 * error(nets, fxfuse.fuse(nets, x, method=MOMENTS), new), count
-    assert found[200] < 1.1 * found[30]
+        errors[count] = error(nets, fxfuse.fuse(nets, x), new)
+        assert errors[count] < 0.9 * error(nets, fxfuse.fuse(nets, x, method=MOMENTS), new), count
+    assert errors[200] < 1.1 * errors[30]
 
 
 def test_three_networks_of_three_depths_and_widths():

@@ -36,8 +36,8 @@ def network(module, x):
     return Network.of("net", trace(module), (x[:2],))
 
 
-def output_of(found, order, x):
-    run, value = Run(found, (x,), order=order), None
+def output_of(traced, order, x):
+    run, value = Run(traced, (x,), order=order), None
     with torch.no_grad():
         for node in order:
             stepped = run.step(node)
@@ -49,13 +49,13 @@ def output_of(found, order, x):
 @given(random_nets())
 def test_the_order_is_one_in_which_the_network_runs(net):
     x = images(3)
-    found = network(net, x)
-    order, aims = aims_of(found)
-    graph = list(found.module.graph.nodes)
+    traced = network(net, x)
+    order, aims = aims_of(traced)
+    graph = list(traced.module.graph.nodes)
     assert len(order) == len(graph) and set(order) == set(graph)
     place = {node: i for i, node in enumerate(order)}
     assert all(place[i] < place[n] for n in graph for i in n.all_input_nodes)
-    value, _ = output_of(found, order, x)
+    value, _ = output_of(traced, order, x)
     assert torch.allclose(value, outputs(net, x), rtol=1e-5, atol=1e-6)
     assert aims
 
@@ -81,26 +81,26 @@ class Constants(nn.Module):
 
 def test_constants_come_first_in_the_order_of_the_graph():
     net, x = randomise(Constants()), torch.randn(3, 6)
-    found = network(net, x)
-    order, _ = aims_of(found)
+    traced = network(net, x)
+    order, _ = aims_of(traced)
     place = {node: i for i, node in enumerate(order)}
     assert all(place[i] < place[n] for n in order for i in n.all_input_nodes)
-    value, _ = output_of(found, order, x)
+    value, _ = output_of(traced, order, x)
     assert torch.allclose(value, outputs(net, x), rtol=1e-5, atol=1e-6)
 
 
 def test_values_are_freed_in_any_order():
     net, x = randomise(residual((6, 2), (8, 1))), images(3)
-    found = network(net, x)
-    order, _ = aims_of(found)
-    _, left = output_of(found, order, x)
+    traced = network(net, x)
+    order, _ = aims_of(traced)
+    _, left = output_of(traced, order, x)
     assert {node.op for node in left} <= {"output"}
 
 
 def test_of_two_that_end_in_a_sum_the_deeper_one_closes():
     net, x = randomise(residual((6, 2), (8, 1))), images(3)
-    found = network(net, x)
-    _, aims = aims_of(found)
+    traced = network(net, x)
+    _, aims = aims_of(traced)
     closing = {name for name, aim in aims.items() if aim.added is not None}
     assert closing == {"_1_0_b_0", "_1_1_b_0", "_2_0_b_0"}
     assert aims["_2_0_skip_0"].at == aims["_2_0_skip_0"].producer.joint
@@ -125,8 +125,8 @@ class Overwriting(nn.Module):
 
 def test_a_network_that_writes_in_place_is_taken_in_its_own_order():
     net, x = randomise(Overwriting()), images(3)
-    found = network(net, x)
-    value, _ = output_of(found, aims_of(found)[0], x)
+    traced = network(net, x)
+    value, _ = output_of(traced, aims_of(traced)[0], x)
     assert torch.allclose(value, outputs(net, x), atol=1e-6)
 
 
@@ -146,14 +146,14 @@ def test_computed_and_shared_weights_and_joint_modules_are_left_alone():
     assert set(aims_of(network(randomise(Computed()), x))[1]) == {"head"}
     net, x = build("shared")
     assert set(aims_of(network(net, x))[1]) == {"_0_0", "_2_fc"}
-    found = set(aims_of(network(randomise(Tokens()), images(2)))[1])
-    assert found == {"embed", "blocks_0_mlp_0", "blocks_0_mlp_2", "head"}
+    names = set(aims_of(network(randomise(Tokens()), images(2)))[1])
+    assert names == {"embed", "blocks_0_mlp_0", "blocks_0_mlp_2", "head"}
 
 
 def mixed(nets, x, weights, anchor=0):
-    found = [network(net, x) for net in nets]
+    networks = [network(net, x) for net in nets]
     data = Calibration(x)
-    balanced = deepen(found, align_networks(found, data))
+    balanced = deepen(networks, align_networks(networks, data))
     problem = Problem.of(balanced, anchor, weights)
     return Transport()(problem, measure(problem, data, View(), {}, len(x)))
 
@@ -163,17 +163,17 @@ def targets_at(couplings, x):
     targets, problem = Targets(couplings), couplings.problem
     base = problem.structure
     aims = {a.at: a for a in aims_of(base)[1].values()}
-    found = {}
+    targets_of = {}
 
     def visit(node, values):
         if node.name in aims:
             aim = aims[node.name]
             dim = aim.producer.axis % values[problem.anchor].dim()
             target = targets.mix(node.name, aim.producer.weight, dim, values)
-            found[node.name] = target, [None if v is None else v.clone() for v in values]
+            targets_of[node.name] = target, [None if v is None else v.clone() for v in values]
 
     walk(problem.networks, (x,), visit, targets.bypasses)
-    return found
+    return targets_of
 
 
 def test_the_target_of_a_network_and_its_shuffled_copy_is_what_the_network_gives():
@@ -182,10 +182,10 @@ def test_the_target_of_a_network_and_its_shuffled_copy_is_what_the_network_gives
     for name in ("residual", "concat", "depthwise", "grouped", "tokens"):
         net, x = build(name)
         x = images()
-        found = targets_at(mixed([net, fxfuse.permute(net, x[:2], seed=1)], x, (0.3, 0.7)), x)
-        for node, (target, (own, _)) in found.items():
-            scale = float(own.abs().max())
-            assert float((target - own).abs().max()) < FUNCTION * scale, (name, node)
+        at_nodes = targets_at(mixed([net, fxfuse.permute(net, x[:2], seed=1)], x, (0.3, 0.7)), x)
+        for node, (target, (first, _)) in at_nodes.items():
+            scale = float(first.abs().max())
+            assert float((target - first).abs().max()) < FUNCTION * scale, (name, node)
 
 
 def test_a_plain_target_is_the_weighted_mean_in_matched_units():
@@ -204,16 +204,18 @@ def test_a_network_without_a_block_has_no_say_inside_and_counts_on_the_stream():
     nets = [randomise(residual((6, 3)), 1), randomise(residual((6, 1)), 2)]
     x = images()
     couplings = mixed(nets, x, (0.4, 0.6))
-    found = targets_at(couplings, x)
-    alone = [node for node, (_, values) in found.items() if values[1] is None]
+    at_nodes = targets_at(couplings, x)
+    alone = [node for node, (_, values) in at_nodes.items() if values[1] is None]
     assert len(alone) == 2
     for node in alone:
-        target, values = found[node]
+        target, values = at_nodes[node]
         assert torch.allclose(target, values[0], rtol=1e-5, atol=1e-6)
-    sums = [node for node, (_, values) in found.items() if "add" in node and values[1] is not None]
+    sums = [
+        node for node, (_, values) in at_nodes.items() if "add" in node and values[1] is not None
+    ]
     assert len(sums) == 3
     for node in sums:
-        target, values = found[node]
+        target, values = at_nodes[node]
         assert not torch.allclose(target, values[0], rtol=0.1)
 
 
