@@ -1,4 +1,4 @@
-"""Calibration data: whatever the user has, as batches of input tensors that can be read again.
+"""Calibration data of any form as batches of input tensors that can be read again.
 
 The inputs are read once and kept, so that every stage sees the same samples even of a loader that
 shuffles or augments. What exceeds a memory budget is kept in a temporary file.

@@ -18,13 +18,15 @@ from ..graph.trace import Interpreter, device_of
 from ..spaces.network import Network
 from .data import Batch
 
-# A node that is not run -> the node whose value it stands for, and whether it has this value. Of a
-# layer that a network does not have, the last node has the value that the layer reads, the nodes
-# inside have none.
+# Nodes that are not run, because the network does not have their layer -> the entry of this layer,
+# and whether the node has the entry's value. The layer's last node has it, so that the value passes
+# by the layer; the nodes inside have no value.
 Bypass = Mapping[str, tuple[str, bool]]
 
-CACHED_BYTES = 1 << 22  # of the largest value of a batch: what fits a cache is worked on faster
-BATCH_BYTES, BATCH_SAMPLES, FEWEST = 1 << 24, 128, 4
+# Of the largest value of a batch: what fits a cache is worked on faster. No fewer than `FEWEST`
+# samples are run at a time, unless these need more than `BATCH_BYTES`.
+CACHED_BYTES, BATCH_BYTES = 1 << 22, 1 << 24
+BATCH_SAMPLES, FEWEST = 128, 4
 
 
 def record(
@@ -53,7 +55,14 @@ def record(
 
 
 def batch_size(networks: Sequence[Network], budget: int, most: int, least: int = 1) -> int:
-    """Return how many samples fit a budget of bytes for the largest value of any network."""
+    """Return how many samples to run at a time.
+
+    Args:
+        networks: The networks that run.
+        budget: Bytes that the largest value of any network may take.
+        most: Never more samples.
+        least: Never fewer samples.
+    """
     largest = 1
     for network in networks:
         samples = len(network.example[0])
@@ -114,7 +123,7 @@ class Run(Interpreter):
         if order is not None:
             self.user_to_last_uses = _last_uses(order)
         self.network, self.bypass = network, bypass or {}
-        self._entries: dict[str, Any] = {}  # values that bypassed nodes still stand for
+        self._entries: dict[str, Any] = {}  # values that bypassed nodes will have
         self._users = Counter(entry for entry, _ in self.bypass.values())
         device = device_of(network.module)
         self.args_iter = iter([t.to(device) for t in batch])

@@ -1,7 +1,7 @@
 """Tensors that wait in memory up to a budget; what exceeds it waits in a temporary file.
 
-The file has no name and is gone with the process, whatever happens. Tensors that share memory share
-it again when they come back.
+The file has no name, so that it is gone when the process ends, however it ends. Tensors that share
+memory share it again when they come back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A network on its way over many batches, from stop to stop.
 
-Between two stops each batch goes by itself, so that of all batches only what is still to be read at
-a stop, the frontier, is held. Beyond a memory budget it waits in a temporary file.
+All batches stop at the same nodes. At a stop, each batch holds only the values that later nodes
+read, the frontier of its run. What exceeds a memory budget waits in a temporary file.
 """
 
 from __future__ import annotations
