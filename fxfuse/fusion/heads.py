@@ -54,14 +54,14 @@ class Crossing:
 
     def taken(self, value: Tensor) -> Tensor:
         """Return what the head is to take for a value of the fused trunk."""
-        own = apply_along(self.read, value.detach().cpu().numpy(), self.dim)
-        return torch.from_numpy(np.ascontiguousarray(own)).to(value)
+        mapped = apply_along(self.read, value.detach().cpu().numpy(), self.dim)
+        return torch.from_numpy(np.ascontiguousarray(mapped)).to(value)
 
     @property
     def source(self) -> fx.Node:
         """The node by which the head takes the value."""
-        found: fx.Node = next(iter(self.head.module.graph.nodes))
-        return found
+        first: fx.Node = next(iter(self.head.module.graph.nodes))
+        return first
 
 
 def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
@@ -187,8 +187,8 @@ def permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
             goes = unit[taken[feature.index]]
             if (goes != goes[:, :1]).any() or (goes < 0).any():
                 return None
-            there = order[space.name] = np.argsort(goes[:, 0])
-            inside = space.blocks is None or (space.blocks[there] == space.blocks).all()
+            moves = order[space.name] = np.argsort(goes[:, 0])
+            inside = space.blocks is None or (space.blocks[moves] == space.blocks).all()
             if space.name in outer or not inside:
                 return None
             moved[feature.index] = False
@@ -233,9 +233,9 @@ def grafted(
         models: The models, for their modes.
     """
     value = trunk_value(trunk, couplings)
-    found = [graft(head, couplings, k, value) for k, head in enumerate(heads)]
-    modules = [copy_modes(model, module) for model, (module, _) in zip(models, found)]
-    return modules, tuple(how for _, how in found)
+    grafts = [graft(head, couplings, k, value) for k, head in enumerate(heads)]
+    modules = [copy_modes(model, module) for model, (module, _) in zip(models, grafts)]
+    return modules, tuple(how for _, how in grafts)
 
 
 def trunk_value(trunk: fx.GraphModule, couplings: Couplings) -> Tensor:
@@ -420,8 +420,8 @@ class Union:
     @property
     def outputs(self) -> tuple[Hashable, ...]:
         """The labels in the order of the fused network's outputs."""
-        found = dict.fromkeys(label for own in self.labels for label in own)
-        return tuple(found if self.order is None else self.order)
+        labels = dict.fromkeys(label for of_network in self.labels for label in of_network)
+        return tuple(labels if self.order is None else self.order)
 
     def check(self, networks: Sequence[Network]) -> None:
         """Refuse labels that are not those of the networks' outputs.
@@ -496,14 +496,12 @@ class Union:
 Heads = Separate | Union
 
 
-def require_heads(heads: Heads | None, networks: Sequence[Network]) -> None:
-    """Refuse a choice of heads that is none, or does not fit the networks.
+def require_heads(heads: Heads, networks: Sequence[Network]) -> None:
+    """Refuse heads that are of another type, or do not fit the networks.
 
     Raises:
         ArgumentError: Saying what does not fit.
     """
-    if heads is None:
-        return
     if not isinstance(heads, Separate | Union):
         raise ArgumentError(
             f"heads {heads!r}",
