@@ -534,7 +534,9 @@ FOUND_IN_THE_WILD = {
         a=lambda: nn.Linear(8, 2),
     ),
     "weight norm": images(
-        **kept(lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
+        lambda net, x: F.conv2d(x, torch._weight_norm(net.a, net.b, 0)),
+        a=table(8, 8, 3, 3),
+        b=table(8, 1, 1, 1),
     ),
     "two parameter axes flattened into one": vectors(
         lambda net, x: (
