@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._progress import tell
 from ..errors import DataError
+from ..graph.trace import at_least_single
 from .spill import SpillStore, Waiting
 
 Batch = tuple[Tensor, ...]
@@ -116,7 +117,7 @@ def _inputs(batch: Any) -> Batch:
         entry = batch[0] if batch else None
     parts = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
     if parts and all(isinstance(p, Tensor) and p.dim() for p in parts):
-        return tuple(p.detach() for p in parts)
+        return tuple(at_least_single(p.detach()) for p in parts)
     raise DataError(
         f"a batch whose first entry is of type {type(entry).__name__}",
         where="the argument `data`",

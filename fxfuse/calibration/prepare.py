@@ -15,7 +15,7 @@ from .._progress import Clock, counted, part, tell
 from ..errors import ArgumentError, ModelError
 from ..graph.canonical import canonical
 from ..graph.modes import cut_to, evaluating_part
-from ..graph.trace import Example, as_example, device_of, run_once, trace
+from ..graph.trace import Example, as_example, at_least_single, device_of, run_once, trace
 from ..spaces.network import Network
 from .data import Batch, Calibration
 
@@ -86,7 +86,7 @@ def analyse(model: nn.Module, example: Example, name: str) -> Network:
         DataError: If it refuses the example.
     """
     graph = trace(model, name)
-    inputs = as_example(example, device_of(graph))
+    inputs = tuple(map(at_least_single, as_example(example, device_of(graph))))
     tell(TRACED)
     run_once(graph, inputs, name)
     with part(TRACED, 1.0):

@@ -24,7 +24,7 @@ from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
-from ..graph.trace import copy_modes, without_autocast
+from ..graph.trace import as_given, copy_modes, copy_precision, without_autocast
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
 from ..refit.moments import Refit
@@ -175,7 +175,7 @@ def fuse(
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
         network, _, report = way(networks, alignment)
-        fused = copy_modes(models[index], network.module)
+        fused = as_given(models[index], network.module)
     else:
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
@@ -186,6 +186,7 @@ def fuse(
         with clock.stage("attach heads"):
             notes = heads(fused, couplings, tails, models)
             require_sound(replace(trunk, name="the fused network", module=fused))
+            fused = copy_precision(models[index], fused)
         report = replace(report, heads=notes, seconds=clock.seconds, memory=clock.memory)
     fused.meta["fxfuse"] = report
     return fused
@@ -309,7 +310,7 @@ def fuse_along(
         network, outcome = make(couplings, moments, method.refit, calibration, clock)
         rescale(network, couplings)
         require_sound(network)
-        fused = copy_modes(models[index], network.module)
+        fused = as_given(models[index], network.module)
         facts = alignment, balanced, index, couplings, outcome, clock, method.seeds
         fused.meta["fxfuse"] = report_on(*facts, narrow={})
         yield fused
@@ -397,7 +398,7 @@ def balance(
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = _balanced(networks, alignment, calibration, method, clock)
     pairs = zip(balanced.networks, models)
-    return [copy_modes(model, n.module) for n, model in pairs]
+    return [as_given(model, n.module) for n, model in pairs]
 
 
 def net2deeper(

@@ -25,7 +25,7 @@ from ..calibration.data import Calibration
 from ..calibration.prepare import analyse
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
-from ..graph.trace import copy_modes, without_autocast
+from ..graph.trace import as_given, without_autocast
 from ..ir import Alignment
 from ..spaces.network import Network
 
@@ -112,7 +112,7 @@ def transfer(
                 taken[new].copy_(_fitted(given[old].detach(), tuple(taken[new].shape)))
     names = tuple((module_path(x), module_path(y)) for x, y in pairs)
     moved.meta["fxfuse"] = Transferred(names)
-    return copy_modes(target, moved)
+    return as_given(target, moved)
 
 
 def longest_chain(network: Network) -> list[fx.Node]:

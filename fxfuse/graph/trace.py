@@ -9,6 +9,7 @@ difference becomes one node. If that is the whole model, the graph is the one of
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -23,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DataError, ModelError, TraceError
 from ._merge import merge
 from .modes import Mode, cut_to, evaluating_part
-from .state import hide, not_finite, tensors_of
+from .state import floats_of, hide, not_finite, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -96,7 +98,8 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
         name: Its name in errors.
 
     Returns:
-        A `GraphModule` with the model's module names and state, in the model's mode. Heads that the
+        A `GraphModule` with the model's module names and state, in the model's mode, and in single
+        precision where the model is in half. Heads that the
         model runs in training only also run in eval mode. This costs their time, and they must be
         able to take the inputs. Compilers leave them out again, and so does `run_decompositions`
         after an export.
@@ -105,7 +108,8 @@ def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
         TraceError: If the model cannot be traced.
         ModelError: If it is no module or its weights are not finite.
     """
-    return copy_modes(model, copy.deepcopy(trace_sharing(model, name)))
+    module = copy.deepcopy(trace_sharing(model, name))
+    return copy_modes(model, in_single_precision(module))
 
 
 def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
@@ -153,6 +157,37 @@ def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
         if path in parts and part._version != parts[path]._version:
             part._version = parts[path]._version
     return module
+
+
+def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+    """Give a graph back in the modes and the precision of its model; return the graph."""
+    return copy_precision(model, copy_modes(model, module))
+
+
+def copy_precision(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+    """Give the tensors of a graph the half precision of a model's; return the graph.
+
+    Half precision is for running networks. All that is computed of weights is computed in single
+    precision at least. A tensor that the model does not have gets the precision of most others.
+    """
+    given = {name: tensor.dtype for name, tensor in floats_of(model).items()}
+    usual = Counter(given.values()).most_common(1)
+    for name, tensor in floats_of(module).items():
+        dtype = given.get(name, usual[0][0] if usual else tensor.dtype)
+        tensor.data = tensor.data.to(dtype) if dtype in HALVES else tensor.data
+    return module
+
+
+def in_single_precision(module: fx.GraphModule) -> fx.GraphModule:
+    """Turn half-precision tensors of a graph into float32, in place; return the graph."""
+    for tensor in floats_of(module).values():
+        tensor.data = at_least_single(tensor.data)
+    return module
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32, any other as it is."""
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 def _refuse_hooks(model: nn.Module, name: str) -> None:

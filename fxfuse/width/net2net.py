@@ -16,7 +16,7 @@ from torch import fx, nn
 from ..calibration.prepare import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
-from ..graph.trace import Example, copy_modes, without_autocast
+from ..graph.trace import Example, as_given, without_autocast
 from ..spaces.network import Network
 from ._carry import (
     ResizedCopy,
@@ -213,7 +213,7 @@ def _why_unchanged(name: str, parents: set[str | None], whole: set[str]) -> str:
 def _reported(model: nn.Module, copied: ResizedCopy, kept: dict[str, str]) -> fx.GraphModule:
     """Return the copy with its report and in the model's modes."""
     copied.module.meta["fxfuse"] = WidthReport(copied.plan.sizes(), kept, copied.error)
-    return copy_modes(model, copied.module)
+    return as_given(model, copied.module)
 
 
 def _out_of_range(argument: str, expected: str) -> ArgumentError:

@@ -655,3 +655,31 @@ def test_an_alignment_says_where_the_new_layers_go():
     assert len(pairs) == 3
     for old, new in pairs:
         assert torch.equal(shallow.get_submodule(old).weight, deeper.get_submodule(new).weight)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_is_computed_in_single_and_given_back(dtype):
+    def nets(dtype):
+        found = randomise(stages([6, 6], [5]), 1), randomise(stages([4], [5, 5]), 2)
+        return [net.to(dtype) for net in found]
+
+    x = images().to(dtype).float()
+    single = fxfuse.fuse([n.to(dtype).float() for n in nets(dtype)], x)
+    options = {"fused": {}, "wide": {"width": 1.5}, "auto": {"weights": "auto"}}
+    made = {k: fxfuse.fuse(nets(dtype), x.to(dtype), **o) for k, o in options.items()}
+    made["heads"] = fxfuse.fuse(nets(dtype), x.to(dtype), heads=fxfuse.heads.Separate())
+    made |= dict(zip("ab", fxfuse.balance(nets(dtype), x.to(dtype))))
+    made["wider"] = fxfuse.net2wider(nets(dtype)[0], x[:2].to(dtype))
+    made["narrow"] = fxfuse.narrow(nets(dtype)[0], x[:2].to(dtype))
+    made["permuted"] = fxfuse.permute(nets(dtype)[0], x[:2].to(dtype), seed=1)
+    for name, net in made.items():
+        floats = {t.dtype for t in net.state_dict().values() if t.is_floating_point()}
+        assert floats == {dtype}, name
+    assert gap(single, made["fused"].float(), x) < 0.05, "rounded once, at the end"
+    net = nets(dtype)[0]
+    net.load_state_dict(made["permuted"].state_dict())
+    fxfuse.align(nets(dtype), x.to(dtype))
+    fxfuse.inspect(net, x[:2].to(dtype))
