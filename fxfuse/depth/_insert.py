@@ -84,11 +84,13 @@ def insert_layers(
         approximate: Whether activations of the layers may change what they pass on.
 
     Returns:
-        The copy, and the layers that were inserted.
+        The copy, or the network's own module if there is nothing to insert; and the new layers.
 
     Raises:
         PassError: If a layer has no neutral form.
     """
+    if not insertions:
+        return network.module, ()
     insert = graph_pass(keeps_function=not approximate)(insert_neutral_layers)
     module = insert(network.module, network.example, network, insertions, approximate)
     inserted: dict[AbsentLayer, None] = {}
@@ -297,7 +299,7 @@ class Streams:
         return len(self._units[place]) + sum(count for _, count in self._added.get(place, ()))
 
     def widen(self, module: fx.GraphModule, node: str, count: int) -> bool:
-        """Add units to a node's stream, in all tensors behind the node; tell whether it could be.
+        """Add units to a node's stream, in all tensors behind the node; False if it cannot be.
 
         Contractions read the new units with zeros. Norms treat them like an average unit.
 

@@ -131,13 +131,13 @@ class RefitNeighbour:
         activation: fx.Node | None,
         prior: Affine | None,
     ) -> None:
-        """Refit a layer so that its output has the values of `target` in the original network.
+        """Refit a layer so that its output has the values of a node of the original network.
 
         Args:
             network: The copy is edited.
             site: Where the layer is refitted.
-            target: A node.
-            activation: The activation behind it, if nothing else is.
+            target: The node of the original.
+            activation: The activation behind it; None if there is something else.
             prior: What the fit is drawn to; zero if not given.
 
         Raises:

@@ -119,11 +119,7 @@ def insert_missing_layers(
     with part(0.0, 0.4):
         for k, network in counted(list(enumerate(networks))):
             insertions = _insertions(k, networks, layers, alignment)
-            deepened.append(
-                insert_layers(network, insertions, approximate)
-                if insertions
-                else (network.module, ())
-            )
+            deepened.append(insert_layers(network, insertions, approximate))
     base = networks[skeleton]
     with part(0.4, 0.5):
         shape = Network.of(base.name, deepened[skeleton][0], base.example)
