@@ -269,9 +269,7 @@ def carry_weights(plan: CopyPlan, maps: Maps, module: fx.GraphModule) -> fx.Grap
     for name, tensor in tensors_of(resized).items():
         old = given[name].detach()
         if old.is_floating_point():
-            in_numpy = old.dtype in (torch.float32, torch.float64)
-            values = old.cpu() if in_numpy else old.cpu().float()
-            new = couplings.carry(name, values.numpy(), 0)
+            new = couplings.carry(name, old.cpu().numpy(), 0)
             tensor.data = torch.as_tensor(np.ascontiguousarray(new)).to(old)
         elif old.shape == tensor.shape:
             tensor.data = old.clone()

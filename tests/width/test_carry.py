@@ -241,18 +241,6 @@ def test_code_that_fixes_its_precision_is_checked_in_that_precision():
     assert exact_copy(plan_of(randomise(Single(4)), randomise(Single(9)), x)).error < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_copy_has_the_networks_precision_and_gradient_flags(dtype):
-    net, wide = randomise(mlp(6, 4, 3)).to(dtype), randomise(mlp(6, 8, 3), 1)
-    net[0].weight.requires_grad_(False)
-    like = analyse(wide, torch.randn(2, 6), "b")
-    plan = plan_copies(analyse(net, torch.randn(2, 6, dtype=dtype), "a"), like, in_turn(None))
-    module = exact_copy(plan).module
-    assert {p.dtype for p in module.parameters()} == {dtype}
-    flags = {n: p.requires_grad for n, p in module.named_parameters()}
-    assert flags.pop("0.weight") is False and all(flags.values())
-
-
 def test_noise_of_the_given_size_is_added_to_duplicated_units_only():
     net, wide = randomise(mlp(6, 5, 3)), randomise(mlp(6, 8, 3), 1)
     copied = exact_copy(plan_of(net, wide, torch.randn(2, 6)))

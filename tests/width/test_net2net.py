@@ -184,6 +184,16 @@ def test_a_copy_is_in_the_models_mode():
     assert not fxfuse.net2wider(net.eval(), x).training
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_copy_has_the_models_precision_and_gradient_flags(dtype):
+    net = randomise(mlp(6, 4, 3)).to(dtype)
+    net[0].weight.requires_grad_(False)
+    wide = fxfuse.net2wider(net, torch.randn(2, 6, dtype=dtype))
+    assert {p.dtype for p in wide.parameters()} == {dtype}
+    flags = {n: p.requires_grad for n, p in wide.named_parameters()}
+    assert flags.pop("0.weight") is False and all(flags.values())
+
+
 def test_a_network_and_its_wider_copy_fuse_into_the_same_function():
     net, x = build("batch norm")
     wide, data = fxfuse.net2wider(net, x, seed=0), torch.randn(40, 3, 8, 8)
