@@ -67,8 +67,6 @@ def test_the_listener_is_the_old_one_again_after_an_error_or_a_break():
 
 
 EQUAL = [mlp(6, 8, 7, 3), mlp(6, 8, 7, 3)]
-
-
 UNEQUAL = [mlp(6, 8, 8, 7, 3), mlp(6, 6, 4, 3)]
 
 

@@ -15,11 +15,7 @@ from fxfuse.solvers import Assignment, Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.tolerances import EXACT
 
 SOLVERS = [Exact(), Assignment()]
-
-
 SOFT = [Sinkhorn(), UnbalancedSinkhorn()]
-
-
 seeds, counts = st.integers(0, 9999), st.integers(1, 8)
 
 

@@ -66,8 +66,6 @@ QUICK_FUSED = {
 
 
 REFUSED = {"vit_b_16+vit_b_32", "resnet18+vgg11", "mobilenet_v3_small+mobilenet_v3_large"}
-
-
 DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 
 

@@ -303,7 +303,9 @@ def fuse_along(
     balanced = _balanced(networks, alignment, calibration, method, clock)
     equal = [1 / len(networks)] * len(networks)
     problem = Problem.of(balanced, index, equal, method.absent_as_zero)
+    prepared = dict(clock.seconds)
     for shares in all_shares:
+        clock.seconds = dict(prepared)  # each fusion reports its own
         shared = replace(problem, weights=shares, output_weights=shares)
         choices = calibration, method.coupling, method.refit, clock
         couplings, moments, _ = couple(shared, *choices, width=1.0, room=method.room)

@@ -33,8 +33,6 @@ from ..spaces.network import Network
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
 
 LARGEST_GAIN = 10.0  # a unit that the average silenced is not blown up beyond this
-
-
 FRONTIER_BYTES = 1 << 29  # memory for the live values of all samples, about three large ones
 
 

@@ -54,11 +54,7 @@ from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
 from .moments import Outcome, Refit, gain_of, settle_norm, settle_weight
 
 ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
-
-
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
-
-
 FEWEST_POSITIONS = 256  # to take moments of, where there is memory for few products only
 
 

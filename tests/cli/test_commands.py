@@ -369,8 +369,6 @@ def call(*arguments):
 
 
 MODELS_WITHOUT = ["my_nets:deep", "my_nets:shallow"]
-
-
 MODULES = ["my_nets", "torch", "torch.nn", "os", "nothing", ".a", "a..b", "", "\n", "Ä", "sys"]
 NAMES = [
     *("deep", "net", "Linear", "Identity", "stopped.x", "quits", "exit", "path"),

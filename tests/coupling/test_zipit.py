@@ -338,11 +338,7 @@ def uniform(*sizes):
 
 
 COST = np.random.default_rng(0).random((6, 4))
-
-
 NAN = COST[:4].copy()
-
-
 NAN[2, 1] = np.nan
 
 

@@ -373,8 +373,6 @@ def test_a_layer_that_reads_the_input_besides_its_entry_is_refused():
 # --- runs of layers ------------------------------------------------------------------------------
 
 BATCH = torch.randn(16, 3, 8, 8)
-
-
 ACTS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.LeakyReLU]
 
 

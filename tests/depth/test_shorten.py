@@ -28,8 +28,6 @@ torch.manual_seed(0)  # of what is drawn while the tests are collected
 
 
 VECTORS, IMAGES = torch.randn(80, 6), torch.randn(24, 3, 8, 8)
-
-
 DENSE = [name for name in PAIRS if name.startswith("streams")]
 
 

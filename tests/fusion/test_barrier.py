@@ -14,11 +14,7 @@ from fxfuse.fusion.barrier import Barrier, compare, evaluate
 from tests.support.nets import mlp, outputs, randomise
 
 NET = nn.Linear(4, 3)
-
-
 INPUTS = torch.randn(50, 4)
-
-
 LABELS = torch.arange(50) % 3
 
 
@@ -72,8 +68,6 @@ def test_networks_are_compared_on_the_first_samples_and_only_with_labels():
 
 MODULE = sys.modules["fxfuse.fusion.fuse"]  # its name in the package is the function
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
-
-
 Y = torch.arange(80) % 3
 
 

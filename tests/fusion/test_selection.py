@@ -18,11 +18,7 @@ from fxfuse.refit.sweep import LeastSquares
 from tests.support.nets import gap, mlp, outputs, randomise, residual
 
 FULL_SAY = fxfuse.Method(coupling=Transport())  # so that weights matter where units have no match
-
-
 X = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
-
-
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -9,8 +9,6 @@ from safetensors.torch import load_file
 from tests.support.nets import mlp
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-
-
 FOLDER = SHARED / "checkpoints" / "mnist_mlp"
 
 
