@@ -21,7 +21,7 @@ import fxfuse
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import CheckpointError, FuseError, SaveError, WriteError
 from fxfuse.fusion.heads import Separate, Union
-from fxfuse.graph.trace import trace
+from fxfuse.graph.trace import as_given, trace
 from fxfuse.io.checkpoints import load_weights
 from fxfuse.io.save import _digest, load, save, save_at_least_weights
 from tests.support.coverage import coverage
@@ -173,7 +173,7 @@ class Odd(nn.Module):
 def test_ties_modes_types_layouts_and_tensors_outside_the_state_come_back(tmp_path):
     odd = Odd().train()
     odd.drop.eval()
-    net = trace(odd)
+    net = as_given(odd, trace(odd))
     net.register_buffer("twin", net.a.bias)
     again, x = reload(net, tmp_path), images(2)
     require_same(net, again, x)
