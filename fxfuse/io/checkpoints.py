@@ -27,6 +27,7 @@ from ..errors import CheckpointError
 
 KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+EXTRA = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # what a module may add to its state
 
 State = dict[str, Tensor]
 
@@ -179,17 +180,28 @@ def _state_in(content: Any) -> State | None:
     """Return the state dictionary that an unpickled value is or holds, None if there is none."""
     if not isinstance(content, dict) or not content:
         return None
-    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return content
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    others = [name for name in content if name not in state]
+    if state and all(
+        str(name).rpartition(".")[2] == EXTRA and content[name] is None for name in others
+    ):
+        return state if all(isinstance(name, str) for name in state) else None
     nested = (_state_in(content[key]) for key in KEYS if key in content)
     return next((state for state in nested if state is not None), None)
 
 
 def _without_prefix(state: State, names: set[str]) -> State:
-    """Take off prefixes that wrappers put before every name, until a name is the model's."""
-    while state and not names & set(state):
-        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None)
-        if prefix is None:
-            return state
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
+    """Take off prefixes that wrappers put before every name, until a name is the model's.
+
+    What lies beside a prefix (a counter of averages, weights of a loss) is left out, if the names
+    behind the prefix are all that the model has.
+    """
+    if names & set(state):
+        return state
+    for prefix in PREFIXES:
+        inside = {n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)}
+        if inside:
+            inner = _without_prefix(inside, names)
+            if len(inside) == len(state) or names <= set(inner):
+                return inner
     return state

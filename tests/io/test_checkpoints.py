@@ -18,6 +18,7 @@ from torch import nn
 from fxfuse.errors import CheckpointError, FuseError, WriteError
 from fxfuse.io.checkpoints import KEYS, load_weights, read_safetensors, read_state, save_weights
 from tests.support.files import broken
+from tests.support.nets import mlp
 
 
 def net():
@@ -222,3 +223,41 @@ def test_broken_files_are_read_or_refused(tmp_path, case):
         assert str(path) in error.where
     else:
         assert all(isinstance(t, torch.Tensor) for t in state.values())
+
+
+def averaged(net):
+    return torch.optim.swa_utils.AveragedModel(net).state_dict()
+
+
+def averaged_over_devices(net):
+    return {
+        "n_averaged": torch.tensor(3),
+        **{f"module.module.{k}": t for k, t in net.state_dict().items()},
+    }
+
+
+def with_empty_extra_state(net):
+    return {**net.state_dict(), "_extra_state": None, "0._extra_state": None}
+
+
+def with_weights_of_the_loss(net):
+    inside = {f"model.{k}": t for k, t in net.state_dict().items()}
+    return {"state_dict": {**inside, "criterion.weight": torch.ones(3)}}
+
+
+WRAPPED = [averaged, averaged_over_devices, with_empty_extra_state, with_weights_of_the_loss]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_lies_beside_the_weights_is_left_out(tmp_path, wrap):
+    net, other = mlp(6, 8, 3), mlp(6, 8, 3)
+    torch.save(wrap(net), tmp_path / "state.pt")
+    load_weights(other, tmp_path / "state.pt")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("wrap", [averaged, with_weights_of_the_loss])
+def test_nothing_is_left_out_if_weights_are_missing(tmp_path, wrap):
+    torch.save(wrap(mlp(6, 8, 3)), tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_weights(mlp(6, 8, 8, 3), tmp_path / "state.pt")
