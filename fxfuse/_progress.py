@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -38,11 +38,6 @@ def heard_by(listener: Callable[[float], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
-
-
-def unheard() -> AbstractContextManager[None]:
-    """Let nobody hear of work that is no part of a job, or too small to be told."""
-    return heard_by(_nobody)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # ends the name of what is no tensor
+
 _SIZES = {  # attribute of a torch.nn module -> the tensor and axis whose size it is
     nn.Linear: {"out_features": ("weight", 0), "in_features": ("weight", 1)},
     nn.Bilinear: {

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DataError, ModelError, TraceError
 from ._merge import merge
 from .modes import Mode, cut_to, evaluating_part
-from .state import floats_of, hide, not_finite, tensors_of
+from .state import EXTRA_STATE, floats_of, hide, not_finite, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]
 HALVES = (torch.float16, torch.bfloat16)
@@ -130,7 +130,7 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
     _refuse_hooks(model, name)
     shell = _shell(model)
     graph = _live_graph(shell, name)
-    graph._tracer_cls = None  # who unpickles a GraphModule makes its tracer without arguments
+    graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)
     _hide_constants(model, module)
     return copy_modes(model, module)
@@ -244,7 +244,8 @@ def _require_plain_state(model: nn.Module, name: str) -> None:
                 "a parametrized weight, which is computed from other tensors at each use",
                 where=f"'{path}' of {name}",
                 expected="weights that are parameters themselves",
-                do="torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+                do="torch.nn.utils.parametrize.remove_parametrizations(module, "
+                f"{next(iter(part.parametrizations))!r})",
             )
     for path, tensor in tensors_of(model).items():
         problem = _unreadable(tensor)
@@ -254,9 +255,11 @@ def _require_plain_state(model: nn.Module, name: str) -> None:
                 what, where=f"'{path}' of {name}", expected="an ordinary dense tensor", do=do
             )
     for path, value in model.state_dict(keep_vars=True).items():
+        if path.endswith(EXTRA_STATE):
+            continue  # what a module's own code adds to its state
         if not isinstance(value, Tensor) or value.is_quantized:
             raise ModelError(
-                f"state that is no tensor of floating point, a {type(value).__name__}",
+                f"state that is not an ordinary tensor, but a {type(value).__name__}",
                 where=f"'{path}' of {name}",
                 expected="weights that can be read and averaged, not quantized ones",
                 do="fuse the networks before they are quantized, and quantize the result",

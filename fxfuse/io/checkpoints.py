@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from .._files import write_atomically
 from ..errors import CheckpointError
+from ..graph.state import EXTRA_STATE
 
 KEYS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
-EXTRA = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # what a module may add to its state
 
 State = dict[str, Tensor]
 
@@ -181,11 +181,9 @@ def _state_in(content: Any) -> State | None:
     if not isinstance(content, dict) or not content:
         return None
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    others = [name for name in content if name not in state]
-    if state and all(
-        str(name).rpartition(".")[2] == EXTRA and content[name] is None for name in others
-    ):
-        return state if all(isinstance(name, str) for name in state) else None
+    empty = {n for n, v in content.items() if v is None and str(n).endswith(EXTRA_STATE)}
+    if state and set(content) == {*state, *empty} and all(isinstance(n, str) for n in content):
+        return state
     nested = (_state_in(content[key]) for key in KEYS if key in content)
     return next((state for state in nested if state is not None), None)
 

@@ -618,7 +618,7 @@ UNREADABLE = {
     in_inference_mode: "inference mode",
     sparse: "sparse",
     weight_normed: "parametrized",
-    quantized: "no tensor of floating point",
+    quantized: "not an ordinary tensor",
 }
 
 
@@ -687,3 +687,15 @@ def test_a_graph_can_be_pickled(training):
             torch.manual_seed(0)
             results.append(each.train(mode)(x))
         assert torch.equal(*results)
+
+
+def test_what_a_module_adds_to_its_state_is_not_refused():
+    class Counted(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    net, x = nn.Sequential(Counted(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(8, 6)
+    assert gap(net, fxfuse.permute(net, x, seed=1), x) < FUNCTION
