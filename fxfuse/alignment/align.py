@@ -1,8 +1,9 @@
 """Cross-layer alignment: which layers of networks of different depth correspond.
 
-Segments pair up in order. Within a pair, a layer cost compares the layers of the two networks, and
-an aligner chooses a strictly increasing map, unless pairs are given by hand. With more networks,
-each is aligned with the one that has the most layers in the segment.
+Segments pair up in order: the first of each network, the second of each, and so on. Within a pair,
+a layer cost compares the layers of one kind, and an aligner chooses a strictly increasing map,
+unless pairs are given by hand. With more networks, each is aligned with the one that has the most
+layers in the segment. Each network runs once over each batch, whatever the number of pairs.
 
 References:
     Nguyen et al. (CLAFusion), section 3.
@@ -10,22 +11,30 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from ..calibration.data import Calibration
-from ..errors import ArgumentError
+from .._progress import tell
+from ..calibration.data import Batch, Calibration
+from ..calibration.norms import fold_norms, foldable_norms
+from ..calibration.run import batch_size, record
+from ..errors import ArgumentError, DataError, PairingError
 from ..ir import Alignment, Layer, LayerFacts, Segment, SegmentAlignment
 from ..spaces.network import Network
-from ._measuring import measure_costs
-from ._pairing import SegmentGroup, pair_segments
-from .aligners import Aligner, monotone
-from .layer_costs import LayerCost, linear_cka
+from .aligners import Aligner, count_maps, monotone
+from .layer_costs import LayerCost, Meter, linear_cka
 from .layers import partition
 
-Pairs = Sequence[tuple[str, str]]
+BATCH_SAMPLES, BATCH_BYTES = 256, 1 << 28  # samples run at a time, and the memory for them
+
+Place = tuple[int, int]  # a group of segments, and the network that is compared with its deepest
 
 
 def align_networks(
@@ -219,3 +228,293 @@ def _rows_of_pairs(pairs: Pairs, segment: int, group: SegmentGroup) -> list[int]
         expected="(layer of the deeper, layer of the shallower) of " + "; ".join(names),
         do="start from the `pairs` of fxfuse.align(models, data), and edit them",
     )
+
+
+def measure_costs(
+    networks: Sequence[Network],
+    groups: Sequence[SegmentGroup],
+    places: Iterable[Place],
+    data: Calibration,
+    layer_cost: LayerCost,
+) -> dict[Place, np.ndarray]:
+    """Return costs `(layers of the deepest network, layers)`, infinite across kinds.
+
+    Args:
+        networks: The networks.
+        groups: Their segments that correspond.
+        places: Where costs are wanted.
+        data: Calibration inputs.
+        layer_cost: How unlike two layers are.
+
+    Raises:
+        ArgumentError: If the layer cost gives numbers of another shape, or NaN.
+        DataError: If pre-activations are not finite.
+    """
+    answers: dict[Place, Meter | np.ndarray] = {}
+    comparisons = []
+    for s, k in places:
+        group = groups[s]
+        sides = group.deep, group.segments[k].layers
+        answer = answers[s, k] = layer_cost(*sides)
+        if isinstance(answer, Meter):
+            comparisons.append(_Comparison((group.reference, k), sides, answer))
+    if comparisons and comparisons[0].meter.of_weights:
+        _show_weights(networks, comparisons)
+    elif comparisons:
+        _show_data(networks, comparisons, data)
+    costs = {}
+    for (s, k), answer in answers.items():
+        measured = answer.costs() if isinstance(answer, Meter) else np.asarray(answer, dtype=float)
+        possible = groups[s].possible(k)
+        _require_costs(measured, possible, layer_cost)
+        costs[s, k] = np.where(possible, measured, np.inf)
+    return costs
+
+
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """Layers of two networks, and the meter of their costs.
+
+    Attributes:
+        networks: Indices of the two networks.
+        layers: The layers of each.
+        meter: What measures them.
+    """
+
+    networks: tuple[int, int]
+    layers: tuple[tuple[Layer, ...], tuple[Layer, ...]]
+    meter: Meter
+
+    def show(self, reduced: Sequence[Mapping[str, Any]]) -> None:
+        """Show the meter what was reduced of the layers, by network and name."""
+        sides = zip(self.networks, self.layers)
+        self.meter.add(*([reduced[k][x.name] for x in layers] for k, layers in sides))
+
+
+def _compared_layers(count: int, comparisons: Sequence[_Comparison]) -> list[tuple[Layer, ...]]:
+    """Return the layers of each of some networks that are compared, each once."""
+    layers: list[dict[str, Layer]] = [{} for _ in range(count)]
+    for comparison in comparisons:
+        for k, side in zip(comparison.networks, comparison.layers):
+            layers[k].update({x.name: x for x in side})
+    return [tuple(by_name.values()) for by_name in layers]
+
+
+def _show_weights(networks: Sequence[Network], comparisons: Sequence[_Comparison]) -> None:
+    """Show meters the weights of their layers."""
+    meter = comparisons[0].meter
+    reduced = []
+    for network, layers in zip(networks, _compared_layers(len(networks), comparisons)):
+        state = fold_norms(network, foldable_norms(network))
+        weights = {
+            x.name: [state[name] for node in x.producers for name in network.weights[node]]
+            for x in layers
+        }
+        reduced.append({name: meter.reduce(arrays) for name, arrays in weights.items()})
+    for comparison in comparisons:
+        comparison.show(reduced)
+
+
+def _show_data(
+    networks: Sequence[Network], comparisons: Sequence[_Comparison], data: Calibration
+) -> None:
+    """Show meters the pre-activations of their layers, until they have seen enough."""
+    meter, seen = comparisons[0].meter, 0
+    layers = _compared_layers(len(networks), comparisons)
+    for batch in data.chunks(_samples_at_a_time(networks, layers, meter)):
+        reduced = [_reduced(n, batch, x, meter) for n, x in zip(networks, layers)]
+        for comparison in comparisons:
+            comparison.show(reduced)
+        seen += len(batch[0])
+        tell(seen / data.samples)
+        if meter.samples is not None and seen >= meter.samples:
+            break
+
+
+def _samples_at_a_time(
+    networks: Sequence[Network], layers: Sequence[Sequence[Layer]], meter: Meter
+) -> int:
+    """Return how many samples to run at a time: as many as the meter asks for, if they fit.
+
+    Where it does not ask, the pre-activations of all layers have to fit together.
+    """
+    if meter.batch is not None:
+        return batch_size(networks, BATCH_BYTES, meter.batch, least=8)
+    sample_bytes = 0
+    for network, compared in zip(networks, layers):
+        values = sum(math.prod(network.shapes[x.pre_activation]) for x in compared)
+        sample_bytes += 4 * values // len(network.example[0])
+    return max(1, min(BATCH_SAMPLES, BATCH_BYTES // max(sample_bytes, 1)))
+
+
+def _reduced(
+    network: Network, batch: Batch, layers: Sequence[Layer], meter: Meter
+) -> dict[str, Any]:
+    """Return what a meter reduces the pre-activations of each layer to, by the layer's name."""
+
+    def reducer(layer: Layer) -> Callable[[Tensor], Any]:
+        return lambda x: meter.reduce(x.movedim(layer.layout[1], 1))
+
+    values = record(network, batch, {x.pre_activation: reducer(x) for x in layers})
+    for x in layers:
+        tensors = [t for t in tree_leaves(values[x.pre_activation]) if isinstance(t, Tensor)]
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise DataError(
+                "activations that are NaN or infinite",
+                where=f"layer '{x.name}' of {network.name}",
+                expected="finite activations on the calibration data",
+                do="check the data's normalisation and the network's weights",
+            )
+    return {x.name: values[x.pre_activation] for x in layers}
+
+
+def _require_costs(costs: np.ndarray, possible: np.ndarray, layer_cost: LayerCost) -> None:
+    if costs.shape != possible.shape or np.isnan(costs[possible]).any():
+        raise ArgumentError(
+            f"costs of shape {costs.shape}, {int(np.isnan(costs).sum())} of them NaN",
+            where=f"the layer cost {layer_cost}",
+            expected=f"numbers of shape {possible.shape}: rows and columns as handed in",
+            do="return one cost for each pair of layers",
+        )
+
+
+LayerRun = tuple[Layer, ...]  # layers that are matched, or inserted, as a whole
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """Segments that correspond, one of each network."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def reference(self) -> int:
+        """The first network that has the most layers here."""
+        depths = [len(s.layers) for s in self.segments]
+        return depths.index(max(depths))
+
+    @property
+    def deep(self) -> tuple[Layer, ...]:
+        """The layers of that network."""
+        return self.segments[self.reference].layers
+
+    def possible(self, network: int) -> np.ndarray:
+        """Tell which layers of the deepest network (rows) and of another (columns) can pair."""
+        return _same_kinds(_single(self.deep), _single(self.segments[network].layers))
+
+    def runs(self, network: int) -> tuple[list[LayerRun], list[LayerRun]]:
+        """Cut the layers of the deepest network and of another into runs.
+
+        Plain layers and gates up to the first layer without an activation are one run (an inverted
+        bottleneck without a skip), if the networks agree on such runs. Any other layer is a run by
+        itself.
+        """
+        deep, shallow = self.deep, self.segments[network].layers
+        joined = _joined(deep), _joined(shallow)
+        if len(joined[0]) >= len(joined[1]) and count_maps(_same_kinds(*joined)):
+            return joined
+        return _single(deep), _single(shallow)
+
+    def possible_runs(self, network: int) -> np.ndarray:
+        """Tell which runs of the deepest network (rows) and of another (columns) can pair."""
+        return _same_kinds(*self.runs(network))
+
+    def has_maps(self) -> bool:
+        """Tell whether the layers of each network can be mapped to those of the deepest."""
+        return all(count_maps(self.possible_runs(k)) for k in range(len(self.segments)))
+
+
+def pair_segments(
+    networks: Sequence[Network], segments: Sequence[tuple[Segment, ...]]
+) -> list[SegmentGroup]:
+    """Pair the segments of networks in order.
+
+    Within a segment, plain layers may stand in front of blocks (a stem in front of a residual
+    stage). If all networks alternate in the same way, each of these parts is paired by itself.
+
+    Args:
+        networks: At least one network.
+        segments: The segments of each.
+
+    Raises:
+        PairingError: With the lists side by side, at the first pair that differs.
+    """
+    for i in range(max(map(len, segments))):
+        of_place = [s[i] for s in segments if i < len(s)]
+        if len(of_place) < len(segments) or not all(_similar(of_place[0], s) for s in of_place):
+            raise _mismatch(networks, segments, i)
+    groups = []
+    for i, corresponding in enumerate(zip(*segments)):
+        parts = [SegmentGroup(part) for part in _split(corresponding)]
+        if not all(part.has_maps() for part in parts):
+            raise _mismatch(networks, segments, i)
+        groups += parts
+    return groups
+
+
+def _split(segments: tuple[Segment, ...]) -> list[tuple[Segment, ...]]:
+    """Cut segments between plain layers and blocks, if they alternate in the same way."""
+    cut = [
+        [(branched, Segment(tuple(layers))) for branched, layers in groupby(s.layers, _is_block)]
+        for s in segments
+    ]
+    patterns = {tuple(branched for branched, _ in parts) for parts in cut}
+    if len(patterns) > 1:
+        return [segments]
+    return list(zip(*([part for _, part in parts] for parts in cut)))
+
+
+def _is_block(layer: Layer) -> bool:
+    return layer.branched
+
+
+def _similar(a: Segment, b: Segment) -> bool:
+    """Tell whether two segments work on tensors of one form and have a kind of layer in common."""
+    if a.layers[0].layout != b.layers[0].layout or a.resolution != b.resolution:
+        return False
+    return bool({x.kind for x in a.layers} & {x.kind for x in b.layers})
+
+
+def _single(layers: Sequence[Layer]) -> list[LayerRun]:
+    return [(x,) for x in layers]
+
+
+def _joined(layers: Sequence[Layer]) -> list[LayerRun]:
+    """Join plain layers up to the next one without an activation, see `SegmentGroup.runs`."""
+    runs, i = [], 0
+    while i < len(layers):
+        end = i
+        if not layers[i].branched and not layers[i].linear:
+            end = next((j for j in range(i, len(layers)) if layers[j].linear), i)
+        runs.append(tuple(layers[i : end + 1]))
+        i = end + 1
+    return runs
+
+
+def _same_kinds(rows: Sequence[LayerRun], columns: Sequence[LayerRun]) -> np.ndarray:
+    """Tell which runs of two networks consist of layers of the same kinds."""
+    kinds = [[[layer.kind for layer in run] for run in runs] for runs in (rows, columns)]
+    same = [[a == b for b in kinds[1]] for a in kinds[0]]
+    return np.array(same).reshape(len(rows), len(columns))
+
+
+def _mismatch(
+    networks: Sequence[Network], segments: Sequence[tuple[Segment, ...]], at: int
+) -> PairingError:
+    lines = []
+    for network, listed in zip(networks, segments):
+        lines.append(f"segments of {network.name}:")
+        for i, segment in enumerate(listed):
+            lines.append(f"    {'>>' if i == at else '  '} {segment}")
+        if at < len(listed):
+            kinds = dict.fromkeys(layer.kind for layer in listed[at].layers)
+            lines += [f"           made of {kind}" for kind in kinds]
+    return PairingError(
+        "networks whose segments do not pair:\n  " + "\n  ".join(lines),
+        where=f"segment {at + 1}, the first that differs",
+        expected="one family: the same kinds of layers at the same resolutions, in order",
+        do="fuse networks of one family; check that the same input size is right for both",
+    )
+
+
+Pairs = Sequence[tuple[str, str]]

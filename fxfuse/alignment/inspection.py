@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._progress import Clock, Progress
-from ..calibration.prepare import analyse
+from ..calibration.data import analyse
 from ..graph.trace import Example, without_autocast
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition

@@ -1,7 +1,7 @@
 """One depth for all networks: insert layers that do nothing, or remove layers."""
 
 from ._insert import AbsentLayer
-from ._merge import (
+from ._removal import (
     Gate,
     Responses,
     average_of_signs,

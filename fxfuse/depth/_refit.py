@@ -19,18 +19,24 @@ import torch
 from torch import Tensor, fx
 
 from ..alignment.layers import describe
-from ..calibration.affine import Affine
+from ..calibration.affine import Affine, Producer, read_producer, restate, write_producer
 from ..calibration.data import Calibration
 from ..calibration.least_squares import AffineFit
-from ..calibration.producers import Producer, read_producer, restate, write_producer
 from ..calibration.run import record
 from ..errors import DataError
 from ..graph.verify import TOLERANCE
 from ..ir import Layer
 from ..spaces.network import Network
-from ._merge import MergeIntoNext, fitted_line, fitted_line_through_zero
 from ._neutral import apply_activation
-from ._removal import Removal, Unsuitable, WorkingCopy, cannot_remove
+from ._removal import (
+    MergeIntoNext,
+    Removal,
+    Unsuitable,
+    WorkingCopy,
+    cannot_remove,
+    fitted_line,
+    fitted_line_through_zero,
+)
 
 FIT_BYTES, FIT_SAMPLES = 1 << 28, 128  # of the patches of one batch
 

@@ -17,9 +17,8 @@ from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PassError
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
-from ._merge import Gate, MergeIntoNext
 from ._refit import RefitNeighbour
-from ._removal import Strategy, plan_removals, remove_layers
+from ._removal import Gate, MergeIntoNext, Strategy, plan_removals, remove_layers
 from .deepen import Balanced, check_alignment, insert_missing_layers
 
 

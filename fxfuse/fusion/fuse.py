@@ -17,13 +17,13 @@ from ..alignment.align import Pairs, align_networks
 from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
 from ..alignment.layers import partition
-from ..calibration.data import Calibration
-from ..calibration.prepare import prepare
+from ..calibration.data import Calibration, prepare
 from ..coupling.mixing import Couplings
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
+from ..errors import ArgumentError
 from ..graph.trace import as_given, copy_modes, copy_precision, without_autocast
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
@@ -32,10 +32,8 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
-from ._arguments import anchor_of, is_automatic, shares_of
 from ._cut import cut_networks, trunk_segments
-from ._summary import report_on
-from .assemble import choose, couple, make, require_sound
+from .assemble import choose, couple, make, report_on, require_sound
 from .heads import Heads, require_heads
 
 
@@ -436,3 +434,45 @@ def net2deeper(
         True
     """
     return balance([model, like], data, alignment=alignment)[0]
+
+
+def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
+    """Tell whether the weights are to be chosen, which needs networks of one task (not `apart`)."""
+    if isinstance(weights, str) and (weights != "auto" or apart):
+        raise ArgumentError(
+            f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
+            where="the argument `weights`",
+            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
+            do="give one number for each model, or leave them out for equal weights",
+        )
+    return weights == "auto"
+
+
+def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
+    """Return the share of each model, sum 1; refuse weights that do not fit the models."""
+    count = len(models) if isinstance(models, Sequence) else 0
+    given = [1.0] * count if weights is None else [float(w) for w in weights]
+    total = sum(given)
+    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
+    if len(given) != count or not good:
+        raise ArgumentError(
+            f"weights {given}",
+            where="the argument `weights`",
+            expected=f"{count} non-negative numbers, one for each model, not all zero",
+            do="leave them out for equal weights",
+        )
+    return tuple(w / total for w in given)
+
+
+def anchor_of(given: int | None, default: int, count: int) -> int:
+    """Return the index of the anchor; refuse what is not the index of a network."""
+    if given is None:
+        return default
+    if isinstance(given, int) and 0 <= given < count:
+        return given
+    raise ArgumentError(
+        f"anchor {given!r}",
+        where="the argument `anchor`",
+        expected=f"an index from 0 to {count - 1}",
+        do="leave it out to take the deepest network",
+    )

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..alignment.layers import data_graph, module_path, partition
-from ..calibration.data import Calibration
-from ..calibration.prepare import analyse
+from ..calibration.data import Calibration, analyse
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
 from ..graph.trace import as_given, without_autocast

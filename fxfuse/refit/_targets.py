@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..calibration.affine import Producer, identify
 from ..calibration.data import Calibration
+from ..calibration.least_squares import Positions, output_rows
 from ..calibration.norms import foldable_norms
-from ..calibration.positions import Positions, output_rows
-from ..calibration.producers import Producer, identify
-from ..calibration.run import Run
+from ..calibration.run import Run, Track
 from ..calibration.spill import SpillStore
-from ..calibration.track import Track
 from ..coupling.measure import bypasses
 from ..coupling.mixing import Couplings
 from ..graph.verify import TOLERANCE

@@ -29,11 +29,11 @@ from .._progress import tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.distance import divergence, is_logits
-from ..calibration.least_squares import STRETCH, Correction, Regression
-from ..calibration.moments import Moments
-from ..calibration.norms import write_norm, write_statistics
-from ..calibration.positions import (
+from ..calibration.least_squares import (
+    STRETCH,
+    Correction,
     Positions,
+    Regression,
     draw_positions,
     in_groups,
     input_rows,
@@ -41,9 +41,10 @@ from ..calibration.positions import (
     rows_as_weight,
     weight_as_rows,
 )
-from ..calibration.run import Run, working_batch
+from ..calibration.moments import Moments
+from ..calibration.norms import write_norm, write_statistics
+from ..calibration.run import Run, Track, working_batch
 from ..calibration.spill import SpillStore
-from ..calibration.track import Track
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..graph.state import tensor_at

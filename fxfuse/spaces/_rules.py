@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ._labels import (
+    FIXED,
+    KERNEL,
+    NOTHING,
     LabelRun,
     Labels,
     Operand,
@@ -33,7 +36,6 @@ from ._labels import (
     rows_over,
     varying,
 )
-from ._ledger import FIXED, KERNEL, NOTHING
 
 
 @dataclass(frozen=True)

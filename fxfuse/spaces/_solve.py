@@ -19,7 +19,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from ..ir import Axis, Frozen, Space, Spaces
-from ._ledger import FIXED, KERNEL, Ledger, distinct
+from ._labels import FIXED, KERNEL, Ledger, distinct
 
 CROSSED = "its blocks cross others"
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import _rules as rules
-from ._labels import LabelRun, Labels
-from ._ledger import FIXED, NOTHING, Geometry, Property, Step
+from ._labels import FIXED, NOTHING, Geometry, LabelRun, Labels, Property, Step
 from ._rules import Op
 
 Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]

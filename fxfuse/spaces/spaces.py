@@ -19,8 +19,8 @@ from ..graph.trace import (
     without_autocast,
 )
 from ..ir import Axis, Space, Spaces
-from ._labelling import label_network
 from ._solve import spaces_of
+from .network import label_network
 
 
 @without_autocast()

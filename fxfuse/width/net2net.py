@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ..calibration.prepare import analyse
+from ..calibration.data import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
 from ..graph.trace import Example, as_given, without_autocast

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.alignment._pairing import pair_segments
-from fxfuse.alignment.align import align_networks
+from fxfuse.alignment.align import align_networks, pair_segments
 from fxfuse.alignment.aligners import (
     Aligner,
     Random,

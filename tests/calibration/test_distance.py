@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fxfuse.calibration.data import Calibration
+from fxfuse.calibration.data import Calibration, analyse
 from fxfuse.calibration.distance import SquaredError, divergence, is_logits, relative_error_on
-from fxfuse.calibration.prepare import analyse
 from tests.support.nets import mlp, outputs, randomise
 from tests.support.tolerances import EXACT
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.alignment.layers import data_graph
-from fxfuse.calibration.prepare import analyse
+from fxfuse.calibration.data import analyse
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion.transfer import _fitted, longest_chain
 from tests.support.nets import (

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array, eye_array
 import fxfuse
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import ArgumentError
-from fxfuse.fusion._summary import describe
+from fxfuse.fusion.assemble import describe
 from fxfuse.ir import Coupling
 from fxfuse.report import CouplingReport
 from tests.support.nets import mlp, randomise
@@ -61,7 +61,7 @@ def test_spaces_say_how_each_network_takes_part(report):
 
 def test_maps_are_kept_within_a_limit(nets, report, monkeypatch, tmp_path):
     assert set(report.maps) == {(s.name, k) for s in report.spaces for k in (0, 1)}
-    monkeypatch.setattr("fxfuse.fusion._summary.KEPT", 16)
+    monkeypatch.setattr("fxfuse.fusion.assemble.KEPT", 16)
     limited = fxfuse.fuse(nets, X).meta["fxfuse"]
     assert 0 < sum(m.nnz for m in limited.maps.values()) <= 16
     missing = next(s.name for s in report.spaces if (s.name, 1) not in limited.maps)

@@ -16,8 +16,8 @@ from torch import nn
 import fxfuse
 from fxfuse.graph.trace import trace
 from fxfuse.spaces import operators
-from fxfuse.spaces._labelling import label_network
 from fxfuse.spaces._labels import LabelRun, Labels
+from fxfuse.spaces.network import label_network
 from fxfuse.spaces.operators import OPERATORS, mirror
 from tests.support.nets import gap, moved, randomise
 from tests.support.tolerances import PERMUTATION

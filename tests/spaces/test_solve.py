@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.spaces._ledger import Ledger
+from fxfuse.spaces._labels import Ledger
 from fxfuse.spaces._solve import parents, solve, spaces_of, tied
 from fxfuse.spaces.spaces import _shuffle, _sources
 

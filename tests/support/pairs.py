@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fxfuse.graph.canonical import canonical
+from fxfuse.graph.passes import canonical
 from fxfuse.graph.trace import trace
 from fxfuse.spaces.network import Network
 from tests.support.nets import (

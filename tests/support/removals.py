@@ -2,9 +2,8 @@
 
 from fxfuse.alignment.layers import partition
 from fxfuse.calibration.data import Calibration
-from fxfuse.depth._merge import MergeIntoNext
-from fxfuse.depth._removal import plan_removals, remove_layers
-from fxfuse.graph.canonical import canonical
+from fxfuse.depth._removal import MergeIntoNext, plan_removals, remove_layers
+from fxfuse.graph.passes import canonical
 from fxfuse.graph.trace import trace
 from fxfuse.spaces.network import Network
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxfuse.calibration.prepare import analyse
+from fxfuse.calibration.data import analyse
 from fxfuse.errors import NotEquivalent, PairingError
 from fxfuse.ir import Space
 from fxfuse.width._carry import (

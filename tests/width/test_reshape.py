@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxfuse.calibration.prepare import analyse
+from fxfuse.calibration.data import analyse
 from fxfuse.errors import PassError
 from fxfuse.graph.verify import lint
 from fxfuse.spaces.network import Network
