@@ -44,7 +44,8 @@ MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )
 # The table of operators, the rules in it, and the functions that a file may name.
-NAMING_OPERATORS = {"spaces.operators", "spaces._rules", "io._allowlist"}
+RULES = {"spaces._rules", "spaces._along", "spaces._products"}
+NAMING_OPERATORS = {"spaces.operators", "io._allowlist"} | RULES
 ARCHITECTURES = [
     *("alexnet", "convnext", "densenet", "efficientnet", "googlenet", "inception", "maxvit"),
     *("mnasnet", "mobilenet", "regnet", "resnet", "resnext", "shufflenet", "squeezenet"),

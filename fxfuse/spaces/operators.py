@@ -1,9 +1,9 @@
 """The table of ATen operators: one row holds everything the library knows of an operator.
 
-A row has the rule for unit labels (`_rules`), the properties that later stages ask for
-(`Network.adds`, `Network.is_norm` ...), and which settings make two calls the same step. No other
-module names an operator. One that ATen tags as pointwise needs no row; any other operator without a
-row freezes what it touches.
+A row has the rule for unit labels (`_rules`, `_along`, `_products`), the properties that later
+stages ask for (`Network.adds`, `Network.is_norm` ...), and which settings make two calls the same
+step. No other module names an operator. One that ATen tags as pointwise needs no row; any other
+operator without a row freezes what it touches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from . import _along as along
+from . import _products as products
 from . import _rules as rules
 from ._labels import FIXED, NOTHING, Geometry, LabelRun, Labels, Property, Step
 from ._rules import Op
@@ -118,39 +120,39 @@ OPERATORS: dict[str, Operator] = {
     ),
     **_rows("glu", rules.glu, P.NONE, numbers),
     # --- along an axis
-    **_rows("mean sum amax amin var std var_mean std_mean norm", rules.reduction, P.NONE, axes),
-    **_rows("prod linalg_vector_norm logsumexp nansum any all", rules.reduction, P.NONE, axes),
-    **_rows("max min median nanmedian mode argmax argmin", rules.ordered, P.NONE, numbers),
-    **_rows("sort argsort topk cumsum cumprod logcumsumexp", rules.ordered, P.NONE, numbers),
-    **_rows("_softmax _log_softmax _safe_softmax", rules.softmax, P.NONE, axes),
+    **_rows("mean sum amax amin var std var_mean std_mean norm", along.reduction, P.NONE, axes),
+    **_rows("prod linalg_vector_norm logsumexp nansum any all", along.reduction, P.NONE, axes),
+    **_rows("max min median nanmedian mode argmax argmin", along.ordered, P.NONE, numbers),
+    **_rows("sort argsort topk cumsum cumprod logcumsumexp", along.ordered, P.NONE, numbers),
+    **_rows("_softmax _log_softmax _safe_softmax", along.softmax, P.NONE, axes),
     # --- pooling and resampling
-    **_rows("avg_pool1d avg_pool2d avg_pool3d", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("max_pool2d mkldnn_max_pool2d", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("max_pool2d_with_indices max_pool3d_with_indices", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("adaptive_avg_pool1d _adaptive_avg_pool2d", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("_adaptive_avg_pool3d adaptive_max_pool2d", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("adaptive_max_pool3d", rules.spatial, P.RESAMPLES, numbers),
-    **_rows("upsample_nearest1d upsample_nearest2d upsample_nearest3d", rules.spatial, P.RESAMPLES),
-    **_rows("_upsample_nearest_exact1d _upsample_nearest_exact2d", rules.spatial, P.RESAMPLES),
-    **_rows("_upsample_nearest_exact3d upsample_linear1d", rules.spatial, P.RESAMPLES),
-    **_rows("upsample_bilinear2d upsample_trilinear3d", rules.spatial, P.RESAMPLES),
-    **_rows("_upsample_bilinear2d_aa upsample_bicubic2d", rules.spatial, P.RESAMPLES),
-    **_rows("_upsample_bicubic2d_aa", rules.spatial, P.RESAMPLES),
-    **_rows("reflection_pad1d reflection_pad2d reflection_pad3d", rules.spatial, P.RESAMPLES),
-    **_rows("replication_pad1d replication_pad2d replication_pad3d", rules.spatial, P.RESAMPLES),
+    **_rows("avg_pool1d avg_pool2d avg_pool3d", along.spatial, P.RESAMPLES, numbers),
+    **_rows("max_pool2d mkldnn_max_pool2d", along.spatial, P.RESAMPLES, numbers),
+    **_rows("max_pool2d_with_indices max_pool3d_with_indices", along.spatial, P.RESAMPLES, numbers),
+    **_rows("adaptive_avg_pool1d _adaptive_avg_pool2d", along.spatial, P.RESAMPLES, numbers),
+    **_rows("_adaptive_avg_pool3d adaptive_max_pool2d", along.spatial, P.RESAMPLES, numbers),
+    **_rows("adaptive_max_pool3d", along.spatial, P.RESAMPLES, numbers),
+    **_rows("upsample_nearest1d upsample_nearest2d upsample_nearest3d", along.spatial, P.RESAMPLES),
+    **_rows("_upsample_nearest_exact1d _upsample_nearest_exact2d", along.spatial, P.RESAMPLES),
+    **_rows("_upsample_nearest_exact3d upsample_linear1d", along.spatial, P.RESAMPLES),
+    **_rows("upsample_bilinear2d upsample_trilinear3d", along.spatial, P.RESAMPLES),
+    **_rows("_upsample_bilinear2d_aa upsample_bicubic2d", along.spatial, P.RESAMPLES),
+    **_rows("_upsample_bicubic2d_aa", along.spatial, P.RESAMPLES),
+    **_rows("reflection_pad1d reflection_pad2d reflection_pad3d", along.spatial, P.RESAMPLES),
+    **_rows("replication_pad1d replication_pad2d replication_pad3d", along.spatial, P.RESAMPLES),
     # --- norms
-    **_rows("native_batch_norm cudnn_batch_norm", rules.batch_norm, P.NORMALISES),
-    **_rows("_native_batch_norm_legit", rules.batch_norm, P.NORMALISES),
-    **_rows("_native_batch_norm_legit_no_training", rules.batch_norm, P.NORMALISES),
-    **_rows("_batch_norm_with_update _batch_norm_no_update", rules.batch_norm, P.NORMALISES),
-    **_rows("native_layer_norm", rules.layer_norm, P.NORMALISES | P.ACROSS_UNITS),
-    **_rows("native_group_norm", rules.group_norm, P.NORMALISES | P.ACROSS_UNITS),
-    **_rows("_weight_norm_interface", rules.weight_norm),
+    **_rows("native_batch_norm cudnn_batch_norm", along.batch_norm, P.NORMALISES),
+    **_rows("_native_batch_norm_legit", along.batch_norm, P.NORMALISES),
+    **_rows("_native_batch_norm_legit_no_training", along.batch_norm, P.NORMALISES),
+    **_rows("_batch_norm_with_update _batch_norm_no_update", along.batch_norm, P.NORMALISES),
+    **_rows("native_layer_norm", along.layer_norm, P.NORMALISES | P.ACROSS_UNITS),
+    **_rows("native_group_norm", along.group_norm, P.NORMALISES | P.ACROSS_UNITS),
+    **_rows("_weight_norm_interface", along.weight_norm),
     # --- contractions
-    **_rows("mm addmm bmm baddbmm", rules.matmul, P.CONTRACTS),
-    **_rows("mv", rules.matvec, P.CONTRACTS),
-    **_rows("linear", rules.linear, P.CONTRACTS),
-    **_rows("convolution", rules.convolution, P.CONTRACTS, geometry),
+    **_rows("mm addmm bmm baddbmm", products.matmul, P.CONTRACTS),
+    **_rows("mv", products.matvec, P.CONTRACTS),
+    **_rows("linear", products.linear, P.CONTRACTS),
+    **_rows("convolution", products.convolution, P.CONTRACTS, geometry),
 }
 
 
