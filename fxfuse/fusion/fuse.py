@@ -24,6 +24,7 @@ from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen
 from ..errors import ArgumentError
+from ..graph.names import with_given_names
 from ..graph.trace import as_given, copy_modes, copy_precision, without_autocast
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
@@ -184,7 +185,7 @@ def fuse(
         with clock.stage("attach heads"):
             notes = heads(fused, couplings, tails, models)
             require_sound(replace(trunk, name="the fused network", module=fused))
-            fused = copy_precision(models[index], fused)
+            fused = with_given_names(copy_precision(models[index], fused))
         report = replace(report, heads=notes, seconds=clock.seconds, memory=clock.memory)
     fused.meta["fxfuse"] = report
     return fused

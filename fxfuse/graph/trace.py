@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DataError, ModelError, TraceError
 from ._merge import merge
 from .modes import Mode, cut_to, evaluating_part
+from .names import in_graph, rename_parts, with_given_names
 from .state import EXTRA_STATE, floats_of, hide, not_finite, tensors_of
 
 Example = Tensor | tuple[Tensor, ...]
@@ -130,6 +131,7 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
     _refuse_hooks(model, name)
     shell = _shell(model)
     graph = _live_graph(shell, name)
+    rename_parts(shell, graph)
     graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)
     _hide_constants(model, module)
@@ -138,7 +140,7 @@ def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
 
 def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
     """Keep out of the state what is no state of the model: fx makes buffers of all constants."""
-    state = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = {in_graph(name) for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, _ in module.named_buffers(remove_duplicate=False):
         if name not in state:
             hide(module, name)
@@ -150,7 +152,7 @@ def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
     It also gets the version that the part's class writes into state dictionaries, which loaders
     ask for.
     """
-    parts = dict(model.named_modules())
+    parts = {in_graph(path): part for path, part in model.named_modules()}
     for path, part in module.named_modules():
         owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
         part.training = parts.get(owner, model).training
@@ -160,8 +162,8 @@ def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
 
 
 def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
-    """Give a graph back in the modes and the precision of its model; return the graph."""
-    return copy_precision(model, copy_modes(model, module))
+    """Give a graph back in the modes, the precision and with the names of its model's state."""
+    return with_given_names(copy_precision(model, copy_modes(model, module)))
 
 
 def copy_precision(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
@@ -170,7 +172,7 @@ def copy_precision(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
     Half precision is for running networks. All that is computed of weights is computed in single
     precision at least. A tensor that the model does not have gets the precision of most others.
     """
-    given = {name: tensor.dtype for name, tensor in floats_of(model).items()}
+    given = {in_graph(name): tensor.dtype for name, tensor in floats_of(model).items()}
     usual = Counter(given.values()).most_common(1)
     for name, tensor in floats_of(module).items():
         dtype = given.get(name, usual[0][0] if usual else tensor.dtype)

@@ -23,6 +23,7 @@ from torch.fx.graph import CodeGen
 
 from .._schema import read, written
 from ..errors import CheckpointError, FuseError, SaveError
+from ..graph.names import with_given_names
 from ..graph.state import part_at
 from ._allowlist import class_of, is_attribute, is_method, name_of_class, name_of_function
 from ._values import (
@@ -294,6 +295,7 @@ def decode(description: Any, state: Mapping[str, Tensor], where: str) -> fx.Grap
         network = reader.modules[-1]
         if not isinstance(network, fx.GraphModule):
             raise Wrong(f"a {type(network).__name__} where the network should be")
+        network = with_given_names(network)
         same = set(network.state_dict()) == set(state)
         require(same, "tensors that are not those of the network")
         return network

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..graph.names import with_given_names
 from ..graph.state import tensors_of
 from ..graph.trace import (
     Example,
@@ -66,7 +67,7 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
     order: dict[str, np.ndarray] = {}
     for space in spaces:
         order[space.name] = _shuffle(space, order, rng)
-    return rearrange(graph, spaces, order)
+    return with_given_names(rearrange(graph, spaces, order))
 
 
 def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
