@@ -41,12 +41,21 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a while; each part gets its own mode back."""
+    """Put a network into eval mode for a while; then it is as it was.
+
+    Each part gets its own mode back, and each buffer that a forward wrote to its values.
+    """
     modes = {part: part.training for part in module.modules()}
+    buffers = [
+        (b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()
+    ]
     module.eval()
     try:
         yield
     finally:
+        for buffer, version, values in buffers:
+            if buffer._version != version:
+                buffer.data.copy_(values)
         for part, training in modes.items():
             part.training = training
 

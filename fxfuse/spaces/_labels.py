@@ -14,7 +14,6 @@ says which labels are one unit, which units must stay in place and which travel 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ir import Place
+from ._values import Values
 
 NOTHING, FIXED = 0, 1  # labels of places that hold zero, and of places that must stay
 KERNEL = "a kernel position"  # why the units along a kernel stay: not worth a word in reports
@@ -229,7 +229,7 @@ class LabelRun:
         self._names = WeakTensorKeyDictionary()
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
-        self._sharing: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.values = Values(self._freeze_tensors)
         self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         for name, tensor in tensors:
             if tensor.is_floating_point() and tensor not in self._names:
@@ -269,9 +269,6 @@ class LabelRun:
             self._place(layer)
         if tensor not in self._names:
             self._labels[tensor] = labels
-            shared = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
-            shared[:] = [r for r in shared if r() is not None and r() is not tensor]
-            shared.append(weakref.ref(tensor))
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer itself, not computed from one."""
@@ -288,17 +285,23 @@ class LabelRun:
         same = len(before.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
         if same and before.fill == labels.fill:
             return
-        for reference in self._sharing.get(tensor.untyped_storage().data_ptr(), ()):
-            other = reference()
-            if other is not None and other is not tensor:
-                reason = "memory that is written through a view"
-                self.freeze([*self.of(other).layers, *labels.layers], reason)
+        reason = "memory that is written through a view"
+        for other in self.values.sharing(tensor):
+            self.freeze([*self.of(other).layers, *labels.layers], reason)
+            if other not in self._names:
                 self._labels[other] = Labels()
+        if tensor in self._names:
+            reason = "a tensor of the state that is written to"
+            self.freeze([*before.layers, *labels.layers], reason)
 
     def freeze(self, layers: Sequence[Tensor], reason: str) -> None:
         """Freeze the units of some layers on behalf of the running node."""
         for layer in layers:
             self.ledger.freeze(layer, self.node, reason)
+
+    def _freeze_tensors(self, tensors: Iterable[Tensor], reason: str) -> None:
+        for tensor in tensors:
+            self.freeze(self.of(tensor).layers, reason)
 
     def freeze_unused(self) -> None:
         """Freeze the tensors that no operator took: values computed earlier may depend on them."""

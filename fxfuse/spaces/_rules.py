@@ -36,7 +36,8 @@ class Op:
 
     Attributes:
         func: The operator.
-        name: Its name; an in-place operator goes by its plain name.
+        name: Its name; an in-place operator of ATen goes by its plain name, one of another library
+            by its qualified name.
         args: Its arguments.
         out: What it returned.
         before: The shape of the first tensor before the call, which may change it.
@@ -63,13 +64,22 @@ class Op:
         """Name the arguments of a call."""
         names = [a.name for a in func._schema.arguments]
         name = func._overloadpacket.__name__
-        name = name.rstrip("_") if func._schema.is_mutable else name
+        if func.namespace != "aten":
+            name = func._schema.name
+        elif func._schema.is_mutable:
+            name = name.rstrip("_")
         return cls(func, name, {**dict(zip(names, args)), **kwargs}, out, before)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, those in lists included."""
         return [t for t in tree_leaves(self.args) if isinstance(t, Tensor)]
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The tensors among the arguments that the operator writes to, as its schema says."""
+        writes = [a.name for a in self.func._schema.arguments if a.is_write]
+        return [t for t in tree_leaves([self[name] for name in writes]) if isinstance(t, Tensor)]
 
     def dims(self, rank: int) -> tuple[int, ...]:
         """Return the axes that a reduction runs over; all of them if none is given."""
@@ -187,8 +197,9 @@ def filled(run: LabelRun, op: Op) -> Labels:
 
 
 def copied(run: LabelRun, op: Op) -> Labels:
-    """A copy into a tensor brings the labels of what is copied."""
-    return merge(run, [operand(run, op["src"])], op.out.dim())
+    """A copy into a tensor brings the labels of what is copied; one of the state keeps its own."""
+    tensors = [op["self"], op["src"]] if run.is_parameter(op["self"]) else [op["src"]]
+    return merge(run, [operand(run, t) for t in tensors], op.out.dim())
 
 
 def restride(run: LabelRun, op: Op) -> Labels:

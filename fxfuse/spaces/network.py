@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import part, tell
 from ..graph.modes import is_choice
-from ..graph.state import movable_floats_of
+from ..graph.state import movable_floats_of, state_floats_of, tensors_of
 from ..graph.trace import Interpreter, eval_mode, tensors_in, without_autocast
 from ..ir import Spaces
 from ._labels import LabelRun, Ledger, Property, Step, varying
 from ._solve import spaces_of
+from ._values import Exits
 from .operators import mirror
 
 OPEN = "open"  # key of the meta of an output whose units are free; of an input, with their axis
@@ -61,11 +62,32 @@ class _NodeInterpreter(Interpreter):
         self.graph_module, self.labelled = module, run
         self.layers: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []
+        self.loose: set[fx.Node] = set()  # nodes with numbers that other inputs would change
+
+    def _inputs(self, n: fx.Node) -> list[Tensor]:
+        """Return the tensors that a node can read."""
+        inputs = tensors_in(self.fetch_args_kwargs_from_env(n))
+        if n.op == "call_module":
+            inputs += tensors_of(self.graph_module.get_submodule(str(n.target))).values()
+        return inputs
+
+    def _settle(self, n: fx.Node, value: Any) -> None:
+        """Note what a node returned that no operator made."""
+        values = self.labelled.values
+        if n.op == "placeholder":
+            for tensor in tensors_in(value):
+                values.make(tensor, varies=True)
+        elif n.op != "output":
+            values.meet(tensors_in(value))
+            if values.loose and not isinstance(value, Tensor):
+                self.loose.add(n)
 
     def run_node(self, n: fx.Node) -> Any:
         run, shapes = self.labelled, self.labelled.ledger.shapes
         run.node = n.name
+        run.values.enter(self._inputs(n), loose=not self.loose.isdisjoint(n.all_input_nodes))
         value = super().run_node(n)
+        self._settle(n, value)
         self.done += 1
         tell(self.done / self.steps)
         if n.op == "placeholder" and OPEN in n.meta:
@@ -111,7 +133,10 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     """
     with without_autocast(), eval_mode(module):
         run = LabelRun(movable_floats_of(module).items())
-        with _plain_kernels(), torch.no_grad(), _MirrorMode(run):
+        state = {id(t) for t in state_floats_of(module).values()}
+        for tensor in _given(module):
+            run.values.make(tensor, varies=id(tensor) in state)
+        with _plain_kernels(), torch.no_grad(), _MirrorMode(run), Exits(run.values):
             interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)
     _freeze_outputs(run, module, interpreter.outputs)
@@ -119,6 +144,12 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     for node, layers in interpreter.layers.items():
         run.ledger.outputs[node] = [(varying(x)[0], x.flatten().numpy()) for x in layers]
     return run.ledger
+
+
+def _given(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that a network has before it runs, those that are no state included."""
+    attributes = [vars(part) for part in module.modules()]
+    return [*tensors_of(module).values(), *tensors_in(attributes)]
 
 
 def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]) -> None:

@@ -157,10 +157,15 @@ OPERATORS: dict[str, Operator] = {
 
 
 def operator_of(op: Op) -> Operator:
-    """Return the row of a call; operators of other libraries have none, whatever their names."""
-    if op.func.namespace == "aten" and op.name in OPERATORS:
+    """Return the row of a call; operators of other libraries have none, whatever they are called.
+
+    Their tags are no evidence either: anybody may write them.
+    """
+    if op.func.namespace != "aten":
+        return UNKNOWN
+    if op.name in OPERATORS:
         return OPERATORS[op.name]
-    if torch.Tag.pointwise in op.func.tags and not op.func._schema.name.startswith("aten::copy"):
+    if torch.Tag.pointwise in op.func.tags and isinstance(op.out, Tensor):
         return OTHER_ELEMENTWISE
     return UNKNOWN
 
@@ -175,19 +180,36 @@ def mirror(
 ) -> None:
     """Carry labels through one operator call and note it as a step of the running node."""
     op = Op.of(func, args, kwargs, out, before)
+    run.values.meet(op.tensors)
     outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-    if not outputs:
+    if not outputs and not op.written:
+        run.values.leave(op.tensors)
         return
     run.uses(op.tensors)
     operator = operator_of(op)
     if P.SILENT not in operator.properties:
         run.ledger.steps.setdefault(run.node, []).append(_step(op, operator))
+    if run.values.loose and not operator.properties & (P.ELEMENTWISE | P.CONSTANT):
+        rules.fixed(run, op, "computed with a number that depends on values")
     result = operator.rule(run, op)
     results = result if isinstance(result, list) else [result] * len(outputs)
-    for tensor, labels in zip(outputs, results):
+    _note(run, op, operator, list(zip(outputs, results)))
+
+
+def _note(
+    run: LabelRun, op: Op, operator: Operator, outputs: Sequence[tuple[Tensor, Labels]]
+) -> None:
+    """Note the labels of what an operator returned, and of what it wrote to beside that."""
+    varies = run.values.loose or torch.Tag.nondeterministic_seeded in op.func.tags
+    if operator.rule not in (rules.constant, rules.opaque):
+        varies = varies or any(run.values.varies(t) for t in op.tensors)
+    if operator.rule is rules.unknown:
+        outputs = [*outputs, *((t, Labels()) for t in op.written)]
+    for tensor, labels in outputs:
         labels = _still_nothing(tensor, labels)
-        if func._schema.is_mutable and any(tensor is t for t in op.tensors):
+        if any(tensor is t for t in op.written):
             run.written(tensor, labels)
+        run.values.make(tensor, varies)
         run.put(tensor, labels)
 
 
