@@ -2,7 +2,7 @@
 
 from . import presets
 from .alignment import Inspection, inspect
-from .errors import FuseError
+from .errors import FuseError, FusionWarning
 from .fusion import Method, align, balance, barrier, fuse, heads, net2deeper, transfer
 from .graph import debug, verify
 from .io import load, save
@@ -15,6 +15,7 @@ from .width import narrow, net2wider
 __all__ = [
     "Alignment",
     "FuseError",
+    "FusionWarning",
     "Inspection",
     "Method",
     "Report",

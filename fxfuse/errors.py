@@ -1,4 +1,7 @@
-"""One family of errors, each in four parts: what was met, where, what was expected, what to do."""
+"""One family of errors, each in four parts: what was met, where, what was expected, what to do.
+
+A warning is one sentence: what was met, and what to try.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ class FuseError(Exception):
 
 def _rebuild(kind: type[FuseError], met: str, where: str, expected: str, do: str) -> FuseError:
     return kind(met, where=where, expected=expected, do=do)
+
+
+class FusionWarning(UserWarning):
+    """A fusion did what it was asked to, but the result may not be what the caller wants."""
 
 
 class ArgumentError(FuseError, ValueError):

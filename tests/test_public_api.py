@@ -12,6 +12,7 @@ import fxfuse
 NAMES = [
     "Alignment",
     "FuseError",
+    "FusionWarning",
     "Inspection",
     "Method",
     "Report",

@@ -7,6 +7,7 @@ loader that shuffles or augments; what exceeds a memory budget is kept in a temp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Calibration:
 
     def __init__(self, data: Any, limit: int | None = None) -> None:
         self._store = SpillStore(MEMORY)
-        self._batches: list[Waiting] = []
+        self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
         self.samples = 0
         is_tensor = isinstance(data, Tensor)  # then all of it is in memory in any case
         elsewhere = {data.untyped_storage().data_ptr()} if is_tensor else set()
@@ -56,7 +57,8 @@ class Calibration:
             _require_finite(inputs, self.samples)
             if self.samples:
                 _require_alike(inputs, self._batch(0), self.samples)
-            self._batches.append(self._store.put(inputs, elsewhere))
+            rows = torch.arange(len(inputs[0]))
+            self._batches.append((self._store.put(inputs, elsewhere), rows))
             self.samples += len(inputs[0])
             if limit is not None:
                 tell(self.samples / limit)
@@ -73,14 +75,19 @@ class Calibration:
         return tuple(t[:samples] for t in self._batch(0))
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
-        """Return all inputs but each `every`-th one, and each `every`-th one."""
-        rest: list[Any] = []
-        taken: list[Any] = []
-        for start, batch in zip(range(0, self.samples, 64), self.chunks(64)):
-            take = torch.arange(start, start + len(batch[0])) % every == every - 1
-            for half, chosen in ((rest, ~take), (taken, take)):
-                half.append((tuple(t[chosen] for t in batch),))
-        return Calibration(rest), Calibration(taken)
+        """Return all inputs but each `every`-th one, and each `every`-th one; nothing is copied."""
+        rest, taken = copy.copy(self), copy.copy(self)
+        for half in (rest, taken):
+            half._batches, half.samples = [], 0
+        start = 0
+        for waiting, rows in self._batches:
+            take = torch.arange(start, start + len(rows)) % every == every - 1
+            start += len(rows)
+            for half, chosen in ((rest, rows[~take]), (taken, rows[take])):
+                if len(chosen):
+                    half._batches.append((waiting, chosen))
+                    half.samples += len(chosen)
+        return rest, taken
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Yield all inputs in order, in batches of `size` samples, the last one shorter."""
@@ -95,9 +102,10 @@ class Calibration:
             yield tuple(torch.cat(parts) for parts in zip(*pending))
 
     def _batch(self, i: int) -> Batch:
-        """Return one batch as it was read."""
-        batch: Batch = self._store.get(self._batches[i])
-        return batch
+        """Return one batch as it was read, or the part of it that belongs here."""
+        waiting, rows = self._batches[i]
+        batch: Batch = self._store.get(waiting)
+        return batch if len(rows) == len(batch[0]) else tuple(t[rows] for t in batch)
 
 
 def _batches(data: Any) -> Iterable[Any]:

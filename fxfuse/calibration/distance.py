@@ -6,6 +6,7 @@ error relative to what they should be. Nothing here grows with the number of sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -31,7 +32,8 @@ def divergence(wanted: Tensor, logits: Tensor) -> float:
         logits: `(samples, classes)` logits.
     """
     p, q = (t.double().log_softmax(1) for t in (wanted, logits))
-    return float((p.exp() * (p - q)).sum())
+    possible = p.exp() > 0  # classes that are ruled out do not count
+    return float(torch.where(possible, p.exp() * (p - q), 0.0).sum())
 
 
 class SquaredError:
@@ -51,6 +53,47 @@ class SquaredError:
     def relative(self) -> float:
         """The error of all batches so far."""
         return self._error / max(self._power, 1e-300)
+
+
+class Distance:
+    """How far outputs are from those wanted, over many batches.
+
+    Attributes:
+        in_nats: Whether class probabilities were compared; else, values were.
+        total: The divergence summed over samples (nats), or the squared error.
+        scale: The number of samples, or the squared values wanted.
+    """
+
+    def __init__(self) -> None:
+        self.in_nats, self.total, self.scale = True, 0.0, 0.0
+
+    def add(self, wanted: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Add the outputs of a batch, of the same kind as those before."""
+        if len(wanted) == 1 and is_logits(wanted[0]):
+            self.total += divergence(wanted[0], outputs[0])
+            self.scale += len(wanted[0])
+            return
+        self.in_nats = False
+        for a, b in zip(wanted, outputs):
+            self.total += float((a - b).abs().square().sum())
+            self.scale += float(a.abs().square().sum())
+
+    def __add__(self, other: Distance) -> Distance:
+        """Return the distance over the batches of both."""
+        both = Distance()
+        both.in_nats = self.in_nats and other.in_nats
+        both.total, both.scale = self.total + other.total, self.scale + other.scale
+        return both
+
+    @property
+    def mean(self) -> float:
+        """The mean divergence of a sample (nats), or the squared error relative to the values."""
+        return self.total / max(self.scale, 1e-300)
+
+    @property
+    def shown(self) -> float:
+        """The mean divergence (nats), or the root mean square error relative to the values."""
+        return self.mean if self.in_nats else math.sqrt(self.mean)
 
 
 def relative_error_on(data: Calibration, model: Network, other: Network) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from typer.core import TyperGroup
 from .._progress import Progress, heard_by
 from ..alignment.inspection import inspect
 from ..calibration.data import Calibration
-from ..errors import ArgumentError, DataError, FuseError
+from ..errors import ArgumentError, DataError, FuseError, FusionWarning
 from ..fusion.barrier import compare
 from ..fusion.fuse import Method, align
 from ..io.save import save_at_least_weights
@@ -200,7 +201,7 @@ def main() -> None:
     try:
         app()
     except FuseError as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _complain(f"error: {error}", "red")
         sys.exit(FAILED)
 
 
@@ -344,7 +345,9 @@ def fuse_command(
         networks = _load(models, progress)
         hashes = file_hashes(models)
         calibration = _read(data, samples, seed, progress)
-        fused = fusing(networks, calibration, **given, progress=progress)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FusionWarning)  # they are shown below
+            fused = fusing(networks, calibration, **given, progress=progress)
         record = fused.meta["fxfuse"]
         if isinstance(record, Report):
             record = replace(record, files=hashes, seeds=record.seeds | {"data": seed})
@@ -370,6 +373,8 @@ def fuse_command(
 
 def _show_fusion(report: Report, samples: int, output: Path) -> None:
     show_alignment(_out, report.alignment)
+    for sentence in report.warnings:
+        _complain(f"warning: {sentence}", "yellow")
     _say(
         f"fused {len(report.alignment.names)} models on {samples} samples in "
         f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}"
@@ -420,6 +425,10 @@ def _data_errors(reference: str) -> Iterator[None]:
             expected="batches whose first entry is the input",
             do="read the first batches in Python, and mend what fails there",
         ) from error
+
+
+def _complain(text: str, style: str) -> None:
+    _err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(text: str) -> None:

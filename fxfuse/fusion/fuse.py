@@ -34,6 +34,7 @@ from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
 from ._cut import cut_networks, trunk_segments
+from ._guard import advice_for, better_alone, held_back, nearness, nothing_wider, warn
 from .assemble import choose, couple, make, report_on, require_sound
 from .heads import Heads, require_heads
 
@@ -111,7 +112,8 @@ def fuse(
         models: One or more networks with the same inputs, and with the same outputs unless `heads`
             are given; not modified.
         data: Unlabelled calibration inputs: a tensor `(N, ...)` or an iterable of batches, each a
-            tensor or a tuple, list or dict whose first entry is the input.
+            tensor or a tuple, list or dict whose first entry is the input. Of 128 and more, some
+            are held out to judge the result by.
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
             "auto", the outputs are to be those of the equal ensemble, and the shares in the units
@@ -134,6 +136,10 @@ def fuse(
         An ordinary `GraphModule` with the module names of the network whose structure it has, and
         `heads.0`, `heads.1` ... if each network keeps its own. Its `meta["fxfuse"]` holds a
         `Report`.
+
+    Warns:
+        FusionWarning: If a network that is no larger than the result alone is nearer to their
+            ensemble on samples held out, or `width` changes nothing; `Report.warnings` has it too.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong number.
@@ -160,9 +166,10 @@ def fuse(
     require_width(width, apart=heads is not None)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
+    fitted, held = held_back(calibration) if heads is None else (calibration, calibration)
     way = partial(
         _fuse_networks,
-        data=calibration,
+        data=fitted,
         anchor=index,
         shares=shares,
         automatic=automatic,
@@ -174,7 +181,13 @@ def fuse(
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
         network, _, report = way(networks, alignment)
+        with clock.stage("compare with the ensemble"):
+            near = nearness(network, networks, shares, held, held is not fitted)
+        report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
         fused = as_given(models[index], network.module)
+        advice = advice_for(automatic, width, method == Method(), calibration.samples)
+        sentences = nothing_wider(report, width), better_alone(report, models, fused, advice)
+        report = replace(report, warnings=tuple(filter(None, sentences)))
     else:
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
@@ -188,6 +201,8 @@ def fuse(
             fused = with_given_names(copy_precision(models[index], fused))
         report = replace(report, heads=notes, seconds=clock.seconds, memory=clock.memory)
     fused.meta["fxfuse"] = report
+    for sentence in report.warnings:
+        warn(sentence)
     return fused
 
 

@@ -8,14 +8,14 @@ shows on samples that nothing is fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._progress import tell
 from ..calibration.data import Batch, Calibration
-from ..calibration.distance import SquaredError, divergence, is_logits
+from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..coupling.mixing import Couplings
 from ..graph.trace import device_of, tensors_in
@@ -93,21 +93,35 @@ def _distance(ensemble: list[tuple[float, Network]], network: Network, data: Cal
 
     This is the divergence of class probabilities, or the relative error of other outputs.
     """
-    networks = [*(member for _, member in ensemble), network]
-    error, nats, samples = SquaredError(), 0.0, 0
+    size = working_batch([*(member for _, member in ensemble), network])
+    return distances(ensemble, [network], data.chunks(size))[0].mean
+
+
+def distances(
+    ensemble: Sequence[tuple[float, Network]], networks: Sequence[Network], data: Iterable[Batch]
+) -> list[Distance]:
+    """Return how far the outputs of each network are from those of an ensemble.
+
+    Args:
+        ensemble: The share and the network of each member.
+        networks: The networks that are compared with it; members among them are run once.
+        data: Batches of inputs.
+    """
+    every = list(dict.fromkeys([*(member for _, member in ensemble), *networks]))
+    apart = [Distance() for _ in networks]
     with torch.no_grad():
-        for batch in data.chunks(working_batch(networks)):
-            *members, outputs = (_outputs(n, batch) for n in networks)
-            mean = [sum(w * t for (w, _), t in zip(ensemble, each)) for each in zip(*members)]
-            if len(mean) == 1 and is_logits(mean[0]):
-                nats += divergence(mean[0], outputs[0])
-                samples += len(mean[0])
-            else:
-                error.add(mean, outputs)
-    return nats / samples if samples else error.relative
+        for batch in data:
+            outputs = {network: _outputs(network, batch) for network in every}
+            parts = zip(*(outputs[member] for _, member in ensemble))
+            mean = [sum(w * t for (w, _), t in zip(ensemble, each)) for each in parts]
+            for distance, network in zip(apart, networks):
+                distance.add(mean, outputs[network])
+    return apart
 
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
+    """Return what a network gives, but whole numbers, which have no mean."""
     module = network.module.eval()
     outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
-    return [t.double().cpu() for t in outputs]
+    values = [t for t in outputs if t.is_floating_point() or t.is_complex()]
+    return [t.to(torch.promote_types(t.dtype, torch.float64)).cpu() for t in values]

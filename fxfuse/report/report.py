@@ -56,6 +56,38 @@ class SpaceReport:
 
 
 @dataclass(frozen=True)
+class Nearness:
+    """How far the outputs of the fused network, and of each network, are from their ensemble's.
+
+    Attributes:
+        in_nats: Whether distances are mean Kullback-Leibler divergences of class probabilities; if
+            not, they are root mean square errors relative to the ensemble's outputs.
+        samples: How many samples they were measured on.
+        held_out: Whether nothing was fitted to these.
+        fused: The distance of the fused network.
+        networks: Those of the networks.
+        clear: Per network, whether it is nearer than the fused one by more than chance and
+            rounding.
+    """
+
+    in_nats: bool
+    samples: int
+    held_out: bool
+    fused: float
+    networks: tuple[float, ...]
+    clear: tuple[bool, ...]
+
+    @property
+    def judges(self) -> str:
+        """The samples in words."""
+        return amount(self.samples, "held-out sample" if self.held_out else "sample")
+
+    def shown(self, distance: float) -> str:
+        """Return a distance in words."""
+        return f"{distance:.3g} nats" if self.in_nats else f"{100 * distance:.3g} %"
+
+
+@dataclass(frozen=True)
 class Report:
     """What a fusion did, kept in `fused.meta["fxfuse"]`.
 
@@ -84,6 +116,9 @@ class Report:
         lead: Index of the network whose units keep their places in the fused network; None stands
             for the anchor.
         mixed: Whether `weights="auto"` left the layers that write the outputs as they were mixed.
+        nearness: How far the outputs are from the ensemble's, and how far those of each network;
+            None with heads for several tasks, which have no ensemble.
+        warnings: What was warned of, a sentence each.
         maps: By `(space, network)`, what its units give, `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
@@ -106,6 +141,8 @@ class Report:
     memory: dict[str, int] = field(default_factory=dict, compare=False)
     lead: int | None = None
     mixed: bool = False
+    nearness: Nearness | None = None
+    warnings: tuple[str, ...] = ()
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
     )
@@ -178,6 +215,9 @@ class Report:
         units = "" if self.lead in (None, self.anchor) else f", units of network {self.lead}"
         spaces = amount(len(self.spaces), "space")
         lines = [f"widths of network {self.anchor}{units}, {spaces}"]
+        if self.narrow:
+            reasons = "; ".join(dict.fromkeys(self.narrow.values()))
+            lines.append(f"{amount(len(self.narrow), 'space')} not wider: {reasons}")
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
             refitted = f"{amount(len(self.layers), 'layer')} refitted"
@@ -185,6 +225,12 @@ class Report:
             lines.append(f"{refitted}, mean R^2 {mean:.2f} on held-out data{mixed}")
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
+        near = self.nearness
+        if near is not None:
+            parents = zip(self.alignment.names, near.networks)
+            alone = ", ".join(f"{name} {near.shown(distance)}" for name, distance in parents)
+            lines.append(f"on {near.judges} {near.shown(near.fused)} from the ensemble; {alone}")
+        lines += [f"warning: {sentence}" for sentence in self.warnings]
         if self.poor:
             verb = "explains" if len(self.poor) == 1 else "explain"
             layers = f"{amount(len(self.poor), 'layer')} {verb}"

@@ -226,7 +226,9 @@ def with_room(
         )
     problem = couplings.problem
     base = problem.structure
-    chosen = room(base, width, {n: _candidates(couplings, n, costs) for n in _widenable(base)})
+    fixed = _fixed(base)
+    free = [space.name for space in base.spaces if space.name not in fixed]
+    chosen = room(base, width, {name: _candidates(couplings, name, costs) for name in free})
     host, kept = _host(base, {name: len(owners) for name, owners in chosen.items()})
     wider = _hosted(problem, host)
     maps = {}
@@ -237,7 +239,7 @@ def with_room(
             maps[name, k] = _with_room(couplings.maps[before.name, k], k, owners)
         nothing = csr_array((after.size, after.size))
         maps[name, wider.anchor] = Coupling(nothing, nothing)
-    return Couplings(wider, maps), kept
+    return Couplings(wider, maps), fixed | kept
 
 
 def _hosted(problem: Problem, host: Network) -> Problem:
@@ -256,18 +258,20 @@ def _hosted(problem: Problem, host: Network) -> Problem:
     )
 
 
-def _widenable(base: Network) -> list[str]:
-    """Return the spaces that can have any number of units."""
+def _fixed(base: Network) -> dict[str, str]:
+    """Return the spaces that cannot have any number of units, each with the reason."""
     parents, under_norms = {s.parent for s in base.spaces}, spaces_under_norms(base)
-    return [
-        s.name
-        for s in base.spaces
-        if s.blocks is None
-        and s.name not in parents | under_norms
-        and s.axes
-        and all(a.groups == 1 or a.groups == s.size for a in s.axes)
-        and any(a.reads for a in s.axes)
-    ]
+    reasons: dict[str, str] = {}
+    for space in base.spaces:
+        if space.blocks is not None or space.name in parents:
+            reasons[space.name] = "groups and heads keep their width"
+        elif space.name in under_norms:
+            reasons[space.name] = "units that a norm averages over keep their number"
+        elif any(a.groups not in (1, space.size) for a in space.axes):
+            reasons[space.name] = "units of grouped convolutions keep their number"
+        elif not any(a.reads for a in space.axes):
+            reasons[space.name] = "no weight reads the units"
+    return reasons
 
 
 def _candidates(couplings: Couplings, name: str, costs: Costs) -> list[Owner]:

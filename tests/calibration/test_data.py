@@ -155,7 +155,7 @@ def test_batches_of_different_numbers_of_inputs_are_refused():
 def test_inputs_beyond_the_memory_budget_are_read_again_from_a_file(monkeypatch):
     monkeypatch.setattr("fxfuse.calibration.data.MEMORY", 20)
     calibration = Calibration(iter(numbered(3, 4, 2)))
-    assert any(waiting.places for waiting in calibration._batches)
+    assert any(waiting.places for waiting, _ in calibration._batches)
     assert sum(read(calibration, 4), []) == list(range(9))
     assert read(calibration, 2) == read(calibration, 2)
 
@@ -163,7 +163,7 @@ def test_inputs_beyond_the_memory_budget_are_read_again_from_a_file(monkeypatch)
 def test_a_tensor_is_not_written_to_a_file(monkeypatch):
     monkeypatch.setattr("fxfuse.calibration.data.MEMORY", 0)
     calibration = Calibration(torch.arange(150.0).view(150, 1))
-    assert not any(waiting.places for waiting in calibration._batches)
+    assert not any(waiting.places for waiting, _ in calibration._batches)
 
 
 @given(sizes, st.integers(2, 5))

@@ -174,6 +174,13 @@ def test_fuse_writes_weights_that_load_into_the_deeper_model(folder, monkeypatch
     assert "60 samples" in shown.out and "+" in shown.out and not shown.err
 
 
+def test_what_a_fusion_warns_of_is_shown_once(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--method", "otfusion") == 0
+    shown = capsys.readouterr()
+    (sentence,) = fxfuse.load("out/fused.safetensors").meta["fxfuse"].warnings
+    assert shown.err == f"warning: {sentence}\n" and "nats on 60 samples; try" in sentence
+
+
 def test_the_file_holds_the_network_and_a_report_with_hashes_and_seeds(folder, monkeypatch):
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--seed", "3") == 0
     report = fxfuse.load("out/fused.safetensors").meta["fxfuse"]

@@ -33,6 +33,7 @@ from tests.support.nets import (
     Residual,
     Tokens,
     conv,
+    fitted,
     gap,
     mlp,
     moved,
@@ -226,6 +227,7 @@ def test_layers_reported_cover_the_contractions_and_the_divergence_is_what_it_sa
     report = fused.meta["fxfuse"]
     assert len(report.layers) == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in fused.modules())
     assert all(-1 < layer.explained <= 1 and layer.ridge > 0 for layer in report.layers)
+    x = fitted(x)
     mean = (0.7 * outputs(nets[0], x) + 0.3 * outputs(nets[1], x)).log_softmax(1)
     expected = (mean.exp() * (mean - outputs(fused.eval(), x).log_softmax(1))).sum(1).mean()
     assert report.divergence == pytest.approx(float(expected), rel=1e-3)

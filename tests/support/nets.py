@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from fxfuse.calibration.data import Calibration
+from fxfuse.fusion._guard import held_back
+
 
 def randomise(module, seed=0):
     """Draw every parameter and buffer from a seed; return the module, in eval mode."""
@@ -42,6 +45,12 @@ def gap(before, after, *inputs):
     assert a.shape == b.shape and bool(torch.isfinite(b).all())
     assert float(a.abs().max()) > 0.01, "outputs of zero would hide every difference"
     return float((a - b).abs().max() / a.abs().max())
+
+
+def fitted(x):
+    """Return the samples of `(N, ...)` that `fuse` works on; it holds out the others."""
+    part, _ = held_back(Calibration(x))
+    return next(part.chunks(len(x)))[0]
 
 
 def moved(before, after):

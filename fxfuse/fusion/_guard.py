@@ -1,0 +1,145 @@
+"""Judge a fused network on held-out samples; warn where one of its networks does as well alone.
+
+The measure is how far outputs are from those of the networks' ensemble. A network that is no larger
+than the fused one and nearer to the ensemble would be the better choice.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from ..calibration.data import Calibration
+from ..calibration.distance import Distance
+from ..errors import FusionWarning
+from ..report.report import Nearness, Report
+from ..spaces.network import Network
+from .selection import distances
+
+SHARE, MOST, FEWEST = 16, 64, 8  # every sixteenth sample is held out, some of very many
+PARTS = 8  # of the samples, whose differences show how far chance goes
+NEGLIGIBLE = {True: 1e-4, False: 1e-3}  # a distance in nats, or relative: as good as none
+MANY = 500  # calibration samples, of which more may not help
+
+
+def held_back(data: Calibration) -> tuple[Calibration, Calibration]:
+    """Return samples to fuse on and samples to judge by; of few samples, all are both."""
+    if data.samples < SHARE * FEWEST:
+        return data, data
+    return data.parted(max(SHARE, data.samples // MOST))
+
+
+def nearness(
+    fused: Network,
+    networks: Sequence[Network],
+    shares: Sequence[float],
+    held: Calibration,
+    held_out: bool,
+) -> Nearness:
+    """Measure how far the fused network, and each of its networks, is from their ensemble.
+
+    Args:
+        fused: The fused network.
+        networks: Those that it was made of.
+        shares: Of each of them in the ensemble.
+        held: Samples to judge by.
+        held_out: Whether nothing was fitted to them.
+    """
+    ensemble = [(w, n) for w, n in zip(shares, networks) if w]
+    every, size = [fused, *networks], -(-held.samples // PARTS)
+    parts = [distances(ensemble, every, [batch]) for batch in held.chunks(size)]
+    sums = [sum(column[1:], column[0]) for column in zip(*parts)]
+    differs = not sums[0].shown <= NEGLIGIBLE[sums[0].in_nats]
+    return Nearness(
+        in_nats=sums[0].in_nats,
+        samples=held.samples,
+        held_out=held_out,
+        fused=sums[0].shown,
+        networks=tuple(total.shown for total in sums[1:]),
+        clear=tuple(differs and _nearer(parts, column) for column in range(1, len(every))),
+    )
+
+
+def _nearer(parts: Sequence[Sequence[Distance]], column: int) -> bool:
+    """Tell whether a network is nearer than the fused one, by more than chance would have it."""
+    totals = np.array([(part[0].total, part[column].total) for part in parts])
+    if not np.isfinite(totals).all():
+        return bool(np.isfinite(totals[:, 1]).all())
+    more = totals[:, 0] - totals[:, 1]
+    chance = more.std(ddof=1) / math.sqrt(len(more)) if len(more) > 1 else 0.0
+    return bool(more.mean() > chance)
+
+
+def better_alone(
+    report: Report, models: Sequence[nn.Module], fused: nn.Module, advice: str
+) -> str | None:
+    """Say that a network no larger than the fused one is nearer to the ensemble, if one is.
+
+    Args:
+        report: Has the distances.
+        models: The networks.
+        fused: The fused network.
+        advice: What to try.
+    """
+    near, size = report.nearness, _size(fused)
+    clear = [k for k, m in enumerate(models) if near and near.clear[k] and _size(m) <= size]
+    if near is None or not clear:
+        return None
+    best = min(clear, key=near.networks.__getitem__)
+    name = report.alignment.names[best]
+    return (
+        f"the fused network is farther from the networks' ensemble than {name} alone, which is no "
+        f"larger: {near.shown(near.fused)} against {near.shown(near.networks[best])} on "
+        f"{near.judges}; try {advice}"
+    )
+
+
+def advice_for(automatic: bool, width: float, usual: bool, samples: int) -> str:
+    """Return what may help a fused network that is farther off than a network alone.
+
+    Args:
+        automatic: Whether the weights were chosen.
+        width: Of the fused network.
+        usual: Whether it was fused by the default method.
+        samples: How many calibration samples there were.
+    """
+    ways = [
+        ("the default method", not usual),
+        ('weights="auto"', not automatic),
+        ("a larger width" if width > 1 else "width=1.5", width != float("inf")),
+        ("more calibration samples", samples < MANY),
+    ]
+    tries = [way for way, helps in ways if helps] or ["that network itself"]
+    return " or ".join([", ".join(tries[:-1]), tries[-1]] if len(tries) > 1 else tries)
+
+
+def nothing_wider(report: Report, width: float) -> str | None:
+    """Say that a larger width was asked for and nothing is wider, if so."""
+    if width == 1 or any(s.size > s.sizes[report.anchor] for s in report.spaces):
+        return None
+    reasons = dict.fromkeys(report.narrow.values()) or ["that is less than one more unit anywhere"]
+    return (
+        f"width={width:g} changed nothing ({'; '.join(reasons)}): leave it out, or fuse with a "
+        "wider network as the anchor"
+    )
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def warn(sentence: str) -> None:
+    """Warn at the line of the caller's code that led here."""
+    frame, level = sys._getframe(), 0
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, FusionWarning, stacklevel=level + 1)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0] or module == "contextlib"
