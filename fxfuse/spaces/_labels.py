@@ -229,6 +229,7 @@ class LabelRun:
         self._names = WeakTensorKeyDictionary()
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
+        self._reached: dict[int, Tensor] = {}
         self.values = Values(self._freeze_tensors)
         self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         for name, tensor in tensors:
@@ -299,16 +300,27 @@ class LabelRun:
         for layer in layers:
             self.ledger.freeze(layer, self.node, reason)
 
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Note the units that an operator works with, and does not only hand on."""
+        for tensor in tensors:
+            self._reached.update((id(layer), layer) for layer in self.of(tensor).layers)
+
     def _freeze_tensors(self, tensors: Iterable[Tensor], reason: str) -> None:
         for tensor in tensors:
             self.freeze(self.of(tensor).layers, reason)
 
     def freeze_unused(self) -> None:
-        """Freeze the tensors that no operator took: values computed earlier may depend on them."""
+        """Freeze what no operator took: values computed earlier, or longer inputs, depend on it."""
         used = {name for names in self.ledger.tensors.values() for name in names}
+        reached = np.zeros(self.ledger.size, dtype=bool)
+        for layer in self._reached.values():
+            reached[layer.numpy()] = True
         for (tensor, _), labels in self.ledger.axes.items():
             if tensor not in used:
                 self.ledger.frozen.append((labels, "", "a tensor that no operator takes"))
+            elif not reached[labels].all():
+                reason = "places of a table that this example does not reach"
+                self.ledger.frozen.append((labels[~reached[labels]], "", reason))
 
     def dense_axis(self, weight: Tensor, dim: int, labels: Tensor, groups: int) -> None:
         """Label the input axis of a grouped convolution with the units it reads.

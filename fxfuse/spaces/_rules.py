@@ -128,6 +128,8 @@ def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
     """Run the operator itself on the label tensors of its first argument."""
     key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
     labels, shape = run.of(tensor), op.before or tuple(tensor.shape)
+    if any(run.values.varies(t) for t in op.tensors if t is not tensor):
+        labels = _without_picked(run, labels, {op["dim"] % tensor.dim()})
     several = not isinstance(op.out, Tensor)
     layers: list[list[Tensor]] = [[] for _ in range(len(op.out) if several else 1)]
     for layer in labels.layers:
@@ -261,17 +263,39 @@ def stack(run: LabelRun, op: Op) -> Labels:
 
 
 def lookup(run: LabelRun, op: Op) -> Labels:
-    """Rows of a parameter picked by number stay in place; those of an activation move."""
+    """Rows picked by number move, unless they are a parameter's or the number may be another."""
     tensor = op["weight"] if op.name == "embedding" else op["self"]
     labels = run.of(tensor)
-    indices = tree_map(lambda i: i.cpu() if isinstance(i, Tensor) else i, op["indices"])
-    indices = [indices] if op.name == "embedding" else indices
-    picked = [d for d, i in enumerate(indices) if i is not None]
-    stay = [x for x in labels.layers if labels.sources and set(varying(x)) & set(picked)]
-    run.freeze(stay, "rows of a table picked by number")
-    rest = [x.expand(tensor.shape) for x in labels.layers if absent(x, stay)]
-    moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in rest]
+    indices = [op["indices"]] if op.name == "embedding" else op["indices"]
+    if labels.sources or any(run.values.varies(i) for i in indices if i is not None):
+        labels = _without_picked(run, labels, _picked(indices))
+    indices = [None if i is None else i.cpu() for i in indices]
+    layers = [x.expand(tensor.shape) for x in labels.layers]
+    moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in layers]
     return Labels(tuple(still_varying(run, moved)), labels.fill, labels.sources)
+
+
+def _picked(indices: Sequence[Tensor | None]) -> set[int]:
+    """Return the axes along which places are picked; truth values pick along as many as they have.
+
+    Args:
+        indices: One for each axis or, of truth values, for several; None for an axis as it is.
+    """
+    axes, dim = set(), 0
+    for index in indices:
+        truth = index is not None and index.dtype in (torch.bool, torch.uint8)
+        width = index.dim() if index is not None and truth else 1
+        axes |= set() if index is None else set(range(dim, dim + width))
+        dim += width
+    return axes
+
+
+def _without_picked(run: LabelRun, labels: Labels, dims: set[int]) -> Labels:
+    """Freeze the units along axes where places are picked by number; return the other layers."""
+    stay = [x for x in labels.layers if set(varying(x)) & dims]
+    run.freeze(stay, "places picked by number")
+    rest = tuple(x for x in labels.layers if absent(x, stay))
+    return Labels(rest, labels.fill, labels.sources)
 
 
 def gather(run: LabelRun, op: Op) -> Labels:

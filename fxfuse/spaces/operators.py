@@ -191,6 +191,8 @@ def mirror(
         run.ledger.steps.setdefault(run.node, []).append(_step(op, operator))
     if run.values.loose and not operator.properties & (P.ELEMENTWISE | P.CONSTANT):
         rules.fixed(run, op, "computed with a number that depends on values")
+    if not operator.properties & (P.SILENT | P.MOVES | P.JOINS):
+        run.reach(op.tensors)
     result = operator.rule(run, op)
     results = result if isinstance(result, list) else [result] * len(outputs)
     _note(run, op, operator, list(zip(outputs, results)))
