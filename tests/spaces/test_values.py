@@ -155,3 +155,94 @@ def test_a_buffer_that_is_written_to_holds_the_units_that_were_written(how, free
 def test_steps_of_other_libraries_are_not_those_of_atens_name():
     ledger = label_network(trace(randomise(Between("by_name"))), (torch.randn(4, 6),))
     assert [step.name for step in ledger.steps["hidden"]] == ["fxfuse_tests::relu"]
+
+
+class Picking(nn.Module):
+    """Units, experts or rows of a table that are picked by number."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(6, 24), nn.Linear(8, 3)
+        self.gate, self.low, self.high = (
+            nn.Parameter(torch.zeros(s)) for s in (8, (24, 3), (3, 8))
+        )
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 7, 6, 4, 5]))
+
+    def forward(self, x, number):
+        units = torch.tanh(self.first(x))
+        return self.last(getattr(self, self.how.replace(" ", "_"))(units, number))
+
+    def tasks(self, units, number):
+        return units.view(-1, 3, 8)[torch.arange(4), number[:4] % 3]
+
+    def one_task(self, units, number):
+        return units.view(-1, 3, 8)[:, number[0] % 3]
+
+    def units(self, units, number):
+        return units.index_select(1, number[:8])
+
+    def gathered(self, units, number):
+        return units.gather(1, number[:8].expand(4, 8))
+
+    def masked(self, units, number):
+        return units.view(-1, 3, 8)[:, number[:3] >= number[:3].max()].sum(1)
+
+    def mask_of_two_axes(self, units, number):
+        return units.view(-1, 3, 8).mT[number[:32].view(4, 8) >= 0].view(4, 8, 3).sum(2)
+
+    def best(self, units, number):
+        units = units.view(-1, 3, 8)
+        return units[torch.arange(4), units.mean(2).argmax(1)]
+
+    def by_a_weight(self, units, number):
+        return units.view(-1, 3, 8).sum(1)[:, self.gate.argsort()]
+
+    def by_a_constant(self, units, number):
+        return units.view(-1, 3, 8).sum(1)[:, self.order]
+
+    def row_of_a_product(self, units, number):
+        return units.view(-1, 3, 8).sum(1) + nn.functional.embedding(
+            number[:4], self.low @ self.high
+        )
+
+    def rows_of_a_product(self, units, number):
+        return units.view(-1, 3, 8).sum(1) + (self.low @ self.high)[number].sum(0)
+
+    def rows_of_a_layer(self, units, number):
+        return units.view(-1, 3, 8).sum(1) + torch.tanh(self.low @ self.high)[number].sum(0)
+
+
+PICKS = [
+    name.replace("_", " ")
+    for name in vars(Picking)
+    if not name.startswith("_") and name != "forward"
+]
+
+
+@pytest.mark.parametrize("how", PICKS)
+def test_numbers_of_an_example_do_not_decide_which_units_are_free(how):
+    net, x = randomise(Picking(how)), torch.randn(4, 6)
+    for seen in (torch.zeros(32, dtype=torch.long), torch.arange(32) % 8):
+        permuted = fxfuse.permute(net, (x, seen), seed=1)
+        for other in (seen, torch.randint(0, 24, (32,)), torch.arange(31, -1, -1) % 24):
+            assert gap(net, permuted, torch.randn(4, 6), other) < PERMUTATION
+
+
+class Table(nn.Module):
+    """A table of places, longer than most inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.zeros(16, 8))
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x) + self.table[: x.shape[1]]))
+
+
+def test_places_that_the_example_does_not_reach_stay():
+    net = randomise(Table())
+    permuted = fxfuse.permute(net, torch.randn(2, 5, 6), seed=1)
+    assert gap(net, permuted, torch.randn(2, 16, 6)) < PERMUTATION
+    spaces = fxfuse.find_spaces(net, torch.randn(2, 5, 6))
+    assert [s.size for s in spaces] == [8]
