@@ -2,7 +2,8 @@
 
 Each is called like `fuse`: `presets.zipit([a, b], data)`. Where a paper wants equal depths,
 networks are balanced first. What a paper cannot do, such as matching weights across widths, is
-refused.
+refused. What it does to norms after merging is done, too; `dataclasses.replace(presets.zipit,
+refit=AsMixed())` leaves it out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .coupling.zipit import Zip
 from .errors import ArgumentError
 from .fusion.fuse import Method, align
 from .fusion.transfer import transfer
-from .refit.moments import MatchMoments
+from .refit.moments import AsMixed, MatchMoments, ResetNorms
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class Transfer:
 best = Method()
 
 #: Weights of the same name are averaged; layers that a network lacks are left to the others.
-average = Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+average = Method(coupling=InPlace(), refit=AsMixed())
 
 #: OTFusion (Singh and Jaggi) on activations, as its scripts run it; layers match in order.
 otfusion = Method(
     aligner=same_index,
     coupling=LayerByLayer(ground_cost=euclidean, maps=one_map),
-    refit=MatchMoments(keep=True),
+    refit=AsMixed(),
     absent_as_zero=True,
 )
 
@@ -85,7 +86,7 @@ otfusion = Method(
 #: added layers counting as zeros, widths of the shallowest network.
 clafusion = Method(
     coupling=LayerByLayer(ground_cost=euclidean, maps=one_map),
-    refit=MatchMoments(keep=True),
+    refit=AsMixed(),
     absent_as_zero=True,
     anchor=lambda depths: depths.index(min(depths)),
 )
@@ -94,13 +95,13 @@ clafusion = Method(
 hmt = Transfer()
 
 #: Git Re-Basin (Ainsworth et al.): weights matched without data, which only the norms still need.
-git_rebasin = Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
+git_rebasin = Method(coupling=WeightMatching(), refit=ResetNorms())
 
 #: ZipIt (Stoica et al.): the units most alike are merged, some within a network.
-zipit = Method(coupling=Zip(alpha=0.3, beta=0.125), refit=MatchMoments(keep=True))
+zipit = Method(coupling=Zip(alpha=0.3, beta=0.125), refit=ResetNorms())
 
 #: Elastic zip (Xu et al.): budgets in proportion to the widths.
-elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=MatchMoments(keep=True))
+elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=ResetNorms())
 
 #: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
 c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())

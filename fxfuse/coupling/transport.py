@@ -253,7 +253,7 @@ def _mean(couplings: Sequence[Coupling]) -> Coupling:
 class InPlace(CouplingMethod):
     """Leave every unit where it is: the baseline that knows nothing of permutations.
 
-    With `MatchMoments(keep=True)` the result is the average of the weights, name by name. Networks
+    With `AsMixed()` the result is the average of the weights, name by name. Networks
     of unequal depth are balanced first, as for any other method. Norms with running statistics are
     folded into the weights that are averaged, and measured anew on the result.
 
@@ -262,9 +262,9 @@ class InPlace(CouplingMethod):
 
     Example:
         >>> import torch, fxfuse
-        >>> from fxfuse.refit import MatchMoments
+        >>> from fxfuse.refit import AsMixed
         >>> a, b = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()) for _ in "ab")
-        >>> naive = fxfuse.Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+        >>> naive = fxfuse.Method(coupling=InPlace(), refit=AsMixed())
         >>> fused = fxfuse.fuse([a, b], torch.randn(9, 4), method=naive)
         >>> torch.allclose(fused.get_submodule("0").weight, (a[0].weight + b[0].weight) / 2)
         True

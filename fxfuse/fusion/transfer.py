@@ -80,7 +80,7 @@ def transfer(
 
         >>> import fxfuse
         >>> from fxfuse.coupling import InPlace
-        >>> from fxfuse.refit import MatchMoments
+        >>> from fxfuse.refit import AsMixed
         >>> def net(*widths):
         ...     pairs = zip((4, *widths), widths)
         ...     hidden = [m for i, o in pairs for m in (nn.Linear(i, o), nn.ReLU())]
@@ -89,7 +89,7 @@ def transfer(
         >>> moved = transfer(source, target, data)
         >>> moved.meta["fxfuse"].pairs
         (('0', '0'), ('2', '2'))
-        >>> naive = fxfuse.Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+        >>> naive = fxfuse.Method(coupling=InPlace(), refit=AsMixed())
         >>> averaged = fxfuse.fuse([moved, target], data, method=naive)
         >>> fused = fxfuse.fuse([moved, target], data)
 

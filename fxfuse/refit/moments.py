@@ -86,19 +86,8 @@ class Refit(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class MatchMoments(Refit):
-    """Give each unit of the fused network the mean and spread that the parents' units ask of it.
-
-    Attributes:
-        keep: Keep the function as mixed, and only give norms the statistics of what they read.
-    """
-
-    keep: bool = False
-
-    def settles(self, problem: Problem) -> dict[str, int]:
-        """Return the nodes whose moments are wanted."""
-        return {} if self.keep else outputs_to_settle(problem.structure)
+class _Settle(Refit):
+    """Settle the plans of a fused network from its first node to its last, on all samples."""
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""
@@ -114,7 +103,7 @@ class MatchMoments(Refit):
         data: Calibration,
         samples: int,
     ) -> Outcome:
-        """Settle the norms, and the moments of other contractions; see `Refit`."""
+        """Settle the norms, and the contractions whose moments were asked for; see `Refit`."""
         by_node = {plan.node: plan for plan in plans}
         runs, settled = _runs(fused, data, samples), 0
         with torch.no_grad():
@@ -135,6 +124,40 @@ class MatchMoments(Refit):
                     settled += 1
                     tell(settled / len(by_node))
         return Outcome()
+
+
+@dataclass(frozen=True)
+class AsMixed(_Settle):
+    """Keep the function as it was mixed; norms only get the statistics of what they read."""
+
+    def settles(self, problem: Problem) -> dict[str, int]:
+        """Ask for no moments."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ResetNorms(_Settle):
+    """Measure the running statistics of norms anew, as most methods do after merging.
+
+    Each norm's output then has the mean and spread that the parents' matched norms have, as with
+    mixed affine parameters. Where there is no norm, nothing changes.
+
+    References:
+        Jordan et al. 2023 (REPAIR): where there are batch norms, the reset is the repair.
+    """
+
+    def settles(self, problem: Problem) -> dict[str, int]:
+        """Ask for the moments of what norms write."""
+        return dict.fromkeys(problem.structure.norms, 1)
+
+
+@dataclass(frozen=True)
+class MatchMoments(_Settle):
+    """Give each unit of the fused network the mean and spread that the parents' units ask of it."""
+
+    def settles(self, problem: Problem) -> dict[str, int]:
+        """Ask for the moments of all that can be settled."""
+        return outputs_to_settle(problem.structure)
 
 
 def _runs(network: Network, data: Calibration, samples: int) -> list[Run]:

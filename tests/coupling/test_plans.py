@@ -16,7 +16,7 @@ from fxfuse.coupling.measure import measure
 from fxfuse.coupling.plans import agreements, one_map, two_maps
 from fxfuse.coupling.transport import Transport
 from fxfuse.errors import ArgumentError
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed
 from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import build, data_shape, gap, mlp, randomise
 from tests.support.problems import problem_of
@@ -48,7 +48,7 @@ def test_one_map_scales_a_duplicated_network_and_two_maps_do_not():
     pair = [widened(net, mlp(6, 10, 8, 3, bias=False), x[:2]), net]
     factor = {}
     for maps in (one_map, two_maps):
-        method = fxfuse.Method(coupling=Transport(maps=maps), refit=MatchMoments(keep=True))
+        method = fxfuse.Method(coupling=Transport(maps=maps), refit=AsMixed())
         fused = fxfuse.fuse(pair, x, weights=[1, 0], anchor=1, method=method)
         factor[maps] = float((fused(x) / net(x)).median().detach())
     assert factor[two_maps] == pytest.approx(1.0, abs=1e-4)
@@ -104,7 +104,7 @@ def test_units_of_a_block_agree_as_a_whole_and_the_same_ones_fully():
 def test_where_nothing_agrees_the_first_network_stays(name):
     net, x = build(name)
     other, data = randomise(build(name)[0], 5), torch.randn(64, *data_shape(name))
-    loose = fxfuse.Method(coupling=Transport(agreement=400.0), refit=MatchMoments(keep=True))
+    loose = fxfuse.Method(coupling=Transport(agreement=400.0), refit=AsMixed())
     fused = fxfuse.fuse([net, other], data, method=loose, anchor=0)
     full = fxfuse.fuse([net, other], data, method=replace(loose, coupling=Transport()), anchor=0)
     inner = [n for n, p in net.named_parameters() if p.dim() > 1][:-1]

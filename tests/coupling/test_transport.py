@@ -13,13 +13,13 @@ from fxfuse.coupling.measure import View, points_of
 from fxfuse.coupling.transport import InPlace, LayerByLayer, Transport
 from fxfuse.errors import PairingError
 from fxfuse.graph.trace import trace
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed
 from fxfuse.spaces.network import Network
 from tests.support.nets import build, conv, data_shape, gap, mlp, outputs, randomise, residual
 
 
 def method(kind):
-    return fxfuse.Method(coupling=kind(ground_cost=euclidean), refit=MatchMoments(keep=True))
+    return fxfuse.Method(coupling=kind(ground_cost=euclidean), refit=AsMixed())
 
 
 def test_without_a_skip_layers_and_spaces_are_the_same():
@@ -89,7 +89,7 @@ def test_a_head_reads_the_plan_of_what_wrote_last():
         assert torch.allclose(head, net(data), atol=1e-4 * float(net(data).detach().abs().max()))
 
 
-NAIVE = fxfuse.Method(coupling=InPlace(), refit=MatchMoments(keep=True))
+NAIVE = fxfuse.Method(coupling=InPlace(), refit=AsMixed())
 
 
 @settings(max_examples=6)

@@ -29,7 +29,7 @@ from fxfuse.coupling.weight_matching import (
     sum_of,
 )
 from fxfuse.errors import PairingError, SolverError
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed
 from fxfuse.solvers import Assignment
 from tests.support.nets import (
     NETS,
@@ -402,7 +402,7 @@ def test_matching_networks_of_unequal_depth_gives_permutations(method, anchor):
 def test_without_moments_and_norms_nothing_is_measured(coupling, monkeypatch):
     nets = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2)]
     data = torch.randn(16, 6)
-    method = fxfuse.Method(coupling=coupling, refit=MatchMoments(keep=True))
+    method = fxfuse.Method(coupling=coupling, refit=AsMixed())
     expected = fxfuse.fuse(nets, data, method=method)
     monkeypatch.setattr("fxfuse.coupling.measure.walk", None)
     again = fxfuse.fuse(nets, data + 1, method=method)
@@ -411,6 +411,6 @@ def test_without_moments_and_norms_nothing_is_measured(coupling, monkeypatch):
 
 def test_without_moments_norms_are_still_settled():
     net, x = build("residual")
-    method = fxfuse.Method(coupling=WeightMatching(), refit=MatchMoments(keep=True))
+    method = fxfuse.Method(coupling=WeightMatching(), refit=AsMixed())
     fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], images(), method=method)
     assert gap(net, fused, images()) < FUNCTION

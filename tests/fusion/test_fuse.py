@@ -27,7 +27,7 @@ from fxfuse.errors import (
     SolverError,
     TraceError,
 )
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed, MatchMoments
 from fxfuse.refit.sweep import LeastSquares
 from fxfuse.solvers import Assignment, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import (
@@ -264,7 +264,7 @@ def test_each_choice_of_a_method_changes_the_result():
         {"coupling": Transport(maps=one_map)},
         {"coupling": Transport(view=View(activated=True))},
         {"refit": MatchMoments()},
-        {"refit": MatchMoments(keep=True)},
+        {"refit": AsMixed()},
         {"anchor": lambda depths: 1},
     ):
         other = fxfuse.fuse(nets, x, method=fxfuse.Method(**choice))

@@ -5,7 +5,7 @@ import torch
 import fxfuse
 from fxfuse.calibration.run import working_batch
 from fxfuse.coupling.transport import Transport
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed, MatchMoments, ResetNorms
 from tests.support.nets import build, gap, outputs, randomise, stages
 from tests.support.problems import network
 from tests.support.tolerances import FUNCTION
@@ -17,7 +17,7 @@ def images(count=40):
 
 def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
     nets, x = [randomise(stages([6, 6], [8]), s) for s in (1, 2)], images(64)
-    refits = MatchMoments(), MatchMoments(keep=True)
+    refits = MatchMoments(), AsMixed()
     methods = [fxfuse.Method(coupling=Transport(), refit=refit) for refit in refits]
     fused, plain = (fxfuse.fuse(nets, x, method=method) for method in methods)
     spreads = []
@@ -35,7 +35,7 @@ def test_moments_of_norm_outputs_match_the_mean_of_the_parents():
 
 def test_without_moments_the_norms_keep_the_mixed_function():
     net, x = build("residual")
-    method = fxfuse.Method(refit=MatchMoments(keep=True))
+    method = fxfuse.Method(refit=AsMixed())
     fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], images(), method=method)
     assert gap(net, fused, images()) < FUNCTION
 
@@ -59,3 +59,29 @@ def test_few_samples_are_settled_when_the_frontier_is_small(monkeypatch):
     assert samples % working_batch(networks) == 0 and samples < 100
     data = images(100)
     assert gap(net, fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data), data) < FUNCTION
+
+
+def fused_by(refit, nets, x):
+    return fxfuse.fuse(
+        nets, x, method=fxfuse.Method(coupling=Transport(), refit=refit)
+    ).state_dict()
+
+
+def test_reset_norms_get_the_moments_that_they_are_asked_for():
+    nets, x = [randomise(stages([6, 6], [8]), s) for s in (1, 2)], images(64)
+    reset, matched, plain = (
+        fused_by(refit, nets, x) for refit in (ResetNorms(), MatchMoments(), AsMixed())
+    )
+    norms = [name for name in reset if name.endswith("running_var")]
+    assert norms and all(torch.allclose(reset[n], matched[n], rtol=1e-4) for n in norms)
+    affine = norms[0].replace("running_var", "weight")
+    assert not torch.allclose(reset[affine], plain[affine], rtol=0.02)
+
+
+def test_without_norms_there_is_nothing_to_reset():
+    nets, x = [randomise(stages([6, 6], [8], norm=False), s) for s in (1, 2)], images(64)
+    reset, matched, plain = (
+        fused_by(refit, nets, x) for refit in (ResetNorms(), MatchMoments(), AsMixed())
+    )
+    assert all(torch.equal(reset[name], plain[name]) for name in plain)
+    assert not all(torch.allclose(reset[name], matched[name]) for name in plain)
