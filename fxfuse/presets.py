@@ -43,7 +43,9 @@ class Transfer:
     aligned: bool = False
     then: Method | None = None
 
-    def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
+    def __call__(
+        self, models: Sequence[nn.Module] | None = None, data: Any = None, **options: Any
+    ) -> fx.GraphModule:
         """Transfer, and fuse if asked to.
 
         Args:
@@ -52,19 +54,32 @@ class Transfer:
             options: Of `fuse`, for the fusion afterwards.
 
         Raises:
-            ArgumentError: If there are not two models.
+            ArgumentError: If there are not two models, or options of a fusion without one.
         """
-        if len(models) != 2:
+        if not isinstance(models, Sequence) or len(models) != 2:
             raise ArgumentError(
-                f"{len(models)} models",
+                f"{len(models) if isinstance(models, Sequence) else 'no'} models",
                 where="heterogeneous model transfer",
                 expected="two: the one that receives and the one that gives",
                 do="transfer one after the other with fxfuse.transfer",
+            )
+        given = [name for name, value in options.items() if value is not None]
+        if self.then is None and {*given} - {"progress"}:
+            raise ArgumentError(
+                f"{', '.join(given)} of a transfer that nothing is fused after",
+                where="heterogeneous model transfer",
+                expected="no options of a fusion",
+                do="leave them out, or fuse afterwards: Transfer(then=presets.best)",
             )
         target, source = models
         alignment = align([source, target], data) if self.aligned else None
         moved = transfer(source, target, data, alignment)
         return moved if self.then is None else self.then([moved, target], data, **options)
+
+
+def shallowest(depths: Sequence[int]) -> int:
+    """Return the index of the first network of the least depth, for `Method(anchor=)`."""
+    return depths.index(min(depths))
 
 
 #: The default: the method that gives the best networks.
@@ -88,7 +103,7 @@ clafusion = Method(
     coupling=LayerByLayer(ground_cost=euclidean, maps=one_map),
     refit=AsMixed(),
     absent_as_zero=True,
-    anchor=lambda depths: depths.index(min(depths)),
+    anchor=shallowest,
 )
 
 #: Heterogeneous model transfer (Wang et al.) alone; see `Transfer` for what may follow.
@@ -105,3 +120,16 @@ elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=ResetNorms())
 
 #: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
 c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())
+
+#: All of them by the names that `fuse(method=)` and the command line take.
+NAMED: dict[str, Method | Transfer] = {
+    "best": best,
+    "average": average,
+    "otfusion": otfusion,
+    "clafusion": clafusion,
+    "hmt": hmt,
+    "git_rebasin": git_rebasin,
+    "zipit": zipit,
+    "elastic_zip": elastic_zip,
+    "c2m3": c2m3,
+}

@@ -35,9 +35,10 @@ LEVELS = {
     )
     for name in names.split()
 }
-# Methods that only hand over to what draws and writes, imported no earlier than they are called.
+# What only hands over to what draws, writes or is named, imported no earlier than it is called.
 VIEWS = {"ir": {"report.graphs", "report.alignment_picture", "report.plots", "io.alignment_file"}}
 VIEWS["report.report"] = {"report.plots", "report.html"}
+VIEWS["fusion.fuse"] = {"presets"}  # by name
 PACKAGE = Path(fxfuse.__file__).parent
 TESTS = Path(__file__).parent
 MODULES = sorted(

@@ -1,6 +1,7 @@
 """The papers' methods against what the papers' own code gives on the same networks and samples."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fxfuse
+from fxfuse import presets
 from fxfuse.errors import ArgumentError
 from tests.support.nets import gap, mlp, outputs, randomise, residual
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
@@ -130,3 +132,58 @@ def test_transfer_is_for_two_networks_and_what_follows_changes_it():
         fxfuse.presets.Transfer(then=fxfuse.presets.average),
     ):
         assert gap(alone, other(nets, x), x) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(presets.NAMED))
+def test_names_are_those_of_the_presets_and_work_in_fuse(name):
+    torch.manual_seed(0)
+    nets, data = [mlp(6, 8, 8, 3), mlp(6, 8, 8, 3)], torch.randn(40, 6)
+    by_name = fxfuse.fuse(nets, data, method=name)
+    assert getattr(presets, name) is presets.NAMED[name]
+    other = presets.NAMED[name](nets, data)
+    assert all(map(torch.equal, by_name.parameters(), other.parameters()))
+
+
+def test_names_are_taken_wherever_methods_are():
+    nets, x = [mlp(6, 8, 3), mlp(6, 8, 3)], torch.randn(40, 6)
+    assert fxfuse.align(nets, x, method="otfusion") == fxfuse.align(
+        nets, x, method=presets.otfusion
+    )
+    assert len(fxfuse.balance(nets, x, method="zipit")) == 2
+    labelled = x, torch.zeros(40).long()
+    curves = [
+        fxfuse.barrier(nets, x, labelled, weights=[0, 0.5], method=method)
+        for method in ("average", presets.average)
+    ]
+    assert curves[0].losses == curves[1].losses
+
+
+@pytest.mark.parametrize("method", ["ot-fusion", "", presets.hmt, 3, len, presets])
+def test_what_is_no_method_is_refused(method):
+    nets, x = [mlp(6, 8, 3), mlp(6, 8, 3)], torch.randn(40, 6)
+    for use in (fxfuse.fuse, fxfuse.align, fxfuse.balance):
+        with pytest.raises(ArgumentError, match="method"):
+            use(nets, x, method=method)
+    with pytest.raises(ArgumentError, match="method"):
+        fxfuse.barrier(nets, x, (x, torch.zeros(40).long()), method=method)
+
+
+def test_a_method_that_only_transfers_aligns_nothing():
+    nets, x = [mlp(6, 8, 3), mlp(6, 8, 3)], torch.randn(40, 6)
+    with pytest.raises(ArgumentError, match="no Method"):
+        fxfuse.align(nets, x, method="hmt")
+    with pytest.raises(ArgumentError, match="width of a transfer"):
+        fxfuse.fuse(nets, x, method="hmt", width=2)
+    with pytest.raises(ArgumentError, match="weights of a transfer"):
+        presets.hmt(nets, x, weights=[1, 2])
+
+
+@pytest.mark.parametrize("preset", presets.NAMED.values())
+def test_presets_are_not_called_for_a_method(preset):
+    with pytest.raises(ArgumentError, match="without networks|no models"):
+        preset()
+
+
+@pytest.mark.parametrize("preset", presets.NAMED.values())
+def test_presets_can_be_pickled(preset):
+    assert pickle.loads(pickle.dumps(preset)) == preset

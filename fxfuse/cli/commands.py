@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import fx, nn
+from torch import nn
 from typer.core import TyperGroup
 
 from .._progress import Progress, heard_by
@@ -30,7 +30,7 @@ from ..fusion.barrier import compare
 from ..fusion.fuse import Method, align
 from ..io.save import save_at_least_weights
 from ..ir import Alignment
-from ..presets import average, best, c2m3, clafusion, elastic_zip, git_rebasin, hmt, otfusion, zipit
+from ..presets import NAMED
 from ..report import PICTURE_ENDINGS, Report, draw
 from .references import file_hashes, load_data, load_example, load_model
 from .terminal import show_alignment, show_inspection, stages
@@ -155,18 +155,7 @@ def _fault_of(path: Path, endings: Sequence[str]) -> str:
     return ""
 
 
-METHODS: dict[str, Callable[..., fx.GraphModule]] = {
-    "best": best,
-    "average": average,
-    "otfusion": otfusion,
-    "clafusion": clafusion,
-    "hmt": hmt,
-    "git_rebasin": git_rebasin,
-    "zipit": zipit,
-    "elastic_zip": elastic_zip,
-    "c2m3": c2m3,
-}
-ALIGNING = {name: method for name, method in METHODS.items() if isinstance(method, Method)}
+ALIGNING = {name: method for name, method in NAMED.items() if isinstance(method, Method)}
 FAILED, INTERRUPTED = 2, 130  # the statuses that shells know
 
 _out, _err = Console(), Console(stderr=True)
@@ -319,14 +308,14 @@ def fuse_command(
     width: Width = None,
     anchor: Anchor = None,
     alignment: AlignmentFile = None,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "best",
+    method: Annotated[str, typer.Option(help=", ".join(NAMED))] = "best",
     samples: Samples = 1000,
     seed: Seed = 0,
     picture: Picture = None,
     page: Page = None,
 ) -> None:
     """Fuse trained models into one and save it."""
-    fusing = method_named(method, METHODS)
+    fusing = method_named(method, NAMED)
     require_writable(output, "--output")
     require_writable(picture, "--picture", PICTURE_ENDINGS)
     require_writable(page, "--report", [".html"])

@@ -167,7 +167,7 @@ def barrier(
     weights: Sequence[float] | None = None,
     alignment: Alignment | None = None,
     anchor: int | None = None,
-    method: Method | None = None,
+    method: Method | str | None = None,
     loss: Loss = nn.functional.cross_entropy,
     progress: Progress | None = None,
 ) -> Barrier:

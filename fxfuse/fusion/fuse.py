@@ -67,8 +67,17 @@ class Method:
     absent_as_zero: bool = False
     anchor: Callable[[Sequence[int]], int] | None = None
 
-    def __call__(self, models: Sequence[nn.Module], data: Any, **options: Any) -> fx.GraphModule:
+    def __call__(
+        self, models: Sequence[nn.Module] | None = None, data: Any = None, **options: Any
+    ) -> fx.GraphModule:
         """Fuse models by this method; takes the arguments of `fuse`."""
+        if models is None:
+            raise ArgumentError(
+                "a method that is called without networks",
+                where="Method.__call__",
+                expected="the networks and the data",
+                do="hand the method over as it is: fxfuse.fuse(models, data, method=method)",
+            )
         return fuse(models, data, method=self, **options)
 
     @property
@@ -93,6 +102,34 @@ class Method:
 FAIR = Method(coupling=Transport())  # every network counts fully in every unit
 
 
+def _chosen(method: Method | str | None, default: Method = Method()) -> Method:
+    """Return the method that a caller chose, by itself or by its name."""
+    chosen = default if method is None else method
+    chosen = _preset(chosen) if isinstance(chosen, str) else chosen
+    if isinstance(chosen, Method):
+        return chosen
+    raise ArgumentError(
+        f"a {type(chosen).__name__} as a method",
+        where="the argument `method`",
+        expected="a fxfuse.Method, or its name, such as 'zipit'",
+        do="leave it out for the best one; call what is no Method: presets.hmt(models, data)",
+    )
+
+
+def _preset(name: str) -> Callable[..., fx.GraphModule]:
+    """Return what the presets call so."""
+    from ..presets import NAMED  # these use `fuse`
+
+    if name in NAMED:
+        return NAMED[name]
+    raise ArgumentError(
+        f"the method '{name}'",
+        where="the argument `method`",
+        expected=f"one of {', '.join(NAMED)}",
+        do="leave it out for the best one",
+    )
+
+
 @without_autocast()
 def fuse(
     models: Sequence[nn.Module],
@@ -102,7 +139,7 @@ def fuse(
     weights: Sequence[float] | Literal["auto"] | None = None,
     width: float = 1.0,
     anchor: int | None = None,
-    method: Method | None = None,
+    method: Method | str | None = None,
     heads: Heads | None = None,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -127,7 +164,8 @@ def fuse(
             for norms over units, groups and heads, which keep their width.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
-        method: The choices along the way; the default is the best one known (with heads, `FAIR`).
+        method: The choices along the way, or the name of a preset, such as "zipit"; the default is
+            the best one known (with heads, `FAIR`).
         heads: For networks of different tasks: fuse them up to a layer, and keep a head for each
             (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
         progress: Called with the name of a stage and the share of it that is done.
@@ -160,7 +198,11 @@ def fuse(
         >>> [tuple(p.shape) for p in fused.parameters() if p.dim() == 2]
         [(8, 4), (8, 8), (6, 8), (3, 6)]
     """
-    method, clock = method or (Method() if heads is None else FAIR), Clock(progress)
+    if isinstance(method, str) and not isinstance(preset := _preset(method), Method):
+        options = {"alignment": alignment, "weights": weights, "anchor": anchor, "heads": heads}
+        options |= {"width": None if width == 1 else width, "progress": progress}
+        return preset(models, data, **options)
+    method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width, apart=heads is not None)
@@ -292,7 +334,7 @@ def fuse_along(
     *,
     alignment: Alignment | None = None,
     anchor: int | None = None,
-    method: Method | None = None,
+    method: Method | str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[fx.GraphModule]:
     """Fuse networks with several sets of weights, one after the other; analyse them once.
@@ -309,7 +351,7 @@ def fuse_along(
     Yields:
         What `fuse` returns for each set of weights.
     """
-    method, clock = method or Method(), Clock(progress)
+    method, clock = _chosen(method), Clock(progress)
     all_shares = [shares_of(w, models) for w in weights]
     networks, calibration = prepare(models, data, clock)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
@@ -337,7 +379,7 @@ def align(
     models: Sequence[nn.Module],
     data: Any,
     *,
-    method: Method | None = None,
+    method: Method | str | None = None,
     pairs: Sequence[Pairs | None] = (),
     progress: Progress | None = None,
 ) -> Alignment:
@@ -371,7 +413,7 @@ def align(
         >>> align(models, data, pairs=[[("2", "0"), ("4", "2")]]).pairs
         [[('2', '0'), ('4', '2')], [('6', '4')]]
     """
-    method, clock = method or Method(), Clock(progress)
+    method, clock = _chosen(method), Clock(progress)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=True)
     choices = method.aligner, method.layer_cost
     with clock.stage("align layers"):
@@ -384,7 +426,7 @@ def balance(
     data: Any,
     *,
     alignment: Alignment | None = None,
-    method: Method | None = None,
+    method: Method | str | None = None,
     progress: Progress | None = None,
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
@@ -409,7 +451,7 @@ def balance(
             place of one that is to be removed.
         NotEquivalent: If the function of a network that keeps its layers would change.
     """
-    method, clock = method or Method(), Clock(progress)
+    method, clock = _chosen(method), Clock(progress)
     networks, calibration = prepare(models, data, clock)
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = _balanced(networks, alignment, calibration, method, clock)

@@ -258,7 +258,7 @@ def test_no_module_handles_signals():
 def test_every_preset_is_a_method():
     kinds = (fxfuse.Method, type(presets.hmt))
     named = {name: preset for name, preset in vars(presets).items() if isinstance(preset, kinds)}
-    assert named == cli.METHODS
+    assert named == cli.NAMED
 
 
 def test_methods_that_transfer_take_no_options_of_fusing(folder, monkeypatch, capsys):
