@@ -266,10 +266,10 @@ def _computes(affine: Affine, x: Tensor, y: Tensor) -> bool:
 
 def _norm_behind(network: Network, node: fx.Node, affine: Affine) -> str | None:
     """Return the norm that alone reads a node, if its statistics are used once."""
-    user = next(iter(node.users))
-    roles = network.norms.get(user.name)
+    user = next(iter(node.users), None)
+    roles = None if user is None else network.norms.get(user.name)
     same_axis = bool(affine.kernel) or len(network.shapes[node.name]) == 2
-    if roles is None or len(node.users) > 1 or not same_axis:
+    if user is None or roles is None or len(node.users) > 1 or not same_axis:
         return None
     statistics = [r["running_mean"] for r in network.norms.values()]
     return user.name if statistics.count(roles["running_mean"]) == 1 else None

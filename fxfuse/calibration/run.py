@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import DataError
-from ..graph.trace import Interpreter, device_of
+from ..graph.trace import Interpreter, device_of, tensors_in
 from ..spaces.network import Network
 from .data import Batch, Calibration
 from .spill import SpillStore, Waiting, addresses_of
@@ -52,10 +52,26 @@ def record(
             values = [run.step(node) for run in runs]
             if node.name in waiting:
                 waiting.discard(node.name)
-                reduced[node.name] = reducers[node.name](torch.cat(values))
+                reduced[node.name] = reducers[node.name](_joined(values, runs))
             if not waiting:
                 break
     return reduced
+
+
+def _joined(values: Sequence[Any], runs: Sequence[Run]) -> Tensor:
+    """Return what runs over parts of a batch computed as one tensor, the samples first.
+
+    Several tensors (a tuple, a dictionary, a data class) become the features of one `(samples,
+    features)`, as far as they have a row for each sample.
+    """
+    if all(isinstance(value, Tensor) and value.dim() for value in values):
+        return torch.cat(list(values))
+    parts = []
+    for value, run in zip(values, runs):
+        tensors = [t for t in tensors_in(value) if t.dim() and len(t) == run.samples]
+        rows = [t.reshape(len(t), -1).float() for t in tensors] or [torch.zeros(run.samples, 1)]
+        parts.append(torch.cat(rows, 1))
+    return torch.cat(parts)
 
 
 def batch_size(networks: Sequence[Network], budget: int, most: int, least: int = 1) -> int:
@@ -131,6 +147,7 @@ class Run(Interpreter):
         self._users = Counter(entry for entry, _ in self.bypass.values())
         device = device_of(network.module)
         self.args_iter = iter([t.to(device) for t in batch])
+        self.samples = len(batch[0])
         network.module.eval()
 
     def step(self, node: fx.Node) -> Any:

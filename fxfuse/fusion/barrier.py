@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._progress import Progress, counted
-from ..errors import ArgumentError, DataError
+from ..errors import ArgumentError, DataError, ModelError
 from ..graph.trace import device_of, without_autocast
 from ..ir import Alignment
 from ..report.plots import draw_barrier
@@ -75,6 +75,7 @@ def evaluate(
         for batch in rereadable(labelled):
             inputs, labels = _pair(batch)
             scores, labels = model(inputs.to(device)), labels.to(device)
+            _require_scores(scores, labels)
             right += int((scores.argmax(1) == labels).sum())
             total += float(loss(scores, labels)) * len(labels)
             count, samples = count + labels.numel(), samples + len(labels)
@@ -105,6 +106,18 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if labels.is_floating_point() or len(inputs) != len(labels):
         raise _unlabelled(f"{len(inputs)} inputs with {len(labels)} labels of {labels.dtype}")
     return inputs, labels
+
+
+def _require_scores(scores: Any, labels: Tensor) -> None:
+    shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    apart = isinstance(scores, Tensor) and scores.dim() > 1
+    if not apart or (len(scores), *scores.shape[2:]) != tuple(labels.shape):
+        raise ModelError(
+            f"outputs {shape} for labels {tuple(labels.shape)}",
+            where="the network that is compared on the labelled data",
+            expected="a tensor of scores (n, classes, ...) for labels (n, ...)",
+            do="compare classifiers; return the scores alone from forward",
+        )
 
 
 def _unlabelled(met: str) -> DataError:

@@ -104,7 +104,7 @@ FAIR = Method(coupling=Transport())  # every network counts fully in every unit
 
 def _chosen(method: Method | str | None, default: Method = Method()) -> Method:
     """Return the method that a caller chose, by itself or by its name."""
-    chosen = default if method is None else method
+    chosen: Any = default if method is None else method
     chosen = _preset(chosen) if isinstance(chosen, str) else chosen
     if isinstance(chosen, Method):
         return chosen
@@ -200,8 +200,8 @@ def fuse(
     """
     if isinstance(method, str) and not isinstance(preset := _preset(method), Method):
         options = {"alignment": alignment, "weights": weights, "anchor": anchor, "heads": heads}
-        options |= {"width": None if width == 1 else width, "progress": progress}
-        return preset(models, data, **options)
+        wider = None if width == 1 else width
+        return preset(models, data, **options, width=wider, progress=progress)
     method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)

@@ -214,7 +214,7 @@ def sweep_order(network: Network, producers: set[str]) -> list[fx.Node]:
     waiting = [n for n in graph if n not in order]
     while waiting:
         ready = (n for n in waiting if all(i in order for i in n.all_input_nodes))
-        best = min(ready, key=lambda n: (n.name in producers and level[n], n.op == "output"))
+        best = min(ready, key=lambda n: (n.op == "output", n.name in producers and level[n]))
         waiting.remove(best)
         order[best] = None
     return list(order)

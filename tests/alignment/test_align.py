@@ -1,5 +1,8 @@
 """Alignment of networks: segments that pair, maps that are planted, pairs by hand."""
 
+import copy
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -388,3 +391,49 @@ def test_pairs_by_hand_are_lists_per_segment_of_two_models():
         by_hand(None, None, None)
     with pytest.raises(ArgumentError, match="expected: per segment of two models, a list"):
         by_hand(("0", "0"), ("2", "2"))
+
+
+@dataclass
+class _Found:
+    scores: torch.Tensor
+    boxes: torch.Tensor
+
+
+class _TwoOutputs(nn.Module):
+    """A trunk with two heads, returned in one of several forms."""
+
+    def __init__(self, depth, width, returned):
+        super().__init__()
+        self.trunk = mlp(6, *[width] * depth, 5)
+        self.scores, self.boxes, self.returned = nn.Linear(5, 3), nn.Linear(5, 4), returned
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return self.returned(self.scores(x), self.boxes(x))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda a, b: (a, b),
+        lambda a, b: [a, (b, a)],
+        lambda a, b: {"scores": a, "boxes": b},
+        _Found,
+        lambda a, b: (a, None, b, 3),
+        lambda a, b: (a,),
+        lambda a, b: (a, b.argmax(1)),
+        lambda a, b: (a[:, None].expand(-1, 2, -1), b.mean()),
+        lambda a, b: a.mean() + b.mean(),
+    ],
+)
+def test_networks_may_return_tensors_in_any_form(returned):
+    torch.manual_seed(0)
+    nets, x = [_TwoOutputs(d, w, returned).eval() for d, w in ((3, 8), (2, 6))], torch.randn(50, 6)
+    plain = [copy.deepcopy(net) for net in nets]
+    for net in plain:
+        net.returned = lambda a, b: torch.cat([a, b], 1)
+    alignment = fxfuse.align(nets, x)
+    assert alignment.pairs[:-1] == fxfuse.align(plain, x).pairs[:-1]
+    assert "trunk.0" in str(alignment)
+    fused = fxfuse.fuse(nets, x, alignment=alignment)
+    assert type(fused(x)) is type(nets[0](x))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import ArgumentError, DataError
+from fxfuse.errors import ArgumentError, DataError, ModelError
 from fxfuse.fusion.barrier import Barrier, compare, evaluate
 from tests.support.nets import mlp, outputs, randomise
 
@@ -137,3 +137,18 @@ def test_bad_weights_are_refused(nets, weights):
 def test_two_models_are_asked_for(nets):
     with pytest.raises(ArgumentError, match="1 models"):
         fxfuse.barrier(nets[:1], X, (X, Y))
+
+
+@pytest.mark.parametrize("returned", [lambda a: (a, a), lambda a: a.mean(), lambda a: a[..., None]])
+def test_outputs_that_are_no_scores_are_refused(returned):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return returned(self.b(self.a(x).relu()))
+
+    x = torch.randn(20, 4)
+    with pytest.raises(ModelError, match="scores"):
+        fxfuse.barrier([Returns(), Returns()], x, (x, torch.zeros(20).long()))

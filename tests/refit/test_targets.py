@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+import fxfuse
 from fxfuse.alignment.align import align_networks
 from fxfuse.calibration.data import Calibration
 from fxfuse.calibration.run import Run, walk
@@ -224,3 +225,21 @@ def test_the_activation_behind_a_target_is_found_through_what_is_idle():
     _, aims = aims_of(network(randomise(net), torch.randn(3, 6)))
     assert [aim.activation for aim in aims.values()] == ["_2", None, None]
     assert [aim.needs_spread for aim in aims.values()] == [True, False, False]
+
+
+def test_the_output_is_the_last_step_also_behind_layers_that_nothing_reads():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.spare = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            self.spare(x)
+            return (self.b(x),)
+
+    x = torch.randn(30, 4)
+    order, aims = aims_of(network(Spare(), x))
+    assert order[-1].op == "output" and "spare" in aims
+    fused = fxfuse.fuse([Spare(), Spare()], x)
+    assert fused.meta["fxfuse"].divergence is None, "a tuple has no logits"
