@@ -9,7 +9,7 @@ better on the test images, which favours this baseline.
                                 [--images FOLDER] [--cache FOLDER] [--curve curve.png]
                                 [--groups 32+20 56+32+20] [--pair 32+20] [--methods best auto]
                                 [--draws 3] [--samples 1000] [--test-images 3000]
-                                [--train-mnist 5]
+                                [--train-mnist 5] [--records FOLDER]
 
 Tables: `cifar`, He et al.'s ResNets (see cifar_resnet.py); `width`, accuracy against multiply-adds
 of one pair, drawn too; `ablation` and `presets`, on that pair; `trained`, pairs of one depth that
@@ -19,6 +19,7 @@ are trained here on images of ../shared; `mnist`, the CLAFusion paper's networks
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
@@ -33,6 +34,7 @@ import cifar_resnet as cifar
 import mnist_mlp as mnist
 import numpy as np
 import torch
+from experiment import hardware
 from networks import SHARED, CifarResNet, Vgg, accuracy, cifar_resnet, predict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,11 +42,12 @@ from torchvision.datasets import MNIST
 from training import cached, distil, train
 
 import fxfuse
-from fxfuse._files import write_atomically
+from fxfuse._files import write_atomically, write_text
 from fxfuse.coupling import Transport, Zip
 from fxfuse.presets import average, best
 from fxfuse.refit import LeastSquares, MatchMoments
 from fxfuse.solvers import Sinkhorn
+from fxfuse.version import versions
 
 GROUPS = ("32+20", "56+20", "56+32+20")
 WIDTHS = (1.0, 1.25, 1.5, 1.75, math.inf)
@@ -98,13 +101,21 @@ def ensemble(nets: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def compare(case: Case, chosen: Sequence[str]) -> dict[str, str]:
     """Return accuracies in words: parents, ensemble, and every chosen row over the draws."""
+    return in_words(measured(case, chosen))
+
+
+def in_words(rows: dict[str, list[float]]) -> dict[str, str]:
+    """Return what was measured, with one figure for each parent and one for all draws."""
+    parents = ", ".join(f"{value:.1f}" for value in rows["parents"])
+    return {name: parents if name == "parents" else words(v) for name, v in rows.items()}
+
+
+def measured(case: Case, chosen: Sequence[str]) -> dict[str, list[float]]:
+    """Return accuracies: of each parent, of the ensemble, and of every chosen row in each draw."""
     parents = [case.score(n) for n in case.nets]
-    shown = {
-        "parents": ", ".join(f"{p:.1f}" for p in parents),
-        "ensemble, mean of logits": f"{accuracy(ensemble(case.nets, case.x), case.y):.1f}",
-    }
+    together = accuracy(ensemble(case.nets, case.x), case.y)
     better = case.nets[parents.index(max(parents))]
-    rows: dict[str, list[float]] = {}
+    rows = {"parents": parents, "ensemble, mean of logits": [together]}
     for draw, data in enumerate(case.draws):
         seconds: dict[str, float] = {}
         for name in [n for n in ROWS if n in chosen or (n == "best" and "distilled" in chosen)]:
@@ -117,7 +128,7 @@ def compare(case: Case, chosen: Sequence[str]) -> dict[str, str]:
             student = distil(case.nets, better, data, seconds["best"], case.flips, draw)
             rows.setdefault(DISTILLED, []).append(case.score(student))
             rows.setdefault("that time: `best`, seconds", []).append(seconds["best"])
-    return shown | {label: words(found) for label, found in rows.items()}
+    return rows
 
 
 def timed(method: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -173,8 +184,27 @@ def on_cifar(nets: list[nn.Module], args: argparse.Namespace) -> Case:
 
 def cifar_table(args: argparse.Namespace) -> None:
     print("\n## CIFAR-10 ResNets\n")
-    columns = {named(g): compare(resnets(g, args), args.methods) for g in args.groups}
+    columns = {}
+    for group in args.groups:
+        rows = measured(resnets(group, args), args.methods)
+        columns[named(group)] = in_words(rows)
+        record(f"one_shot-cifar-{group}", named(group), [*map(row, rows, rows.values())], args)
     print(cifar.table(columns), flush=True)
+
+
+def row(name: str, values: list[float], **more: Any) -> dict[str, Any]:
+    """Return a row of a record: one value of each draw (of parents: of each)."""
+    return {"name": name, **more, "values": [round(value, 2) for value in values]}
+
+
+def record(name: str, title: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write what was measured, and what it depends on, if records are asked for."""
+    if args.records is None:
+        return
+    known = {"question": "one_shot", "title": title, "rows": rows}
+    known |= {"samples": args.samples, "test_images": args.test_images, "draws": args.draws}
+    known |= {"versions": versions(), "hardware": hardware()}
+    write_text(args.records / f"{name}.json", json.dumps(known, indent=1) + "\n")
 
 
 def named(group: str) -> str:
@@ -194,6 +224,11 @@ def width_table(args: argparse.Namespace) -> None:
     for width, cost, parameters, found in curve:
         rows.append([f"`width={width}`", f"{cost:.1f}", f"{parameters:,}", words(found)])
     print(lines(["network", "multiply-adds, millions", "parameters", "accuracy in %"], rows))
+    kept = [row(name, [value], multiply_adds=round(cost, 1)) for name, cost, value in points]
+    for width, cost, parameters, found in curve:
+        more = {"multiply_adds": round(cost, 1), "parameters": parameters}
+        kept.append(row(f"width={width:g}", found, **more))
+    record(f"one_shot-width-{args.pair}", f"Width of {named(args.pair)}", kept, args)
     if args.curve is not None:
         write_atomically(args.curve, partial(draw_curve, points, curve, case))
         print(f"\ndrawn in {args.curve}", flush=True)
@@ -379,6 +414,7 @@ def parsed() -> argparse.Namespace:
     add("--images", type=Path, help="where CIFAR's train/ and test/ are, or are to go")
     add("--cache", type=Path, help="where the networks trained here are kept")
     add("--curve", type=Path, help="a .png, .pdf or .svg for the width curve")
+    add("--records", type=Path, help="a folder: write what was measured there, as JSON")
     add("--samples", type=int, default=1000, help="unlabelled images of a draw")
     add("--test-images", type=int, default=3000, help="of CIFAR")
     add("--draws", type=int, default=3)

@@ -97,7 +97,7 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
         progress: Called with the name of a stage and the share of it that is done.
     """
     progress = progress or (lambda stage, share: None)
-    images, labels = _digits(seed)
+    images, labels = digits(seed)
     sizes = [TEST, CHOICE, len(images) - TEST - CHOICE]
     test, choice, training = zip(images.split(sizes), labels.split(sizes))
     parents: list[nn.Module] = []
@@ -157,28 +157,29 @@ def train(
     net.eval()
 
 
-def _digits(seed: int) -> tuple[Tensor, Tensor]:
+def digits(seed: int) -> tuple[Tensor, Tensor]:
     """Return images `(1797, 1, 8, 8)` and labels `(1797,)` in an order drawn with the seed."""
-    digits = load_digits()
-    images = (torch.tensor(digits.images, dtype=torch.float32)[:, None] - 4.9) / 6.0
-    labels = torch.tensor(digits.target)
+    known = load_digits()
+    images = (torch.tensor(known.images, dtype=torch.float32)[:, None] - 4.9) / 6.0
+    labels = torch.tensor(known.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order], labels[order]
 
 
 def _accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
-        return _percent_right(net(images), labels)
+        return percent_right(net(images), labels)
 
 
 def _ensemble(nets: list[nn.Module], images: Tensor, labels: Tensor) -> float:
     """Return the accuracy of the mean of the networks' probabilities."""
     with torch.no_grad():
         mean = torch.stack([net(images).softmax(1) for net in nets]).mean(0)
-    return _percent_right(mean, labels)
+    return percent_right(mean, labels)
 
 
-def _percent_right(scores: Tensor, labels: Tensor) -> float:
+def percent_right(scores: Tensor, labels: Tensor) -> float:
+    """Return the share of labels that have the highest score, in percent."""
     return 100.0 * float((scores.argmax(1) == labels).float().mean())
 
 

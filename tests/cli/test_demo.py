@@ -25,6 +25,6 @@ def test_the_demo_reports_six_networks_and_draws(tmp_path, monkeypatch):
 
 
 def test_the_split_keeps_test_images_apart():
-    images, labels = demo._digits(0)
+    images, labels = demo.digits(0)
     assert len(images) == len(labels) == 1797 and demo.TEST + demo.CHOICE < 1797
-    assert not torch.equal(demo._digits(1)[1], labels), "the seed does not reach the split"
+    assert not torch.equal(demo.digits(1)[1], labels), "the seed does not reach the split"
