@@ -3,7 +3,7 @@
 from . import presets
 from .alignment import Inspection, inspect
 from .errors import FuseError, FusionWarning
-from .fusion import Method, align, balance, barrier, fuse, heads, net2deeper, transfer
+from .fusion import Method, align, balance, barrier, compare, fuse, heads, net2deeper, transfer
 from .graph import debug, verify
 from .io import load, save
 from .ir import Alignment, Space, Spaces
@@ -25,6 +25,7 @@ __all__ = [
     "align",
     "balance",
     "barrier",
+    "compare",
     "debug",
     "draw",
     "find_spaces",

@@ -22,6 +22,7 @@ NAMES = [
     "align",
     "balance",
     "barrier",
+    "compare",
     "debug",
     "draw",
     "find_spaces",
@@ -96,8 +97,8 @@ PLACES = [fxfuse] + [
 PUBLIC = {name for place in PLACES for name in vars(place) if not name.startswith("_")}
 ROOT = Path(__file__).parents[1]
 TEXTS = {
-    path.name: path.read_text()
-    for path in [*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *ROOT.glob("examples/*.py")]
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.[mp][dy]")]
 }
 DOCUMENTED = {
     f"{place.__name__}.{name}": inspect.getdoc(member)
@@ -130,9 +131,10 @@ def test_names_that_cannot_be_imported_would_be_seen():
             imported(dotted)
 
 
-def test_classes_that_the_readme_calls_are_in_a_package():
-    called = set(re.findall(r"\b([A-Z]\w*)\(", TEXTS["README.md"]))
-    assert "Transport" in called and called <= PUBLIC
+def test_classes_that_a_page_names_as_arguments_are_in_a_package():
+    """Arguments of calls in backquotes, such as `Method(refit=LeastSquares())`."""
+    called = {name for text in TEXTS.values() for name in re.findall(r"=([A-Z]\w*)\(", text)}
+    assert {"Zip", "MatchMoments"} <= called and called <= PUBLIC
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

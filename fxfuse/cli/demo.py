@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from sklearn.datasets import load_digits
@@ -23,6 +24,7 @@ from ..report import draw
 
 TEST, CHOICE, CALIBRATION = 597, 200, 500  # images to test on, to choose with, to fuse on
 PARENTS = ((4, 16), (3, 12))  # blocks per stage, width
+N = TypeVar("N", bound=nn.Module)
 EPOCHS, TUNING = 12, 3  # of training and of fine-tuning
 
 
@@ -105,7 +107,7 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
         torch.manual_seed(seed + 1 + i)
         parent = DigitNet(depth, width)
         with heard_by(partial(progress, f"train parent {i + 1} of {len(PARENTS)}")):
-            train(parent, *training, EPOCHS, 0.05)
+            train(parent, *training)
         parents.append(parent)
     calibration = training[0][:CALIBRATION]
     progress("align and fuse", 0.0)
@@ -133,9 +135,14 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
 
 
 def train(
-    net: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, batch: int = 64
-) -> None:
-    """Train a classifier in place by SGD with momentum and a cosine schedule.
+    net: N,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int = EPOCHS,
+    rate: float = 0.05,
+    batch: int = 64,
+) -> N:
+    """Train a classifier in place by SGD with momentum and a cosine schedule, and return it.
 
     Args:
         net: Left in eval mode.
@@ -154,10 +161,10 @@ def train(
             nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
             optimiser.step()
         schedule.step()
-    net.eval()
+    return net.eval()
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor]:
+def digits(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return images `(1797, 1, 8, 8)` and labels `(1797,)` in an order drawn with the seed."""
     known = load_digits()
     images = (torch.tensor(known.images, dtype=torch.float32)[:, None] - 4.9) / 6.0

@@ -1,6 +1,6 @@
 """The way of the data from networks to a network: fuse, heads, choice of weights, barrier."""
 
-from .barrier import Barrier, barrier
+from .barrier import Barrier, barrier, compare
 from .fuse import FAIR, Method, align, balance, fuse, fuse_along, net2deeper
 from .heads import Separate, Union
 from .transfer import transfer
@@ -14,6 +14,7 @@ __all__ = [
     "align",
     "balance",
     "barrier",
+    "compare",
     "fuse",
     "fuse_along",
     "net2deeper",

@@ -6,6 +6,7 @@ The fusions with all weights come from one analysis of the networks.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +25,44 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such batches
 
 
+ENSEMBLE = "ensemble"
+
+
+class _Mean(nn.Module):
+    """The ensemble of networks: the mean of their outputs."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        outputs = [network(*inputs) for network in self.networks]
+        return torch.stack(outputs).mean(0)
+
+
 def compare(
-    models: Mapping[str, nn.Module], data: Any, samples: int
+    models: Mapping[str, nn.Module],
+    data: Any,
+    samples: int | None = None,
+    ensemble: Sequence[str] = (),
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
     Args:
         models: The classifiers, in eval mode; their outputs are `(n, classes)`.
-        data: Calibration inputs, as for `fuse`, with labels if there are any.
-        samples: How many of the first samples to look at.
+        data: Batches of inputs and labels, such as a `DataLoader`.
+        samples: How many of the first samples to look at; all if not given.
+        ensemble: Names of those models whose mean output is measured too, as "ensemble".
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(60, 4)
+        >>> a, b = (nn.Linear(4, 3) for _ in range(2))
+        >>> scores = compare({"a": a, "b": b}, [(x, a(x).argmax(1))], ensemble=["a", "b"])
+        >>> list(scores), scores["a"][0]
+        (['a', 'b', 'ensemble'], 100.0)
     """
+    samples = sys.maxsize if samples is None else samples
     batches, seen = [], 0
     for batch in data if isinstance(data, Iterable) and not isinstance(data, Tensor) else ():
         try:
@@ -46,7 +75,10 @@ def compare(
             break
     if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
         return {}
-    return {name: evaluate(model, batches) for name, model in counted(models.items())}
+    compared = dict(models)
+    if ensemble:
+        compared[ENSEMBLE] = _Mean(models[name] for name in ensemble)
+    return {name: evaluate(model, batches) for name, model in counted(compared.items())}
 
 
 def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:

@@ -66,6 +66,14 @@ def test_networks_are_compared_on_the_first_samples_and_only_with_labels():
         assert compare({"a": NET}, unlabelled, 20) == {}
 
 
+def test_the_ensemble_is_the_mean_of_the_outputs():
+    nets = {name: nn.Linear(4, 3) for name in "abc"}
+    found = compare(nets, [(INPUTS, LABELS)], ensemble=["a", "c"])
+    assert list(found) == ["a", "b", "c", "ensemble"]
+    mean = (nets["a"](INPUTS) + nets["c"](INPUTS)).detach() / 2
+    assert found["ensemble"][1] == pytest.approx(float(nn.functional.cross_entropy(mean, LABELS)))
+
+
 MODULE = sys.modules["fxfuse.fusion.fuse"]  # its name in the package is the function
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(80) % 3
