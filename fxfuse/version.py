@@ -8,7 +8,7 @@ from importlib import metadata
 import numpy
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions() -> dict[str, str]:
