@@ -22,6 +22,7 @@ from ..graph.modes import is_choice
 from ..graph.state import movable_floats_of, state_floats_of, tensors_of
 from ..graph.trace import Interpreter, eval_mode, tensors_in, without_autocast
 from ..ir import Spaces
+from ._confirm import confirmed
 from ._labels import LabelRun, Ledger, Property, Step, varying
 from ._solve import spaces_of
 from ._values import Exits
@@ -160,6 +161,17 @@ def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]
         run.freeze(outputs, "laid out along several axes where the network is cut")
 
 
+def analyse(module: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[Ledger, Spaces]:
+    """Label a traced network, and return the units that other inputs, too, show to be free.
+
+    Where a network is cut, its inputs or outputs move, so that these cannot be compared.
+    """
+    ledger = label_network(module, example)
+    if any(OPEN in node.meta for node in module.graph.nodes):
+        return ledger, spaces_of(ledger)
+    return ledger, confirmed(module, example, ledger)
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A traced network, with its unit spaces and what each of its nodes does.
@@ -192,13 +204,13 @@ class Network:
     def of(cls, name: str, module: fx.GraphModule, example: tuple[Tensor, ...]) -> Network:
         """Analyse a traced network."""
         with part(0.0, 0.8):
-            ledger = label_network(module, example)
+            ledger, spaces = analyse(module, example)
         outputs = ledger.outputs.items()
         return cls(
             name,
             module,
             example,
-            spaces_of(ledger),
+            spaces,
             ledger.shapes,
             {node: tuple(dict.fromkeys(dim for dim, _ in axes)) for node, axes in outputs},
             ledger.weights,

@@ -1,0 +1,187 @@
+"""Confirmation of spaces on other inputs: what changes the function there is frozen.
+
+Labels are those of one run, and they know only what operators show. So every unit is moved once,
+and the network runs on inputs of other numbers and, where it takes them, of other sizes. If its
+outputs change, the spaces at fault are searched by halves. Rounding is no evidence: where single
+precision sees a difference, double precision decides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ..graph.modes import is_choice
+from ..graph.trace import Interpreter, device_of, eval_mode, tensors_in, without_autocast
+from ..graph.verify import TOLERANCE, relative_error
+from ..ir import Space, Spaces
+from ._labels import Ledger
+from ._moves import draw_orders, rearrange
+from ._solve import spaces_of
+
+REASON = "moving it changes the outputs on other inputs"
+EXACT = 1e-6  # as TOLERANCE, in double precision
+ROUGH = 1e-3  # where a network cannot run in double precision
+ZERO = 1e-9  # outputs that are smaller are rounding noise
+
+Inputs = tuple[Tensor, ...]
+
+
+def confirmed(module: fx.GraphModule, example: Inputs, ledger: Ledger) -> Spaces:
+    """Return the spaces of a ledger whose units keep the function on other inputs, too.
+
+    Args:
+        module: The network; not modified.
+        example: The inputs that it was labelled on.
+        ledger: What was found there; units that are at fault are frozen in it.
+    """
+    spaces = spaces_of(ledger)
+    trial = _Trial(module, example) if len(spaces) else None
+    while trial is not None and len(spaces):
+        wrong = trial.wrong(spaces)
+        if not wrong:
+            break
+        for space in wrong:
+            _freeze(ledger, spaces, space)
+        spaces = spaces_of(ledger)
+    return spaces
+
+
+def _freeze(ledger: Ledger, spaces: Spaces, space: Space) -> None:
+    """Freeze the units of a space; of one that no tensor has, the units inside its blocks."""
+    for axis in space.axes:
+        labels = ledger.axes[axis.tensor, axis.dim][axis.index]
+        ledger.frozen.append((np.unique(labels), "", REASON))
+    if not space.axes:
+        for inner in [s for s in spaces if s.parent == space.name]:
+            _freeze(ledger, spaces, inner)
+
+
+class _Trial:
+    """A run of a network on other inputs, to compare its rearranged copies with."""
+
+    def __init__(self, module: fx.GraphModule, example: Inputs) -> None:
+        self.module, self.run = module, _other_run(module, example)
+
+    def wrong(self, spaces: Spaces) -> list[Space]:
+        """Return the spaces at fault, none if none is."""
+        names = [space.name for space in spaces]
+        wrong = set(self._search(spaces, names)) if self._differs(spaces, names) else ()
+        return [space for space in spaces if space.name in wrong]
+
+    def _search(self, spaces: Spaces, names: list[str]) -> list[str]:
+        """Return those of some spaces at fault that are; all, if they are only together."""
+        halves = [names[: len(names) // 2], names[len(names) // 2 :]]
+        wrong = [half for half in halves if half and self._differs(spaces, half)]
+        if len(names) == 1 or not wrong:
+            return names
+        return [name for half in wrong for name in self._search(spaces, half)]
+
+    def _differs(self, spaces: Spaces, names: list[str]) -> bool:
+        """Tell whether moving the units of some spaces changes any output."""
+        if self.run is None:
+            return False  # it takes no inputs, or none gives finite outputs: nothing is known
+        order = draw_orders(spaces, np.random.default_rng(0), names)
+        error = _error(rearrange(self.module, spaces, order), *self.run)
+        if error <= TOLERANCE:
+            return False
+        exact, inputs = copy.deepcopy(self.module).double(), _doubled(self.run[0])
+        outputs = _run(exact, inputs)
+        if outputs is None:
+            return error > ROUGH
+        return _error(rearrange(exact, spaces, order), inputs, outputs) > EXACT
+
+
+def _error(module: fx.GraphModule, inputs: Inputs, outputs: list[Tensor]) -> float:
+    """Return the largest relative difference from the outputs of a run on some inputs."""
+    moved = _run(module, inputs)
+    if moved is None or len(moved) != len(outputs):
+        return float("inf")
+    pairs = [(a, b) for a, b in zip(outputs, moved) if not _is_noise(a, b)]
+    return relative_error([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _is_noise(a: Tensor, b: Tensor) -> bool:
+    return a.is_floating_point() and all(not t.numel() or t.abs().max() < ZERO for t in (a, b))
+
+
+class _Returned(Interpreter):
+    """Keep the tensors that a network returns in either mode."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback, self.graph_module = False, module
+        self.returned: list[Tensor] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output" or is_choice(self.graph_module, n):
+            self.returned += tensors_in(self.fetch_args_kwargs_from_env(n))
+        return super().run_node(n)
+
+
+def _run(module: fx.GraphModule, inputs: Inputs) -> list[Tensor] | None:
+    """Return what a network returns, with the same random numbers at each call.
+
+    None if it refuses the inputs, or if outputs are not finite.
+    """
+    device = device_of(module)
+    interpreter = _Returned(module)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), without_autocast(), eval_mode(module), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            interpreter.run(*[t.clone() for t in inputs])
+        except Exception:
+            return None
+    finite = all(t.isfinite().all() for t in interpreter.returned if t.is_floating_point())
+    return interpreter.returned if finite else None
+
+
+def _other_run(module: fx.GraphModule, example: Inputs) -> tuple[Inputs, list[Tensor]] | None:
+    """Run a network on inputs of other numbers, larger where it takes larger ones."""
+    generator = torch.Generator().manual_seed(0)
+    turned = tuple(t.flip(0) if t.dim() else t for t in example)
+    for inputs in (tuple(_other_numbers(t, generator) for t in example), turned, example):
+        outputs = _run(module, inputs)
+        if outputs is not None:
+            break
+    else:
+        return None
+    for size in sorted({n for t in example for n in t.shape}):
+        larger = tuple(
+            _grown(t, [d for d, n in enumerate(given.shape) if n == size])
+            for t, given in zip(inputs, example)
+        )
+        returned = _run(module, larger)
+        if returned is not None:
+            inputs, outputs = larger, returned
+    return inputs, outputs
+
+
+def _other_numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return numbers like those of a tensor: as scattered, or within the same bounds."""
+    shape = tuple(tensor.shape)
+    if tensor.is_floating_point() and tensor.numel():
+        scale = float(tensor.double().std(correction=0)) or 1.0
+        noise = torch.randn(shape, generator=generator).to(tensor)
+        return tensor + scale * noise
+    if tensor.is_complex() or not tensor.numel():
+        return tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    return torch.randint(low, high + 1, shape, generator=generator).to(tensor)
+
+
+def _grown(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return a tensor with one place more along some axes, a copy of the first."""
+    for dim in dims:
+        tensor = torch.cat([tensor, tensor.narrow(dim, 0, min(1, tensor.shape[dim]))], dim)
+    return tensor
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    return tuple(t.double() if t.is_floating_point() else t for t in inputs)
