@@ -16,7 +16,6 @@ UNTRACED = {
     "FlagInForward",
     "LinearRecurrence",
     "LossInForward",
-    "StepCounter",
 }
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, ModelError, TraceError
 from ._merge import merge
+from ._writes import assigned, make_constants_anew, state_kept, write_assigned
 from .modes import Mode, cut_to, evaluating_part
 from .names import in_graph, rename_parts, with_given_names
 from .state import EXTRA_STATE, floats_of, hide, not_finite, tensors_of
@@ -84,6 +85,24 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.leaves, self.proxy_buffer_attributes = leaves, proxy_buffers
         self.failed_in = ""
+        self._constants: list[tuple[Tensor, int]] = []
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not a.is_inference():
+            self._constants.append((a, a._version))
+        return super().create_arg(a)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        if any(tensor._version != version for tensor, version in self._constants):
+            raise TraceError(
+                "a tensor that forward makes, uses, and writes to again",
+                where=type(root).__name__,
+                expected="tensors that are complete before they meet computed values",
+                do="join parts with torch.cat or torch.where instead, or wrap the function that "
+                "makes it with torch.fx.wrap",
+            )
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Mode) or module_qualified_name in self.leaves:
@@ -321,6 +340,8 @@ def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
     while True:
         evaluating, error = _trace_in(shell, False, leaves)
         if isinstance(evaluating, str):
+            if isinstance(error, TraceError):
+                raise error
             raise _untraceable(shell, name, error) from error
         training, _ = _trace_in(shell, True, leaves)
         both = {training} if isinstance(training, str) else merge(shell, evaluating, training)
@@ -351,11 +372,26 @@ def _trace_in(
     for proxy_buffers in (True, False):
         shell.train(training)  # a network that keeps what it computed forgets it here
         tracer = _Tracer(leaves, proxy_buffers)
+        known = _names(shell)
         try:
-            return _without_unused_reads(tracer.trace(shell)), None
+            with state_kept(shell):
+                graph, values = tracer.trace(shell), assigned(shell)
+            write_assigned(shell, graph, values)
+            make_constants_anew(graph, known)
+            return _without_unused_reads(graph), None
         except Exception as error:
             failure = tracer.failed_in, error
     return failure
+
+
+def _names(shell: nn.Module) -> set[str]:
+    """Return the names of the tensors of a module, those that are plain attributes included."""
+    names = {*tensors_of(shell)} | {n for n, _ in shell.named_buffers(remove_duplicate=False)}
+    names |= {n for n, _ in shell.named_parameters(remove_duplicate=False)}
+    for path, part in shell.named_modules():
+        attributes = [n for n, value in vars(part).items() if isinstance(value, Tensor)]
+        names |= {f"{path}.{n}" if path else n for n in attributes}
+    return names
 
 
 def _without_unused_reads(graph: fx.Graph) -> fx.Graph:

@@ -1,0 +1,81 @@
+"""What a forward writes to while it is traced: constants it makes, and buffers it assigns.
+
+A call makes its constants anew, whereas fx keeps each as one tensor of the graph. And a buffer that
+is assigned (`self.steps += 1`) is no step that fx knows: it would hold a proxy from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import fx, nn
+
+
+@contextmanager
+def state_kept(shell: nn.Module) -> Iterator[None]:
+    """Give a module back the buffers and values that it had before it was traced."""
+    buffers = [
+        (part, name, buffer, buffer._version, buffer.detach().clone())
+        for part in shell.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part in shell.modules():
+            for table in (vars(part), part._buffers):
+                for name in [n for n, value in table.items() if isinstance(value, fx.Proxy)]:
+                    table[name] = None
+        for part, name, buffer, version, values in buffers:
+            part._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.data.copy_(values)
+
+
+def assigned(shell: nn.Module) -> dict[str, fx.Node]:
+    """Return the values that a traced forward has assigned to buffers, by their names."""
+    values = {}
+    for path, part in shell.named_modules():
+        for name, value in part._buffers.items():
+            if isinstance(value, fx.Proxy):
+                values[f"{path}.{name}" if path else name] = value.node
+    return values
+
+
+def write_assigned(shell: nn.Module, graph: fx.Graph, values: dict[str, fx.Node]) -> None:
+    """Write the values that were assigned to buffers into them, at the end of a graph.
+
+    Until then, what was read of a buffer is what it held before. A buffer that held nothing cannot
+    be written to, and class and graph forget it alike with the next state that is loaded.
+    """
+    buffers = dict(shell.named_buffers())
+    reads = {n.target: n for n in reversed(graph.nodes) if n.op == "get_attr"}
+    with graph.inserting_before(graph.output_node()):
+        for name, value in values.items():
+            if name in buffers:
+                buffer = reads[name] if name in reads else graph.get_attr(name)
+                written = graph.call_method("copy_", (buffer, value))
+                for node in (buffer, written):
+                    node.meta.setdefault("nn_module_stack", value.meta.get("nn_module_stack") or {})
+
+
+def make_constants_anew(graph: fx.Graph, known: set[str]) -> None:
+    """Let each call have constants of its own, which it may write to.
+
+    Args:
+        graph: A traced graph; edited in place.
+        known: Names that the module had before it was traced.
+    """
+    own: dict[str, fx.Node] = {}
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target not in known]:
+        name = str(node.target)
+        if name in own:  # the same tensor, read once more
+            node.replace_all_uses_with(own[name])
+            graph.erase_node(node)
+            continue
+        with graph.inserting_after(node):
+            copy = own[name] = graph.call_method("clone", (node,))
+        copy.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)

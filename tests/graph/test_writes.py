@@ -1,0 +1,111 @@
+"""What forward writes to: constants are made anew at each call, and assigned buffers keep count."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.errors import TraceError
+from fxfuse.graph.trace import trace
+from tests.support.nets import gap, randomise
+from tests.support.tolerances import PERMUTATION
+
+
+class Writes(nn.Module):
+    """A network that writes to something in its forward."""
+
+    def __init__(self, how, only_in_training=False):
+        super().__init__()
+        self.how, self.only_in_training = how, only_in_training
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("steps", torch.tensor(5))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        units = torch.tanh(self.a(x))
+        if self.training or not self.only_in_training:
+            units = getattr(self, self.how)(units)
+        return self.b(units + 0.1 * self.mean)
+
+    def counter(self, units):
+        self.steps += 1
+        return units
+
+    def assigned_counter(self, units):
+        self.steps = self.steps + 1
+        return units
+
+    def counted_in_place(self, units):
+        self.steps.add_(1)
+        return units
+
+    def running_mean(self, units):
+        self.mean = 0.9 * self.mean + 0.1 * units.mean(0)
+        return units
+
+    def before_and_after(self, units):
+        before = self.mean
+        self.mean = units.mean(0)
+        return units - before * self.mean
+
+    def total(self, units):
+        total = torch.zeros(8)
+        total += units.mean(0)
+        return units + total
+
+    def parts(self, units):
+        parts = torch.zeros(1, 8)
+        parts[:, 2:] = units[:1, 2:]
+        return units + parts
+
+
+HOWS = [name for name in vars(Writes) if not name.startswith("_") and name != "forward"]
+
+
+@pytest.mark.parametrize("only_in_training", [False, True])
+@pytest.mark.parametrize("how", HOWS)
+def test_a_copy_writes_what_the_network_writes_at_each_call(how, only_in_training):
+    net = randomise(Writes(how, only_in_training))
+    before = copy.deepcopy(net.state_dict())
+    permuted = fxfuse.permute(net, torch.randn(4, 6), seed=1)
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items()), "left as it was"
+    for _ in range(3):
+        assert gap(net, permuted, torch.randn(4, 6)) < PERMUTATION
+    if "steps" in permuted.state_dict():
+        assert net.steps == permuted.steps
+    loaded = Writes(how, only_in_training).eval()
+    loaded.load_state_dict(permuted.state_dict(), strict="count" in how)
+    assert gap(loaded, permuted, torch.randn(4, 6)) < PERMUTATION
+
+
+@pytest.mark.parametrize("how", ["counter", "assigned_counter", "counted_in_place"])
+def test_what_training_counts_is_counted_in_training_mode_only(how):
+    graph = trace(randomise(Writes(how, True)))
+    graph(torch.randn(4, 6))
+    assert int(graph.steps) == 5
+    graph.train()
+    graph(torch.randn(4, 6))
+    assert int(graph.steps) == 6
+
+
+@pytest.mark.parametrize("only_in_training", [False, True])
+@pytest.mark.parametrize("how", sorted({*HOWS} - {"running_mean", "before_and_after"}))
+def test_networks_that_write_are_fused(how, only_in_training):
+    net, data = randomise(Writes(how, only_in_training)), torch.randn(64, 6)
+    fresh = copy.deepcopy(net)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, data[:4], seed=2)], data)
+    assert gap(fresh, fused, torch.randn(4, 6)) < 1e-3
+
+
+def test_a_constant_that_is_changed_after_its_use_is_refused():
+    class Late(nn.Module):
+        def forward(self, x):
+            total = torch.ones(6)
+            y = x * total
+            total += 1
+            return y + total
+
+    with pytest.raises(TraceError, match="writes to again"):
+        fxfuse.find_spaces(Late(), torch.randn(2, 6))
