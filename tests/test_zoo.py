@@ -66,3 +66,12 @@ def test_fused_with_its_permuted_copy_a_network_is_itself(name):
     copied = fxfuse.permute(net, inputs(name, 6, 1), seed=2)
     fused = fxfuse.fuse([net, copied], [(data,)] if isinstance(data, tuple) else data)
     assert gap(net, fused, name) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - UNTRACED))
+def test_the_class_loads_what_is_fused_and_computes_the_same(name):
+    nets, data = [built(name, seed=seed) for seed in (1, 2)], inputs(name, 40, 3)
+    fused = fxfuse.fuse(nets, [(data,)] if isinstance(data, tuple) else data)
+    again = copy.deepcopy(nets[0])
+    again.load_state_dict(fused.state_dict())
+    assert gap(fused, again, name) < 1e-4

@@ -6,16 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxfuse.spaces._labels import Ledger
+from fxfuse.spaces._moves import _sources, draw_orders
 from fxfuse.spaces._solve import parents, solve, spaces_of, tied
-from fxfuse.spaces.spaces import _shuffle, _sources
 
 
 def rearranged(ledger, seed):
     """Return, for each label, the label whose content takes its place in a random permutation."""
     spaces = spaces_of(ledger)
-    rng, order = np.random.default_rng(seed), {}
-    for space in spaces:
-        order[space.name] = _shuffle(space, order, rng)
+    order = draw_orders(spaces, np.random.default_rng(seed))
     taken = np.arange(ledger.size)
     for place, labels in ledger.axes.items():
         source = _sources(len(labels), spaces.places.get(place, []), order).numpy()
