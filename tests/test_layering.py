@@ -45,7 +45,7 @@ MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
 )
 # The table of operators, the rules in it, and the functions that a file may name.
-RULES = {"spaces._rules", "spaces._along", "spaces._products"}
+RULES = {"spaces._rules", "spaces._along", "spaces._indexing", "spaces._products"}
 NAMING_OPERATORS = {"spaces.operators", "io._allowlist"} | RULES
 ARCHITECTURES = [
     *("alexnet", "convnext", "densenet", "efficientnet", "googlenet", "inception", "maxvit"),

@@ -7,6 +7,7 @@ tells the places apart fixes them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ._labels import (
     Labels,
     Operand,
     absent,
+    extents,
     merge,
     operand,
     rows_over,
@@ -25,41 +27,106 @@ from ._labels import (
 )
 from ._rules import Op, on_channels
 
+ORDER = "units along an axis whose order counts"
+OVER_ALL = {"argmax", "argmin", "median", "nanmedian"}  # over all axes, if none is given
+
 # --- along an axis ------------------------------------------------------------------------------
 
-OVER_ALL = {"argmax", "argmin", "median", "nanmedian"}  # over all axes, if none is given
+
+def across(
+    run: LabelRun, operands: Sequence[tuple[Tensor, str]], out: str, places: str = ""
+) -> Labels:
+    """Combine tensors whose axes bear letters, as in `einsum`.
+
+    Units along axes of the same letter meet as in `merge`. A letter that the result lacks is summed
+    over, or used up in another way in which the order of its places does not count.
+
+    Args:
+        run: The run.
+        operands: Tensors, each with a letter for each of its axes.
+        out: The letters of the result.
+        places: Letters of axes whose order counts; units along these are frozen.
+    """
+    letters = out + "".join(
+        dict.fromkeys(c for _, names in operands for c in names if c not in out)
+    )
+    spread = []
+    for tensor, names in operands:
+        labels, shape = run.of(tensor), dict(zip(names, extents(tensor)))
+        mixed = [x for x in labels.layers if any(names[d] in places for d in varying(x))]
+        run.freeze(mixed, ORDER)
+        layers = []
+        for layer in labels.layers:
+            if absent(layer, mixed):
+                sizes = dict(zip(names, layer.shape))
+                order = [names.index(c) for c in letters if c in sizes]
+                layers.append(layer.permute(order).reshape([sizes.get(c, 1) for c in letters]))
+        shapes = tuple(1 if c in places else shape.get(c, 1) for c in letters)
+        spread.append((Labels(tuple(layers), labels.fill, labels.sources), shapes))
+    merged = merge(run, spread, len(letters))
+    kept = _without(run, merged.layers, set(range(len(out), len(letters))))
+    return Labels(tuple(x.reshape(x.shape[: len(out)]) for x in kept), merged.fill, merged.sources)
+
+
+def _without(run: LabelRun, layers: Sequence[Tensor], dims: set[int]) -> list[Tensor]:
+    """Forget the units along some axes; of units along others as well, keep the blocks."""
+    kept = []
+    for layer in layers:
+        axes = set(varying(layer))
+        if not axes & dims:
+            kept.append(layer)
+        elif axes - dims:
+            kept.append(rows_over(run, layer, tuple(sorted(axes - dims))))
+    return kept
 
 
 def reduction(run: LabelRun, op: Op) -> Labels:
     """A symmetric sum over units forgets them; over part of their axes, it leaves their blocks."""
-    tensor = op["self"]
-    dims, kept = op.dims(tensor.dim()), []
-    for layer in run.of(tensor).layers:
-        axes = set(varying(layer))
-        if not axes & set(dims):
-            kept.append(layer)
-        elif axes - set(dims):
-            kept.append(rows_over(run, layer, tuple(sorted(axes - set(dims)))))
-    out = op.out if isinstance(op.out, Tensor) else op.out[0]
-    if out.dim() != tensor.dim():
+    return _reduced(run, op, set(op.dims(op["self"].dim())))
+
+
+def _reduced(run: LabelRun, op: Op, dims: set[int]) -> Labels:
+    tensor, labels = op["self"], run.of(op["self"])
+    kept = _without(run, labels.layers, dims)
+    if _first(op).dim() != tensor.dim():
         stay = [d for d in range(tensor.dim()) if d not in dims]
         kept = [x.reshape([x.shape[d] for d in stay]) for x in kept]
-    return Labels(tuple(kept), run.of(tensor).fill, run.of(tensor).sources)
+    return Labels(tuple(kept), labels.fill, labels.sources)
+
+
+def _first(op: Op) -> Tensor:
+    out: Tensor = op.out if isinstance(op.out, Tensor) else op.out[0]
+    return out
+
+
+def _ordered_axes(op: Op) -> set[int]:
+    """Return the axes that an operator sorts along: the last, if it names none."""
+    rank = op["self"].dim()
+    if op["dim"] is not None or op.name in OVER_ALL:
+        return set(op.dims(rank))
+    return {rank - 1} if rank else set()
 
 
 def ordered(run: LabelRun, op: Op) -> Labels:
-    """Whatever depends on the order along an axis fixes the units along it."""
-    tensor, out = op["self"], op.out if isinstance(op.out, Tensor) else op.out[0]
-    if op["dim"] is None and op.name in ("max", "min"):
-        return reduction(run, op)
-    labels, rank = run.of(tensor), tensor.dim()
-    dims = op.dims(rank) if op["dim"] is not None or op.name in OVER_ALL else (rank - 1,)
-    mixed = [x for x in labels.layers if set(varying(x)) & set(dims)]
-    run.freeze(mixed, "units along an axis whose order counts")
+    """Whatever depends on the order along an axis fixes the units along it, if it is read."""
+    tensor, labels, dims = op["self"], run.of(op["self"]), _ordered_axes(op)
+    mixed = [x for x in labels.layers if set(varying(x)) & dims]
     kept = [x for x in labels.layers if absent(x, mixed)]
-    if out.dim() != rank:
-        kept = [x.squeeze(dims) for x in kept]
-    return Labels(tuple(kept), labels.fill)
+    if _first(op).dim() != tensor.dim():
+        kept = [x.squeeze(tuple(dims)) for x in kept]
+    return Labels(tuple(kept), labels.fill, owed=tuple((x, ORDER) for x in mixed))
+
+
+def ranked(run: LabelRun, op: Op) -> Labels | list[Labels]:
+    """Values in order of size do not depend on the order of units; where they were found does."""
+    if op["sorted"] is False:
+        return ordered(run, op)
+    over_all = op["dim"] is None and op.name in ("max", "min", "aminmax")
+    dims = set(range(op["self"].dim())) if over_all else _ordered_axes(op)
+    values = _reduced(run, op, dims)
+    if isinstance(op.out, Tensor) or op.name == "aminmax":
+        return values
+    return [values, ordered(run, op)]
 
 
 def softmax(run: LabelRun, op: Op) -> Labels:
@@ -75,6 +142,15 @@ def _make_rows(run: LabelRun, tensor: Tensor, dims: set[int]) -> None:
         rest = set(varying(layer)) - dims
         if rest and rest != set(varying(layer)):
             rows_over(run, layer, tuple(sorted(rest)))
+
+
+def beside(run: LabelRun, op: Op) -> Labels:
+    """Work along given axes, or along the last two, whose order counts."""
+    tensor = op["self"]
+    names = "abcdefghijklmnop"[: tensor.dim()]
+    given = op["dim"] is not None
+    places = [names[d] for d in op.dims(tensor.dim())] if given else names[-2:]
+    return across(run, [(t, names[-t.dim() :]) for t in op.tensors], names, "".join(places))
 
 
 def spatial(run: LabelRun, op: Op) -> Labels:

@@ -1,4 +1,4 @@
-"""Unit labels on tensors, the two rules by which labels meet, and the ledger that keeps them.
+"""Unit labels on tensors, the rule by which labels meet, and the ledger that keeps them.
 
 Each axis of a parameter starts with a new label at every position. The real network then runs
 once, and each operator is repeated on labels (`operators`). A tensor has any number of *layers* of
@@ -6,9 +6,8 @@ labels: integer tensors of its own rank, of size 1 along each axis on which the 
 The label `NOTHING` marks places that hold zero (padding), `FIXED` those that must stay as they
 are.
 
-`merge`: labels that meet at one place of an elementwise operator are one unit. `contract`: the
-axes that a product sums over, written with letters as in `einsum`, hold the same units. The ledger
-says which labels are one unit, which units must stay in place and which travel together: all that
+`merge`: labels that meet at one place of an elementwise operator are one unit. The ledger says
+which labels are one unit, which units must stay in place and which travel together: all that
 `_solve` needs to find the spaces.
 """
 
@@ -185,11 +184,17 @@ class Labels:
         layers: Label tensors of the tensor's rank, collapsed where they do not vary.
         fill: What the places without a label hold: `FIXED` (data) or `NOTHING` (one constant).
         sources: The parameters it was computed from; empty once activations are mixed in.
+        owed: Units that must stay if the tensor is ever read, with the reason.
+        loose: Layers whose units are to be tied if they are read as they are: labels, and for each
+            place a number. Units at places of one number are tied. Where parts of the tensor are
+            taken out first, fewer are.
     """
 
     layers: tuple[Tensor, ...] = ()
     fill: int = FIXED
     sources: tuple[str, ...] = ()
+    owed: tuple[tuple[Tensor, str], ...] = ()
+    loose: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def varying(layer: Tensor) -> tuple[int, ...]:
@@ -261,8 +266,30 @@ class LabelRun:
             self.ledger.place(layer)
 
     def of(self, tensor: Any) -> Labels:
-        """Return the labels of a tensor; one without labels must stay as it is."""
+        """Return the labels of a tensor that is read; one without labels must stay as it is."""
+        labels = self.held(tensor)
+        if labels.owed or labels.loose:
+            for layer, reason in labels.owed:
+                self.freeze([layer], reason)
+            settled = [self._settled(*pair) for pair in labels.loose]
+            layers = (*labels.layers, *(x for x in settled if varying(x)))
+            labels = Labels(layers, labels.fill, labels.sources)
+            self.put(tensor, labels)
+        return labels
+
+    def held(self, tensor: Any) -> Labels:
+        """Return the labels of a tensor as long as it is not read."""
         return self._labels.get(tensor) or Labels()
+
+    def _settled(self, layer: Tensor, lanes: Tensor) -> Tensor:
+        """Tie the units of a loose layer at the places of one number."""
+        self.reach_layers([layer])
+        layer, lanes = torch.broadcast_tensors(layer, lanes)
+        numbers, lane = torch.unique(lanes, return_inverse=True)
+        first = torch.zeros(len(numbers), dtype=layer.dtype)
+        first.scatter_reduce_(0, lane.flatten(), layer.flatten(), "amax")
+        self.ledger.tie(layer, first[lane])
+        return collapse(first[lane])
 
     def put(self, tensor: Tensor, labels: Labels) -> None:
         """Give the output of an operator its labels; parameters keep their own."""
@@ -303,7 +330,11 @@ class LabelRun:
     def reach(self, tensors: Iterable[Tensor]) -> None:
         """Note the units that an operator works with, and does not only hand on."""
         for tensor in tensors:
-            self._reached.update((id(layer), layer) for layer in self.of(tensor).layers)
+            self.reach_layers(self.of(tensor).layers)
+
+    def reach_layers(self, layers: Iterable[Tensor]) -> None:
+        """Note the units of some layers as those that an operator works with."""
+        self._reached.update((id(layer), layer) for layer in layers)
 
     def _freeze_tensors(self, tensors: Iterable[Tensor], reason: str) -> None:
         for tensor in tensors:
@@ -344,7 +375,7 @@ class LabelRun:
         """Note the parameters that the running node touches, or those that it contracts."""
         by_node = self.ledger.weights if contracted else self.ledger.tensors
         for tensor in tensors:
-            for name in self.of(tensor).sources:
+            for name in self.held(tensor).sources:
                 names = by_node.setdefault(self.node, [])
                 if name not in names:
                     names.append(name)
@@ -482,90 +513,18 @@ def _rows(layer: Tensor, axes: tuple[int, ...]) -> Tensor:
 def rows_over(run: LabelRun, layer: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Make a block of the units at each place along `axes`; return the layer of block labels.
 
-    Places with the same units (windows that repeat heads) are the same block.
+    Places with the same units (windows that repeat heads) are the same block; one unit among zeros
+    is its own.
     """
     if (id(layer), axes) in run.rows:
         return run.rows[id(layer), axes][1]
     rows = _rows(layer, axes)
     unique, inverse = np.unique(rows.numpy(), axis=0, return_inverse=True)
-    blocks = run.ledger.new(len(unique))
-    run.ledger.group(blocks, torch.from_numpy(unique))
+    units = torch.from_numpy(unique)
+    alone = ((units == NOTHING) | (units == units.amax(1, keepdim=True))).all(1)
+    blocks = torch.where(alone, units.amax(1), run.ledger.new(len(unique)))
+    run.ledger.group(blocks[~alone], units[~alone])
     shape = [n if d in axes else 1 for d, n in enumerate(layer.shape)]
     labels = blocks[torch.from_numpy(inverse.reshape(-1))].view(shape)
     run.rows[id(layer), axes] = layer, labels
     return labels
-
-
-def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
-    """Multiply two tensors and sum over the letters that `out` lacks.
-
-    Layers that vary along a summed letter are tied to each other. Where both also vary along a
-    batch letter, each place of the batch is a block of the units that are summed there. The other
-    layers pass to the output, where they meet as in `merge`.
-
-    Args:
-        run: The run.
-        a: First operand.
-        la: A letter for each of its axes.
-        b: Second operand.
-        lb: A letter for each of its axes.
-        out: Letters of the result.
-    """
-    summed = [c for c in la if c in lb and c not in out]
-    letters = out + "".join(summed)
-    summed_a, passing_a = _split(run.of(a).layers, la, letters, summed)
-    summed_b, passing_b = _split(run.of(b).layers, lb, letters, summed)
-    _note_reads(run, a, b, summed_a, summed_b)
-    summed_a, summed_b = _one_each(run, summed_a), _one_each(run, summed_b)
-    blocks = []
-    for x in summed_a:
-        for y in summed_b:
-            run.ledger.tie(x, y)
-            blocks += _batch_blocks(run, x, y, len(out))
-    for layers, other, partners in ((summed_a, b, summed_b), (summed_b, a, summed_a)):
-        if not partners and run.of(other).fill == FIXED:
-            run.freeze(layers, "summed against values that are not its units")
-    operands = []
-    for tensor, names, passing in ((a, la, passing_a), (b, lb, passing_b)):
-        sizes = dict(zip(names, tensor.shape))
-        layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
-        operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
-    return merge(run, operands, len(out))
-
-
-def _one_each(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
-    return [joint(run, alike) for alike in along_same_axes(layers).values()]
-
-
-def _split(
-    layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Spread layers over all letters; return those that vary along a summed one, and the others."""
-    inner: list[Tensor] = []
-    outer: list[Tensor] = []
-    for layer in layers:
-        sizes = dict(zip(names, layer.shape))
-        order = [names.index(c) for c in letters if c in names]
-        spread = layer.permute(order).reshape([sizes.get(c, 1) for c in letters])
-        (inner if any(sizes[c] > 1 for c in summed) else outer).append(spread)
-    return inner, outer
-
-
-def _note_reads(
-    run: LabelRun, a: Tensor, b: Tensor, summed_a: list[Tensor], summed_b: list[Tensor]
-) -> None:
-    """Note the summed labels of the operand that is a parameter."""
-    readers = summed_b if run.of(b).sources else summed_a if run.of(a).sources else []
-    run.ledger.reads.extend(x.flatten().numpy() for x in readers)
-
-
-def _batch_blocks(run: LabelRun, x: Tensor, y: Tensor, rank: int) -> list[Tensor]:
-    """Make each place of a batch along which both vary a block of the units summed there."""
-    shared = tuple(d for d in varying(x) if d < rank and y.shape[d] > 1)
-    if not shared:
-        return []
-    return [rows_over(run, x, shared).reshape(_shape(x, shared, rank))]
-
-
-def _shape(layer: Tensor, axes: tuple[int, ...], rank: int) -> list[int]:
-    return [layer.shape[d] if d in axes else 1 for d in range(rank)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from ._along import across
 from ._labels import (
     FIXED,
     KERNEL,
@@ -12,10 +15,10 @@ from ._labels import (
     Labels,
     absent,
     along_same_axes,
-    contract,
     joint,
     merge,
     operand,
+    rows_over,
     varying,
 )
 from ._rules import Op, fixed, on_channels
@@ -112,9 +115,11 @@ def matmul(run: LabelRun, op: Op) -> Labels:
 
 
 def matvec(run: LabelRun, op: Op) -> Labels:
-    """A matrix times a vector."""
-    run.uses([op["self"], op["vec"]], contracted=True)
-    return contract(run, op["self"], "mk", op["vec"], "k", "m")
+    """A matrix times a vector, and what is added to it."""
+    matrix = op["self"] if op["mat"] is None else op["mat"]
+    run.uses([matrix, op["vec"]], contracted=True)
+    product = contract(run, matrix, "mk", op["vec"], "k", "m")
+    return _plus(run, op, product, None if op["mat"] is None else op["self"])
 
 
 def linear(run: LabelRun, op: Op) -> Labels:
@@ -130,3 +135,130 @@ def _plus(run: LabelRun, op: Op, product: Labels, added: Tensor | None) -> Label
     if added is None:
         return product
     return merge(run, [(product, tuple(op.out.shape)), operand(run, added)], op.out.dim())
+
+
+def of_vectors(run: LabelRun, op: Op) -> Labels:
+    """The inner or outer product of two vectors, and what is added to it."""
+    if op.name == "addr":
+        product = across(run, [(op["vec1"], "m"), (op["vec2"], "n")], "mn")
+        return _plus(run, op, product, op["self"])
+    a, b = op.tensors
+    run.uses([a, b], contracted=True)
+    return contract(run, a, "k", b, "k", "")
+
+
+def bilinear(run: LabelRun, op: Op) -> Labels:
+    """A sum over the products of three tensors, each given without the axes that it repeats on."""
+    letters = "abcdefghijklmnop"[: op["i1"].dim() + len(op["expand1"])]
+    operands = []
+    for i in "123":
+        names = "".join(c for d, c in enumerate(letters) if d not in op[f"expand{i}"])
+        operands.append((op[f"i{i}"], names))
+    summed = [letters[d] for d in op["sumdim"]]
+    for tensor, names in operands:
+        if run.of(tensor).sources:
+            read = [x for x in run.of(tensor).layers if any(names[d] in summed for d in varying(x))]
+            run.ledger.reads.extend(x.flatten().numpy() for x in read)
+    run.uses([t for t, _ in operands], contracted=True)
+    return across(run, operands, "".join(c for c in letters if c not in summed))
+
+
+def distances(run: LabelRun, op: Op) -> Labels:
+    """Distances between the rows of two matrices, or between all rows of one."""
+    if op["x1"] is None:
+        return across(run, [(op["self"], "nk")], "p", "n")
+    rank = op.out.dim()
+    lead = "abcdefgh"[: rank - 2]
+    operands = [
+        (x, lead[rank - x.dim() :] + row + "k") for x, row in ((op["x1"], "m"), (op["x2"], "n"))
+    ]
+    for tensor, _ in operands:
+        if run.of(tensor).sources:
+            rows = [x for x in run.of(tensor).layers if x.shape[-1] > 1]
+            run.ledger.reads.extend(x.flatten().numpy() for x in rows)
+    run.uses([t for t, _ in operands], contracted=True)
+    return across(run, operands, lead + "mn")
+
+
+def apart(run: LabelRun, op: Op) -> Labels:
+    """One number for how far two tensors are apart."""
+    merge(run, [operand(run, t) for t in op.tensors], max(t.dim() for t in op.tensors))
+    return Labels()
+
+
+# --- sums over products, with axes written as letters ---------------------------------------------
+
+
+def contract(run: LabelRun, a: Tensor, la: str, b: Tensor, lb: str, out: str) -> Labels:
+    """Multiply two tensors and sum over the letters that `out` lacks.
+
+    Layers that vary along a summed letter are tied to each other. Where both also vary along a
+    batch letter, each place of the batch is a block of the units that are summed there. The other
+    layers pass to the output, where they meet as in `merge`.
+
+    Args:
+        run: The run.
+        a: First operand.
+        la: A letter for each of its axes.
+        b: Second operand.
+        lb: A letter for each of its axes.
+        out: Letters of the result.
+    """
+    summed = [c for c in la if c in lb and c not in out]
+    letters = out + "".join(summed)
+    summed_a, passing_a = _split(run.of(a).layers, la, letters, summed)
+    summed_b, passing_b = _split(run.of(b).layers, lb, letters, summed)
+    _note_reads(run, a, b, summed_a, summed_b)
+    summed_a, summed_b = _one_each(run, summed_a), _one_each(run, summed_b)
+    blocks = []
+    for x in summed_a:
+        for y in summed_b:
+            run.ledger.tie(x, y)
+            blocks += _batch_blocks(run, x, y, len(out))
+    for layers, other, partners in ((summed_a, b, summed_b), (summed_b, a, summed_a)):
+        if not partners and run.of(other).fill == FIXED:
+            run.freeze(layers, "summed against values that are not its units")
+    operands = []
+    for tensor, names, passing in ((a, la, passing_a), (b, lb, passing_b)):
+        sizes = dict(zip(names, tensor.shape))
+        layers = [x.reshape(x.shape[: len(out)]) for x in passing] + blocks
+        operands.append((Labels(tuple(layers)), tuple(sizes.get(c, 1) for c in out)))
+    return merge(run, operands, len(out))
+
+
+def _one_each(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
+    return [joint(run, alike) for alike in along_same_axes(layers).values()]
+
+
+def _split(
+    layers: Sequence[Tensor], names: str, letters: str, summed: list[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Spread layers over all letters; return those that vary along a summed one, and the others."""
+    inner: list[Tensor] = []
+    outer: list[Tensor] = []
+    for layer in layers:
+        sizes = dict(zip(names, layer.shape))
+        order = [names.index(c) for c in letters if c in names]
+        spread = layer.permute(order).reshape([sizes.get(c, 1) for c in letters])
+        (inner if any(sizes[c] > 1 for c in summed) else outer).append(spread)
+    return inner, outer
+
+
+def _note_reads(
+    run: LabelRun, a: Tensor, b: Tensor, summed_a: list[Tensor], summed_b: list[Tensor]
+) -> None:
+    """Note the summed labels of the operand that is a parameter."""
+    readers = summed_b if run.of(b).sources else summed_a if run.of(a).sources else []
+    run.ledger.reads.extend(x.flatten().numpy() for x in readers)
+
+
+def _batch_blocks(run: LabelRun, x: Tensor, y: Tensor, rank: int) -> list[Tensor]:
+    """Make each place of a batch along which both vary a block of the units summed there."""
+    shared = tuple(d for d in varying(x) if d < rank and y.shape[d] > 1)
+    if not shared:
+        return []
+    return [rows_over(run, x, shared).reshape(_shape(x, shared, rank))]
+
+
+def _shape(layer: Tensor, axes: tuple[int, ...], rank: int) -> list[int]:
+    return [layer.shape[d] if d in axes else 1 for d in range(rank)]

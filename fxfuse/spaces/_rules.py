@@ -8,6 +8,7 @@ themselves, and of those that take one value at a time. `_along` and `_products`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ._labels import (
     Labels,
     Operand,
     absent,
+    along_same_axes,
     collapse,
     extents,
     merge,
@@ -111,7 +113,7 @@ VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
 
 def unchanged(run: LabelRun, op: Op) -> Labels:
     """The output holds what the first tensor holds."""
-    return run.of(op.tensors[0])
+    return run.held(op.tensors[0])
 
 
 def constant(run: LabelRun, op: Op) -> Labels:
@@ -127,16 +129,29 @@ def opaque(run: LabelRun, op: Op) -> Labels:
 def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
     """Run the operator itself on the label tensors of its first argument."""
     key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
-    labels, shape = run.of(tensor), op.before or tuple(tensor.shape)
+    labels = run.of(tensor) if op.name == "constant_pad_nd" else run.held(tensor)
     if any(run.values.varies(t) for t in op.tensors if t is not tensor):
-        labels = _without_picked(run, labels, {op["dim"] % tensor.dim()})
+        labels = _without_picked(run, run.of(tensor), {op["dim"] % tensor.dim()})
     several = not isinstance(op.out, Tensor)
-    layers: list[list[Tensor]] = [[] for _ in range(len(op.out) if several else 1)]
-    for layer in labels.layers:
-        moved = _on_labels(op, key, layer, shape)
-        for layers_of_output, part in zip(layers, moved if several else [moved]):
-            layers_of_output += still_varying(run, [collapse(part)])
-    outputs = [Labels(tuple(x), labels.fill, labels.sources) for x in layers]
+
+    def moved(layer: Tensor) -> list[Tensor]:
+        result = _on_labels(op, key, layer, op.before or tuple(tensor.shape))
+        return [collapse(part) for part in (result if several else [result])]
+
+    layers = [moved(layer) for layer in labels.layers]
+    for part in zip(*layers):
+        freeze_partial(run, part)
+    loose = [tuple(zip(*(moved(x) for x in pair))) for pair in labels.loose]
+    outputs = [
+        Labels(
+            tuple(still_varying(run, [x[i] for x in layers])),
+            labels.fill,
+            labels.sources,
+            labels.owed,
+            tuple(x[i] for x in loose),
+        )
+        for i in range(len(op.out) if several else 1)
+    ]
     return outputs if several else outputs[0]
 
 
@@ -146,6 +161,19 @@ def still_varying(run: LabelRun, layers: list[Tensor]) -> list[Tensor]:
         if layer.numel() and not varying(layer):
             run.ledger.place(layer)
     return [layer for layer in layers if varying(layer)]
+
+
+def freeze_partial(run: LabelRun, layers: Sequence[Tensor]) -> None:
+    """Freeze the layers along one axis of which not every combination of units is there.
+
+    A diagonal has the first row's value of the first column only: these two cannot move apart.
+    """
+    for alike in along_same_axes([x for x in layers if varying(x)]).values():
+        if len(alike) > 1:
+            places = torch.stack([x.flatten() for x in torch.broadcast_tensors(*alike)])
+            counts = [len(units.unique()) for units in places]
+            if places.unique(dim=1).shape[1] < math.prod(counts):
+                run.freeze(alike, "picked from several axes at once")
 
 
 def _on_labels(op: Op, key: str, layer: Tensor, shape: tuple[int, ...]) -> Any:
@@ -192,6 +220,22 @@ def folded(run: LabelRun, op: Op) -> Labels:
     return Labels(tuple(layers))
 
 
+def as_complex(run: LabelRun, op: Op) -> Labels:
+    """Pairs of real numbers become complex ones: both parts are one unit."""
+    labels, layers = run.of(op["self"]), []
+    for layer in labels.layers:
+        if layer.shape[-1] > 1:
+            run.ledger.tie(layer[..., :1], layer)
+        layers.append(layer[..., 0])
+    return Labels(tuple(x for x in layers if varying(x)), labels.fill, labels.sources)
+
+
+def as_real(run: LabelRun, op: Op) -> Labels:
+    """Complex numbers become pairs of real ones, which are one unit."""
+    labels = run.of(op["self"])
+    return Labels(tuple(x.unsqueeze(-1) for x in labels.layers), labels.fill, labels.sources)
+
+
 def filled(run: LabelRun, op: Op) -> Labels:
     """One value written over units leaves them alike; over anything else it is new data."""
     labels = run.of(op["self"])
@@ -227,10 +271,10 @@ def cat(run: LabelRun, op: Op) -> Labels:
         (Labels(tuple(x for x in k.layers if x.shape[dim] == 1), k.fill, k.sources), _thin(t, dim))
         for k, t in zip(labels, tensors)
     ]
-    kept = merge(run, across, rank)
     along = [[x for x in k.layers if x.shape[dim] > 1] for k in labels]
     if not any(along):
-        return kept
+        return _side_by_side(run, across, [t.shape[dim] for t in tensors], dim)
+    kept = merge(run, across, rank)
     if any(len(layers) > 1 for layers in along):
         several = [x for layers in along for x in layers]
         run.freeze(several, "joined along an axis of several spaces")
@@ -243,6 +287,33 @@ def cat(run: LabelRun, op: Op) -> Labels:
         parts.append((layers[0] if layers else torch.tensor(k.fill)).expand(shape))
     joined = collapse(torch.cat(parts, dim))
     return Labels((*kept.layers, joined), kept.fill, kept.sources)
+
+
+def _side_by_side(
+    run: LabelRun, parts: Sequence[Operand], sizes: Sequence[int], dim: int
+) -> Labels:
+    """Join parts along an axis along which their units do not vary.
+
+    The units of all parts are the same, so far as the whole is read at once. Somebody may yet read
+    the parts one by one, as the last states of a recurrent network's layers.
+    """
+    rank = len(parts[0][1])
+    axes = {tuple(varying(x) for x in labels.layers) for labels, _ in parts}
+    fills = {labels.fill for labels, _ in parts}
+    layers = [labels.layers[0] for labels, _ in parts if labels.layers]
+    alike = all(torch.equal(x, layers[0]) for x in layers)
+    if len(axes) > 1 or len(next(iter(axes))) != 1 or len(fills) > 1 or alike:
+        for labels, _ in parts:
+            run.reach_layers(labels.layers)
+        return merge(run, parts, rank)
+    joined = [
+        x.expand([n if d == dim else m for d, m in enumerate(x.shape)])
+        for x, n in zip(layers, sizes)
+    ]
+    lanes = torch.arange(layers[0].numel()).view(layers[0].shape)
+    sources = [labels.sources for labels, _ in parts]
+    known = sum(sources, ()) if all(sources) else ()
+    return Labels((), fills.pop(), known, loose=((torch.cat(joined, dim), lanes),))
 
 
 def _thin(tensor: Tensor, dim: int) -> tuple[int, ...]:
@@ -259,7 +330,7 @@ def stack(run: LabelRun, op: Op) -> Labels:
         labels = run.of(tensor)
         layers = tuple(x.unsqueeze(dim) for x in labels.layers)
         parts.append((Labels(layers, labels.fill), (*tensor.shape[:dim], 1, *tensor.shape[dim:])))
-    return merge(run, parts, rank)
+    return _side_by_side(run, parts, [1] * len(parts), dim)
 
 
 def lookup(run: LabelRun, op: Op) -> Labels:
@@ -272,6 +343,7 @@ def lookup(run: LabelRun, op: Op) -> Labels:
     indices = [None if i is None else i.cpu() for i in indices]
     layers = [x.expand(tensor.shape) for x in labels.layers]
     moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in layers]
+    freeze_partial(run, moved)
     return Labels(tuple(still_varying(run, moved)), labels.fill, labels.sources)
 
 
@@ -301,7 +373,7 @@ def _without_picked(run: LabelRun, labels: Labels, dims: set[int]) -> Labels:
 def gather(run: LabelRun, op: Op) -> Labels:
     """Places along an axis are picked by number, others for each unit along another axis."""
     tensor, index = op["self"], op["index"]
-    dim = op["dim"] % tensor.dim()
+    dim = op["dim"] % max(tensor.dim(), 1)
     if _thin(tensor, dim) != _thin(index, dim):
         return unknown(run, op)
     labels = run.of(tensor)
@@ -316,7 +388,15 @@ def gather(run: LabelRun, op: Op) -> Labels:
 
 def elementwise(run: LabelRun, op: Op) -> Labels:
     """Tie the units that meet at the same place."""
-    return merge(run, [(run.of(t), extents(t)) for t in op.tensors], op.out.dim())
+    rank = op.out.dim() if isinstance(op.out, Tensor) else op.out[0].dim()
+    return merge(run, [(run.of(t), extents(t)) for t in op.tensors], rank)
+
+
+def loss(run: LabelRun, op: Op) -> Labels:
+    """One value at a time, then perhaps a sum over all of them."""
+    rank = max(t.dim() for t in op.tensors)
+    labels = merge(run, [(run.of(t), extents(t)) for t in op.tensors], rank)
+    return labels if op["reduction"] == 0 else Labels()
 
 
 def glu(run: LabelRun, op: Op) -> Labels:

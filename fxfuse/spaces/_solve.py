@@ -337,7 +337,7 @@ def spaces_of(ledger: Ledger) -> Spaces:
 def _classes(ledger: Ledger, unit: np.ndarray) -> np.ndarray:
     """Return the class of each label: units of one class occur equally often in the same places."""
     cls, count = np.zeros(ledger.size, dtype=np.int64), 1
-    for place in ledger.places:
+    for place in (p for p in ledger.places if len(p)):
         units, times = np.unique(unit[place], return_counts=True)
         key = cls[units] * (times.max() + 1) + times
         _, split = np.unique(key, return_inverse=True)

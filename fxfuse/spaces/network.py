@@ -62,6 +62,7 @@ class _NodeInterpreter(Interpreter):
         self.done, self.steps = 0, len(module.graph.nodes)
         self.graph_module, self.labelled = module, run
         self.layers: dict[str, list[Tensor]] = {}
+        self.unread: dict[str, Tensor] = {}  # values whose labels are known once they are read
         self.outputs: list[Tensor] = []
         self.loose: set[fx.Node] = set()  # nodes with numbers that other inputs would change
 
@@ -100,10 +101,17 @@ class _NodeInterpreter(Interpreter):
             self.outputs += [layer for t in tensors_in(returned) for layer in run.of(t).layers]
         if n.op != "output" and isinstance(value, Tensor):
             shapes[n.name] = tuple(value.shape)
-            self.layers[n.name] = [x for x in run.of(value).layers if len(varying(x)) == 1]
+            if run.held(value).loose:
+                self.unread[n.name] = value
+            self.layers[n.name] = along_one_axis(run, value)
         elif n.op != "output" and tensors_in(value):
             shapes[n.name] = ()
         return value
+
+
+def along_one_axis(run: LabelRun, value: Tensor) -> list[Tensor]:
+    """Return the layers of a value that vary along one axis, as far as they are known."""
+    return [x for x in run.held(value).layers if len(varying(x)) == 1]
 
 
 @contextmanager
@@ -142,6 +150,8 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
             interpreter.run(*example)
     _freeze_outputs(run, module, interpreter.outputs)
     run.freeze_unused()
+    for node, value in interpreter.unread.items():
+        interpreter.layers[node] = along_one_axis(run, value)
     for node, layers in interpreter.layers.items():
         run.ledger.outputs[node] = [(varying(x)[0], x.flatten().numpy()) for x in layers]
     return run.ledger

@@ -9,7 +9,7 @@ operator without a row freezes what it touches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import _along as along
+from . import _indexing as indexing
 from . import _products as products
 from . import _rules as rules
 from ._labels import FIXED, NOTHING, Geometry, LabelRun, Labels, Property, Step
@@ -89,18 +90,33 @@ OPERATORS: dict[str, Operator] = {
     **_rows("split_with_sizes chunk unbind unsqueeze flip roll repeat", rules.move, P.MOVES),
     **_rows("unsafe_split unsafe_split_with_sizes unsafe_chunk rot90", rules.move, P.MOVES),
     **_rows("narrow index_select constant_pad_nd unfold flatten tile", rules.move, P.MOVES),
-    **_rows("pixel_shuffle pixel_unshuffle channel_shuffle", rules.move, P.MOVES),
+    **_rows(
+        "pixel_shuffle pixel_unshuffle channel_shuffle diagonal diag_embed", rules.move, P.MOVES
+    ),
     **_rows("native_channel_shuffle", rules.move, P.MOVES),
     **_rows("as_strided", rules.restride),
     **_rows("im2col", rules.patches),
     **_rows("col2im", rules.folded),
+    **_rows("view_as_complex", rules.as_complex, P.MOVES),
+    **_rows("view_as_real", rules.as_real, P.MOVES),
     **_rows("index embedding", rules.lookup),
     **_rows("gather", rules.gather, P.NONE, numbers),
+    **_rows(
+        "index_add index_copy index_fill index_reduce", indexing.written_along, P.NONE, numbers
+    ),
+    **_rows("scatter scatter_add scatter_reduce", indexing.written_along, P.NONE, numbers),
+    **_rows("select_scatter slice_scatter", indexing.part_written, P.NONE, numbers),
+    **_rows("index_put", indexing.index_put, P.NONE, numbers),
+    **_rows("_embedding_bag _embedding_bag_forward_only", indexing.embedding_bag, P.NONE, numbers),
+    **_rows("grid_sampler_2d grid_sampler_3d", indexing.grid_sampler, P.RESAMPLES, numbers),
+    **_rows("cudnn_grid_sampler", indexing.grid_sampler, P.RESAMPLES, numbers),
+    **_rows("max_unpool2d max_unpool3d", indexing.unpool, P.RESAMPLES, numbers),
+    **_rows("bucketize", indexing.buckets, P.NONE, numbers),
     **_rows("cat", rules.cat, P.JOINS, axes),
     **_rows("stack", rules.stack, P.JOINS, axes),
     # --- values stay as they are, or have no units
-    **_rows("clone detach alias contiguous lift_fresh _to_copy", rules.unchanged, P.SILENT),
-    **_rows("dropout native_dropout feature_dropout", rules.unchanged),
+    **_rows("clone detach alias contiguous lift_fresh _to_copy _conj", rules.unchanged, P.SILENT),
+    **_rows("dropout native_dropout feature_dropout embedding_renorm", rules.unchanged),
     **_rows("copy", rules.copied),
     **_rows("zero fill", rules.filled),
     **_rows("zeros ones full zeros_like ones_like full_like", rules.constant, P.CONSTANT),
@@ -118,12 +134,25 @@ OPERATORS: dict[str, Operator] = {
         P.ELEMENTWISE,
         numbers,
     ),
+    **_rows(  # what torch does not tag as pointwise
+        "complex polar copysign floor_divide masked_fill log_sigmoid_forward",
+        rules.elementwise,
+        P.ELEMENTWISE,
+        numbers,
+    ),
+    **_rows("rrelu_with_noise", rules.unchanged, P.ELEMENTWISE, numbers),
+    **_rows("mse_loss smooth_l1_loss huber_loss soft_margin_loss", rules.loss, P.NONE, numbers),
+    **_rows("binary_cross_entropy binary_cross_entropy_with_logits", rules.loss, P.NONE, numbers),
     **_rows("glu", rules.glu, P.NONE, numbers),
     # --- along an axis
     **_rows("mean sum amax amin var std var_mean std_mean norm", along.reduction, P.NONE, axes),
     **_rows("prod linalg_vector_norm logsumexp nansum any all", along.reduction, P.NONE, axes),
-    **_rows("max min median nanmedian mode argmax argmin", along.ordered, P.NONE, numbers),
-    **_rows("sort argsort topk cumsum cumprod logcumsumexp", along.ordered, P.NONE, numbers),
+    **_rows("max min median nanmedian mode aminmax", along.ranked, P.NONE, numbers),
+    **_rows("sort topk kthvalue", along.ranked, P.NONE, numbers),
+    **_rows("argmax argmin argsort", along.ordered, P.NONE, numbers),
+    **_rows("cumsum cumprod logcumsumexp cummax cummin", along.ordered, P.NONE, numbers),
+    **_rows("count_nonzero", along.reduction, P.NONE, axes),
+    **_rows("tril triu linalg_cross _fft_r2c _fft_c2r _fft_c2c", along.beside, P.NONE, numbers),
     **_rows("_softmax _log_softmax _safe_softmax", along.softmax, P.NONE, axes),
     # --- pooling and resampling
     **_rows("avg_pool1d avg_pool2d avg_pool3d", along.spatial, P.RESAMPLES, numbers),
@@ -150,7 +179,12 @@ OPERATORS: dict[str, Operator] = {
     **_rows("_weight_norm_interface", along.weight_norm),
     # --- contractions
     **_rows("mm addmm bmm baddbmm", products.matmul, P.CONTRACTS),
-    **_rows("mv", products.matvec, P.CONTRACTS),
+    **_rows("mv addmv", products.matvec, P.CONTRACTS),
+    **_rows("dot vdot", products.of_vectors, P.CONTRACTS),
+    **_rows("addr", products.of_vectors),
+    **_rows("_trilinear", products.bilinear, P.CONTRACTS),
+    **_rows("_cdist_forward _euclidean_dist _pdist_forward", products.distances, P.NONE, numbers),
+    **_rows("dist", products.apart, P.NONE, numbers),
     **_rows("linear", products.linear, P.CONTRACTS),
     **_rows("convolution", products.convolution, P.CONTRACTS, geometry),
 }
@@ -243,4 +277,4 @@ def _still_nothing(tensor: Tensor, labels: Labels) -> Labels:
         if bool(empty.any()) and bool((tensor.detach().cpu() * empty).any()):
             layer = torch.where(empty, FIXED, layer)
         layers.append(layer)
-    return Labels(tuple(layers), fill, labels.sources)
+    return replace(labels, layers=tuple(layers), fill=fill)

@@ -16,11 +16,11 @@ from fxfuse.spaces._labels import (
     Labels,
     Ledger,
     collapse,
-    contract,
     merge,
     rows_over,
     varying,
 )
+from fxfuse.spaces._products import contract
 
 small = st.lists(st.integers(0, 5), min_size=6, max_size=6)
 

@@ -22,6 +22,13 @@ from fxfuse.spaces.operators import OPERATORS, mirror
 from tests.support.nets import gap, moved, randomise
 from tests.support.tolerances import PERMUTATION
 
+EDGES, FROM = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([1, 0, 2, 1, 2])
+PHASES = torch.polar(torch.ones(5, 1), torch.arange(5.0)[:, None]).expand(5, 4)
+NUMBERS = torch.arange(4.0)
+MASK = torch.tensor([[True, False, False, True, False], [False, True, False, False, True]])
+GRID = torch.linspace(-1, 1, 32).view(1, 4, 4, 2).expand(2, -1, -1, -1)
+THETA = torch.tensor([[1.0, 0.2, 0.0], [0.1, 1.0, 0.3]])
+
 
 @torch.fx.wrap
 def numbered(x):
@@ -226,16 +233,34 @@ CASES = {
     # --- by order or by number
     "max of pixels": images(lambda net, x: x * torch.max(x, 2, keepdim=True)[0]),
     "min of pixels by name": images(lambda net, x: x - x.min(3, keepdim=True).values),
-    "max of units": vectors(lambda net, x: x - torch.max(x, 1, keepdim=True)[0], 0),
+    "max of units": vectors(lambda net, x: x - torch.max(x, 1, keepdim=True)[0]),
+    "largest units, read by number": vectors(
+        lambda net, x: x - torch.add(*_pair(torch.max(x, 1, keepdim=True))), 0
+    ),
+    "largest and smallest unit": vectors(
+        lambda net, x: x - torch.mul(*_pair(x.aminmax(dim=1, keepdim=True)))
+    ),
+    "winners": vectors(lambda net, x: x * (x >= x.topk(3, 1)[0][:, -1:])),
+    "winners among pixels": images(
+        lambda net, x: x * (x >= x.flatten(1).topk(9)[0][:, -1, None, None, None])
+    ),
+    "all but losers": vectors(lambda net, x: x * (x > x.kthvalue(3, 1, True)[0])),
+    "median of units": vectors(lambda net, x: x - x.median(1, True)[0] + x.mode(1, True)[0]),
+    "quantile of units": vectors(lambda net, x: x - x.quantile(0.3, 1, True)),
+    "largest units in no order": vectors(
+        lambda net, x: x - x.topk(3, 1, sorted=False)[0][:, :1], 0
+    ),
+    "how many units": vectors(lambda net, x: x / (1 + (x > 0.2).count_nonzero(1)[:, None])),
     "max of everything": vectors(lambda net, x: x / (1 + x.max().abs())),
     "max of pixels, axis gone": images(lambda net, x: x * x.flatten(2).max(2)[0][:, :, None, None]),
     "where the largest unit is": vectors(lambda net, x: x + x.argmax(1, keepdim=True), 0),
     "where the largest pixel is": images(lambda net, x: x + x.argmax(3, keepdim=True)),
     "median": images(lambda net, x: x - x.median(3, keepdim=True)[0]),
     "sort": images(lambda net, x: x.sort()[0]),
-    "sorted units": vectors(lambda net, x: x.sort()[0], 0),
+    "sorted units": vectors(lambda net, x: x.sort()[0]),
+    "order of units": vectors(lambda net, x: x + x.argsort(1), 0),
     "topk": images(lambda net, x: x.topk(3, 2)[0]),
-    "topk of units": vectors(lambda net, x: _pair(x.topk(4, 1))[0], 0, outputs=4),
+    "topk of units": vectors(lambda net, x: _pair(x.topk(4, 1))[0], outputs=4),
     "cumsum": images(lambda net, x: x.cumsum(2)),
     "cumsum of units": vectors(lambda net, x: x.cumsum(1), 0),
     "gather": images(lambda net, x: x.gather(3, x.argsort(3)[..., :4])),
@@ -392,7 +417,31 @@ CASES = {
         lambda net, x: net.part(x)[0],
         part=lambda: nn.GRU(8, 5, batch_first=True, bidirectional=True),
         outputs=10,
-        free=13,  # the last states of both are stacked, which ties them
+        free=18,
+    ),
+    "recurrent in layers": tokens(
+        lambda net, x: net.part(x)[0],
+        part=lambda: nn.LSTM(8, 5, 3, batch_first=True, bidirectional=True),
+        outputs=10,
+        free=38,
+    ),
+    "last states": tokens(
+        lambda net, x: net.part(x)[1][0][-1],
+        part=lambda: nn.LSTM(8, 5, 2, batch_first=True),
+        outputs=5,
+        free=18,
+    ),
+    "last states of both ways": tokens(
+        lambda net, x: torch.cat(_pair(net.part(x)[1].view(2, 2, 2, 5)[-1].unbind()), 1),
+        part=lambda: nn.GRU(8, 5, 2, batch_first=True, bidirectional=True),
+        outputs=10,
+        free=28,
+    ),
+    "sum of last states": tokens(
+        lambda net, x: net.part(x)[1].sum(0),
+        part=lambda: nn.RNN(8, 5, 2, batch_first=True),
+        outputs=5,
+        free=13,
     ),
     "attention with parts pooled": tokens(
         lambda net, x: _pooled_attention(net, net.q(x), net.k(x), net.v(x)),
@@ -437,6 +486,95 @@ CASES = {
     ),
     "index units": vectors(lambda net, x: x[:, [3, 1, 2]], outputs=3),
     "index rows": tokens(lambda net, x: x + net.a[torch.tensor([0, 0, 1, 2, 1])], a=table(3, 8)),
+    # --- written or read at numbered places
+    "sums over edges": vectors(lambda net, x: torch.zeros_like(x).index_add(0, EDGES, x[FROM])),
+    "sums of unit numbers": vectors(lambda net, x: x.index_add(1, EDGES, x[:, FROM]), 0),
+    "rows copied": vectors(lambda net, x: x.index_copy(0, EDGES[1:3], net.a), a=table(2, 8)),
+    "rows filled": vectors(lambda net, x: x.tanh().index_fill(0, EDGES[:1], 0.3)),
+    "rows reduced": vectors(lambda net, x: x.index_reduce(0, EDGES, x[FROM], "amax")),
+    "scattered": vectors(lambda net, x: x.scatter(0, EDGES[1:3, None].expand(2, 8), x[:2])),
+    "scattered sums": vectors(
+        lambda net, x: x.scatter_add(0, EDGES[:, None].expand(5, 8), x[FROM])
+    ),
+    "scattered means": vectors(
+        lambda net, x: x.scatter_reduce(0, EDGES[:, None].expand(5, 8), x[FROM], "mean")
+    ),
+    "scattered by units": vectors(lambda net, x: x.scatter_add(1, x.argsort(1), x), 0),
+    "scattered for each unit": vectors(lambda net, x: x.scatter_add(0, (x > 0.1).long(), x)),
+    "put": vectors(lambda net, x: x.index_put((EDGES,), x[FROM], accumulate=True)),
+    "put where a mask says": tokens(lambda net, x: x.index_put((MASK,), net.a), a=table(8)),
+    "put one value": vectors(lambda net, x: x.index_put((x > 0.5,), torch.tensor(0.1))),
+    "put in units": vectors(lambda net, x: x.index_put((EDGES, FROM), torch.tensor(0.1)), 0),
+    "put in masked rows": tokens(lambda net, x: x.index_put((MASK,), x[MASK].cumsum(0))),
+    "slice written": vectors(lambda net, x: x.slice_scatter(net.a, 0, 1, 3), a=table(2, 8)),
+    "row written": vectors(lambda net, x: x.select_scatter(net.a, 0, 1), a=table(8)),
+    "unit written": vectors(lambda net, x: x.select_scatter(x.mean(1), 1, 2), 0),
+    "bags": vectors(lambda net, x: net.a((x > 0.5).long()) + x, a=lambda: nn.EmbeddingBag(2, 8)),
+    "weighted bags": vectors(
+        lambda net, x: net.a(EDGES[:3, None], per_sample_weights=x.mean(1, True)) + x,
+        a=lambda: nn.EmbeddingBag(3, 8, mode="sum"),
+    ),
+    "grid_sample": images(lambda net, x: F.grid_sample(x, GRID, align_corners=False)),
+    "affine grid": images(
+        lambda net, x: F.grid_sample(
+            x, F.affine_grid(x.mean((1, 2, 3)).view(2, 1, 1) * THETA, [2, 8, 4, 4], False)
+        ),
+    ),
+    "grid_sample of volumes": volumes(
+        lambda net, x: F.grid_sample(x, torch.linspace(-1, 1, 162).view(2, 3, 3, 3, 3))
+    ),
+    "unpool": images(
+        lambda net, x: F.max_unpool2d(*_pair(F.max_pool2d(x, 2, return_indices=True)), 2)
+    ),
+    "buckets": vectors(lambda net, x: x + torch.bucketize(x, torch.tensor([0.1, 0.5]))),
+    # --- positions of a matrix, frequencies
+    "tril": tokens(lambda net, x: (x @ x.mT).tril() @ x),
+    "triu of units": tokens(lambda net, x: x.triu(), 0),
+    "diagonal": tokens(lambda net, x: x * (x @ x.mT).diagonal(0, 1, 2)[..., None]),
+    "diagonal of tokens": tokens(lambda net, x: x * torch.diag_embed(x.mean(2)).sum(1)[..., None]),
+    "units on a diagonal": vectors(lambda net, x: x.diag_embed().sum(1)),
+    "diagonal of two axes of units": vectors(
+        lambda net, x: x[:, :, None].mul(net.a).diagonal(0, 1, 2), a=table(8, 8)
+    )._replace(free=0),
+    "fft of pixels": images(lambda net, x: torch.fft.irfft2(torch.fft.rfft2(x).abs())),
+    "fft both ways": tokens(lambda net, x: torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real),
+    "pairs as complex numbers": tokens(
+        lambda net, x: torch.view_as_real(
+            torch.view_as_complex(x.view(2, 5, 4, 2)) * PHASES
+        ).flatten(2),
+        free=4,
+    ),
+    "numbered pairs as complex numbers": tokens(
+        lambda net, x: torch.view_as_real(
+            torch.view_as_complex(x.view(2, 5, 4, 2)) * torch.arange(4.0)
+        ).flatten(2),
+        free=0,
+    ),
+    "polar": vectors(lambda net, x: torch.polar(x, net.a + x).abs() + x.exp().angle(), a=table(8)),
+    "cross": tokens(lambda net, x: x + torch.linalg.cross(x[:, :3], x[:, 2:], dim=1).mean(1, True)),
+    # --- products of their own kinds
+    "bilinear": vectors(
+        lambda net, x: net.a(x, net.b(x)),
+        a=lambda: nn.Bilinear(8, 5, 8),
+        b=lambda: nn.Linear(8, 5),
+        free=21,
+    ),
+    "cdist": vectors(lambda net, x: -torch.cdist(x, net.a), a=table(7, 8), outputs=7, free=15),
+    "pdist": vectors(lambda net, x: x * F.pdist(x).mean()),
+    "dist": vectors(lambda net, x: x * torch.dist(x, net.a), a=table(8)),
+    "dot": vectors(lambda net, x: torch.stack([v * (v @ net.a) for v in _three(x)]), a=table(8)),
+    "addmv": vectors(
+        lambda net, x: torch.stack([torch.addmv(net.b, net.a, v) for v in _three(x)]),
+        a=table(7, 8),
+        b=table(7),
+        outputs=7,
+        free=15,
+    ),
+    "addr": vectors(lambda net, x: torch.addr(x, x.mean(1), net.a), a=table(8)),
+    # --- losses within a network
+    "loss": vectors(lambda net, x: x * F.mse_loss(x, x.tanh()) + F.l1_loss(x, x.exp())),
+    "loss of each": vectors(lambda net, x: F.huber_loss(x, x.sin(), reduction="none")),
+    "logsigmoid": vectors(lambda net, x: F.logsigmoid(x) + torch.copysign(x, 0.5 - x)),
     # --- operators without a rule
     "fft": vectors(lambda net, x: torch.fft.rfft(x, dim=1).abs(), outputs=5, free=0),
 }
