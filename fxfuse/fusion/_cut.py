@@ -22,6 +22,8 @@ from ..errors import ArgumentError, PairingError
 from ..ir import Alignment, Layer, Segment
 from ..spaces.network import OPEN, Network
 
+AUTO = "auto"  # in place of a layer to cut behind: the cut is to be chosen
+
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -49,14 +51,14 @@ def trunk_segments(
         networks: The whole networks.
         anchor: The network whose layer `after` is.
         after: The layer behind which to cut, or a module whose last layer is meant; the last but
-            one of each network if not given.
+            one of each network if not given, or if it is to be chosen.
 
     Raises:
         ArgumentError: If the anchor has no such layer, or a network has a single layer.
     """
     parts = [partition(n) for n in networks]
     layers = [[x for s in segments for x in s.layers] for segments in parts]
-    last = _last_layer(networks, layers, anchor, after)
+    last = None if after == AUTO else _last_layer(networks, layers, anchor, after)
     if last is None:
         return [segments[:-1] for segments in parts]
     end = next(i for i, s in enumerate(parts[anchor]) if last in [x.name for x in s.layers]) + 1

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from .._progress import Clock, Progress
+from .._progress import Clock, Progress, counted
 from ..alignment.align import Pairs, align_networks
 from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
@@ -33,10 +33,13 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
-from ._cut import cut_networks, trunk_segments
+from ._choose_cut import Cost, choose_cut
+from ._cut import AUTO, cut_networks, trunk_segments
+from ._fit_heads import refitted
 from ._guard import advice_for, better_alone, held_back, nearness, nothing_wider, warn
 from .assemble import choose, couple, make, report_on, require_sound
-from .heads import Heads, require_heads
+from .heads import Heads, Separate, grafted, require_heads
+from .selection import HELD
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Method:
         return order.index(max(order))
 
 
-FAIR = Method(coupling=Transport())  # every network counts fully in every unit
+# every network counts fully in every unit, and many positions, as one trunk holds several tasks
+FAIR = Method(coupling=Transport(), refit=LeastSquares(rows=256))
 
 
 def _chosen(method: Method | str | None, default: Method = Method()) -> Method:
@@ -160,8 +164,9 @@ def fuse(
         width: Of the fused network, relative to the anchor's: it takes at most the multiply-adds of
             the anchor with all layers made so much wider. Units that are least like their matches
             are not mixed but kept beside each other, the deepest layers first (`Method(room=)`).
-            With `float("inf")` all are, and the outputs are exactly the mean of the networks', but
-            for norms over units, groups and heads, which keep their width.
+            With `float("inf")` all are, and the outputs are exactly the mean of the networks' (with
+            `heads`, each network's own), but for norms over units, groups and heads, which keep
+            their width. With `heads`, it is the trunk that is wider.
         anchor: Index of the network whose widths and coordinates the result takes; the deepest if
             not given (of a zip, the widest).
         method: The choices along the way, or the name of a preset, such as "zipit"; the default is
@@ -205,24 +210,22 @@ def fuse(
     method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
-    require_width(width, apart=heads is not None)
+    require_width(width)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     fitted, held = held_back(calibration) if heads is None else (calibration, calibration)
     way = partial(
         _fuse_networks,
-        data=fitted,
         anchor=index,
         shares=shares,
         automatic=automatic,
         leads=[k for k in range(len(models)) if k != index and anchor is None],
         width=width,
         method=method,
-        clock=clock,
     )
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
-        network, _, report = way(networks, alignment)
+        network, _, report = way(networks, alignment, data=fitted, clock=clock)
         with clock.stage("compare with the ensemble"):
             near = nearness(network, networks, shares, held, held is not fitted)
         report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
@@ -234,18 +237,70 @@ def fuse(
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
         alignment = alignment or _aligned(networks, calibration, method, clock, front)
-        trunks, alignment, tails = cut_networks(networks, alignment, index, heads.after)
-        trunk, couplings, report = way(trunks, alignment)
-        fused = copy_modes(models[index], trunk.module)
-        with clock.stage("attach heads"):
-            notes = heads(fused, couplings, tails, models)
-            require_sound(replace(trunk, name="the fused network", module=fused))
-            fused = with_given_names(copy_precision(models[index], fused))
-        report = replace(report, heads=notes, seconds=clock.seconds, memory=clock.memory)
+        facts = models, networks, alignment, index
+        apart = partial(_fuse_apart, *facts, way=way, refit=method.refit)
+        if heads.after == AUTO:
+            rest, held = calibration.parted(HELD)
+            with clock.stage("choose the cut"):
+                most = Cost(heads.multiply_adds, heads.parameters)
+                quietly = partial(apart, data=rest, clock=Clock(None))
+                after = choose_cut(*facts[1:], most, lambda a: quietly(Separate(a))[0], held)
+            heads = replace(heads, after=after)
+        fused, report = apart(heads, data=calibration, clock=clock)
     fused.meta["fxfuse"] = report
     for sentence in report.warnings:
         warn(sentence)
     return fused
+
+
+def _fuse_apart(
+    models: Sequence[nn.Module],
+    networks: Sequence[Network],
+    alignment: Alignment,
+    anchor: int,
+    heads: Heads,
+    *,
+    way: Callable[..., tuple[Network, Couplings, Report]],
+    refit: Refit,
+    data: Calibration,
+    clock: Clock,
+) -> tuple[fx.GraphModule, Report]:
+    """Fuse networks of different tasks up to a layer, and refit what each does behind it.
+
+    Args:
+        models: The models.
+        networks: The same, traced.
+        alignment: Which of their layers correspond.
+        anchor: Index of the network whose structure the trunk takes.
+        heads: Where they are cut, and what becomes of what is behind.
+        way: Fuses the trunks.
+        refit: How heads are corrected.
+        data: Calibration inputs.
+        clock: Times the stages.
+    """
+    trunks, alignment, tails = cut_networks(networks, alignment, anchor, heads.after)
+    trunk, couplings, report = way(trunks, alignment, data=data, clock=clock)
+    fused = copy_modes(models[anchor], trunk.module)
+    layers, apart = list(report.layers), []
+    with clock.stage("refit heads"):
+        grafts, modules = grafted(fused, couplings, tails), []
+        for k, graft in enumerate(counted(grafts)):
+            module, outcome = refitted(graft, trunks[k], trunk, data, refit)
+            modules.append(copy_modes(models[k], module))
+            layers += [replace(fit, node=f"heads.{k}.{fit.node}") for fit in outcome.layers]
+            apart.append(outcome.divergence)
+    with clock.stage("attach heads"):
+        heads(fused, couplings, tails, modules)
+        require_sound(replace(trunk, name="the fused network", module=fused))
+        fused = with_given_names(copy_precision(models[anchor], fused))
+    return fused, replace(
+        report,
+        heads=tuple(graft.how for graft in grafts),
+        layers=tuple(layers),
+        apart=tuple(apart),
+        seconds=clock.seconds,
+        memory=clock.memory,
+    )
 
 
 def _fuse_networks(

@@ -13,25 +13,28 @@ References:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, eye_array
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from ..coupling.mixing import Couplings, apply_along
 from ..errors import ArgumentError, FuseError, PairingError
 from ..graph.state import add_part, replace_tensor, tensor_at
-from ..graph.trace import copy_modes, run_once
+from ..graph.trace import run_once
 from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Spaces
 from ..spaces.network import OPEN, Network
 from ..spaces.spaces import rearrange
-from ._cut import Head, output_axis
+from ._cut import AUTO, Head, output_axis
+from ._fit_heads import Graft
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +67,7 @@ class Crossing:
         return first
 
 
-def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> tuple[fx.GraphModule, str]:
+def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> Graft:
     """Let the head of network `k` read the fused trunk.
 
     Args:
@@ -73,27 +76,28 @@ def graft(head: Head, couplings: Couplings, k: int, value: Tensor) -> tuple[fx.G
         k: Which network's head it is.
         value: What the fused trunk returns for the anchor's example.
 
-    Returns:
-        The head's module for the fused value, and how it reads it.
-
     Raises:
         PairingError: If the values at the cuts cannot be mapped to each other.
     """
     at, dim = _axis(couplings, k)
-    head.module.to(value if value.is_floating_point() else value.device)
+    module = head.module.to(value if value.is_floating_point() else value.device)
+    make = partial(Graft, head.name, dim=dim, inputs=head.inputs)
     if dim is None:
-        return head.module, "as it is"
+        return make(module, module, None, how="as it is")
     read = csr_array(couplings.feature_map(at, dim, k, reads=True).T)
     if _same_places(read):
-        return head.module, "as it is"
+        return make(module, module, None, how="as it is")
     example = couplings.problem.structure.example
     crossing = Crossing(head, value, tuple(example[i] for i in head.inputs), dim, read)
     spaces = head_spaces(crossing)
-    for how, made in (("folded into its weights", folded), ("its own units moved", permuted)):
-        module = made(crossing, spaces)
-        if module is not None and reads_alike(crossing, module):
-            return module, how
-    return in_front(crossing), "through a linear map"
+    other = folded(crossing, spaces)
+    if other is not None and reads_alike(crossing, other):
+        return make(other, module, None, how="folded into its weights")
+    other = permuted(crossing, spaces)
+    if other is not None and reads_alike(crossing, other):
+        return make(other, other, csr_array(read.T), how="its own units moved")
+    still = replace(crossing, read=csr_array(eye_array(read.shape[0])))
+    return make(in_front(crossing), in_front(still), None, how="through a linear map")
 
 
 def _axis(couplings: Couplings, k: int) -> tuple[str, int | None]:
@@ -196,8 +200,9 @@ def permuted(crossing: Crossing, spaces: Spaces) -> fx.GraphModule | None:
 
 
 def in_front(crossing: Crossing) -> fx.GraphModule:
-    """Put the map in front of a head as a linear layer, in place."""
-    module, rank, dim = crossing.head.module, crossing.value.dim(), crossing.dim
+    """Return the head with the map in front of it as a linear layer."""
+    module = copy.deepcopy(crossing.head.module)
+    rank, dim = crossing.value.dim(), crossing.dim
     own, fused = crossing.read.shape
     pointwise = dim == 1 and 3 <= rank <= 5
     swapped = not pointwise and dim != rank - 1
@@ -209,33 +214,29 @@ def in_front(crossing: Crossing) -> fx.GraphModule:
     while hasattr(module, name):
         name += "_"
     module.add_submodule(name, part)
-    graph, value = module.graph, crossing.source
+    graph = module.graph
+    value = source = next(iter(graph.nodes))
     readers = list(value.users)
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         value = graph.call_method("transpose", (value, dim, -1)) if swapped else value
         value = graph.call_module(name, (value,))
         value = graph.call_method("transpose", (value, dim, -1)) if swapped else value
     for reader in readers:
-        reader.replace_input_with(crossing.source, value)
+        reader.replace_input_with(source, value)
     module.recompile()
     return module
 
 
-def grafted(
-    trunk: fx.GraphModule, couplings: Couplings, heads: Sequence[Head], models: Sequence[nn.Module]
-) -> tuple[list[fx.GraphModule], tuple[str, ...]]:
-    """Let all heads read the fused trunk; return their modules, and how each reads it.
+def grafted(trunk: fx.GraphModule, couplings: Couplings, heads: Sequence[Head]) -> list[Graft]:
+    """Let all heads read the fused trunk.
 
     Args:
         trunk: The fused trunk.
         couplings: The maps of the trunks it was fused from.
         heads: What each model does behind the cut; taken over.
-        models: The models, for their modes.
     """
     value = trunk_value(trunk, couplings)
-    grafts = [graft(head, couplings, k, value) for k, head in enumerate(heads)]
-    modules = [copy_modes(model, module) for model, (module, _) in zip(models, grafts)]
-    return modules, tuple(how for _, how in grafts)
+    return [graft(head, couplings, k, value) for k, head in enumerate(heads)]
 
 
 def trunk_value(trunk: fx.GraphModule, couplings: Couplings) -> Tensor:
@@ -352,7 +353,13 @@ class Separate:
     Attributes:
         after: Qualified name of the layer of the anchor, or of the module whose last layer it is,
             behind which the networks are cut; the others are cut behind the layer aligned with it.
-            If not given, each network is cut just before its last layer.
+            If not given, each network is cut just before its last layer. With "auto", of the cuts
+            that the next two allow, the costliest three are tried, and the one whose heads come
+            nearest to their networks on samples held out is taken.
+        multiply_adds: With "auto", how many multiply-adds the result may take at most, relative to
+            the anchor. At 1, it can be cut just before the last layer at the earliest; at the sum
+            of all networks, anywhere.
+        parameters: With "auto", how many parameters it may have at most, relative to the anchor.
 
     Example:
         >>> import fxfuse
@@ -364,6 +371,8 @@ class Separate:
     """
 
     after: str | None = None
+    multiply_adds: float = math.inf
+    parameters: float = math.inf
 
     def check(self, networks: Sequence[Network]) -> None:
         """Accept any networks: their outputs are handed on as they are."""
@@ -373,19 +382,17 @@ class Separate:
         trunk: fx.GraphModule,
         couplings: Couplings,
         heads: Sequence[Head],
-        models: Sequence[nn.Module],
-    ) -> tuple[str, ...]:
-        """Attach the heads of some models to their fused trunk; return how each reads it.
+        modules: list[fx.GraphModule],
+    ) -> None:
+        """Attach heads to a fused trunk.
 
         Args:
             trunk: The fused trunk; edited in place.
             couplings: The maps of the trunks it was fused from.
-            heads: What each model does behind the cut; taken over.
-            models: The models, for their modes.
+            heads: What each model does behind the cut.
+            modules: The same, reading the fused trunk; taken over.
         """
-        modules, notes = grafted(trunk, couplings, heads, models)
         give_back(trunk, tuple(attach(trunk, couplings, modules, heads)))
-        return notes
 
 
 @dataclass(frozen=True)
@@ -400,6 +407,8 @@ class Union:
     Attributes:
         labels: For each network, the label of each of its outputs, in order.
         after: Where the networks are cut, as in `Separate`.
+        multiply_adds: As in `Separate`.
+        parameters: As in `Separate`.
         order: The labels in the order of the fused network's outputs; in the order of their first
             appearance over the networks if not given.
 
@@ -416,6 +425,8 @@ class Union:
     labels: Sequence[Sequence[Hashable]]
     after: str | None = None
     order: Sequence[Hashable] | None = None
+    multiply_adds: float = math.inf
+    parameters: float = math.inf
 
     @property
     def outputs(self) -> tuple[Hashable, ...]:
@@ -456,29 +467,30 @@ class Union:
         trunk: fx.GraphModule,
         couplings: Couplings,
         heads: Sequence[Head],
-        models: Sequence[nn.Module],
-    ) -> tuple[str, ...]:
-        """Attach the heads of some models to their fused trunk; return how each reads it.
+        modules: list[fx.GraphModule],
+    ) -> None:
+        """Attach heads to a fused trunk.
 
         Args:
             trunk: The fused trunk; edited in place.
             couplings: The maps of the trunks it was fused from.
-            heads: What each model does behind the cut; taken over.
-            models: The models, for their modes.
+            heads: What each model does behind the cut.
+            modules: The same, reading the fused trunk; taken over.
         """
-        modules, notes = grafted(trunk, couplings, heads, models)
         mixing = self._mixing(couplings.problem.weights, trunk_value(trunk, couplings))
         layers = [layer for layer in map(single_layer, modules) if layer is not None]
-        taken, dim = dict(trunk.named_modules()), heads[couplings.problem.anchor].dim
-        if len(layers) == len(modules) and layers[couplings.problem.anchor][0] not in taken:
-            name, last = layers[couplings.problem.anchor]
+        lead = (
+            couplings.problem.lead
+        )  # the anchor, also where a wider trunk has a structure of its own
+        taken, dim = dict(trunk.named_modules()), heads[lead].dim
+        if len(layers) == len(modules) and layers[lead][0] not in taken:
+            name, last = layers[lead]
             whole = one_layer(trunk, name, [x for _, x in layers], mixing, last)
         else:
             calls = attach(trunk, couplings, modules, heads)
             assert dim is not None, "labels lie along one axis"
             whole = mixed(trunk, calls, torch.cat(mixing, 1), dim)
         give_back(trunk, whole)
-        return notes
 
     def _mixing(self, weights: Sequence[float], like: Tensor) -> list[Tensor]:
         """Return, per network, the shares `(labels, own outputs)` of its outputs in the labels."""
@@ -487,6 +499,7 @@ class Union:
         for matrix, own in zip(found, self.labels):
             matrix[[place[x] for x in own], range(len(own))] = 1.0
         known = torch.stack([m.sum(1) for m in found])
+        weights = weights[: len(found)]  # a wider trunk's structure is one network more
         shares = known * torch.tensor(weights, dtype=torch.float64)[:, None]
         shares = torch.where(shares.sum(0) > 0, shares, known)
         shares = shares / shares.sum(0)
@@ -508,6 +521,13 @@ def require_heads(heads: Heads, networks: Sequence[Network]) -> None:
             where="the argument `heads`",
             expected="fxfuse.heads.Separate(...) or fxfuse.heads.Union(labels=[...])",
             do="leave it out to fuse networks with the same outputs",
+        )
+    if heads.after == AUTO and math.isinf(heads.multiply_adds) and math.isinf(heads.parameters):
+        raise ArgumentError(
+            "a cut to be chosen without a limit of what the result may cost",
+            where="the argument `heads`, after='auto'",
+            expected="heads.Separate(after='auto', multiply_adds=1.5), or parameters=",
+            do="give one, relative to the anchor network; without a limit nothing need be fused",
         )
     heads.check(networks)
 

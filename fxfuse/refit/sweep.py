@@ -56,6 +56,8 @@ from .moments import Outcome, Refit, gain_of, settle_norm, settle_weight
 
 ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
+USUAL_ROWS = 16  # positions per weight of a unit that any contraction may have
+QUICK = 1 << 34  # multiply-adds that the products of inputs may take where there are more positions
 FEWEST_POSITIONS = 256  # to take moments of, where there is memory for few products only
 
 
@@ -236,7 +238,8 @@ class LeastSquares(Refit):
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
             variance of what they read. A held-out quarter of the samples chooses, and may choose
             to leave the coupled weights as they are.
-        rows: Positions used per weight of a unit, at most; more cost time and change little.
+        rows: Positions used per weight of a unit, at most; more cost time, and help where one
+            network is to hold what several do. Beyond 16, no more than are quickly worked on.
         steps: Corrections by the results of an activation, where one reads the values.
         frontier: Bytes of memory for the values of all networks and samples that are still to be
             read; what exceeds them lies in a temporary file.
@@ -248,7 +251,7 @@ class LeastSquares(Refit):
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    rows: int = 16
+    rows: int = USUAL_ROWS
     steps: int = 1
     frontier: int = 1 << 29
     gram: int = 1 << 26
@@ -320,7 +323,8 @@ class LeastSquares(Refit):
         inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
         affordable = 8 * budget // (4 * inputs)  # positions whose inputs can be held
         if 8 * inputs**2 <= budget and inputs <= positions:
-            return min(self.rows * inputs, affordable, positions), 0
+            quick = max(USUAL_ROWS * inputs, QUICK // (affine.groups * inputs**2))
+            return min(self.rows * inputs, quick, affordable, positions), 0
         equations = max(min(math.isqrt(budget // 8), affordable, positions), 1)
         count = min(max(min(4 * equations, affordable), FEWEST_POSITIONS), positions)
         return count, -(-count // equations)

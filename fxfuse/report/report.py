@@ -101,6 +101,8 @@ class Report:
             not, or if that kept the function.
         seconds: Wall time of each stage.
         heads: How each network's own head reads the fused network, if heads were kept apart.
+        apart: Mean divergence (nats) of each head's class probabilities from its own network's, on
+            the calibration data; None of outputs that are not 2-D, or if heads were not refitted.
         layers: How the contractions were refitted, in order.
         divergence: Mean Kullback-Leibler divergence (nats) of the fused network's class
             probabilities from those of the parents' mean logits, on the calibration data; None if
@@ -131,6 +133,7 @@ class Report:
     errors: tuple[float, ...]
     seconds: dict[str, float] = field(compare=False)
     heads: tuple[str, ...] = ()
+    apart: tuple[float | None, ...] = ()
     layers: tuple[LayerFit, ...] = ()
     divergence: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -225,6 +228,10 @@ class Report:
             lines.append(f"{refitted}, mean R^2 {mean:.2f} on held-out data{mixed}")
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
+        if any(distance is not None for distance in self.apart):
+            pairs = zip(self.alignment.names, self.apart)
+            each = (f"{name} {d:.3f} nats" for name, d in pairs if d is not None)
+            lines.append(f"heads apart from their networks: {', '.join(each)}")
         near = self.nearness
         if near is not None:
             parents = zip(self.alignment.names, near.networks)

@@ -33,7 +33,7 @@ from ..depth.deepen import Balanced
 from ..errors import ArgumentError, FuseError
 from ..graph.trace import Interpreter
 from ..ir import Coupling, Space
-from ..spaces.network import Network
+from ..spaces.network import OPEN, Network
 from .reshape import change_most, reshaped, shapes_at, spaces_under_norms
 
 Owner = tuple[int, int]  # a network, and one of its units in a space
@@ -173,23 +173,15 @@ MULTIPLES = (1, 2, 4, 8)  # of which numbers of new units are tried
 LEAST = 1e-6  # share of a network in units that it has in common with others, at least
 
 
-def require_width(width: float, apart: bool = False) -> None:
+def require_width(width: float) -> None:
     """Refuse a width that a fused network cannot have.
 
     Args:
         width: Relative to the anchor's.
-        apart: Whether the networks are of different tasks.
 
     Raises:
-        ArgumentError: If it is below 1, or above it for networks of different tasks.
+        ArgumentError: If it is below 1.
     """
-    if apart and width > 1:
-        raise ArgumentError(
-            f"width {width} for networks of different tasks",
-            where="the argument `width`",
-            expected="1, as each network's head reads a trunk of the anchor's width",
-            do="leave it out, or cut the networks earlier, heads.Separate(after=...)",
-        )
     if not width >= 1:
         raise ArgumentError(
             f"width {width}",
@@ -261,6 +253,8 @@ def _hosted(problem: Problem, host: Network) -> Problem:
 def _fixed(base: Network) -> dict[str, str]:
     """Return the spaces that cannot have any number of units, each with the reason."""
     parents, under_norms = {s.parent for s in base.spaces}, spaces_under_norms(base)
+    output = base.module.graph.output_node()
+    handed_on = {n.name for n in output.all_input_nodes if OPEN in output.meta}
     reasons: dict[str, str] = {}
     for space in base.spaces:
         if space.blocks is not None or space.name in parents:
@@ -269,7 +263,9 @@ def _fixed(base: Network) -> dict[str, str]:
             reasons[space.name] = "units that a norm averages over keep their number"
         elif any(a.groups not in (1, space.size) for a in space.axes):
             reasons[space.name] = "units of grouped convolutions keep their number"
-        elif not any(a.reads for a in space.axes):
+        elif not any(a.reads for a in space.axes) and not any(
+            f.tensor in handed_on for f in space.features
+        ):
             reasons[space.name] = "no weight reads the units"
     return reasons
 

@@ -448,6 +448,35 @@ def test_all_weight_on_one_network_gives_it_from_its_head(name):
             assert found[1 - k].shape == outputs(nets[1 - k], x).shape
 
 
+WIDE = {  # networks of unlike units, and layers of the first to cut behind
+    "plain": (UNEQUAL["plain"][0], ["0.2", None]),
+    "residual": (UNEQUAL["residual"][0], ["0.0", "1.0", None]),
+    "linear": (UNEQUAL["linear"][0], ["1.0", None]),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_with_places_for_all_units_every_head_gives_what_its_network_gives(name):
+    make, cuts = WIDE[name]
+    nets, x = [randomise(n, s) for s, n in enumerate(make(), 1)], images()
+    for after in cuts:
+        fused = fxfuse.fuse(nets, x, heads=Separate(after=after), width=float("inf"), anchor=0)
+        assert max(gaps(nets, fused, images(8, seed=6))) < FUNCTION
+
+
+def test_a_wider_trunk_is_nearer_and_one_head_for_all_labels_reads_it_too():
+    nets, x, others = uneven(), images(64), images(64, seed=6)
+    missed = []
+    for width in (1.0, 1.5, float("inf")):
+        fused = fxfuse.fuse(nets, x, heads=Separate(after="1.0"), width=width)
+        pairs = zip(nets, outputs(fused, others), strict=True)
+        missed.append(sum(float((outputs(n, others) - y).square().mean()) for n, y in pairs))
+    assert missed[0] > missed[1] > missed[2]
+    whole = fxfuse.fuse(nets, x, heads=Union([range(3), range(3, 8)]), width=float("inf"))
+    wanted = torch.cat([outputs(n, others) for n in nets], 1)
+    assert gap(wanted, outputs(whole, others)) < FUNCTION
+
+
 # --- one head for all labels ----------------------------------------------------------------------
 
 LABELS = [["ant", "bee", "cat"], ["cat", "dog", "ant"]]

@@ -258,7 +258,6 @@ def test_other_couplings_give_places_too(coupling):
     [
         ({"width": 0.5}, "width 0.5"),
         ({"width": float("nan")}, "width nan"),
-        ({"width": 2.0, "heads": fxfuse.heads.Separate()}, "different tasks"),
         ({"width": 2.0, "method": fxfuse.Method(coupling=LayerByLayer())}, "every layer by itself"),
     ],
 )

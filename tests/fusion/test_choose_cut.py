@@ -1,0 +1,77 @@
+"""Cuts chosen by what the result may cost, and by how near its heads are on samples held out."""
+
+import sys
+
+import pytest
+import torch
+
+import fxfuse
+from fxfuse.errors import ArgumentError
+from fxfuse.fusion._choose_cut import Cost, cost_of
+from fxfuse.fusion.heads import Separate, Union
+from tests.support.nets import randomise, residual, stages
+
+
+def images(count):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def pair():
+    """Networks of other depth and task."""
+    nets = residual((6, 2), (8, 2)), residual((6, 1), (8, 2), classes=5)
+    return [randomise(net, seed) for seed, net in enumerate(nets)]
+
+
+def relative(nets, fused):
+    return cost_of(fused, images(2)) / cost_of(nets[0], images(2))
+
+
+def test_a_cost_is_counted():
+    cost = cost_of(torch.nn.Linear(3, 5), torch.randn(2, 3))
+    assert cost == Cost(30, 20)
+    assert cost / Cost(60, 10) == Cost(0.5, 2.0) and cost + cost == Cost(60, 40)
+    assert cost.within(Cost(30, 20)) and not cost.within(Cost(29, 20))
+    assert not cost.within(Cost(30, 19))
+
+
+def test_the_more_it_may_cost_the_less_is_fused():
+    nets, x = pair(), images(48)
+    costs = []
+    for most in (1.05, 1.4, 1.9):
+        fused = fxfuse.fuse(nets, x, heads=Separate(after="auto", multiply_adds=most), anchor=0)
+        costs.append(relative(nets, fused).multiply_adds)
+        assert costs[-1] <= most
+    assert costs[0] < costs[1] < costs[2]
+    few = Union([range(3), range(3, 8)], after="auto", parameters=1.2)
+    fused = fxfuse.fuse(nets, x, heads=few, anchor=0)
+    assert relative(nets, fused).parameters <= 1.2 and fused(x).shape == (48, 8)
+
+
+def test_of_the_cuts_that_fit_the_one_nearest_on_held_out_samples_is_taken(monkeypatch):
+    nets, x = pair(), images(48)
+    heads, choose = Separate(after="auto", multiply_adds=1.9), sys.modules[Cost.__module__]
+    tried = []
+
+    def costly(networks, fused, held):
+        tried.append(cost_of(fused, images(2)).multiply_adds)
+        assert held.samples == 12
+        return tried[-1]
+
+    monkeypatch.setattr(choose, "_missed", costly)
+    fused = fxfuse.fuse(nets, x, heads=heads, anchor=0)
+    assert len(tried) == choose.TRIED == len(set(tried))
+    assert cost_of(fused, images(2)).multiply_adds == min(tried)
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        (Separate(after="auto"), "without a limit"),
+        (Separate(after="auto", multiply_adds=0.5), "budget of 0.5"),
+    ],
+)
+def test_no_limit_and_one_that_no_cut_meets_are_refused(heads, words):
+    nets = [randomise(stages([5, 6], [7]), seed) for seed in (1, 2)]
+    with pytest.raises(ArgumentError, match=words) as caught:
+        fxfuse.fuse(nets, images(16), heads=heads)
+    assert all([caught.value.met, caught.value.where, caught.value.expected, caught.value.do])
