@@ -35,26 +35,26 @@ def test_a_cost_is_counted():
 
 
 def test_the_more_it_may_cost_the_less_is_fused():
-    nets, x = pair(), images(48)
+    nets, x = pair(), images(16)
     costs = []
-    for most in (1.05, 1.4, 1.9):
+    for most in (1.05, 1.9):
         fused = fxfuse.fuse(nets, x, heads=Separate(after="auto", multiply_adds=most), anchor=0)
         costs.append(relative(nets, fused).multiply_adds)
         assert costs[-1] <= most
-    assert costs[0] < costs[1] < costs[2]
+    assert costs[0] < costs[1]
     few = Union([range(3), range(3, 8)], after="auto", parameters=1.2)
     fused = fxfuse.fuse(nets, x, heads=few, anchor=0)
-    assert relative(nets, fused).parameters <= 1.2 and fused(x).shape == (48, 8)
+    assert relative(nets, fused).parameters <= 1.2 and fused(x).shape == (16, 8)
 
 
 def test_of_the_cuts_that_fit_the_one_nearest_on_held_out_samples_is_taken(monkeypatch):
-    nets, x = pair(), images(48)
+    nets, x = pair(), images(16)
     heads, choose = Separate(after="auto", multiply_adds=1.9), sys.modules[Cost.__module__]
     tried = []
 
     def costly(networks, fused, held):
         tried.append(cost_of(fused, images(2)).multiply_adds)
-        assert held.samples == 12
+        assert held.samples == 4
         return tried[-1]
 
     monkeypatch.setattr(choose, "_missed", costly)
