@@ -9,6 +9,7 @@ difference becomes one node. If that is the whole model, the graph is the one of
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,16 +94,29 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self._drawn = _random_states()
         graph = super().trace(root, concrete_args)
+        self._require_constants(root)
+        return graph
+
+    def _require_constants(self, module: nn.Module) -> None:
+        """Refuse what would be a constant of the graph, but is none in the module."""
         if any(tensor._version != version for tensor, version in self._constants):
             raise TraceError(
                 "a tensor that forward makes, uses, and writes to again",
-                where=type(root).__name__,
+                where=type(module).__name__,
                 expected="tensors that are complete before they meet computed values",
                 do="join parts with torch.cat or torch.where instead, or wrap the function that "
                 "makes it with torch.fx.wrap",
             )
-        return graph
+        if self._drawn != _random_states():
+            raise TraceError(
+                "random numbers that forward draws beside its inputs",
+                where=type(module).__name__,
+                expected="random numbers that are drawn at each call, not once for the graph",
+                do="draw them by torch.randn_like(x) or x.new_empty(...).normal_(), or wrap the "
+                "function that draws them with torch.fx.wrap",
+            )
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Mode) or module_qualified_name in self.leaves:
@@ -113,10 +127,17 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
-            return super().call_module(m, forward, args, kwargs)
+            out = super().call_module(m, forward, args, kwargs)
+            self._require_constants(m)
+            return out
         except Exception:
             self.failed_in = self.failed_in or self.path_of_module(m)
             raise
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that a forward may draw from."""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
 def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:

@@ -1,6 +1,7 @@
 """What forward writes to: constants are made anew at each call, and assigned buffers keep count."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -109,3 +110,30 @@ def test_a_constant_that_is_changed_after_its_use_is_refused():
 
     with pytest.raises(TraceError, match="writes to again"):
         fxfuse.find_spaces(Late(), torch.randn(2, 6))
+
+
+class Noise(nn.Module):
+    """Random numbers that no input takes part in."""
+
+    def __init__(self, only_in_training):
+        super().__init__()
+        self.only_in_training = only_in_training
+
+    def forward(self, x):
+        if self.training or not self.only_in_training:
+            return x + (torch.randn(6) if random.random() < 0.9 else 0)
+        return x
+
+
+def test_random_numbers_are_no_constants():
+    net = nn.Sequential(nn.Linear(6, 6), Noise(False), nn.Linear(6, 3))
+    with pytest.raises(TraceError, match="random numbers") as refused:
+        fxfuse.find_spaces(net, torch.randn(2, 6))
+    assert "Noise" in refused.value.where
+
+
+def test_noise_of_training_is_drawn_at_each_call():
+    graph = trace(nn.Sequential(nn.Linear(6, 6), Noise(True), nn.Linear(6, 3)).train())
+    x = torch.randn(2, 6)
+    assert not torch.equal(graph(x), graph(x))
+    assert torch.equal(graph.eval()(x), graph(x))
