@@ -27,7 +27,16 @@ from ._merge import merge
 from ._writes import assigned, make_constants_anew, state_kept, write_assigned
 from .modes import Mode, cut_to, evaluating_part
 from .names import in_graph, rename_parts, with_given_names
-from .state import EXTRA_STATE, floats_of, hide, not_finite, tensors_of
+from .state import (
+    EXTRA_STATE,
+    add_part,
+    floats_of,
+    hide,
+    not_finite,
+    part_at,
+    tensor_at,
+    tensors_of,
+)
 
 Example = Tensor | tuple[Tensor, ...]
 HALVES = (torch.float16, torch.bfloat16)
@@ -211,8 +220,32 @@ def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
 
 
 def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
-    """Give a graph back in the modes, the precision and with the names of its model's state."""
+    """Give a graph back in the modes, the precision and with all names of its model's state."""
+    _add_idle_state(model, module)
     return with_given_names(copy_precision(model, copy_modes(model, module)))
+
+
+def _add_idle_state(model: nn.Module, module: fx.GraphModule) -> None:
+    """Add the state of a model that its forward does not use: its class asks for it when it loads.
+
+    What the graph has under another name is the same tensor there, too.
+    """
+    state = {
+        in_graph(name): value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    if not state.keys() - module.state_dict().keys():
+        return
+    graph = trace_sharing(model)  # what is gone for another reason was removed
+    used = graph.state_dict().keys()
+    memory = {state[name].untyped_storage().data_ptr() for name in used & state.keys()}
+    for name in [name for name in state if name not in used and not part_at(module, name)]:
+        twin = next((n for n in used if state.get(n) is state[name]), None)
+        if twin is not None and part_at(module, twin) is not None:
+            add_part(module, name, tensor_at(module, twin))
+        elif not state[name].numel() or state[name].untyped_storage().data_ptr() not in memory:
+            add_part(module, name, copy.deepcopy(state[name]))
 
 
 def copy_precision(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:

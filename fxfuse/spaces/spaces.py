@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch import fx, nn
 
-from ..graph.names import with_given_names
 from ..graph.trace import (
     Example,
     as_example,
+    as_given,
     device_of,
     run_once,
     trace_sharing,
@@ -60,7 +60,7 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
     """
     graph, spaces = _analyse(module, example)
     order = draw_orders(spaces, np.random.default_rng(seed))
-    return with_given_names(rearrange(graph, spaces, order))
+    return as_given(module, rearrange(graph, spaces, order))
 
 
 def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:

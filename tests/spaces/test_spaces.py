@@ -474,3 +474,32 @@ def test_the_class_loads_the_state_and_computes_the_same(kind):
         assert gap(made, loaded.eval(), data) < PERMUTATION
     free = fxfuse.find_spaces(nets[0], data[:2]).free_units
     assert free == (8 if kind in ("persistent", "expanded") else 0)
+
+
+class Idle(nn.Module):
+    """State that forward does not use: layers, a parameter, buffers, a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.old = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(4, 4)
+        self.idle, self.second = nn.Parameter(torch.zeros(3)), self.first
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("ids", torch.arange(5))
+        self.register_buffer("nothing", torch.zeros(0))
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_state_that_forward_does_not_use_is_kept(tmp_path):
+    nets, data = [randomise(Idle(), seed) for seed in (1, 2)], torch.randn(64, 6)
+    made = [fxfuse.permute(nets[0], data[:2], seed=3), fxfuse.fuse(nets, data)]
+    fxfuse.save(made[1], tmp_path / "fused.fx")
+    made += [fxfuse.load(tmp_path / "fused.fx"), fxfuse.fuse([made[0], made[1]], data)]
+    for net in made:
+        assert net.state_dict().keys() == nets[0].state_dict().keys()
+        loaded = Idle().eval()
+        loaded.load_state_dict(net.state_dict())
+        assert gap(net, loaded, data) < PERMUTATION
+    assert gap(nets[0], made[0], data) < PERMUTATION
+    assert torch.equal(made[1].ids, nets[0].ids) and torch.equal(made[1].idle, nets[0].idle)
