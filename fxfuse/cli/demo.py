@@ -107,7 +107,7 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
         torch.manual_seed(seed + 1 + i)
         parent = DigitNet(depth, width)
         with heard_by(partial(progress, f"train parent {i + 1} of {len(PARENTS)}")):
-            train(parent, *training)
+            train(parent, *training, EPOCHS)
         parents.append(parent)
     calibration = training[0][:CALIBRATION]
     progress("align and fuse", 0.0)

@@ -1,8 +1,8 @@
 """Models and data from the references that the command line takes.
 
 A model is `package.module:factory[?key=value&...][@checkpoint]`, with a checkpoint of safetensors
-or of `torch.save`. Data are `imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or
-`package.module:factory[?...]`.
+or of `torch.save`, or a file that `fxfuse.save` wrote. Data are
+`imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from .._files import sha256_of
 from ..errors import DataError, FuseError, ReferenceFormatError
 from ..io.checkpoints import load_weights
+from ..io.save import load
 
 _LARGEST = 1 << 28  # numbers in one sample
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -31,10 +32,14 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def load_model(reference: str) -> nn.Module:
     """Build a model from its reference, in eval mode, with its checkpoint's weights if given.
 
+    A reference that is the path of a `.safetensors` file is a network that fxfuse saved.
+
     Raises:
         ReferenceFormatError: If the reference cannot be resolved.
         CheckpointError: If the checkpoint cannot be read or does not fit.
     """
+    if is_network_file(reference):
+        return load(reference).eval()
     factory, _, checkpoint = reference.partition("@")
     model = _resolved(factory, reference)
     if not isinstance(model, nn.Module):
@@ -42,6 +47,11 @@ def load_model(reference: str) -> nn.Module:
     if checkpoint:
         load_weights(model, checkpoint)
     return model.eval()
+
+
+def is_network_file(reference: str) -> bool:
+    """Tell whether a reference of a model is the path of a file that holds a network."""
+    return "@" not in reference and reference.endswith(".safetensors")
 
 
 def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
@@ -104,7 +114,7 @@ def load_example(reference: str, samples: int = 2) -> Tensor:
 
 def file_hashes(references: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of each checkpoint that references of models name, by its path."""
-    paths = [reference.partition("@")[2] for reference in references]
+    paths = [r if is_network_file(r) else r.partition("@")[2] for r in references]
     return {path: sha256_of(path) for path in paths if path}
 
 
@@ -154,8 +164,8 @@ def _unresolved(reference: str, reason: str) -> ReferenceFormatError:
     return ReferenceFormatError(
         f"a reference that cannot be resolved: {reason}",
         where=f"'{reference}'",
-        expected="package.module:factory[?key=value&...][@checkpoint.safetensors], "
-        "and for data also imagefolder:PATH or mnist:PATH",
+        expected="package.module:factory[?key=value&...][@checkpoint], for models also a "
+        ".safetensors file that fxfuse wrote, and for data imagefolder:PATH or mnist:PATH",
         do="try the import in Python; quote '?' and '&' in the shell",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -90,6 +90,19 @@ def show_alignment(console: Console, alignment: Alignment) -> None:
     console.print("+ is a layer to be inserted")
 
 
+def show_scores(console: Console, scores: Mapping[str, tuple[float, float]]) -> None:
+    """Print accuracy and loss of each network."""
+    width = max(map(len, scores))
+    if not console.is_terminal:
+        for name, (accuracy, loss) in scores.items():
+            _plain(console, f"{name:{width}}  {accuracy:6.2f} %  loss {loss:.4f}")
+        return
+    table = _table("on the samples it was fused on", "network", "accuracy", "loss")
+    for name, (accuracy, loss) in scores.items():
+        _row(table, name, f"{accuracy:.2f} %", f"{loss:.4f}")
+    console.print(table)
+
+
 def _plain(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -101,6 +114,6 @@ def _row(table: Table, *cells: str, style: str | None = None) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        right = column in ("units", "axes", "cost") and title != "fixed"
+        right = column in ("units", "axes", "cost", "accuracy", "loss") and title != "fixed"
         table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
     return table

@@ -62,23 +62,38 @@ def compare(
         >>> list(scores), scores["a"][0]
         (['a', 'b', 'ensemble'], 100.0)
     """
-    samples = sys.maxsize if samples is None else samples
-    batches, seen = [], 0
-    for batch in data if isinstance(data, Iterable) and not isinstance(data, Tensor) else ():
-        try:
-            inputs, labels = _pair(batch)
-        except DataError:
-            return {}
-        batches.append((inputs[: samples - seen], labels[: samples - seen]))
-        seen += len(labels)
-        if seen >= samples:
-            break
-    if not seen or not all(_scores(model, *batches[0]) for model in models.values()):
+    try:
+        batches = labelled_part(data, samples)
+    except DataError:
+        return {}
+    if not all(_scores(model, *batches[0]) for model in models.values()):
         return {}
     compared = dict(models)
     if ensemble:
         compared[ENSEMBLE] = _Mean(models[name] for name in ensemble)
     return {name: evaluate(model, batches) for name, model in counted(compared.items())}
+
+
+def labelled_part(data: Any, samples: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Return the first samples of labelled data, as batches of inputs and labels.
+
+    Args:
+        data: A pair of tensors (inputs, labels), or an iterable of such batches.
+        samples: How many; all if not given.
+
+    Raises:
+        DataError: If there are none, or they have no labels.
+    """
+    limit, batches, seen = sys.maxsize if samples is None else samples, [], 0
+    for batch in rereadable(data):
+        inputs, labels = _pair(batch)
+        batches.append((inputs[: limit - seen], labels[: limit - seen]))
+        seen += len(labels)
+        if seen >= limit:
+            break
+    if not seen:
+        raise _unlabelled("no samples")
+    return batches
 
 
 def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:

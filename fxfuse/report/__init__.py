@@ -1,6 +1,6 @@
 """Facts to text, pictures and pages."""
 
-from ._shared import PICTURE_ENDINGS
+from ._shared import PICTURE_ENDINGS, amount
 from .alignment_picture import draw
 from .report import CouplingReport, Report, SpaceReport
 
@@ -9,5 +9,6 @@ __all__ = [
     "CouplingReport",
     "Report",
     "SpaceReport",
+    "amount",
     "draw",
 ]

@@ -21,62 +21,8 @@ from safetensors.torch import load_file, save_file
 import fxfuse
 from fxfuse import presets
 from fxfuse.cli import commands as cli
-from fxfuse.cli.commands import method_named, parsed_weights, require_no_options, require_writable
-from fxfuse.errors import ArgumentError
+from fxfuse.cli.references import load_data, load_model
 from tests.support.nets import mlp, outputs, randomise
-
-
-def test_a_method_is_known_by_its_name():
-    assert method_named("a", {"a": 1}) == 1
-    with pytest.raises(ArgumentError, match="the method 'b'"):
-        method_named("b", {"a": 1})
-
-
-def test_weights_are_numbers_or_auto_or_left_out():
-    assert parsed_weights("0.7,0.3") == [0.7, 0.3]
-    assert parsed_weights("auto") == "auto" and parsed_weights(None) is None
-
-
-@pytest.mark.parametrize("text", ["", "a,b", "0.5;0.5", ","])
-def test_weights_that_are_no_numbers_are_refused(text):
-    with pytest.raises(ArgumentError, match="weights"):
-        parsed_weights(text)
-
-
-def test_only_methods_that_align_and_mix_take_options_of_it():
-    require_no_options("copy", ["mix"], {"--weights": None})
-    require_no_options("mix", ["mix"], {"--weights": [1.0]})
-    with pytest.raises(ArgumentError, match="--weights with the method 'copy'"):
-        require_no_options("copy", ["mix"], {"--weights": [1.0], "--anchor": None})
-
-
-def test_new_and_old_files_can_be_written(tmp_path):
-    require_writable(None, "--picture")
-    require_writable(tmp_path / "new" / "deep" / "a.svg", "--picture", [".svg"])
-    (tmp_path / "old.svg").write_text("x")
-    require_writable(tmp_path / "old.svg", "--picture", [".svg"])
-
-
-@pytest.mark.parametrize(
-    ("path", "fault"),
-    [
-        (".", "a folder"),
-        ("", "a folder"),
-        ("file/below", "a file in the way"),
-        ("/dev/null", "a device"),
-        ("x" * 300, "cannot be used"),
-        ("\0", "cannot be used"),
-        ("loop/a", "cannot be used"),
-        ("a.gif", "the ending '.gif'"),
-    ],
-)
-def test_paths_that_cannot_be_written_are_refused(tmp_path, monkeypatch, path, fault):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("x")
-    Path("loop").symlink_to("loop")
-    with pytest.raises(ArgumentError, match=fault):
-        require_writable(Path(path), "--output", [".svg"])
-
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -140,6 +86,13 @@ shown = net(6, 4)
 slowly = [torch.randn(4, 6)]
 """
 
+LABELLED = """
+import torch
+
+x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+data = [(x, torch.arange(40) % 3)]
+"""
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -148,6 +101,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     for seed, (name, widths) in enumerate({"deep": (8, 7, 5), "shallow": (6, 4)}.items()):
         save_file(randomise(mlp(6, *widths, 3), seed).state_dict(), f"{name}.safetensors")
+    (tmp_path / "out").mkdir()
     yield tmp_path
     sys.modules.pop("my_nets", None)
 
@@ -226,6 +180,9 @@ def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
         ["--anchor", "7"],
         ["--method", "magic"],
         ["--output", "."],
+        ["--output", "out/fused.pt"],
+        ["--output", "nowhere/fused.safetensors"],
+        ["--picture", "nowhere/a.svg"],
         ["--data", "imagefolder:/nowhere"],
         ["--data", "my_nets:nothing"],
     ],
@@ -234,7 +191,7 @@ def test_bad_options_end_with_status_2_one_message_and_no_file(folder, monkeypat
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 2
     shown = capsys.readouterr().err
     assert "error:" in shown and "to do:" in shown and "Traceback" not in shown
-    assert not (folder / "out").exists()
+    assert not list((folder / "out").iterdir())
 
 
 def test_python_dash_m_is_the_same(folder):
@@ -278,8 +235,8 @@ def test_align_prints_text_or_json_and_draws(folder, monkeypatch, capsys):
     arguments = ["align", *MODELS, "--data", "my_nets:data"]
     assert run(monkeypatch, *arguments) == 0
     shown = capsys.readouterr()
-    nets = [cli.load_model(m) for m in MODELS]
-    alignment = fxfuse.align(nets, cli.load_data("my_nets:data"))
+    nets = [load_model(m) for m in MODELS]
+    alignment = fxfuse.align(nets, load_data("my_nets:data"))
     assert shown.out == f"{alignment}\n" and not shown.err
     assert run(monkeypatch, *arguments, "--json", "--picture", "a.svg") == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
@@ -317,7 +274,7 @@ def test_a_file_without_an_alignment_is_refused_before_any_work(folder, monkeypa
 def test_inspect_prints_text_or_json(folder, monkeypatch, capsys, inputs):
     assert run(monkeypatch, "inspect", MODELS[0], *inputs) == 0
     shown = capsys.readouterr()
-    inspection = fxfuse.inspect(cli.load_model(MODELS[0]), torch.zeros(2, 6))
+    inspection = fxfuse.inspect(load_model(MODELS[0]), torch.zeros(2, 6))
     assert shown.out == f"{inspection}\n" and not shown.err
     assert run(monkeypatch, "inspect", MODELS[0], *inputs, "--json") == 0
     assert capsys.readouterr().out == inspection.to_json() + "\n"
@@ -332,8 +289,7 @@ def test_inputs_of_several_types_may_be_given_by_shape(folder, monkeypatch, caps
 
 
 def test_a_report_shows_references_hashes_and_with_labels_accuracies(folder, monkeypatch, capsys):
-    labelled = "import torch\nx = torch.randn(40, 6)\ndata = [(x, torch.arange(40) % 3)]\n"
-    (folder / "labelled.py").write_text(labelled)
+    (folder / "labelled.py").write_text(LABELLED)
     pages = []
     for data in ("my_nets:data", "labelled:data"):
         chosen = ["--data", data, "--output", "out/f.safetensors", "--report", "out/r.html"]
@@ -346,7 +302,55 @@ def test_a_report_shows_references_hashes_and_with_labels_accuracies(folder, mon
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(folder, monkeypatch, capsys):
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--report", ".") == 2
-    assert "--report" in capsys.readouterr().err and not (folder / "out").exists()
+    assert "--report" in capsys.readouterr().err and not list((folder / "out").iterdir())
+
+
+def test_with_labels_accuracies_are_printed_and_the_ensemble_too(folder, monkeypatch, capsys):
+    (folder / "labelled.py").write_text(LABELLED)
+    chosen = ["--data", "labelled:data", *OPTIONS[2:]]
+    assert run(monkeypatch, "fuse", *MODELS, *chosen) == 0
+    lines = capsys.readouterr().out.splitlines()
+    nets = dict(zip(["Sequential 0", "Sequential 1"], map(load_model, MODELS)))
+    nets["fused"] = fxfuse.load("out/fused.safetensors").eval()
+    scores = fxfuse.compare(nets, load_data("labelled:data"), ensemble=list(nets)[:2])
+    assert list(scores)[-1] == "ensemble"
+    for name, (accuracy, loss) in scores.items():
+        assert f"{name:12}  {accuracy:6.2f} %  loss {loss:.4f}" in lines
+
+
+def test_the_alignment_of_a_fusion_has_the_costs_that_align_prints(folder, monkeypatch, capsys):
+    same = [MODELS[0], MODELS[0], "--data", "my_nets:data"]
+    assert run(monkeypatch, "align", *same) == 0
+    aligned = capsys.readouterr().out
+    assert run(monkeypatch, "fuse", *same, *OPTIONS[2:]) == 0
+    assert aligned.count("0.0000") > 1 and aligned in capsys.readouterr().out
+
+
+def test_one_model_is_one_model(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "fuse", MODELS[0], *OPTIONS) == 0
+    assert "fused 1 model on 60 samples in" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_everything(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"fxfuse {fxfuse.__version__}\n") and torch.__version__ in shown
+
+
+def test_a_traceback_is_shown_if_asked_for(folder, monkeypatch, capsys):
+    for flags in ([], ["--traceback"]):
+        assert run(monkeypatch, *flags, "fuse", "my_nets:gone", *OPTIONS) == 2
+        shown = capsys.readouterr().err
+        assert ("in load_model" in shown) == bool(flags) and "to do:" in shown
+
+
+def test_help_has_every_key_of_the_data(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command in ("fuse", "align", "inspect", "barrier", "narrow", "permute", "verify"):
+        assert run(monkeypatch, command, "--help") == 0
+        shown = capsys.readouterr().out
+        assert all(part in shown for part in ("size=", "mean=", "std=", "mnist:", "key=value"))
+    assert run(monkeypatch, "--help") == 0 and "--install-completion" in capsys.readouterr().out
 
 
 # --- interrupted ----------------------------------------------------------------------------------
@@ -355,7 +359,6 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(folder, monk
 @pytest.fixture
 def old(folder):
     path = folder / "out" / "fused.safetensors"
-    path.parent.mkdir()
     save_file({"old": torch.ones(2)}, path)
     yield path
     assert [p.name for p in path.parent.iterdir()] == [path.name], "something is left beside it"
