@@ -438,21 +438,27 @@ class Coupling:
             zip, the sums of all networks, times their shares, add up to 1.)
         unproject: `(units, fused units)`, acts on what is read; rows sum to 1, or to 0.
         cost: Mean ground cost per unit of mass, None if nothing was measured.
+        gains: `(fused units,)` what the rows of `project` are multiplied by besides, where units
+            are of another size than the base network's; None if they are not.
     """
 
     project: csr_array
     unproject: csr_array
     cost: float | None = None
+    gains: np.ndarray | None = None
 
     @cached_property
     def given(self) -> np.ndarray:
         """`(fused units,)` sums of the rows of `project`: the network's part in each unit."""
-        return np.asarray(self.project.sum(1)).ravel()
+        sums = np.asarray(self.project.sum(1)).ravel()
+        return sums if self.gains is None else sums / self.gains
 
     @property
     def confidence(self) -> float:
         """How much of a fused unit its main source gives, averaged; 1 if each has one source."""
         if not self.project.shape[0]:
             return 1.0
-        largest = self.project.max(axis=1).toarray()
-        return float(np.mean(largest / np.where(self.given > 0, self.given, 1.0)))
+        largest, sums = (
+            np.asarray(x).ravel() for x in (self.project.max(axis=1).toarray(), self.project.sum(1))
+        )
+        return float(np.mean(largest / np.where(sums > 0, sums, 1.0)))

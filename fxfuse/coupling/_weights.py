@@ -7,7 +7,7 @@ input per group only its output axis counts, as each row belongs to one unit wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -174,33 +174,59 @@ class Weights:
         Returns:
             The squared distances `(fused units, units)` of their rows; None if there are no rows.
         """
+        return squared_distances(self._pieces(name, k, axes))
+
+    def angles(self, name: str, k: int) -> np.ndarray | None:
+        """Compare directions only: of what writes the units, and of what reads them.
+
+        Returns:
+            One minus the cosine of the rows `(fused units, units)`, the mean of both kinds; None if
+            there are no rows.
+        """
+        axes = self.axes(name)
+        kinds = ([a for a in axes if a.reads == reads] for reads in (False, True))
+        costs = [squared_distances(self._pieces(name, k, kind), cosine=True) for kind in kinds]
+        having = [cost for cost in costs if cost is not None]
+        return np.mean(having, 0) if having else None
+
+    def _pieces(
+        self, name: str, k: int, axes: list[Axis]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the rows of the reference network and of another, tensor by tensor."""
         other = self.reference(name)
         if other == k or (name, other) not in self.couplings:
-            return None
-        return squared_distances(
-            (unit_rows(self.carried(axis.tensor, other), axis), self.rows(name, axis, k))
-            for axis in axes
-            if self.settled(axis, other, k)
-        )
+            return
+        for axis in axes:
+            if self.settled(axis, other, k):
+                ours = unit_rows(self.carried(axis.tensor, other), axis)
+                yield ours, self.rows(name, axis, k)
 
 
 def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
-    """Return the squared distance `(fused units, units)` between units' weights, as far as settled.
+    """Return the cost `(fused units, units)` between units' weights, as far as settled.
+
+    This is the squared distance, or one minus the cosine where rows of equal units may differ in
+    size: where no weight reads the units, and where a space is wider, so that each copy of a unit
+    is read with a part of the weight.
 
     References:
         Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
     """
-    squared, problem = weights.distances(name, k, weights.axes(name)), weights.problem
-    if squared is None:
-        return np.zeros((problem.base_space(name).size, problem.spaces[name][k].size))
-    return squared
+    problem, axes = weights.problem, weights.axes(name)
+    shape = problem.base_space(name).size, problem.spaces[name][k].size
+    sized = shape[0] == shape[1] and name not in problem.unread
+    cost = weights.distances(name, k, axes) if sized else weights.angles(name, k)
+    return np.zeros(shape) if cost is None else cost
 
 
-def squared_distances(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+def squared_distances(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]], cosine: bool = False
+) -> np.ndarray | None:
     """Return the squared Euclidean distances `(n, m)` between rows given piece by piece.
 
     Args:
         pieces: Some columns of the rows, `(n, columns)` and `(m, columns)` at a time.
+        cosine: Return one minus the cosines of the rows instead.
 
     Returns:
         The distances; None if there are no pieces.
@@ -212,6 +238,11 @@ def squared_distances(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.nda
     if total is None:
         return None
     ours, theirs, products = total
+    if cosine:
+        sizes = np.sqrt(np.outer(ours, theirs))
+        cosines = np.divide(products, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+        angles: np.ndarray = np.maximum(1 - cosines, 0.0)
+        return angles
     distances: np.ndarray = np.maximum(ours[:, None] + theirs[None] - 2 * products, 0.0)
     return distances
 

@@ -157,6 +157,8 @@ class Plans:
             self.keep(name, k)
             return
         outer = self.plans.get((self._parent(name) or "", k))
+        if name in self.problem.unread:
+            solver = _Whole(solver)
         plan = _solve(cost, base, space, outer, solver)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
@@ -170,12 +172,11 @@ class Plans:
     def _solver_of(self, name: str) -> Solver:
         """Return an exact solver for blocks, and for units that no weight reads.
 
-        No map on the reading side could undo what a soft plan does there: queries meet keys, not a
-        weight.
+        No map on the reading side could undo what a soft plan does there.
         """
-        read = any(a.reads for s in self.problem.spaces[name] for a in s.axes)
         blocks = any(self._encloses(name, spaces) for spaces in self.problem.spaces.values())
-        return Exact() if self.solver.soft and (blocks or not read) else self.solver
+        exact = blocks or name in self.problem.unread
+        return Exact() if self.solver.soft and exact else self.solver
 
     def keep(self, name: str, k: int) -> None:
         """Leave the units of a space where they are."""
@@ -227,7 +228,7 @@ def _least(cost: np.ndarray, solver: Solver) -> float:
     """Return the cost of the best plan; the many small assignments take a shortcut."""
     if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
         return float(cost[linear_sum_assignment(cost)].mean())
-    return float(solver(cost, *uniform(cost)).multiply(cost).sum())
+    return float(_plan(cost, solver).multiply(cost).sum())
 
 
 def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,12 +237,58 @@ def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
+def _plan(cost: np.ndarray, solver: Solver) -> csr_array:
+    """Return a plan; between copies of units, however many each has, of each with its original."""
+    if cost.shape[0] == cost.shape[1]:
+        return solver(cost, *uniform(cost))
+    partners = one_partner(cost)
+    missed = float(partners.multiply(cost).max())
+    copies = missed <= SAME * float(np.abs(cost).mean())
+    return partners if copies else solver(cost, *uniform(cost))
+
+
+def one_partner(cost: np.ndarray) -> csr_array:
+    """Return a plan that gives each unit of the larger side one partner, and each of the smaller.
+
+    Args:
+        cost: Ground cost `(n, m)`.
+
+    Example:
+        >>> cost = np.array([[0, 1], [1, 0], [1, 0]])
+        >>> one_partner(cost).toarray().astype(bool).astype(int).tolist()
+        [[1, 0], [0, 1], [0, 1]]
+    """
+    if cost.shape[0] < cost.shape[1]:
+        return csr_array(one_partner(cost.T).T)
+    partners = cost.argmin(1)
+    rows, columns = linear_sum_assignment(cost)
+    partners[rows] = columns
+    count = len(partners)
+    return csr_array((np.full(count, 1 / count), (np.arange(count), partners)), shape=cost.shape)
+
+
+@dataclass(frozen=True)
+class _Whole(Solver):
+    """Gives units that no weight reads one partner where the sides differ in size.
+
+    Attributes:
+        solver: Solves the rest.
+    """
+
+    solver: Solver
+
+    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
+        """Return the plan `(n, m)`."""
+        square = cost.shape[0] == cost.shape[1]
+        return self.solver(cost, a, b) if square else one_partner(cost)
+
+
 def _solve(
     cost: np.ndarray, base: Space, space: Space, outer: csr_array | None, solver: Solver
 ) -> csr_array:
     """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place)."""
     if base.blocks is None:
-        return solver(cost, *uniform(cost))
+        return _plan(cost, solver)
     ours, theirs = _members(base), _members(space)
     if outer is None:
         outer = csr_array(eye_array(len(ours)) / len(ours))
@@ -249,7 +296,7 @@ def _solve(
     data, rows, columns = [], [], []
     for i, j, mass in zip(outer.row, outer.col, outer.data):
         part = cost[np.ix_(ours[i], theirs[j])]
-        plan = coo_array(solver(part, *uniform(part)))
+        plan = coo_array(_plan(part, solver))
         rows.append(ours[i][plan.row])
         columns.append(theirs[j][plan.col])
         data.append(plan.data * mass)

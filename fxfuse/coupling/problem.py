@@ -98,6 +98,21 @@ class Problem:
         """The anchor: the network whose structure the fused one takes."""
         return self.networks[self.anchor]
 
+    @cached_property
+    def unread(self) -> set[str]:
+        """The spaces that no weight reads: two activations are multiplied there, unit by unit.
+
+        Queries meet keys: no map on the reading side can undo what a map does to them.
+        """
+        parents = {s.parent for spaces in self.spaces.values() for s in spaces}
+        return {
+            name
+            for name, spaces in self.spaces.items()
+            if any(s.axes for s in spaces)
+            and not parents.intersection(s.name for s in spaces)
+            and not any(axis.reads for s in spaces for axis in s.axes)
+        }
+
     def base_space(self, name: str) -> Space:
         """Return a space of the network whose units the fused units are."""
         return self.spaces[name][self.base[name]]

@@ -10,6 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -27,19 +28,39 @@ NEGLIGIBLE = {True: 1e-4, False: 1e-3}  # a distance in nats, or relative: as go
 MANY = 500  # calibration samples, of which more may not help
 
 
-def held_back(data: Calibration) -> tuple[Calibration, Calibration]:
-    """Return samples to fuse on and samples to judge by; of few samples, all are both."""
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples to fuse on, and samples to judge the result by.
+
+    Attributes:
+        fit: Those to fuse on.
+        judge: A part of the data, or all of few samples.
+        held_out: Whether none of them are in both.
+    """
+
+    fit: Calibration
+    judge: Calibration
+    held_out: bool
+
+
+def split_to_judge(data: Calibration, fits: bool) -> Split:
+    """Choose samples to judge by; hold them out if anything is fitted and they are not few.
+
+    Args:
+        data: Calibration inputs.
+        fits: Whether weights are fitted to them. If not, judging by them is fair.
+    """
     if data.samples < SHARE * FEWEST:
-        return data, data
-    return data.parted(max(SHARE, data.samples // MOST))
+        return Split(data, data, held_out=False)
+    rest, taken = data.parted(max(SHARE, data.samples // MOST))
+    return Split(rest if fits else data, taken, held_out=fits)
 
 
 def nearness(
     fused: Network,
     networks: Sequence[Network],
     shares: Sequence[float],
-    held: Calibration,
-    held_out: bool,
+    split: Split,
 ) -> Nearness:
     """Measure how far the fused network, and each of its networks, is from their ensemble.
 
@@ -47,18 +68,17 @@ def nearness(
         fused: The fused network.
         networks: Those that it was made of.
         shares: Of each of them in the ensemble.
-        held: Samples to judge by.
-        held_out: Whether nothing was fitted to them.
+        split: Has the samples to judge by.
     """
     ensemble = [(w, n) for w, n in zip(shares, networks) if w]
-    every, size = [fused, *networks], -(-held.samples // PARTS)
-    parts = [distances(ensemble, every, [batch]) for batch in held.chunks(size)]
+    every, size = [fused, *networks], -(-split.judge.samples // PARTS)
+    parts = [distances(ensemble, every, [batch]) for batch in split.judge.chunks(size)]
     sums = [sum(column[1:], column[0]) for column in zip(*parts)]
     differs = not sums[0].shown <= NEGLIGIBLE[sums[0].in_nats]
     return Nearness(
         in_nats=sums[0].in_nats,
-        samples=held.samples,
-        held_out=held_out,
+        samples=split.judge.samples,
+        held_out=split.held_out,
         fused=sums[0].shown,
         networks=tuple(total.shown for total in sums[1:]),
         clear=tuple(differs and _nearer(parts, column) for column in range(1, len(every))),

@@ -19,6 +19,7 @@ from ..coupling.measure import measure
 from ..coupling.mixing import Couplings
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
+from ..coupling.sizes import sized_alike
 from ..coupling.transport import GroundCosts
 from ..depth.deepen import Balanced
 from ..errors import ModelError
@@ -64,7 +65,7 @@ def couple(
         samples = min(data.samples, refit.samples(problem.networks))
         evidence = measure(problem, data, coupling.view, refit.settles(problem), samples)
     with clock.stage("couple units"):
-        couplings = coupling(problem, evidence)
+        couplings = sized_alike(coupling(problem, evidence))
     if width == 1:
         return couplings, evidence.outputs, {}
     with clock.stage("make room"):
@@ -202,11 +203,11 @@ def describe(coupling: Coupling) -> CouplingReport:
     """Say in a word and two numbers what a coupling does."""
     matrix = csr_array(coupling.project, copy=True)
     matrix.eliminate_zeros()
-    mass = float(matrix.sum())
+    mass = float(coupling.given.sum())
     if not mass:
         return CouplingReport("absent", 0.0, 0.0)
     rows, columns = matrix.shape
-    stays = float(matrix.diagonal().sum()) / mass
+    stays = float(matrix.diagonal().sum() / matrix.sum())
     whole = (np.bincount(matrix.indices, minlength=columns) <= 1).all()  # no unit is shared out
     if not whole or (np.diff(matrix.indptr) > 1).any():
         kind = "merging" if whole else "soft"

@@ -36,7 +36,7 @@ from ..width.budget import Room, deepest_first, require_width
 from ._choose_cut import Cost, choose_cut
 from ._cut import AUTO, cut_networks, trunk_segments
 from ._fit_heads import refitted
-from ._guard import advice_for, better_alone, held_back, nearness, nothing_wider, warn
+from ._guard import advice_for, better_alone, nearness, nothing_wider, split_to_judge, warn
 from .assemble import choose, couple, make, report_on, require_sound
 from .heads import Heads, Separate, grafted, require_heads
 from .selection import HELD
@@ -153,8 +153,8 @@ def fuse(
         models: One or more networks with the same inputs, and with the same outputs unless `heads`
             are given; not modified.
         data: Unlabelled calibration inputs: a tensor `(N, ...)` or an iterable of batches, each a
-            tensor or a tuple, list or dict whose first entry is the input. Of 128 and more, some
-            are held out to judge the result by.
+            tensor or a tuple, list or dict whose first entry is the input. If weights are
+            fitted to 128 and more, some are held out to judge the result by.
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
             "auto", the outputs are to be those of the equal ensemble, and the shares in the units
@@ -213,7 +213,7 @@ def fuse(
     require_width(width)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
-    fitted, held = held_back(calibration) if heads is None else (calibration, calibration)
+    split = split_to_judge(calibration, fits=method.refit.fits and heads is None)
     way = partial(
         _fuse_networks,
         anchor=index,
@@ -225,14 +225,11 @@ def fuse(
     )
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
-        network, _, report = way(networks, alignment, data=fitted, clock=clock)
+        network, _, report = way(networks, alignment, data=split.fit, clock=clock)
         with clock.stage("compare with the ensemble"):
-            near = nearness(network, networks, shares, held, held is not fitted)
+            near = nearness(network, networks, shares, split)
         report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
         fused = as_given(models[index], network.module)
-        advice = advice_for(automatic, width, method == Method(), calibration.samples)
-        sentences = nothing_wider(report, width), better_alone(report, models, fused, advice)
-        report = replace(report, warnings=tuple(filter(None, sentences)))
     else:
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
@@ -247,6 +244,9 @@ def fuse(
                 after = choose_cut(*facts[1:], most, lambda a: quietly(Separate(a))[0], held)
             heads = replace(heads, after=after)
         fused, report = apart(heads, data=calibration, clock=clock)
+    advice = advice_for(automatic, width, method == Method(), calibration.samples)
+    sentences = nothing_wider(report, width), better_alone(report, models, fused, advice)
+    report = replace(report, warnings=tuple(filter(None, sentences)))
     fused.meta["fxfuse"] = report
     for sentence in report.warnings:
         warn(sentence)

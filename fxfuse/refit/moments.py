@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -54,7 +54,13 @@ class Outcome:
 
 
 class Refit(Protocol):
-    """How a freshly emitted network is corrected on the data; inherit from it for the defaults."""
+    """How a freshly emitted network is corrected on the data; inherit from it for the defaults.
+
+    Attributes:
+        fits: Whether weights are fitted to the samples, so that others have to judge the result.
+    """
+
+    fits: ClassVar[bool] = False
 
     @property
     def variants(self) -> tuple[Refit, ...]:

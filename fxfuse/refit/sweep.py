@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -250,6 +250,7 @@ class LeastSquares(Refit):
         outputs: Fit the contractions that write the outputs, too. If not, they stay as mixed.
     """
 
+    fits: ClassVar[bool] = True
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     rows: int = USUAL_ROWS
     steps: int = 1

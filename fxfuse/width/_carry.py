@@ -209,7 +209,7 @@ def copy_maps(plan: CopyPlan, scaling: str) -> Maps:
         plan: Which unit each copy is of.
         scaling: How the code scales sums over units of two activations, one of `_SCALINGS`.
     """
-    maps, multiplied = {}, _multiplied_spaces(plan)
+    maps, multiplied = {}, plan.problem.unread
     for name, (old, new) in plan.spaces.items():
         sources = plan.sources[name]
         shape, copies = (new.size, old.size), np.arange(new.size)
@@ -222,17 +222,6 @@ def copy_maps(plan: CopyPlan, scaling: str) -> Maps:
             csr_array((shares, (sources, copies)), shape=shape[::-1]),
         )
     return maps
-
-
-def _multiplied_spaces(plan: CopyPlan) -> set[str]:
-    """Return the spaces over which two activations are multiplied and summed.
-
-    These are the spaces that no weight reads.
-    """
-    spaces = plan.resized.spaces
-    parents = {s.parent for s in spaces}
-    read = {s.name for s in spaces if any(axis.reads for axis in s.axes)}
-    return {s.name for s in spaces if s.axes} - parents - read
 
 
 def _factor_scale(old: Space, new: Space, sources: np.ndarray, scaling: str) -> np.ndarray:
@@ -306,7 +295,7 @@ def closest_copy(
         enough: Error at which no other way is tried.
     """
     copies: list[ResizedCopy] = []
-    for scaling in _SCALINGS if _multiplied_spaces(plan) else _SCALINGS[:1]:
+    for scaling in _SCALINGS if plan.problem.unread else _SCALINGS[:1]:
         maps = copy_maps(plan, scaling)
         resized = carry_weights(plan, maps, module)
         copies.append(ResizedCopy(plan, resized, maps, _output_error(module, resized, example)))

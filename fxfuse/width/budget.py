@@ -333,6 +333,8 @@ def _with_room(coupling: Coupling, k: int, apart: Sequence[Owner]) -> Coupling:
         k: The network.
         apart: The owners of the new places, in order.
     """
+    if not apart:
+        return coupling
     places = [place for place, (owner, _) in enumerate(apart) if owner == k]
     units = [unit for owner, unit in apart if owner == k]
     size, width = coupling.project.shape

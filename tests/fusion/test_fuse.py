@@ -296,7 +296,7 @@ def test_progress_names_the_stages_and_what_is_done_of_them():
     nets = [randomise(residual((6, 4), (8, 1))), randomise(residual((6, 3), (8, 1)))]
     fxfuse.fuse(nets, images(), progress=lambda *step: seen.append(step))
     stages_seen = list(dict.fromkeys(stage for stage, _ in seen))
-    assert stages_seen[0] == "read data" and len(stages_seen) == 8
+    assert stages_seen[0] == "read data" and len(stages_seen) == 9
     for stage in ("align layers", "measure units", "refit"):
         shares = [share for name, share in seen if name == stage]
         assert shares[0] == 0.0 and shares[-1] == 1.0 and shares == sorted(shares)

@@ -11,7 +11,7 @@ from torch import nn
 import fxfuse
 from fxfuse import FusionWarning, presets
 from fxfuse.calibration.data import Calibration
-from fxfuse.fusion._guard import _nearer, advice_for, held_back
+from fxfuse.fusion._guard import _nearer, advice_for, split_to_judge
 from tests.support.nets import fitted, gap, mlp, outputs, randomise, residual
 
 X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
@@ -29,7 +29,7 @@ def permuted_pair(net, x):
 
 
 def held_of(x):
-    return next(held_back(Calibration(x))[1].chunks(len(x)))[0]
+    return next(split_to_judge(Calibration(x), fits=True).judge.chunks(len(x)))[0]
 
 
 def quietly(*args, **options):
@@ -53,7 +53,7 @@ def distance(nets, net, x):
 @pytest.mark.parametrize("samples", [200, 60], ids=["many", "few"])
 def test_distances_are_those_on_samples_that_nothing_is_fitted_to(count, samples):
     nets, x = strangers(count), X[:samples]
-    fused = presets.average(nets, x)
+    fused = fxfuse.fuse(nets, x)
     near, held = fused.meta["fxfuse"].nearness, held_of(x)
     assert near.held_out == (samples == 200) and near.samples == len(held) == (12, 60)[samples < 99]
     assert near.in_nats == (count == 4)
@@ -70,6 +70,15 @@ def test_held_out_samples_change_nothing():
     assert gap(fused, same, X) == 0.0
 
 
+def test_methods_that_fit_nothing_use_all_samples():
+    nets, other = strangers(), X.clone()
+    other[torch.isin(other[:, 0], held_of(X)[:, 0])] = -3.0
+    fused, same = (presets.zipit(nets, x) for x in (X, other))
+    assert gap(fused, same, X) > 1e-3
+    near = fused.meta["fxfuse"].nearness
+    assert near.samples == 12 and not near.held_out
+
+
 def test_a_network_that_does_better_alone_is_named_in_one_sentence():
     nets = permuted_pair(mlp(6, 9, 9, 4), X)  # averaged in place: nonsense
     with pytest.warns(FusionWarning) as caught:
@@ -79,7 +88,7 @@ def test_a_network_that_does_better_alone_is_named_in_one_sentence():
     best = min((0, 1), key=near.networks.__getitem__)
     assert f"{near.fused:.3g} nats against {near.networks[best]:.3g} nats" in text
     name = ("Sequential", "GraphModule")[best]
-    assert f"{name} alone" in text and "12 held-out samples" in text
+    assert f"{name} alone" in text and "12 samples" in text
     assert 'the default method, weights="auto"' in text
     assert report.warnings == (text,) and f"warning: {text}" in str(report)
     assert warning.filename == __file__  # the caller's line

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from fxfuse.calibration.data import Calibration
-from fxfuse.fusion._guard import held_back
+from fxfuse.fusion._guard import split_to_judge
 
 
 def randomise(module, seed=0):
@@ -48,9 +48,8 @@ def gap(before, after, *inputs):
 
 
 def fitted(x):
-    """Return the samples of `(N, ...)` that `fuse` works on; it holds out the others."""
-    part, _ = held_back(Calibration(x))
-    return next(part.chunks(len(x)))[0]
+    """Return the samples of `(N, ...)` that `fuse` fits to; it holds out the others."""
+    return next(split_to_judge(Calibration(x), fits=True).fit.chunks(len(x)))[0]
 
 
 def moved(before, after):

@@ -15,7 +15,6 @@ from fxfuse.ir import Space
 from fxfuse.width._carry import (
     EXACT,
     _factor_scale,
-    _multiplied_spaces,
     _precise_variant,
     _varied,
     add_noise,
@@ -165,9 +164,9 @@ def test_the_product_over_copies_is_the_product_over_units(size, more, seed):
 
 def test_only_spaces_that_no_weight_reads_are_scaled():
     plan = plan_of(randomise(Tokens(8, 2, 12)), randomise(Tokens(16, 4, 24), 1))
-    multiplied = _multiplied_spaces(plan)
+    multiplied = plan.problem.unread
     assert len(multiplied) == 1
-    axes = plan.resized.spaces[multiplied.pop()].axes
+    axes = plan.resized.spaces[next(iter(multiplied))].axes
     assert {a.tensor.rpartition(".")[2] for a in axes} == {"in_proj_weight", "in_proj_bias"}
 
 
