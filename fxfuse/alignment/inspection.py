@@ -12,7 +12,8 @@ from torch import nn
 
 from .._progress import Clock, Progress
 from ..calibration.data import analyse
-from ..graph.trace import Example, without_autocast
+from ..graph.inputs import Example
+from ..graph.trace import without_autocast
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..errors import ArgumentError, PassError
+from ..graph.compare import TOLERANCE
 from ..graph.state import replace_tensor, tensor_at
-from ..graph.verify import TOLERANCE
 from ..spaces.network import Network
 from .data import Calibration
 from .moments import Moments

@@ -8,7 +8,7 @@ loader that shuffles or augments; what exceeds a memory budget is kept in a temp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, fx, nn
 
 from .._progress import Clock, counted, part, tell
 from ..errors import ArgumentError, DataError, ModelError
+from ..graph.inputs import Example, Inputs, arguments_of, by_name, required_of
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
-from ..graph.trace import Example, as_example, at_least_single, device_of, run_once, trace
+from ..graph.trace import at_least_single, device_of, run_once, trace, trace_alike
+from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
 from .spill import SpillStore, Waiting
 
@@ -30,22 +32,30 @@ class Calibration:
     """Unlabelled inputs, read once, served in batches of any size.
 
     Args:
-        data: A tensor `(N, ...)`, or an iterable of batches, each a tensor or a tuple, list or
-            dict whose first entry is the input. An input may itself be a tuple of tensors.
+        data: A tensor `(N, ...)`; a mapping from the names of arguments to such tensors; or an
+            iterable of batches. A batch is a tensor, a mapping, or a tuple or list that starts with
+            as many inputs as the models need; what comes behind, as labels, is left out. An input
+            of a model with one may itself be a tuple of tensors.
         limit: Read at most this many samples.
+        models: Those that will take the inputs; they tell how many they need, and by which names.
 
     Raises:
         DataError: If there are no data, or they hold NaN, or are of another form.
     """
 
-    def __init__(self, data: Any, limit: int | None = None) -> None:
+    def __init__(
+        self, data: Any, limit: int | None = None, models: Sequence[nn.Module] = ()
+    ) -> None:
+        bare = [unwrapped(m) for m in models]
+        self._arguments, self._required = arguments_of(bare), required_of(bare)
+        self.names: tuple[str, ...] = ()  # of the arguments, where the batches name them
         self._store = SpillStore(MEMORY)
         self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
         self.samples = 0
         is_tensor = isinstance(data, Tensor)  # then all of it is in memory in any case
         elsewhere = {data.untyped_storage().data_ptr()} if is_tensor else set()
-        for batch in _batches(data):
-            inputs = _inputs(batch)
+        for batch in self._batches_of(data):
+            inputs = self._inputs(batch)
             if limit is not None:
                 inputs = tuple(t[: limit - self.samples] for t in inputs)
             if not len(inputs[0]):
@@ -73,6 +83,10 @@ class Calibration:
     def example(self, samples: int = 2) -> Batch:
         """Return the first few inputs, as one batch."""
         return tuple(t[:samples] for t in self._batch(0))
+
+    def as_call(self, tensors: Batch) -> Batch | dict[str, Tensor]:
+        """Return inputs as models are called with them: by name, if the data name them."""
+        return dict(zip(self.names, tensors)) if self.names else tensors
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
         """Return all inputs but each `every`-th one, and each `every`-th one; nothing is copied."""
@@ -107,35 +121,47 @@ class Calibration:
         batch: Batch = self._store.get(waiting)
         return batch if len(rows) == len(batch[0]) else tuple(t[rows] for t in batch)
 
+    def _batches_of(self, data: Any) -> Iterable[Any]:
+        if isinstance(data, Tensor):
+            return data.split(64) if data.dim() else []
+        if isinstance(data, Mapping) or (isinstance(data, tuple) and self._is_call(data)):
+            return [data]
+        if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+            return data
+        raise DataError(
+            f"calibration data of type {type(data).__name__}",
+            where="the argument `data`",
+            expected="a tensor (N, ...) or an iterable of batches, such as a DataLoader",
+            do="pass the inputs as one tensor, or a loader over them",
+        )
 
-def _batches(data: Any) -> Iterable[Any]:
-    if isinstance(data, Tensor):
-        return data.split(64) if data.dim() else []
-    if isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
-        return data
-    raise DataError(
-        f"calibration data of type {type(data).__name__}",
-        where="the argument `data`",
-        expected="a tensor (N, ...) or an iterable of batches, such as a DataLoader",
-        do="pass the inputs as one tensor, or a loader over them",
-    )
+    def _is_call(self, entries: Sequence[Any]) -> bool:
+        """Tell whether entries start with all tensors that a model of several inputs needs."""
+        first = entries[: self._required]
+        return 1 < self._required == len(first) and all(isinstance(t, Tensor) for t in first)
 
-
-def _inputs(batch: Any) -> Batch:
-    entry = batch
-    if isinstance(batch, dict):
-        entry = next(iter(batch.values()), None)
-    elif isinstance(batch, (tuple, list)):
-        entry = batch[0] if batch else None
-    parts = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
-    if parts and all(isinstance(p, Tensor) and p.dim() for p in parts):
-        return tuple(at_least_single(p.detach()) for p in parts)
-    raise DataError(
-        f"a batch whose first entry is of type {type(entry).__name__}",
-        where="the argument `data`",
-        expected="a tensor, or a tuple, list or dict whose first entry is the input tensor",
-        do="convert the samples to tensors (torchvision: transforms.ToTensor())",
-    )
+    def _inputs(self, batch: Any) -> Batch:
+        """Return the input tensors of a batch, and note their names if it has any."""
+        if isinstance(batch, Mapping) and (named := by_name(batch, self._arguments)):
+            self.names = self.names or tuple(named)
+            return tuple(at_least_single(named[n].detach()) for n in self.names if n in named)
+        entry = batch
+        if isinstance(batch, Mapping):
+            entry = next(iter(batch.values()), None)
+        elif isinstance(batch, (tuple, list)) and self._is_call(batch):
+            entry = batch[: self._required]
+        elif isinstance(batch, (tuple, list)):
+            entry = batch[0] if batch else None
+        parts = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
+        if parts and all(isinstance(p, Tensor) and p.dim() for p in parts):
+            return tuple(at_least_single(p.detach()) for p in parts)
+        raise DataError(
+            f"a batch whose first entry is of type {type(entry).__name__}",
+            where="the argument `data`",
+            expected="a tensor, a mapping from the names of inputs to tensors, or a tuple or list "
+            "that starts with the input tensors",
+            do="convert the samples to tensors (torchvision: transforms.ToTensor())",
+        )
 
 
 def _require_alike(inputs: Batch, first: Batch, before: int) -> None:
@@ -190,19 +216,19 @@ def prepare(
             do="pass them as a list: fxfuse.fuse([a, b], data)",
         )
     with clock.stage("read data"):
-        calibration = data if isinstance(data, Calibration) else Calibration(data)
+        calibration = data if isinstance(data, Calibration) else Calibration(data, models=models)
     with clock.stage("trace and find spaces"):
-        return _analyse_all(models, calibration.example(), outputs_may_differ), calibration
+        return _analyse_all(models, calibration, outputs_may_differ), calibration
 
 
 def _analyse_all(
-    models: Sequence[nn.Module], example: Batch, outputs_may_differ: bool
+    models: Sequence[nn.Module], data: Calibration, outputs_may_differ: bool
 ) -> list[Network]:
     """Trace all models, then analyse one after the other."""
-    names = _names(models)
+    names, example = _names(models), data.example()
     with part(0.0, TRACED):
-        graphs = [trace(model, name) for model, name in counted(list(zip(models, names)))]
-    inputs = [as_example(example, device_of(g)) for g in graphs]
+        graphs = trace_alike(models, data.as_call(example), names)
+    inputs = [tuple(t.to(device_of(g)) for t in example) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     if not outputs_may_differ:
         _require_same_outputs(outputs, names)
@@ -227,8 +253,9 @@ def analyse(model: nn.Module, example: Example, name: str) -> Network:
         TraceError: If the model cannot be traced.
         DataError: If it refuses the example.
     """
-    graph = trace(model, name)
-    inputs = tuple(map(at_least_single, as_example(example, device_of(graph))))
+    graph = trace(model, example, name)
+    given = Inputs.of(unwrapped(model), example).on(device_of(graph))
+    inputs = tuple(map(at_least_single, given))
     tell(TRACED)
     run_once(graph, inputs, name)
     with part(TRACED, 1.0):

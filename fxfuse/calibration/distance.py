@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..graph.trace import device_of, tensors_in
+from ..graph.compare import tensors_in
+from ..graph.trace import device_of
 from ..spaces.network import Network
 from .data import Calibration
 from .run import working_batch

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import DataError
-from ..graph.trace import Interpreter, device_of, tensors_in
+from ..graph.compare import tensors_in
+from ..graph.trace import Interpreter, device_of
 from ..spaces.network import Network
 from .data import Batch, Calibration
 from .spill import SpillStore, Waiting, addresses_of

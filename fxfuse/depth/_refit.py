@@ -24,7 +24,7 @@ from ..calibration.data import Calibration
 from ..calibration.least_squares import AffineFit
 from ..calibration.run import record
 from ..errors import DataError
-from ..graph.verify import TOLERANCE
+from ..graph.compare import TOLERANCE
 from ..ir import Layer
 from ..spaces.network import Network
 from ._neutral import apply_activation

@@ -20,7 +20,7 @@ from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PairingError
 from ..graph.modes import Mode
-from ..graph.state import hide, is_hidden, part_at
+from ..graph.state import hide, is_hidden, order_like, part_at
 from ..graph.trace import run_once
 from ..graph.verify import require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
@@ -327,6 +327,7 @@ def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
     for node, copied in zip(nodes, graph.nodes):
         _copy_literals(node, copied)
     module = fx.GraphModule(members, graph, type(module).__name__).eval()
+    order_like(module, shape.module)
     for path in members:
         if is_hidden(shape.module, path):
             hide(module, path)

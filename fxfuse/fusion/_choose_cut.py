@@ -18,7 +18,9 @@ from ..calibration.data import Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..errors import ArgumentError, FuseError
-from ..graph.trace import as_example, device_of, tensors_in
+from ..graph.compare import tensors_in
+from ..graph.inputs import as_example
+from ..graph.trace import device_of
 from ..ir import Alignment
 from ..spaces.network import Network
 from ._cut import cut_networks

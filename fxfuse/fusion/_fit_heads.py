@@ -25,7 +25,8 @@ from ..coupling.mixing import apply_along
 from ..coupling.problem import Problem
 from ..coupling.transport import InPlace
 from ..depth.deepen import Balanced
-from ..graph.trace import as_example, device_of, run_once
+from ..graph.inputs import as_example
+from ..graph.trace import device_of, run_once
 from ..refit.emit import emit, rescale
 from ..refit.moments import Outcome, Refit
 from ..spaces.network import OPEN, Network

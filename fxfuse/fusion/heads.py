@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from ..coupling.mixing import Couplings, apply_along
 from ..errors import ArgumentError, FuseError, PairingError
+from ..graph.compare import TOLERANCE, relative_error
 from ..graph.state import add_part, replace_tensor, tensor_at
 from ..graph.trace import run_once
-from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Spaces
 from ..spaces.network import OPEN, Network
 from ..spaces.spaces import rearrange

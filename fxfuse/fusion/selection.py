@@ -18,7 +18,8 @@ from ..calibration.data import Batch, Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..coupling.mixing import Couplings
-from ..graph.trace import device_of, tensors_in
+from ..graph.compare import tensors_in
+from ..graph.trace import device_of
 from ..spaces.network import Network
 
 HELD = 4  # every fourth sample is held out to judge

@@ -100,7 +100,9 @@ def transfer(
         >>> len(aligned.meta["fxfuse"].pairs)
         2
     """
-    example = (data if isinstance(data, Calibration) else Calibration(data)).example()
+    known = isinstance(data, Calibration)
+    inputs = data if known else Calibration(data, models=[source, target])
+    example = inputs.as_call(inputs.example())
     a, b = (analyse(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
-from .modes import Choice, Mode, Tap
+from .modes import Choice, Mode, Rate, Tap
 from .state import part_at
 
-Flag = tuple[fx.Node, str | int]  # a node, and the place or name of one of its arguments
+# A node, the place or name of one of its arguments, and what this is in eval mode and in training
+Flag = tuple[fx.Node, str | int, Any, Any]
 
 
 def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Graph | set[str]:
@@ -39,8 +40,9 @@ def merge(shell: nn.Module, evaluating: fx.Graph, training: fx.Graph) -> fx.Grap
     partners, flags = matched
     shared = {*partners.values()}
     extra = [node for node in _steps(training) if node not in shared]
-    flags += [(node, "training") for node in extra if node.kwargs.get("training") is True]
-    records = _records(training, extra, [node for node, _ in flags])
+    always = [node for node in extra if node.kwargs.get("training") is True]
+    flags += [(node, "training", False, True) for node in always]
+    records = _records(training, extra, [flag[0] for flag in flags])
     whole = _recorders(shell, extra, {n for nodes in records.values() for n in nodes})
     if whole:
         return whole
@@ -64,9 +66,9 @@ def match(
 
     Returns:
         For each node of eval mode, that of training mode, and the arguments of nodes of training
-        mode that are False in eval mode and True in training mode. Or, if a node is missing, the
-        module around the first difference. Objects that only eval mode makes of its outputs are
-        left out.
+        mode that are False in eval mode and True in training mode, or numbers that differ, with
+        both values. Or, if a node is missing, the module around the first difference. Objects that
+        only eval mode makes of its outputs are left out.
     """
     numbers = _numbers(shell, evaluating, training)
     partners = _partners(evaluating, training, numbers)
@@ -74,10 +76,10 @@ def match(
         return _difference(evaluating, training, numbers)
     flags: list[Flag] = []
     for node, partner in partners.items():
-        keys = _flags(node, partner, partners)
-        if keys is None:
+        differing = _flags(node, partner, partners)
+        if differing is None:
             return _maker_of(node)
-        flags += [(partner, key) for key in keys]
+        flags += differing
     return partners, flags
 
 
@@ -99,7 +101,7 @@ def _numbers(shell: nn.Module, *graphs: fx.Graph) -> dict[fx.Node, int]:
     def token(value: Any) -> str:
         if isinstance(value, fx.Node):
             return f"%{numbers[value]}"
-        return "flag" if isinstance(value, bool) else _text(value)
+        return "flag" if isinstance(value, (bool, float)) else _text(value)
 
     for graph in graphs:
         for node in graph.nodes:
@@ -136,17 +138,19 @@ def _partners(
     return partners
 
 
-def _flags(
-    node: fx.Node, partner: fx.Node, partners: dict[fx.Node, fx.Node]
-) -> list[str | int] | None:
+def _flags(node: fx.Node, partner: fx.Node, partners: dict[fx.Node, fx.Node]) -> list[Flag] | None:
     """Return the arguments of a node that follow the mode; None if others differ, too."""
     args, kwargs = map_arg((node.args, node.kwargs), partners.__getitem__)
     places: list[tuple[int | str, tuple[Any, Any]]] = [*enumerate(zip(args, partner.args))]
     places += [(key, (kwargs[key], partner.kwargs[key])) for key in kwargs]
     differing = [(key, x, y) for key, (x, y) in places if _text(x) != _text(y)]
-    if any(x is not False or y is not True for _, x, y in differing):
+    if any((x, y) != (False, True) and not _are_rates(x, y) for _, x, y in differing):
         return None
-    return [key for key, _, _ in differing]
+    return [(partner, key, x, y) for key, x, y in differing]
+
+
+def _are_rates(x: Any, y: Any) -> bool:
+    return isinstance(x, float) and isinstance(y, float)
 
 
 def _difference(evaluating: fx.Graph, training: fx.Graph, numbers: dict[fx.Node, int]) -> str:
@@ -293,10 +297,13 @@ def _follow_mode(
     shell: nn.Module, flags: list[Flag], records: dict[fx.Node, list[fx.Node]]
 ) -> None:
     """Put a `Mode` in the place of each flag, with what was recorded before it."""
-    for node, key in flags:
+    for node, key, evaluating, training in flags:
         with node.graph.inserting_before(node):
-            recorded = tuple(records.pop(node, ()))
-            flag = node.graph.call_module(_add_mode(shell, _path_of(node), Mode), recorded)
+            arguments = tuple(records.pop(node, ()))
+            kind = Rate if _are_rates(evaluating, training) else Mode
+            if kind is Rate:
+                arguments = (evaluating, training, *arguments)
+            flag = node.graph.call_module(_add_mode(shell, _path_of(node), kind), arguments)
         flag.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
         if isinstance(key, int):
             node.update_arg(key, flag)

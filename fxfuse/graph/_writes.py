@@ -6,10 +6,32 @@ is assigned (`self.steps += 1`) is no step that fx knows: it would hold a proxy 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import fx, nn
+
+from ..errors import TraceError
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the generators that a forward may draw from."""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+
+
+def require_nothing_drawn(before: Any, after: Any, module: nn.Module) -> None:
+    """Refuse random numbers that would be constants of the graph, but are none in the module."""
+    if before != after:
+        raise TraceError(
+            "random numbers that forward draws beside its inputs",
+            where=type(module).__name__,
+            expected="random numbers that are drawn at each call, not once for the graph",
+            do="draw them by torch.randn_like(x) or x.new_empty(...).normal_(), or wrap the "
+            "function that draws them with torch.fx.wrap",
+        )
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What a network computes in training mode only: kept in its graph, and left out of it again.
 
 The graph of a network serves both of its modes. Small modules in it know the mode: `Mode` gives a
-flag, `Choice` one of two outputs, and a `Tap` stands where a head that only training uses branches
-off. Eval mode runs such heads too, so that they are analysed and fused like the rest. It runs them
-on copies, so that nothing they write reaches the outputs.
+flag, `Rate` a number, `Choice` one of two outputs, and a `Tap` stands where a head that only
+training uses branches off. Eval mode runs such heads too, so that they are analysed and fused like
+the rest. It runs them on copies, so that nothing they write reaches the outputs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ class Mode(nn.Module):
         return self.training
 
 
+class Rate(Mode):
+    """A number that follows the mode, as the rate of a dropout that only training has."""
+
+    called = "training_rate"
+
+    def forward(self, evaluating: float, training: float, *records: Any) -> float:  # type: ignore[override]
+        """Return the number of the module's mode; `records` are as for `Mode`."""
+        return training if self.training else evaluating
+
+
 class Choice(Mode):
     """A choice between the outputs of the two modes."""
 
@@ -50,6 +60,20 @@ class Tap(Mode):
         if self.training:
             return value
         return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Tell whether a module is one node: those of torch are, unless they only call their parts."""
+    if isinstance(module, Mode):
+        return True
+    of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+    return of_torch and not only_calls_parts(module)
+
+
+def only_calls_parts(module: nn.Module) -> bool:
+    """Tell whether a module of torch has no tensors of its own, as `nn.TransformerEncoder`."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(True for _ in module.children()) and not own
 
 
 def only_in_training(module: fx.GraphModule) -> set[fx.Node]:

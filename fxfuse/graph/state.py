@@ -38,6 +38,12 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
+def names_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return all parameters, then all buffers, each as often as it has names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return [*parameters, *module.named_buffers(remove_duplicate=False)]
+
+
 def floats_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the floating-point parameters and buffers."""
     return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}
@@ -147,6 +153,16 @@ def add_part(module: fx.GraphModule, name: str, part: nn.Module | Tensor) -> Non
         owner.register_parameter(leaf, part)
     else:
         owner.register_buffer(leaf, part)
+
+
+def order_like(module: nn.Module, other: nn.Module) -> None:
+    """Order the parts of a module as another has them, since a shared tensor has the first name."""
+    for path, like in other.named_modules():
+        part = part_at(module, path) if path else module
+        if isinstance(part, nn.Module):
+            names = [name for name in like._modules if name in part._modules]
+            parts = {name: part._modules.pop(name) for name in names}
+            part._modules = {**parts, **part._modules}
 
 
 def is_hidden(module: nn.Module, name: str) -> bool:

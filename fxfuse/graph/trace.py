@@ -9,23 +9,26 @@ difference becomes one node. If that is the whole model, the graph is the one of
 from __future__ import annotations
 
 import copy
-import random
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
-from ..errors import DataError, ModelError, TraceError
+from ..errors import DataError, FuseError, ModelError, TraceError
 from ._merge import merge
-from ._writes import assigned, make_constants_anew, state_kept, write_assigned
-from .modes import Mode, cut_to, evaluating_part
+from .compare import require_same, tensors_in
+from .inputs import Inputs
+from .modes import Mode, cut_to, evaluating_part, only_calls_parts
 from .names import in_graph, rename_parts, with_given_names
 from .state import (
     EXTRA_STATE,
@@ -37,8 +40,9 @@ from .state import (
     tensor_at,
     tensors_of,
 )
+from .symbolic import trace_symbolically
+from .wrappers import unwrapped
 
-Example = Tensor | tuple[Tensor, ...]
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -90,109 +94,129 @@ def _thawed(value: Any) -> Any:
     return tuple(map(_thawed, value)) if type(value) is tuple else value  # torch has tuples, too
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, leaves: frozenset[str], proxy_buffers: bool) -> None:
-        super().__init__()
-        self.leaves, self.proxy_buffer_attributes = leaves, proxy_buffers
-        self.failed_in = ""
-        self._constants: list[tuple[Tensor, int]] = []
+def _record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
+    if isinstance(root, fx.GraphModule) and _is_recorded(root, inputs):
+        return copy.deepcopy(root.graph)
+    from .recorded import record  # which imports half of a compiler
 
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not a.is_inference():
-            self._constants.append((a, a._version))
-        return super().create_arg(a)
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self._drawn = _random_states()
-        graph = super().trace(root, concrete_args)
-        self._require_constants(root)
-        return graph
-
-    def _require_constants(self, module: nn.Module) -> None:
-        """Refuse what would be a constant of the graph, but is none in the module."""
-        if any(tensor._version != version for tensor, version in self._constants):
-            raise TraceError(
-                "a tensor that forward makes, uses, and writes to again",
-                where=type(module).__name__,
-                expected="tensors that are complete before they meet computed values",
-                do="join parts with torch.cat or torch.where instead, or wrap the function that "
-                "makes it with torch.fx.wrap",
-            )
-        if self._drawn != _random_states():
-            raise TraceError(
-                "random numbers that forward draws beside its inputs",
-                where=type(module).__name__,
-                expected="random numbers that are drawn at each call, not once for the graph",
-                do="draw them by torch.randn_like(x) or x.new_empty(...).normal_(), or wrap the "
-                "function that draws them with torch.fx.wrap",
-            )
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Mode) or module_qualified_name in self.leaves:
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        try:
-            out = super().call_module(m, forward, args, kwargs)
-            self._require_constants(m)
-            return out
-        except Exception:
-            self.failed_in = self.failed_in or self.path_of_module(m)
-            raise
+    return record(root, inputs, leaves)
 
 
-def _random_states() -> tuple[Any, ...]:
-    """Return the states of the generators that a forward may draw from."""
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+def _is_recorded(module: fx.GraphModule, inputs: Inputs) -> bool:
+    """Tell whether a graph has these inputs, and steps that are not to be looked into."""
+    nodes = list(module.graph.nodes)
+    parts = [module.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"]
+    given = [n.target for n in nodes if n.op == "placeholder"]
+    return given == list(inputs.names) and not any(map(only_calls_parts, parts))
 
 
-def trace(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+FrontEnd = Callable[[nn.Module, Inputs, frozenset[str]], fx.Graph]
+DOORS: dict[str, FrontEnd] = {
+    "traced symbolically": trace_symbolically,
+    "recorded": _record,
+    "traced symbolically, modules of torch whole": partial(trace_symbolically, whole=True),
+}
+
+
+# Of each model, the names in its state that its graph has not: of what its forward does not use,
+# and further names of what it uses.
+_idle_state: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def trace(
+    model: nn.Module, example: Any = None, name: str = "the model", doors: Sequence[str] = ()
+) -> fx.GraphModule:
     """Return the graph of a model, which shares nothing with the model.
 
     Args:
-        model: Any module that `torch.fx` can trace; not modified.
+        model: Any module; not modified. What compiles or copies a model is taken off it.
+        example: One batch as the model takes it: a tensor, a tuple of tensors for its first
+            arguments, or a mapping from names of arguments. Arguments that it lacks have their
+            defaults. Without an example, only models can be traced that branch on no shape.
         name: Its name in errors.
+        doors: The front-ends that may be tried, of `DOORS`; all of them if not given.
 
     Returns:
         A `GraphModule` with the model's module names and state, in the model's mode, and in single
-        precision where the model is in half. Heads that the
-        model runs in training only also run in eval mode. This costs their time, and they must be
-        able to take the inputs. Compilers leave them out again, and so does `run_decompositions`
-        after an export.
+        precision where the model is in half. Its inputs are those of the example, in that order.
+        Heads that the model runs in training only also run in eval mode. This costs their time, and
+        they must be able to take the inputs. Compilers leave them out again, and so does
+        `run_decompositions` after an export. Its `meta["door"]` names the front-end.
 
     Raises:
-        TraceError: If the model cannot be traced.
+        TraceError: If no front-end finds a graph that computes what the model does.
         ModelError: If it is no module or its weights are not finite.
+        DataError: If the model refuses the example.
     """
-    module = copy.deepcopy(trace_sharing(model, name))
+    module = copy.deepcopy(trace_sharing(model, example, name, doors))
     return copy_modes(model, in_single_precision(module))
 
 
-def trace_sharing(model: nn.Module, name: str = "the model") -> fx.GraphModule:
+def trace_sharing(
+    model: nn.Module, example: Any = None, name: str = "the model", doors: Sequence[str] = ()
+) -> fx.GraphModule:
     """Return the graph of a model with the model's own parameters in it.
 
     Use it where parameters are only read: copying them takes most of the time that `trace` needs
-    for a large model. Buffers, to which a forward may write, are copied.
+    for a large model. Buffers, to which a forward may write, are copied. Arguments and errors are
+    those of `trace`.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"a {type(model).__name__} instead of a network",
-            where=name,
-            expected="a torch.nn.Module",
-            do="build the model first and load its weights into it",
-        )
+    model = unwrapped(model, name)
     _require_plain_state(model, name)
     _require_finite(model, name)
     _refuse_hooks(model, name)
+    inputs = Inputs.of(model, example)
+    inputs = replace(inputs, tensors=inputs.on(device_of(model)))
+    failures: dict[str, Exception] = {}
+    for door in doors or DOORS:
+        try:
+            module = _captured(model, inputs, DOORS[door])
+            require_same(model, module, inputs)
+        except Exception as error:
+            failures[door] = error
+            continue
+        module.meta["door"] = door
+        return module
+    if inputs.tensors:
+        run_once(_shell(model), inputs, name)
+    raise _untraceable(model, name, failures)
+
+
+def trace_alike(
+    models: Sequence[nn.Module], example: Any, names: Sequence[str]
+) -> list[fx.GraphModule]:
+    """Return the graphs of models, all by one front-end, since each has its own way to write them.
+
+    Args:
+        models: The models; not modified.
+        example: One batch as they take it.
+        names: Their names in errors.
+
+    Raises:
+        TraceError: If one of them cannot be traced, or if no front-end takes all of them.
+    """
+    graphs: list[fx.GraphModule] = []
+    doors = list(DOORS)
+    while len(graphs) < len(models):
+        k = len(graphs)
+        graphs.append(trace(models[k], example, names[k], doors))
+        door = graphs[k].meta["door"]
+        doors = doors[doors.index(door) :]
+        if door != graphs[0].meta["door"]:
+            graphs = []  # those before are written in another way
+    return graphs
+
+
+def _captured(model: nn.Module, inputs: Inputs, front_end: FrontEnd) -> fx.GraphModule:
+    """Return what a front-end finds."""
     shell = _shell(model)
-    graph = _live_graph(shell, name)
+    graph = _live_graph(shell, inputs, front_end)
     rename_parts(shell, graph)
     graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)
     _hide_constants(model, module)
+    state = {in_graph(n) for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    _idle_state[model] = frozenset(state - set(module.state_dict()))
     return copy_modes(model, module)
 
 
@@ -204,12 +228,13 @@ def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
             hide(module, name)
 
 
-def copy_modes(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+def copy_modes(model: Any, module: fx.GraphModule) -> fx.GraphModule:
     """Give every part of a graph the mode of the model's part of that name; return the graph.
 
     It also gets the version that the part's class writes into state dictionaries, which loaders
     ask for.
     """
+    model = unwrapped(model)
     parts = {in_graph(path): part for path, part in model.named_modules()}
     for path, part in module.named_modules():
         owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
@@ -230,18 +255,13 @@ def _add_idle_state(model: nn.Module, module: fx.GraphModule) -> None:
 
     What the graph has under another name is the same tensor there, too.
     """
-    state = {
-        in_graph(name): value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
-    }
-    if not state.keys() - module.state_dict().keys():
-        return
-    graph = trace_sharing(model)  # what is gone for another reason was removed
-    used = graph.state_dict().keys()
-    memory = {state[name].untyped_storage().data_ptr() for name in used & state.keys()}
-    for name in [name for name in state if name not in used and not part_at(module, name)]:
-        twin = next((n for n in used if state.get(n) is state[name]), None)
+    bare = unwrapped(model)
+    state = {in_graph(name): value for name, value in bare.state_dict(keep_vars=True).items()}
+    idle = _idle_state.get(bare, frozenset())
+    used = {name: value for name, value in state.items() if name not in idle}
+    memory = {t.untyped_storage().data_ptr() for t in used.values() if isinstance(t, Tensor)}
+    for name in [name for name in state if name in idle and not part_at(module, name)]:
+        twin = next((n for n, value in used.items() if value is state[name]), None)
         if twin is not None and part_at(module, twin) is not None:
             add_part(module, name, tensor_at(module, twin))
         elif not state[name].numel() or state[name].untyped_storage().data_ptr() not in memory:
@@ -254,7 +274,8 @@ def copy_precision(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
     Half precision is for running networks. All that is computed of weights is computed in single
     precision at least. A tensor that the model does not have gets the precision of most others.
     """
-    given = {in_graph(name): tensor.dtype for name, tensor in floats_of(model).items()}
+    tensors = floats_of(unwrapped(model))
+    given = {in_graph(name): tensor.dtype for name, tensor in tensors.items()}
     usual = Counter(given.values()).most_common(1)
     for name, tensor in floats_of(module).items():
         dtype = given.get(name, usual[0][0] if usual else tensor.dtype)
@@ -284,34 +305,6 @@ def _refuse_hooks(model: nn.Module, name: str) -> None:
                 expected="modules that compute nothing outside their forward",
                 do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
             )
-
-
-def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Return the input tensors of one call as a tuple, on a device.
-
-    Raises:
-        DataError: If `example` is not a tensor or a tuple of tensors.
-    """
-    parts = (example,) if isinstance(example, Tensor) else example
-    if not isinstance(parts, (tuple, list)) or not all(isinstance(p, Tensor) for p in parts):
-        raise DataError(
-            f"an example of type {type(example).__name__}",
-            where="the argument `example`",
-            expected="a tensor or a tuple of tensors, one for each input of the model",
-            do="pass a batch as the model takes it",
-        )
-    return tuple(p.to(device) for p in parts)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a nested value, those in data classes included."""
-    tensors: list[Tensor] = []
-    for part in tree_leaves(value):
-        if is_dataclass(part) and not isinstance(part, type):
-            tensors += tensors_in([getattr(part, field.name) for field in fields(part)])
-        elif isinstance(part, Tensor):
-            tensors.append(part)
-    return tensors
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -388,17 +381,21 @@ def _shell(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _live_graph(shell: nn.Module, name: str) -> fx.Graph:
+def _live_graph(shell: nn.Module, inputs: Inputs, front_end: FrontEnd) -> fx.Graph:
     """Trace in both modes until one graph serves both; modules that differ become one node each."""
     leaves: frozenset[str] = frozenset()
     while True:
-        evaluating, error = _trace_in(shell, False, leaves)
-        if isinstance(evaluating, str):
-            if isinstance(error, TraceError):
-                raise error
-            raise _untraceable(shell, name, error) from error
-        training, _ = _trace_in(shell, True, leaves)
-        both = {training} if isinstance(training, str) else merge(shell, evaluating, training)
+        try:
+            evaluating = front_end(shell.eval(), inputs, leaves)
+        except Exception:
+            if not leaves:
+                raise
+            return evaluating  # no graph can hold what is handed to one of the leaves
+        try:
+            training = front_end(shell.train(), inputs, leaves)  # it forgets what it computed
+            both = merge(shell, evaluating, training)
+        except Exception as error:
+            both = {getattr(error, "module_path", "")}
         if isinstance(both, fx.Graph):
             return both
         if "" in both or both <= leaves:
@@ -416,56 +413,43 @@ def _alike(shell: nn.Module, paths: set[str]) -> set[str]:
     return {path for path, m in empty.items() if type(m) in kinds}
 
 
-def _trace_in(
-    shell: nn.Module, training: bool, leaves: frozenset[str]
-) -> tuple[fx.Graph | str, Exception | None]:
-    """Return the graph of one mode; or the module that failed, and why.
-
-    Buffers are nodes of the graph, unless the forward looks at their values.
-    """
-    for proxy_buffers in (True, False):
-        shell.train(training)  # a network that keeps what it computed forgets it here
-        tracer = _Tracer(leaves, proxy_buffers)
-        known = _names(shell)
-        try:
-            with state_kept(shell):
-                graph, values = tracer.trace(shell), assigned(shell)
-            write_assigned(shell, graph, values)
-            make_constants_anew(graph, known)
-            return _without_unused_reads(graph), None
-        except Exception as error:
-            failure = tracer.failed_in, error
-    return failure
-
-
-def _names(shell: nn.Module) -> set[str]:
-    """Return the names of the tensors of a module, those that are plain attributes included."""
-    names = {*tensors_of(shell)} | {n for n, _ in shell.named_buffers(remove_duplicate=False)}
-    names |= {n for n, _ in shell.named_parameters(remove_duplicate=False)}
-    for path, part in shell.named_modules():
-        attributes = [n for n, value in vars(part).items() if isinstance(value, Tensor)]
-        names |= {f"{path}.{n}" if path else n for n in attributes}
-    return names
-
-
-def _without_unused_reads(graph: fx.Graph) -> fx.Graph:
-    """Erase attributes that nothing reads: modes that are alike may differ in them."""
-    for node in reversed(graph.nodes):
-        if node.target is getattr and not node.users:
-            graph.erase_node(node)
-    return graph
-
-
-def _untraceable(shell: nn.Module, name: str, error: Exception | None) -> TraceError:
+def _untraceable(model: nn.Module, name: str, failures: Mapping[str, Exception]) -> TraceError:
+    """Return the error that says where the forward failed, and what each front-end said."""
+    said = [f"  {door}: {_first_line(error)}" for door, error in failures.items()]
+    where = name
+    for door in ("recorded", *failures):  # a recording stops at the step that is at fault
+        line = _line_of_forward(failures[door]) if door in failures else ""
+        if line:
+            path = getattr(failures[door], "module_path", "")
+            inside = f"'{path}' of {name}" if path else name
+            where = f"{line}, in the forward of {inside} ({type(model).__name__})"
+            break
+        if isinstance(error := failures.get(door), FuseError):
+            where = f"{error.where} in {name}"
     return TraceError(
-        f"torch.fx cannot trace it: {error}",
-        where=f"{name} ({type(shell).__name__})",
-        expected="a forward without control flow that depends on tensor values or shapes",
-        do="move the branch out of forward, or wrap its function with torch.fx.wrap",
+        "\n".join(["a forward that cannot be written as a graph", *said]),
+        where=where,
+        expected="a forward whose steps do not depend on the values of tensors",
+        do="move that branch out of forward, or into a module of its own that is called on both "
+        "ways; torch.fx.wrap keeps a function whole",
     )
 
 
-def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[Tensor]:
+def _first_line(error: Exception) -> str:
+    """Return what an error says first."""
+    text = error.met if isinstance(error, FuseError) else f"{type(error).__name__}: {error}"
+    return text.strip().split("\n")[0][:300]
+
+
+def _line_of_forward(error: Exception) -> str:
+    """Return the file, line and text of the innermost step that is not torch's or ours."""
+    own = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not f.filename.startswith((*own, "<"))]
+    return f"{outside[-1].filename}:{outside[-1].lineno}, `{outside[-1].line}`" if outside else ""
+
+
+def run_once(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str) -> list[Tensor]:
     """Return the output tensors of one forward pass in eval mode.
 
     If only what training computes refuses the batch, as a head does that needs larger images, this
@@ -478,7 +462,8 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
         with eval_mode(module), torch.no_grad():
             out = _forward(module, example)
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in example)
+        given = example.tensors if isinstance(example, Inputs) else example
+        shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise DataError(
             f"the model refuses a batch of shape {shapes}: {error}",
             where=name,
@@ -496,7 +481,9 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...], name: str) -> list[
     return tensors
 
 
-def _forward(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+def _forward(module: nn.Module, example: tuple[Tensor, ...] | Inputs) -> Any:
+    if isinstance(example, Inputs):
+        return example.call(module.forward, example.tensors)
     try:
         return module.forward(*example)  # calling a graph would print the error
     except Exception:

@@ -6,7 +6,6 @@ Outputs that differ are traced back to the first node that differs.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import NotEquivalent, PassError, TraceError
-from .state import sizes_of, tensors_of
-from .trace import Example, Interpreter, as_example, run_once, trace
-
-TOLERANCE = 1e-4  # relative, of the largest output, in float32
+from .compare import TOLERANCE, relative_error
+from .inputs import Example, Inputs
+from .state import names_of, sizes_of
+from .trace import Interpreter, run_once, trace
 
 
 def lint(module: fx.GraphModule) -> None:
@@ -36,8 +35,15 @@ def lint(module: fx.GraphModule) -> None:
             if len(tensor) != _outputs(part):
                 raise _wrong(path, f"a {name} of {len(tensor)} values for {_outputs(part)} outputs")
     used = {str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr")}
-    for path in tensors_of(module):
-        if not any(path == u or path.startswith(u + ".") for u in used):
+    taken: set[int] = set()
+    unused: dict[int, str] = {}
+    for path, tensor in names_of(module):
+        if any(path == u or path.startswith(u + ".") for u in used):
+            taken.add(id(tensor))
+        else:
+            unused[id(tensor)] = path
+    for key, path in unused.items():
+        if key not in taken:
             raise _wrong(path, "nothing in the graph uses it")
 
 
@@ -63,29 +69,6 @@ def _wrong(path: str, what: str) -> PassError:
         expected="modules whose attributes, parameters and graph agree",
         do="report it with what FXFUSE_DEBUG=3 writes: a pass left the graph inconsistent",
     )
-
-
-def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the largest difference of outputs, relative to the largest value in each.
-
-    It is infinite if shapes or numbers of outputs differ. Whole numbers are right (0) or wrong (1).
-
-    Args:
-        a: Outputs; the differences are relative to these.
-        b: The outputs to compare with them.
-    """
-    worst = 0.0
-    for x, y in zip(a, b):
-        x, y = x.detach(), y.detach()
-        if x.shape != y.shape:
-            return math.inf
-        if not x.is_floating_point():
-            worst = max(worst, float(not torch.equal(x, y)))
-        elif x.numel():
-            difference = (x.double() - y.double()).abs().max()
-            error = float(difference / x.double().abs().max().clamp(min=1e-12))
-            worst = max(worst, error if math.isfinite(error) else math.inf)
-    return worst if len(a) == len(b) else math.inf
 
 
 def verify(
@@ -115,7 +98,8 @@ def verify(
         ...     print(error.where)
         Sequential and Sequential; first at node '_1' (1; reads _0)
     """
-    inputs, pair = as_example(example), [_copy_as_graph(m) for m in (before, after)]
+    inputs = Inputs.of(before, example).tensors
+    pair = [_copy_as_graph(m, example) for m in (before, after)]
     names = [type(m).__name__ for m in (before, after)]
     outputs = [run_once(m, inputs, name) for m, name in zip(pair, names)]
     error = relative_error(*outputs)
@@ -132,12 +116,12 @@ def verify(
     )
 
 
-def _copy_as_graph(model: nn.Module) -> nn.Module:
+def _copy_as_graph(model: nn.Module, example: Example) -> nn.Module:
     """Return a copy of a network; a graph, if it can be traced."""
     if isinstance(model, fx.GraphModule):
         return copy.deepcopy(model)  # tracing it again would lose the origins of its nodes
     try:
-        return trace(model, type(model).__name__)
+        return trace(model, example, type(model).__name__)
     except TraceError:
         return copy.deepcopy(model)
 

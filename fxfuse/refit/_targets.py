@@ -27,7 +27,7 @@ from ..calibration.run import Run, Track
 from ..calibration.spill import SpillStore
 from ..coupling.measure import bypasses
 from ..coupling.mixing import Couplings
-from ..graph.verify import TOLERANCE
+from ..graph.compare import TOLERANCE
 from ..spaces.network import Network
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..graph.compare import TOLERANCE, relative_error, tensors_in
 from ..graph.modes import is_choice
-from ..graph.trace import Interpreter, device_of, eval_mode, tensors_in, without_autocast
-from ..graph.verify import TOLERANCE, relative_error
+from ..graph.trace import Interpreter, device_of, eval_mode, without_autocast
 from ..ir import Space, Spaces
 from ._labels import Ledger
 from ._moves import draw_orders, rearrange

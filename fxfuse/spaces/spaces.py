@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from torch import fx, nn
 
+from ..graph.inputs import Example, Inputs
 from ..graph.trace import (
-    Example,
-    as_example,
     as_given,
     device_of,
     run_once,
     trace_sharing,
     without_autocast,
 )
+from ..graph.wrappers import unwrapped
 from ..ir import Spaces
 from ._moves import draw_orders
 from ._moves import rearrange as rearrange
@@ -64,8 +64,8 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
 
 
 def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
-    graph = trace_sharing(module)
-    inputs = as_example(example, device_of(graph))
+    graph = trace_sharing(module, example)
+    inputs = Inputs.of(unwrapped(module), example).on(device_of(graph))
     try:
         return graph, analyse(graph, inputs)[1]
     except Exception:  # a plain run says what is wrong with the batch, or cuts what refuses it

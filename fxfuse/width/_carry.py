@@ -24,9 +24,9 @@ from ..calibration.norms import fold_norms, foldable_norms
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..errors import DataError, NotEquivalent, PairingError
+from ..graph.compare import TOLERANCE, relative_error
 from ..graph.state import floats_of, tensors_of
 from ..graph.trace import device_of, run_once
-from ..graph.verify import TOLERANCE, relative_error
 from ..ir import Coupling, Space
 from ..spaces.network import Network
 from .reshape import spaces_under_norms

@@ -16,7 +16,8 @@ from torch import fx, nn
 from ..calibration.data import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
-from ..graph.trace import Example, as_given, without_autocast
+from ..graph.inputs import Example
+from ..graph.trace import as_given, without_autocast
 from ..spaces.network import Network
 from ._carry import (
     ResizedCopy,

@@ -19,8 +19,10 @@ from torchvision.ops import StochasticDepth
 import fxfuse
 from fxfuse.errors import DataError, ModelError, TraceError
 from fxfuse.graph._merge import merge
+from fxfuse.graph.compare import tensors_in
+from fxfuse.graph.inputs import as_example
 from fxfuse.graph.modes import Mode
-from fxfuse.graph.trace import as_example, device_of, run_once, tensors_in, trace, trace_sharing
+from fxfuse.graph.trace import device_of, run_once, trace, trace_sharing
 from fxfuse.graph.verify import lint
 from tests.support.nets import (
     NETS,
@@ -453,12 +455,11 @@ class Branch(nn.Module):
 
 def test_a_branch_on_values_is_refused_with_all_four_parts():
     with pytest.raises(TraceError) as caught:
-        trace(Branch(), "net 3")
+        trace(Branch(), torch.randn(2, 6), "net 3")
     error = caught.value
-    assert "torch.fx cannot trace it" in error.met
-    assert error.where == "net 3 (Branch)"
-    assert "control flow" in error.expected and "torch.fx.wrap" in error.do
-    assert error.__cause__ is not None
+    assert "traced symbolically: TraceError" in error.met and "recorded: " in error.met
+    assert __file__ in error.where and "net 3 (Branch)" in error.where
+    assert "values of tensors" in error.expected and "torch.fx.wrap" in error.do
 
 
 def test_a_model_that_cannot_be_copied_is_refused():
@@ -474,7 +475,7 @@ def test_weights_and_statistics_that_are_not_finite_are_refused_by_name(value, p
     net = mlp(6, 8, 3, norm=True)
     net.state_dict()[path].view(-1)[2] = value
     with pytest.raises(ModelError, match="1 values that are NaN or infinite") as caught:
-        trace(net, "net 3")
+        trace(net, name="net 3")
     assert caught.value.where == f"'{path}' of net 3"
 
 

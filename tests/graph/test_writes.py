@@ -100,16 +100,28 @@ def test_networks_that_write_are_fused(how, only_in_training):
     assert gap(fresh, fused, torch.randn(4, 6)) < 1e-3
 
 
-def test_a_constant_that_is_changed_after_its_use_is_refused():
-    class Late(nn.Module):
-        def forward(self, x):
-            total = torch.ones(6)
-            y = x * total
-            total += 1
-            return y + total
+class Late(nn.Module):
+    def forward(self, x):
+        total = torch.ones(6)
+        y = x * total
+        total += 1
+        return y + total
 
+
+def test_a_constant_that_is_changed_after_its_use_is_not_traced_symbolically():
+    x = torch.randn(2, 6)
     with pytest.raises(TraceError, match="writes to again"):
-        fxfuse.find_spaces(Late(), torch.randn(2, 6))
+        trace(Late(), x, doors=["traced symbolically"])
+    assert gap(Late(), trace(Late(), x), x) == 0
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_recorded_forwards_write_the_same(how):
+    net, x = randomise(Writes(how)), torch.randn(4, 6)
+    graph = trace(net, x, doors=["recorded"])
+    for _ in range(3):
+        assert gap(net, graph, x) < PERMUTATION
+    assert all(torch.allclose(t, net.state_dict()[k]) for k, t in graph.state_dict().items())
 
 
 class Noise(nn.Module):

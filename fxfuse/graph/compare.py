@@ -1,0 +1,118 @@
+"""Whether two networks compute the same: how unlike their outputs are."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import NotEquivalent
+from .inputs import Inputs
+from .modes import evaluating_part
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+TOLERANCE = 1e-4  # relative, of the largest output, in float32
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value, those in data classes included."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts: list[Any] = []
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, Mapping):
+        parts = [*value.values()]
+    elif isinstance(value, (tuple, list)):
+        parts = [*value]
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest difference of outputs, relative to the largest value in each.
+
+    It is infinite if shapes or numbers of outputs differ. Whole numbers are right (0) or wrong (1).
+
+    Args:
+        a: Outputs; the differences are relative to these.
+        b: The outputs to compare with them.
+    """
+    worst = 0.0
+    for x, y in zip(a, b):
+        x, y = x.detach(), y.detach()
+        if x.shape != y.shape:
+            return math.inf
+        if not x.is_floating_point():
+            worst = max(worst, float(not torch.equal(x, y)))
+        elif x.numel():
+            difference = (x.double() - y.double()).abs().max()
+            error = float(difference / x.double().abs().max().clamp(min=1e-12))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst if len(a) == len(b) else math.inf
+
+
+def require_same(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
+    """Compare a graph with its model in eval mode, on the example and on other inputs of its kind.
+
+    Inputs that the model itself refuses, or of which it makes values that are not finite, say
+    nothing.
+
+    Args:
+        model: The model; not modified.
+        module: Its graph; not modified.
+        inputs: The example; nothing is compared without one.
+
+    Raises:
+        NotEquivalent: If outputs differ.
+    """
+    for kind, tensors in _kinds(inputs) if inputs.tensors else ():
+        try:
+            expected = _outputs(_copied(model), inputs, tensors)
+        except Exception:
+            continue
+        if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
+            continue
+        graph = _copied(module)
+        graph = evaluating_part(graph) or graph  # what only training computes may refuse them
+        error = relative_error(expected, _outputs(graph, None, tensors))
+        if error > TOLERANCE:
+            raise NotEquivalent(
+                f"a graph whose outputs differ by {error:.2e} relative on {kind}",
+                where=type(model).__name__,
+                expected=f"at most {TOLERANCE:.0e}",
+                do="look for a branch on the values or the type of a tensor",
+            )
+
+
+def _kinds(inputs: Inputs) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Yield the example, and inputs like it: mirrored and smaller ones, in batches of two sizes."""
+    yield "the example", inputs.tensors
+    mirrored = tuple(_scaled(t.flip(-1) if t.dim() > 1 else t) for t in inputs.tensors)
+    mirrored = tuple(t.roll(i, 0) if t.dim() else t for i, t in enumerate(mirrored))
+    yield "mirrored inputs", mirrored
+    longer = tuple(torch.cat([t, t[:1], t[:1]]) if t.dim() else t for t in mirrored)
+    yield "a batch of another size", longer
+
+
+def _scaled(tensor: Tensor) -> Tensor:
+    return tensor * 0.75 if tensor.is_floating_point() else tensor
+
+
+def _copied(module: ModelT) -> ModelT:
+    """Copy a network, but not its parameters: a forward may write to its buffers."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()
+
+
+def _outputs(module: nn.Module, inputs: Inputs | None, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Run a network; what it draws at random is the same for all networks."""
+    copies = [t.clone() for t in tensors]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if inputs is None:
+            return tensors_in(module.forward(*copies))
+        return tensors_in(inputs.call(module.forward, copies))

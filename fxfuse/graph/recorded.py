@@ -1,0 +1,430 @@
+"""A front-end that runs a model and records what it calls, for forwards that branch on shapes.
+
+The model runs as it is, in Python, as `torch.export` runs it: on tensors without data whose sizes
+are symbols. What is recorded are calls of the modules of `torch.nn`, of the functions of torch and
+of the methods of tensors, as symbolic tracing finds them. So names, states and modes live on, and
+a graph looks the same whichever front-end found it. A size is read from a tensor at hand, not from
+the inputs. Sizes that the forward branches on become numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from ._writes import require_nothing_drawn, write_assigned
+from .inputs import Inputs
+from .modes import is_leaf
+
+METHODS = {getattr(Tensor, n): n for n in reversed(dir(Tensor)) if callable(getattr(Tensor, n))}
+SWAPPED = {"__rdiv__": operator.truediv}  # whose operator has another name
+LITERALS: tuple[type, ...] = (str, int, float, complex, bool, type(None), type(...))
+LITERALS += (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
+    """Return the graph of a model in the mode that it is in.
+
+    Args:
+        root: The model; it gets the constants of the forward as attributes.
+        inputs: The arguments of one call.
+        leaves: Modules that become one node each, besides those of `torch.nn`.
+
+    Raises:
+        Exception: Whatever the forward raises. It has a note that names the module.
+    """
+    copied = copy.deepcopy(root, {id(p): p for p in root.parameters()})
+    recorder = _Recorder(copied, leaves)
+    fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
+    with _as_for_export(), fake, recorder, _calls_seen_by(recorder):
+        out = inputs.call(copied, values)
+    require_nothing_drawn(recorder.drawn, random.getstate(), root)
+    recorder.graph.output(recorder.described(out))
+    write_assigned(root, recorder.graph, recorder.assigned(root, copied))
+    for name, value in recorder.constants.items():
+        setattr(root, name, value)
+    return recorder.graph
+
+
+@contextmanager
+def _as_for_export() -> Iterator[None]:
+    """Let models know that their values must not be looked at, and keep fused kernels out."""
+    compiler: Any = torch.compiler
+    before = getattr(compiler, "_is_exporting_flag", None)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    if before is not None:
+        compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        if before is not None:
+            compiler._is_exporting_flag = before
+
+
+@contextmanager
+def _calls_seen_by(recorder: _Recorder) -> Iterator[None]:
+    """Let a recorder run the calls of modules, for a while."""
+    call = nn.Module.__call__
+
+    def seen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_module(call, module, args, kwargs)
+
+    nn.Module.__call__ = seen  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees each call of torch, and writes it into a graph."""
+
+    def __init__(self, root: nn.Module, leaves: frozenset[str]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root, self.leaves = root, leaves
+        self.constants: dict[str, Tensor] = {}
+        self.paths = {m: path for path, m in reversed([*root.named_modules()])}
+        self.stack: dict[str, tuple[str, type]] = {}
+        self.calls: dict[str, int] = {}
+        self.inside_leaf = False
+        self.drawn = random.getstate()  # what torch draws is a call like others
+        self.nodes: dict[int, fx.Node] = {}
+        self.parts: dict[int, tuple[fx.Node, Callable[..., Any], Any]] = {}  # not yet read
+        self.values: list[tuple[fx.Node, Tensor]] = []  # in order; keeps them alive
+        self.attributes = _tensors_by_id(root)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch, and record it if it makes or changes tensors."""
+        kwargs = kwargs or {}
+        if func is Tensor.__iter__ and not self.inside_leaf:
+            with self:
+                return iter(args[0].unbind(0))
+        if self.inside_leaf:
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if _tensors_of(out) or func is Tensor.__setitem__:
+            self._note(out, self._called(func, args, kwargs))
+        return out
+
+    # --- what is called -------------------------------------------------------------------------
+
+    def placeholder(self, fake: FakeTensorMode, name: str, tensor: Tensor) -> Tensor:
+        """Add an input; return its stand-in, whose sizes are symbols but for those of size 1."""
+        kinds = [DimDynamic.DYNAMIC if n > 1 else DimDynamic.STATIC for n in tensor.shape]
+        value = fake.from_tensor(
+            tensor.clone(),  # one tensor may be given twice
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds),
+            source=ConstantSource(name),
+        )
+        self._note(value, self.graph.placeholder(name))
+        return value
+
+    def call_module(
+        self, call: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwargs: Any
+    ) -> Any:
+        """Run a module: a leaf becomes one node; others are looked into."""
+        path = self.paths.get(module)
+        if path is None or self.inside_leaf or module is self.root:
+            return call(module, *args, **kwargs)
+        outer, self.stack = self.stack, dict(self.stack)
+        count = self.calls[path] = self.calls.get(path, -1) + 1
+        self.stack[f"{path}@{count}" if count else path] = path, type(module)
+        try:
+            if not is_leaf(module) and path not in self.leaves:
+                out = call(module, *args, **kwargs)
+                require_nothing_drawn(self.drawn, random.getstate(), module)
+                return out
+            arguments = self._arguments((tuple(args), kwargs))
+            self.inside_leaf = True
+            try:
+                out = call(module, *args, **kwargs)
+            except Exception:
+                out = _run_apart(call, module, args, kwargs)
+            if _tensors_of(out):  # else a flag that follows the mode, as it is here
+                self._note(out, self._create("call_module", path, *arguments))
+            return out
+        except Exception as error:
+            if not hasattr(error, "module_path"):
+                error.module_path = path  # type: ignore[attr-defined]
+            raise
+        finally:
+            self.stack, self.inside_leaf = outer, False
+
+    def _called(self, func: Any, args: Sequence[Any], kwargs: Any) -> fx.Node:
+        """Add the node of a function, a method or an attribute of a tensor."""
+        args, kwargs = self._arguments((tuple(args), kwargs))
+        name = METHODS.get(func, "") if getattr(func, "__hash__", None) else ""
+        if getattr(func, "__name__", "") == "__get__":
+            return self._create("call_function", getattr, (args[0], func.__self__.__name__), {})
+        if not name:
+            return self._create("call_function", func, args, kwargs)
+        if name.startswith("__"):
+            plain = getattr(operator, name, None)
+            if plain is not None:
+                return self._create("call_function", plain, args, kwargs)
+            swapped = SWAPPED.get(name) or getattr(operator, f"__{name[3:]}", None)
+            if name.startswith("__r") and swapped is not None:
+                return self._create("call_function", swapped, args[::-1], kwargs)
+        return self._create("call_method", name, args, kwargs)
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["nn_module_stack"] = dict(self.stack)
+        return node
+
+    # --- what is passed -------------------------------------------------------------------------
+
+    def _note(self, out: Any, node: fx.Node) -> None:
+        """Remember which node a value is from, and which parts of a value are from it."""
+        if isinstance(out, Tensor):
+            self.nodes[id(out)] = node
+            self.values.append((node, out))
+            return
+        for key, read, part in _parts(out):
+            for tensor in _tensors_of(part):
+                self.values.append((node, tensor))
+            if isinstance(part, Tensor):
+                self.nodes.pop(id(part), None)
+                self.parts[id(part)] = node, read, key
+            elif _tensors_of(part):
+                with self.graph.inserting_after(node):
+                    self._note(part, self.graph.call_function(read, (node, key)))
+
+    def _arguments(self, value: Any) -> Any:
+        """Write arguments in nodes."""
+        near = _tensors_of(value)
+        return self._written(value, near)
+
+    def _written(self, value: Any, near: list[Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._size(value.node.expr, near)
+        if isinstance(value, slice):
+            return slice(*(self._written(v, near) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._written(v, near) for v in value))
+        if isinstance(value, (tuple, list)):
+            kind = list if isinstance(value, list) else tuple
+            return kind(self._written(v, near) for v in value)
+        if isinstance(value, Mapping):
+            return {k: self._written(v, near) for k, v in value.items()}
+        if isinstance(value, LITERALS):
+            return value
+        raise TypeError(f"a call of torch with a {type(value).__name__}, which no graph can hold")
+
+    def _node_of(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor: a value, a part of one, or an attribute of the model."""
+        key = id(tensor)
+        if key not in self.nodes and key in self.parts:
+            node, read, part = self.parts[key]
+            with self.graph.inserting_after(node):
+                self.nodes[key] = self._create("call_function", read, (node, part), {})
+        elif key not in self.nodes:
+            self.values.append((self._attribute(tensor), tensor))
+            self.nodes[key] = self.values[-1][0]
+        return self.nodes[key]
+
+    def _attribute(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) not in self.attributes:
+            if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(
+                tensor
+            ):
+                raise TypeError("a tensor that no function of torch made, or one inside torch.vmap")
+            number = 0
+            while hasattr(self.root, name := f"_tensor_constant{number}"):
+                number += 1
+            setattr(self.root, name, tensor)
+            self.constants[name] = tensor
+            self.attributes[id(tensor)] = name
+        return self._create("get_attr", self.attributes[id(tensor)], (), {})
+
+    def assigned(self, root: nn.Module, copied: nn.Module) -> dict[str, fx.Node]:
+        """Return the values that the forward has assigned to buffers, by their names."""
+        before = dict(root.named_buffers())
+        after = dict(copied.named_buffers())
+        own = {name for name in before if id(after.get(name)) in self.nodes}
+        kept = {self.attributes.get(id(t)) for t in after.values()}
+        return {name: self.nodes[id(after[name])] for name in own - kept}
+
+    # --- sizes ----------------------------------------------------------------------------------
+
+    def _size(self, expression: Any, near: list[Tensor]) -> Any:
+        """Write a size that is computed from those of inputs: a number, or nodes that compute it.
+
+        Args:
+            expression: The size in symbols.
+            near: Tensors that the step reads, whose sizes are at hand.
+        """
+        if expression.is_number:
+            return int(expression) if expression.is_integer else float(expression)
+        if (found := self._read(expression, near)) is not None:
+            return found
+        proxies = {}
+        for symbol in sorted(expression.free_symbols, key=str):
+            node = self._read(symbol, near)
+            if node is None:
+                raise TypeError(f"a size {expression} that is that of no tensor")
+            proxies[symbol] = fx.Proxy(node)
+        result = sympy_interp(PythonReferenceAnalysis, proxies, expression)
+        for node in _between(result.node, set(p.node for p in proxies.values())):
+            node.meta["nn_module_stack"] = dict(self.stack)
+        return result.node
+
+    def _read(self, expression: Any, near: list[Tensor]) -> fx.Node | None:
+        """Read a size from a tensor that has it: one at hand, or else the latest one."""
+        at_hand = [(None, t) for t in near]
+        for node, tensor in [*at_hand, *reversed(self.values)]:
+            for axis, n in enumerate(tensor.shape):
+                if _symbol(n) == expression:
+                    node = self._node_of(tensor)
+                    return self._create("call_method", "size", (node, axis), {})
+        return None
+
+    # --- what is returned -----------------------------------------------------------------------
+
+    def described(self, out: Any) -> Any:
+        """Write the output in nodes; objects that are no structures of tensors are left out."""
+        if isinstance(out, Tensor):
+            return self._node_of(out)
+        if is_dataclass(out) and not isinstance(out, type):
+            parts = {f.name: self.described(getattr(out, f.name)) for f in fields(out)}
+            parts = {k: v for k, v in parts.items() if v is not None}
+            return self.graph.call_function(type(out), (), parts)
+        if isinstance(out, Mapping):
+            return {k: self.described(v) for k, v in out.items()}
+        if isinstance(out, tuple) and hasattr(out, "_fields"):
+            return self.graph.call_function(type(out), tuple(map(self.described, out)))
+        if isinstance(out, (tuple, list)):
+            return type(out)(map(self.described, out))
+        if isinstance(out, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._size(out.node.expr, [])
+        return out if isinstance(out, LITERALS) else None
+
+
+def _run_apart(
+    call: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwargs: Any
+) -> Any:
+    """Run a module on numbers, as some look at them, and return outputs without data.
+
+    It is run once more for each size that is a symbol, with this size larger, to learn which sizes
+    of its outputs it is.
+
+    Raises:
+        TypeError: If a size of its outputs is no multiple of one of the inputs'.
+    """
+    tensors = _tensors_of((tuple(args), kwargs))
+    sizes: dict[Any, Any] = {_symbol(n): n for t in tensors for n in t.shape if _symbol(n)}
+    fake = next(t.fake_mode for t in tensors if isinstance(t, FakeTensor))
+
+    def run(larger: Any = None) -> Any:
+        def real(t: Tensor) -> Tensor:
+            shape = [_number(n) + (larger is not None and _symbol(n) == larger) for n in t.shape]
+            kind = torch.randn if t.is_floating_point() else torch.zeros
+            return kind(shape, dtype=t.dtype, device=t.device)
+
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            given = tree_map(lambda v: real(v) if isinstance(v, FakeTensor) else v, (args, kwargs))
+            return call(module, *given[0], **given[1])
+
+    out, others = run(), {}
+    for symbol, size in sizes.items():
+        try:
+            others[symbol] = _tensors_of(run(symbol))
+        except Exception:
+            int(size)  # the module takes no other: from now on, it is this number
+    empty = []
+    for i, tensor in enumerate(_tensors_of(out)):
+        larger = [(sizes[symbol], results[i].shape) for symbol, results in others.items()]
+        with fake:
+            shape = [_size_of(n, axis, larger) for axis, n in enumerate(tensor.shape)]
+            empty.append(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+    return tree_map(lambda v: empty.pop(0) if isinstance(v, Tensor) else v, out)
+
+
+def _size_of(size: int, axis: int, larger: Sequence[tuple[Any, Sequence[int]]]) -> Any:
+    """Return a size as a multiple of a symbol, given the shapes when each symbol is 1 larger."""
+    grown = [(n, shape[axis] - size) for n, shape in larger if shape[axis] != size]
+    if not grown:
+        return size
+    symbol, times = grown[0]
+    if len(grown) > 1 or size != times * _number(symbol):
+        raise TypeError("a module whose outputs have sizes that cannot be told")
+    return symbol * times
+
+
+def _symbol(size: Any) -> Any:
+    """Return the expression of a size; None if it is a number."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return None if expression is None or expression.is_number else expression
+
+
+def _number(size: Any) -> Any:
+    """Return what a size is in the example."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _tensors_by_id(root: nn.Module) -> dict[int, str]:
+    """Return the first name of each tensor that is an attribute of a module."""
+    names: dict[int, str] = {}
+    plain = [(path, vars(m)) for path, m in root.named_modules()]
+    tables = [(p, {k: v for k, v in t.items() if isinstance(v, Tensor)}) for p, t in plain]
+    tensors = [*root.named_parameters(), *root.named_buffers()]
+    tensors += [(f"{p}.{k}" if p else k, v) for p, t in tables for k, v in t.items()]
+    for name, tensor in tensors:
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Callable[..., Any], Any]]:
+    """Yield the parts of a value of several, each with its key and the function that reads it."""
+    if isinstance(value, Mapping):
+        yield from ((key, operator.getitem, part) for key, part in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from ((i, operator.getitem, part) for i, part in enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr, getattr(value, f.name)) for f in fields(value))
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors in a value, those in structures included."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for _, _, part in _parts(value) for t in _tensors_of(part)]
+
+
+def _between(node: fx.Node, ends: set[fx.Node]) -> Iterator[fx.Node]:
+    """Yield a node and those it is computed from, up to some nodes."""
+    if node not in ends:
+        yield node
+        for source in node.all_input_nodes:
+            yield from _between(source, ends)

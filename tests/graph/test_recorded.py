@@ -1,0 +1,284 @@
+"""Recorded forwards: what symbolic tracing refuses or gets wrong is the model's function, too."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.errors import TraceError
+from fxfuse.graph.inputs import Inputs
+from fxfuse.graph.recorded import record
+from fxfuse.graph.trace import trace, trace_alike
+from tests.support.nets import gap, outputs, randomise
+from tests.support.tolerances import FUNCTION
+
+RECORDED = ["recorded"]
+
+
+class Shaped(nn.Module):
+    """Branches on shapes, and lays out sizes."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        batch, length, features = x.shape
+        assert features == 6
+        if x.dim() != 3:
+            x = x.unsqueeze(1)
+        flat = torch.relu(self.a(x.reshape(batch * length, -1)))
+        h = flat.view(batch, length, -1) + torch.arange(length)[None, :, None] / length
+        for row in h.unbind(1)[:1]:
+            h = h + row[:, None]
+        return self.b(1 - h)
+
+
+class BehindTuple(nn.Module):
+    """Looks at the type of what a part returns, which is no tuple while it is traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.rnn(x)
+        h = h[0] if isinstance(h, tuple) else h
+        return self.head(h)
+
+
+class SilentlyOther(nn.Module):
+    """Is traced symbolically into another function."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(6, 8, batch_first=True)
+        self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.rnn(x)
+        return self.a(h[0]) if isinstance(h, tuple) else self.b(h[0])
+
+
+class OfTorch(nn.Module):
+    def __init__(self, depth=2):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, depth)
+
+    def forward(self, x, mask=None, features=False):
+        h = self.encoder(self.a(x), mask=mask)
+        return h if features else self.b(h)
+
+
+class Pair(nn.Module):
+    """An encoder and a decoder of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.both = nn.Transformer(8, 2, 1, 1, 12, batch_first=True)
+
+    def forward(self, source, target):
+        return self.b(self.both(self.a(source), self.a(target)))
+
+
+NETS = [Shaped, BehindTuple, SilentlyOther, OfTorch]
+
+
+def sequences(count=2, length=5):
+    return torch.randn(count, length, 6)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_the_graph_computes_what_the_model_computes_on_other_sizes_too(net):
+    net = randomise(net())
+    graph = trace(net, sequences())
+    assert graph.meta["door"] == "recorded"
+    for x in (sequences(), sequences(5, 5), sequences(3, 7)):
+        assert gap(net, graph, x) <= FUNCTION
+    assert set(graph.state_dict()) <= set(net.state_dict())
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_units_may_be_permuted_and_networks_fused(net):
+    net, x = randomise(net()), sequences(12)
+    permuted = fxfuse.permute(net, x, seed=1)
+    assert gap(net, permuted, x) <= FUNCTION
+    fused = fxfuse.fuse([net, permuted], x)
+    assert gap(net, fused, x) <= 10 * FUNCTION
+    net.load_state_dict(fused.state_dict())
+
+
+def test_an_encoder_with_a_decoder_is_looked_into():
+    net, x = randomise(Pair()), (sequences(), sequences(2, 4))
+    graph = trace(net, x)
+    calls = {n.target for n in graph.graph.nodes if n.op == "call_module"}
+    assert "both.decoder.layers.0.multihead_attn" in calls and "both" not in calls
+    with torch.no_grad():
+        assert torch.allclose(graph(*x), net(*x), atol=1e-5)
+
+
+def test_encoders_of_torch_of_different_depth_are_fused():
+    deep, shallow = randomise(OfTorch(3), seed=1), randomise(OfTorch(2), seed=2)
+    fused = fxfuse.fuse([deep, shallow], sequences(16))
+    deep.load_state_dict(fused.state_dict())
+    assert gap(deep, fused, sequences()) <= FUNCTION
+
+
+def test_both_ways_to_write_a_graph_agree_where_both_can():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    inputs = Inputs.of(net, torch.randn(2, 6))
+    graph = record(net.eval(), inputs, frozenset())
+    symbolic = trace(net, torch.randn(2, 6))
+    assert [n.target for n in graph.nodes] == [n.target for n in symbolic.graph.nodes]
+
+
+def test_sizes_are_read_nearby_and_not_from_the_input():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                b, n, _ = x.shape
+                if b:
+                    x = layer(x).view(b, n, 2, 3).transpose(1, 2).reshape(b, n, -1)
+            return x
+
+    graph = trace(Blocks(), sequences(), doors=RECORDED)
+    x = next(n for n in graph.graph.nodes if n.op == "placeholder")
+    assert {n.target for n in x.users} <= {"layers.0", "size"}
+    assert {n.name for n in x.users if n.target == "size"} == set()
+
+
+def test_dropout_and_its_rate_follow_the_mode():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
+
+        def forward(self, x):
+            if x.dim() != 3:
+                x = x[None]
+            q = self.drop(self.a(x))
+            rate = 0.5 if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, q, q, dropout_p=rate)
+            return F.dropout(x, 0.5, self.training)
+
+    net, x = randomise(Attends()), sequences()
+    graph = trace(net, x)
+    assert len(list(graph.graph.nodes)) > 4, "the model is no single node"
+    assert gap(net.eval(), graph.eval(), x) <= FUNCTION
+    for module in (net.train(), graph.train()):
+        torch.manual_seed(1)
+        module.drawn = outputs(module, x)
+    assert torch.equal(net.drawn, graph.drawn)
+
+
+def test_tensors_of_the_forward_and_of_attributes_are_constants():
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.scale = nn.Linear(6, 6), torch.tensor([2.0])
+            self.register_buffer("table", torch.randn(9, 6), persistent=False)
+
+        def forward(self, x):
+            if x.shape[1] > 9:
+                raise ValueError("too long")
+            return self.a(x) * self.scale + self.table[: x.shape[1]] + torch.tensor(0.5)
+
+    net, x = Constants(), sequences()
+    graph = trace(net, x)
+    assert graph.meta["door"] == "recorded" and gap(net, graph, sequences(2, 3)) == 0
+    assert set(graph.state_dict()) == {"a.weight", "a.bias"}
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    states: tuple[Tensor, ...] | None = None
+    cache: object = None
+
+
+class Structured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if len(x.shape) != 2:
+            raise ValueError
+        h = self.a(x)
+        return {"answer": Answer(h, (h, h * 2), cache=object()), "rest": [h[0], None]}
+
+
+def test_structures_are_returned_and_objects_left_out():
+    net, x = Structured(), torch.randn(2, 6)
+    out, expected = trace(net, x)(x), net(x)
+    assert torch.equal(out["answer"].states[1], expected["answer"].states[1])
+    assert out["answer"].cache is None and out["rest"][1] is None
+
+
+def test_a_recorded_graph_is_its_own_recording():
+    graph = trace(OfTorch(), sequences(), doors=RECORDED)
+    again = trace(graph, sequences(), doors=RECORDED)
+    assert [n.format_node() for n in again.graph.nodes] == [
+        n.format_node() for n in graph.graph.nodes
+    ]
+
+
+def test_networks_are_written_by_the_same_front_end():
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    graphs = trace_alike([plain, Shaped()], sequences(), ["a", "b"])
+    assert {g.meta["door"] for g in graphs} == {"recorded"}
+    assert trace(plain, sequences()).meta["door"] == "traced symbolically"
+
+
+def test_the_same_tensor_may_be_given_twice():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x - 2 * y if len(x.shape) == 2 else x
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    graph = trace(Two(), (x, x))
+    assert torch.equal(graph(x, y), x - 2 * y)
+
+
+class OnValues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        if h.sum() > 0:
+            h = h * 2
+        return h
+
+
+def test_a_branch_on_values_is_refused_by_file_and_line():
+    with pytest.raises(TraceError) as caught:
+        fxfuse.find_spaces(nn.Sequential(nn.Linear(6, 6), OnValues()), torch.randn(2, 6))
+    error = caught.value
+    line = OnValues.forward.__code__.co_firstlineno + 2
+    assert f"{__file__}:{line}, `if h.sum() > 0:`" in error.where and "'1' of" in error.where
+    assert "traced symbolically:" in error.met and "recorded:" in error.met
+
+
+def test_what_is_another_function_of_each_batch_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.a(x) * (1 + len(x))
+
+    with pytest.raises(TraceError, match="on a batch of another size"):
+        trace(Counts(), torch.randn(2, 6))
