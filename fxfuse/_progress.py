@@ -2,7 +2,7 @@
 
 The listener is a context variable, so that no function has to hand it on. A loop says `counted`;
 work in several parts says `with part(0.0, 0.4)`; inside, shares count from 0 to 1 again. A `Clock`
-listens to one stage after the other, times them, and tells the caller.
+listens to one stage after the other, times them, and tells the caller, or draws bars itself.
 """
 
 from __future__ import annotations
@@ -90,8 +90,42 @@ def rounds(limit: int) -> Iterator[None]:
             yield
 
 
+class Bars:
+    """Draws one stage after the other as a bar, on a terminal or in a notebook.
+
+    Where standard error is neither, there is a line for each stage that has ended.
+    """
+
+    WIDTH = 24
+
+    def __init__(self) -> None:
+        self.drawn = ""
+
+    def __call__(self, stage: str, share: float) -> None:
+        """Draw a stage as far as it is."""
+        filled = round(self.WIDTH * share)
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        line = f"{stage:<24} {bar} {share:4.0%}"
+        if line != self.drawn and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            self.drawn = line
+            sys.stderr.write(f"\r{line}")
+            sys.stderr.flush()
+
+    def end(self, stage: str, seconds: float) -> None:
+        """Replace the bar of a stage by the time that it took."""
+        start = "\r" if self.drawn else ""
+        blank = " " * (len(self.drawn) - 34) if self.drawn else ""
+        sys.stderr.write(f"{start}{stage:<24} {seconds:7.1f} s{blank}\n")
+        sys.stderr.flush()
+        self.drawn = ""
+
+
 class Clock:
     """Times the stages of a job, and tells the caller how far each is.
+
+    Args:
+        progress: Called with the name of a stage and the share of it that is done; True to draw
+            bars, False or None for silence.
 
     Attributes:
         seconds: Wall time of each stage.
@@ -99,8 +133,11 @@ class Clock:
             system tells them.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress | bool | None) -> None:
+        if isinstance(progress, bool):
+            self.progress: Progress | None = Bars() if progress else None
+        else:
+            self.progress = progress
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
 
@@ -118,7 +155,10 @@ class Clock:
         hear(0.0)
         with heard_by(hear):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        if isinstance(self.progress, Bars):
+            self.progress.end(name, took)
         peak = peak_memory()
         if peak is not None:
             self.memory[name] = peak

@@ -341,6 +341,12 @@ class Alignment:
     # The methods below only call the packages that draw and write. These import this module, so it
     # cannot import them before it is asked.
 
+    def _repr_html_(self) -> str:
+        """Return the picture, for a notebook."""
+        from .report.alignment_picture import inline_svg
+
+        return inline_svg(self)
+
     def to_networkx(self) -> nx.DiGraph:
         """Return a directed graph of all layers: chains, and aligned pairs with their costs.
 

@@ -37,7 +37,7 @@ LEVELS = {
 }
 # What only hands over to what draws, writes or is named, imported no earlier than it is called.
 VIEWS = {"ir": {"report.graphs", "report.alignment_picture", "report.plots", "io.alignment_file"}}
-VIEWS["report.report"] = {"report.plots", "report.html"}
+VIEWS["report.report"] = {"report.plots", "report.html", "report.alignment_picture"}
 VIEWS["fusion.fuse"] = {"presets"}  # by name
 PACKAGE = Path(fxfuse.__file__).parent
 TESTS = Path(__file__).parent

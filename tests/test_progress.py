@@ -1,5 +1,8 @@
 """Shares of a job, and of its parts."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxfuse
-from fxfuse._progress import counted, heard_by, part, rounds, tell
+from fxfuse._progress import Clock, counted, heard_by, part, rounds, tell
 from fxfuse.coupling.c2m3 import CycleConsistent
 from fxfuse.coupling.transport import InPlace, LayerByLayer
 from fxfuse.coupling.weight_matching import MergeMany, WeightMatching, WeightTransport
@@ -103,3 +106,35 @@ def test_looking_at_one_network_says_how_far_it_is():
     shares = [share for _, share in seen]
     assert {name for name, _ in seen} == {"trace and find spaces"}
     assert shares == sorted(shares) and len(set(shares)) > 4
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_drawn_on_a_terminal_and_a_line_for_each_stage_elsewhere(monkeypatch, terminal):
+    screen = Screen(terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    clock = Clock(True)
+    for stage in ("first", "second"):
+        with clock.stage(stage):
+            tell(0.5)
+    shown = screen.getvalue()
+    assert ("50%" in shown) == ("\r" in shown) == terminal
+    lines = [line.rpartition("\r")[2].split() for line in shown.split("\n")[:-1]]
+    assert [line[0] for line in lines] == ["first", "second"]
+    assert all(line[-1] == "s" for line in lines)
+
+
+@pytest.mark.parametrize("silent", [None, False])
+def test_nothing_is_drawn_unless_asked_for(capsys, silent):
+    net, x = randomise(mlp(4, 5, 3), 0), torch.randn(20, 4)
+    fxfuse.fuse([net, net], x, progress=silent)
+    assert capsys.readouterr() == ("", "")
+    fxfuse.align([net, net], x, progress=True)
+    fxfuse.inspect(net, x, progress=True)
+    assert "align layers" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from textwrap import wrap
 from typing import Any
 
@@ -74,6 +75,16 @@ class Inspection:
         parts = [wrap(self.summary, _WIDTH), self._chain(), self._layers()]
         return "\n\n".join("\n".join(p) for p in [*parts, self._spaces(), self._fixed()] if p)
 
+    def _repr_html_(self) -> str:
+        """Return tables, for a notebook."""
+        layers = [(x.name, f"{x.width:,}", shortened(x.kind)) for x in self.layers]
+        spaces = [(s.name, f"{s.size:,}", str(len(s.axes))) for s in self.spaces]
+        fixed = [(described(group), reason) for reason, group in self.reasons.items()]
+        shown = _table(("layer", "units", "kind"), layers) if layers else ""
+        shown += _table(("space", "units", "axes"), spaces) if spaces else ""
+        shown += _table(("fixed", "why"), fixed) if fixed else ""
+        return f"<p>{escape(self.summary)}</p>{shown}"
+
     def _chain(self) -> list[str]:
         return wrap("chain: " + " > ".join(self.chain), _WIDTH, subsequent_indent="  ")
 
@@ -130,14 +141,25 @@ class Inspection:
         return json.dumps(facts, indent=2)
 
 
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML."""
+    lines = [[f"<th>{escape(cell)}</th>" for cell in head]]
+    lines += [[f"<td>{escape(cell)}</td>" for cell in row] for row in rows]
+    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    return f"<table>{body}</table>"
+
+
 @without_autocast()
-def inspect(model: nn.Module, example: Example, *, progress: Progress | None = None) -> Inspection:
+def inspect(
+    model: nn.Module, example: Example, *, progress: Progress | bool | None = None
+) -> Inspection:
     """Find the chain, layers, segments and unit spaces of any traceable module.
 
     Args:
         model: The network; not modified.
         example: One batch as the network takes it, a tensor `(N, ...)` or a tuple of tensors.
-        progress: Called with the name of a stage and the share of it that is done.
+        progress: True to draw bars, or what is called with the name of a stage and the share of it
+            that is done.
 
     Returns:
         What was found; print it, or read its `layers`, `segments`, `spaces` and `frozen`.

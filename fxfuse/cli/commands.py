@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from torch import nn
 from typer.core import TyperGroup
 
-from .._progress import Progress, heard_by
 from ..alignment.inspection import inspect
-from ..errors import FuseError, FusionWarning
-from ..fusion.barrier import compare
+from ..errors import ArgumentError, FuseError
 from ..fusion.fuse import align
-from ..ir import Alignment
 from ..presets import NAMED
-from ..report import PICTURE_ENDINGS, Report, amount, draw
+from ..report import PICTURE_ENDINGS, draw
 from ..version import versions
 from . import tools
 from .common import (
     ALIGNING,
-    NETWORK,
     AlignmentFile,
     Anchor,
+    Card,
     Data,
     DataOrNone,
     Inputs,
@@ -45,7 +38,6 @@ from .common import (
     Weights,
     Width,
     complain,
-    data_errors,
     err,
     example_of,
     load_models,
@@ -53,16 +45,13 @@ from .common import (
     out,
     parsed_weights,
     read_data,
-    require_no_options,
     require_writable,
     say,
-    write_network,
 )
-from .references import file_hashes, load_data
-from .terminal import show_alignment, show_inspection, show_scores, stages
+from .recipe import EXAMPLE, Recipe, carry_out
+from .terminal import show_alignment, show_inspection, stages
 
 FAILED, INTERRUPTED = 2, 130  # the statuses that shells know
-FUSED = "fused"
 
 
 class _Commands(TyperGroup):
@@ -222,83 +211,55 @@ def fuse_command(
     seed: Seed = 0,
     picture: Picture = None,
     page: Page = None,
+    card: Card = None,
 ) -> None:
     """Fuse trained models into one and save it."""
-    fusing = method_named(method, NAMED)
-    require_writable(output, "--output", NETWORK)
-    require_writable(picture, "--picture", PICTURE_ENDINGS)
-    require_writable(page, "--report", [".html"])
-    options: dict[str, Any] = {
-        "weights": parsed_weights(weights),
-        "width": width,
-        "anchor": anchor,
-        "alignment": alignment,
-    }
-    files = {"--picture": picture, "--report": page}
-    named = {f"--{name}": value for name, value in options.items()}
-    require_no_options(method, ALIGNING, named | files)
-    options["alignment"] = None if alignment is None else Alignment.load(alignment)
-    given = {name: value for name, value in options.items() if value is not None}
-    with stages(err) as progress:
-        networks = load_models(models, progress)
-        hashes = file_hashes(models)
-        calibration = read_data(data, samples, seed, progress)
-        if options["alignment"] is None and method in ALIGNING and len(models) > 1:
-            given["alignment"] = align(  # with the costs of all pairs, which fusing does without
-                networks, calibration, method=ALIGNING[method], progress=progress
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FusionWarning)  # they are shown below
-            fused = fusing(networks, calibration, **given, progress=progress)
-        record = fused.meta["fxfuse"]
-        if isinstance(record, Report):
-            record = replace(record, files=hashes, seeds=record.seeds | {"data": seed})
-            fused.meta["fxfuse"] = record
-        write_network(fused, output, progress)
-        if isinstance(record, Report):
-            compared = dict(zip(record.alignment.names, networks)) | {FUSED: fused}
-            scores = _scores(compared, data, seed, calibration.samples, progress)
-        if page is not None:
-            record.save_html(page, scores, _origin(models, data, calibration.samples))
-    if isinstance(record, Report):
-        _show_fusion(record, scores, calibration.samples, output)
-    else:
-        say(f"the weights of {len(record.pairs)} layers transferred: {output}")
-    if picture is not None:
-        draw(record.alignment, picture)
-        say(f"alignment drawn in {picture}")
-    if page is not None:
-        say(f"report written in {page}")
-
-
-def _show_fusion(
-    report: Report, scores: Mapping[str, tuple[float, float]], samples: int, output: Path
-) -> None:
-    show_alignment(out, report.alignment)
-    if scores:
-        show_scores(out, scores)
-    for sentence in report.warnings:
-        complain(f"warning: {sentence}", "yellow")
-    say(
-        f"fused {amount(len(report.alignment.names), 'model')} on {amount(samples, 'sample')} in "
-        f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}"
+    shares = parsed_weights(weights)
+    carry_out(
+        Recipe(
+            tuple(models),
+            data,
+            str(output),
+            method,
+            samples,
+            seed,
+            tuple(shares) if isinstance(shares, list) else shares,
+            width,
+            anchor,
+            None if alignment is None else str(alignment),
+            picture=None if picture is None else str(picture),
+            report=None if page is None else str(page),
+            card=None if card is None else str(card),
+        )
     )
 
 
-def _scores(
-    networks: dict[str, nn.Module], data: str, seed: int, samples: int, progress: Progress
-) -> dict[str, tuple[float, float]]:
-    """Return accuracy and loss of each network on the calibration data, if these have labels."""
-    progress("compare", 0.0)
-    with data_errors(data), heard_by(partial(progress, "compare")):
-        apart = [name for name in networks if name != FUSED]
-        return compare(networks, load_data(data, seed=seed), samples, ensemble=apart)
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: see `fxfuse recipe --example`.")],
+) -> None:
+    """Fuse as a recipe says."""
+    steps = Recipe.load(recipe)
+    os.chdir(recipe.resolve().parent)
+    carry_out(steps)
 
 
-def _origin(models: Sequence[str], data: str, samples: int) -> dict[str, str]:
-    """Return what the command line says of a fusion, by name."""
-    references = {f"model {k}": reference for k, reference in enumerate(models)}
-    return references | {"data": data, "samples": str(samples)}
+@app.command("recipe")
+def recipe_command(
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a recipe to start from.")
+    ] = False,
+    check: Annotated[Path | None, typer.Option(help="Read a recipe and print all it says.")] = None,
+) -> None:
+    """Print an example of a recipe, or check one."""
+    if example == (check is not None):
+        raise ArgumentError(
+            "both of them" if example else "neither of them",
+            where="--example and --check",
+            expected="one of both",
+            do="say `fxfuse recipe --example > recipe.yaml`, and change that file",
+        )
+    say((EXAMPLE if check is None else str(Recipe.load(check))).rstrip())
 
 
 for _name, _command in tools.COMMANDS.items():

@@ -70,6 +70,9 @@ Picture = Annotated[
     Path | None,
     typer.Option(help=f"Where to draw the alignment: {', '.join(PICTURE_ENDINGS)}."),
 ]
+Card = Annotated[
+    Path | None, typer.Option(help="Where to write a model card for a model hub: README.md.")
+]
 Shares = Annotated[str, typer.Option(help="Shares of the second model, increasing from 0 to 1.")]
 Curve = Annotated[
     Path | None, typer.Option("--picture", help=f"Where to draw it: {', '.join(PICTURE_ENDINGS)}.")

@@ -229,7 +229,7 @@ def barrier(
     anchor: int | None = None,
     method: Method | str | None = None,
     loss: Loss = nn.functional.cross_entropy,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Barrier:
     """Measure loss and accuracy along the weights between two networks.
 
@@ -246,7 +246,8 @@ def barrier(
         anchor: As for `fuse`.
         method: As for `fuse`.
         loss: Of outputs and labels, their mean over a batch.
-        progress: Called with the name of a stage and the share of it that is done.
+        progress: True to draw bars, or what is called with the name of a stage and the share of it
+            that is done.
 
     Raises:
         ArgumentError: If there are not two models, or the weights are not increasing in 0 to 1.

@@ -145,7 +145,7 @@ def fuse(
     anchor: int | None = None,
     method: Method | str | None = None,
     heads: Heads | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> fx.GraphModule:
     """Fuse trained networks of different depth and width into one.
 
@@ -173,7 +173,8 @@ def fuse(
             the best one known (with heads, `FAIR`).
         heads: For networks of different tasks: fuse them up to a layer, and keep a head for each
             (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
-        progress: Called with the name of a stage and the share of it that is done.
+        progress: True to draw bars, or what is called with the name of a stage and the share of it
+            that is done.
 
     Returns:
         An ordinary `GraphModule` with the module names of the network whose structure it has, and
@@ -390,7 +391,7 @@ def fuse_along(
     alignment: Alignment | None = None,
     anchor: int | None = None,
     method: Method | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Iterator[fx.GraphModule]:
     """Fuse networks with several sets of weights, one after the other; analyse them once.
 
@@ -436,7 +437,7 @@ def align(
     *,
     method: Method | str | None = None,
     pairs: Sequence[Pairs | None] = (),
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Alignment:
     """Find which layers of networks of different depth correspond.
 
@@ -447,7 +448,8 @@ def align(
         pairs: Pairs by hand, for two models: per segment, as in `Alignment.pairs`, every layer of
             the shallower model with its layer of the deeper one, by name. A segment with None, or
             without an entry, is left to the method.
-        progress: Called with the name of a stage and the share of it that is done.
+        progress: True to draw bars, or what is called with the name of a stage and the share of it
+            that is done.
 
     Returns:
         The alignment; print it, draw it, or hand it to `fuse`.
@@ -482,7 +484,7 @@ def balance(
     *,
     alignment: Alignment | None = None,
     method: Method | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
 
@@ -494,7 +496,8 @@ def balance(
         data: Calibration inputs, as for `fuse`.
         alignment: Which layers correspond; found by `align` if not given.
         method: The choices along the way.
-        progress: Called with the name of a stage and the share of it that is done.
+        progress: True to draw bars, or what is called with the name of a stage and the share of it
+            that is done.
 
     Returns:
         One `GraphModule` per network, equal node for node and name for name, each computing what

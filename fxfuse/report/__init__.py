@@ -2,6 +2,7 @@
 
 from ._shared import PICTURE_ENDINGS, amount
 from .alignment_picture import draw
+from .card import card_of
 from .report import CouplingReport, Report, SpaceReport
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Report",
     "SpaceReport",
     "amount",
+    "card_of",
     "draw",
 ]

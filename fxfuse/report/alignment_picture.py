@@ -465,6 +465,17 @@ def draw(alignment: Alignment, path: str | os.PathLike[str], removed: Removed = 
         _draw_by_matplotlib(scene, target)
 
 
+def inline_svg(alignment: Alignment, removed: Removed = ()) -> str:
+    """Return the picture of an alignment as a notebook shows it: on white, no wider than the page.
+
+    Args:
+        alignment: What to draw.
+        removed: As for `lay_out`.
+    """
+    svg = svg_of(lay_out(alignment, removed), description_of(alignment))
+    return f'<div style="background:#fff;overflow-x:auto">{svg}</div>'
+
+
 def description_of(alignment: Alignment) -> str:
     """Say what the picture shows, for readers that cannot see it."""
     return "alignment of " + " and ".join(alignment.names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 
 from scipy.sparse import csr_array
 
@@ -14,6 +15,7 @@ from ..version import versions
 from ._shared import amount
 
 Accuracy = float | tuple[float, float]  # in percent; or that and the loss
+SHOWN = 5  # poor layers at most, in print
 POOR = 0.5  # a layer that explains a smaller share of its target is named in the report
 
 
@@ -155,6 +157,27 @@ class Report:
         """The layers that explain less than half of their target."""
         return tuple(layer for layer in self.layers if layer.explained < POOR)
 
+    @property
+    def advice(self) -> str:
+        """What to do next, in one sentence."""
+        if self.warnings:
+            return "try what the warning says, and compare with fxfuse.compare(...)"
+        if self.poor:
+            return "fuse on more samples; see these layers in .save_html('report.html')"
+        return "compare it on labelled data with fxfuse.compare(...), then fxfuse.save(...) it"
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is nearer to the ensemble than its networks; empty if nobody knows."""
+        near = self.nearness
+        if near is None or not near.networks:
+            return ""
+        others = ", ".join(map(near.shown, near.networks))
+        better = sum(near.fused < distance for distance in near.networks)
+        every = better == len(near.networks)
+        which = "every network" if every else f"{better} of {len(near.networks)} networks"
+        return f"nearer to the ensemble than {which}: {near.shown(near.fused)}; alone {others}"
+
     def draw_coupling(
         self, space: str, path: str | os.PathLike[str], network: int | None = None
     ) -> None:
@@ -214,6 +237,12 @@ class Report:
 
         save_page(self, path, accuracy or {}, facts or {})
 
+    def _repr_html_(self) -> str:
+        """Return the text and the alignment, for a notebook."""
+        from .alignment_picture import inline_svg
+
+        return f"<pre>{escape(str(self))}</pre>{inline_svg(self.alignment, self.removed)}"
+
     def __str__(self) -> str:
         units = "" if self.lead in (None, self.anchor) else f", units of network {self.lead}"
         spaces = amount(len(self.spaces), "space")
@@ -242,5 +271,8 @@ class Report:
             verb = "explains" if len(self.poor) == 1 else "explain"
             layers = f"{amount(len(self.poor), 'layer')} {verb}"
             lines.append(f"warning: {layers} less than {POOR:g} of the target's variance:")
-            lines += [f"  {layer}" for layer in self.poor]
+            worst = sorted(self.poor, key=lambda layer: layer.explained)
+            lines += [f"  {layer}" for layer in worst[:SHOWN]]
+            lines += [f"  and {len(worst) - SHOWN} more"] * (len(worst) > SHOWN)
+        lines.append(f"next: {self.advice}")
         return "\n".join(lines)

@@ -97,3 +97,10 @@ def test_very_long_kinds_lose_their_middle_only():
     kind = "linear, add, " * 50 + "[a43d32b3]"
     assert len(shortened(kind)) < 240 and shortened(kind).endswith("[a43d32b3]")
     assert shortened(kind[-200:]) == kind[-200:]
+
+
+def test_a_notebook_shows_tables_of_layers_spaces_and_what_is_fixed():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    shown = fxfuse.inspect(net, torch.randn(2, 4))._repr_html_()
+    assert shown.count("<table>") == 3 and shown.count("<table>") == shown.count("</table>")
+    assert "8 free units" in shown and "an output of the network" in shown

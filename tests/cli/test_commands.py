@@ -412,7 +412,7 @@ def test_an_interrupt_between_stages_leaves_the_old_file(old, monkeypatch, capsy
 
         return nullcontext(report)
 
-    monkeypatch.setattr(cli, "stages", interrupt)
+    monkeypatch.setattr("fxfuse.cli.recipe.stages", interrupt)
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS) == 130
     assert old.read_bytes() == before and capsys.readouterr().err == "stopped\n"
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import fxfuse
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion.assemble import describe
-from fxfuse.ir import Coupling
+from fxfuse.ir import Coupling, LayerFit
 from fxfuse.report import CouplingReport
+from fxfuse.report.html import page_of
+from fxfuse.report.report import Nearness
 from tests.support.nets import mlp, randomise
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(1))
@@ -103,3 +106,30 @@ def test_facts_count_widths_and_parameters(nets, report):
     assert [f.width for f in deep.values()] == [8, 7, 3]
     total = [sum(f.parameters for f in facts.values()) for facts in (deep, shallow)]
     assert total == [sum(p.numel() for p in n.parameters()) for n in nets]
+
+
+def test_the_text_fits_a_screen_and_ends_with_what_to_do(report):
+    poor = tuple(LayerFit(f"layer{i}", 0.01 * i, 1.0) for i in range(40))
+    for changed in (report, replace(report, layers=poor), replace(report, warnings=("a; try b",))):
+        lines = str(changed).splitlines()
+        assert len(lines) <= 24 and lines[-1].startswith("next: ")
+    text = str(replace(report, layers=poor, warnings=()))
+    assert "layer0" in text and "layer5" not in text and "and 35 more" in text
+    assert "more samples" in text and "warning says" in str(replace(report, warnings=("a",)))
+
+
+def test_the_verdict_counts_the_networks_that_are_farther_away(report):
+    near = Nearness(True, 9, True, 0.1, (0.2, 0.05), (False, True))
+    assert replace(report, nearness=None).verdict == ""
+    assert "than 1 of 2 networks: 0.1 nats" in replace(report, nearness=near).verdict
+    near = replace(near, networks=(0.2, 0.3))
+    assert "than every network" in replace(report, nearness=near).verdict
+    page = page_of(replace(report, nearness=near, warnings=()), {}, {})
+    assert page.index("than every network") < page.index("<table")
+    page = page_of(replace(report, nearness=near, warnings=("beware <b>",)), {}, {})
+    assert "than every network" not in page and "beware &lt;b&gt;" in page
+
+
+def test_notebooks_show_text_and_picture(report):
+    shown = report._repr_html_()
+    assert "next: " in shown and "<svg" in shown and report.alignment._repr_html_() in shown
