@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import TraceError
 
@@ -83,16 +83,22 @@ def write_assigned(shell: nn.Module, graph: fx.Graph, values: dict[str, fx.Node]
                     node.meta.setdefault("nn_module_stack", value.meta.get("nn_module_stack") or {})
 
 
-def make_constants_anew(graph: fx.Graph, known: set[str]) -> None:
+def make_constants_anew(shell: nn.Module, graph: fx.Graph, known: set[str]) -> None:
     """Let each call have constants of its own, which it may write to.
 
+    Those that show a value several times stay: torch writes to no such tensor.
+
     Args:
-        graph: A traced graph; edited in place.
+        shell: The traced module, which holds the constants.
+        graph: Its graph; edited in place.
         known: Names that the module had before it was traced.
     """
     own: dict[str, fx.Node] = {}
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target not in known]:
         name = str(node.target)
+        value = getattr(shell, name, None)
+        if isinstance(value, Tensor) and 0 in value.stride():
+            continue
         if name in own:  # the same tensor, read once more
             node.replace_all_uses_with(own[name])
             graph.erase_node(node)

@@ -36,14 +36,20 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self._drawn = random_states()
+        drawn = random_states()
         graph = super().trace(root, concrete_args)
-        self._require_constants(root)
+        self._require_constants(root, 0, drawn)
         return graph
 
-    def _require_constants(self, module: nn.Module) -> None:
-        """Refuse what would be a constant of the graph, but is none in the module."""
-        if any(tensor._version != version for tensor, version in self._constants):
+    def _require_constants(self, module: nn.Module, start: int, drawn: tuple[Any, ...]) -> None:
+        """Refuse what would be a constant of the graph, but is none in a module's forward.
+
+        Args:
+            module: The module.
+            start: How many constants there were before.
+            drawn: The states of the random generators before.
+        """
+        if any(tensor._version != version for tensor, version in self._constants[start:]):
             raise TraceError(
                 "a tensor that forward makes, uses, and writes to again",
                 where=type(module).__name__,
@@ -51,7 +57,7 @@ class _Tracer(fx.Tracer):
                 do="join parts with torch.cat or torch.where instead, or wrap the function that "
                 "makes it with torch.fx.wrap",
             )
-        require_nothing_drawn(self._drawn, random_states(), module)
+        require_nothing_drawn(drawn, random_states(), module)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_leaf(m) or module_qualified_name in self.leaves:
@@ -69,8 +75,9 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         try:
+            before = len(self._constants), random_states()
             out = super().call_module(m, forward, args, kwargs)
-            self._require_constants(m)
+            self._require_constants(m, *before)
             return out
         except Exception as error:
             if not hasattr(error, "module_path"):
@@ -105,7 +112,7 @@ def _traced(root: nn.Module, tracer: _Tracer) -> fx.Graph:
     with state_kept(root):
         graph, values = tracer.trace(root), assigned(root)
     write_assigned(root, graph, values)
-    make_constants_anew(graph, known)
+    make_constants_anew(root, graph, known)
     return _without_unused_reads(graph)
 
 

@@ -340,11 +340,18 @@ def lookup(run: LabelRun, op: Op) -> Labels:
     indices = [op["indices"]] if op.name == "embedding" else op["indices"]
     if labels.sources or any(run.values.varies(i) for i in indices if i is not None):
         labels = _without_picked(run, labels, _picked(indices))
+    numbers = [x for i in indices if i is not None for x in run.of(i).layers]
     indices = [None if i is None else i.cpu() for i in indices]
     layers = [x.expand(tensor.shape) for x in labels.layers]
     moved = [collapse(torch.ops.aten.index.Tensor(x, indices)) for x in layers]
     freeze_partial(run, moved)
-    return Labels(tuple(still_varying(run, moved)), labels.fill, labels.sources)
+    labels = Labels(tuple(still_varying(run, moved)), labels.fill, labels.sources)
+    if numbers and op.name == "embedding":  # each unit has a number, and then a vector
+        row = (*[1] * op["indices"].dim(), tensor.shape[1])
+        of_units = Labels(tuple(x.unsqueeze(-1) for x in numbers))
+        return merge(run, [(labels, row), (of_units, (*op["indices"].shape, 1))], op.out.dim())
+    run.freeze(numbers, "numbers of units, by which places are picked")
+    return labels
 
 
 def _picked(indices: Sequence[Tensor | None]) -> set[int]:

@@ -142,6 +142,10 @@ def test_random_numbers_are_no_constants():
     with pytest.raises(TraceError, match="random numbers") as refused:
         fxfuse.find_spaces(net, torch.randn(2, 6))
     assert "Noise" in refused.value.where
+    net = nn.Sequential(Noise(False), nn.Linear(6, 6), nn.Linear(6, 3))
+    with pytest.raises(TraceError, match="random numbers") as refused:
+        fxfuse.find_spaces(net, torch.randn(2, 6))
+    assert "Noise" in refused.value.where
 
 
 def test_noise_of_training_is_drawn_at_each_call():

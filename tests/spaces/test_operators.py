@@ -484,6 +484,12 @@ CASES = {
     "embedding": vectors(
         lambda net, x: x + net.a((x > 0.5).long().sum(1)), a=lambda: nn.Embedding(9, 8)
     ),
+    "embedding of a number for each unit": vectors(
+        lambda net, x: net.a((x > 0.5).long()).sum(2), 12, a=lambda: nn.Embedding(2, 4)
+    ),
+    "index by a number for each unit": vectors(
+        lambda net, x: net.a[(x > 0.5).long()].sum(2), 4, a=table(2, 4)
+    ),
     "index units": vectors(lambda net, x: x[:, [3, 1, 2]], outputs=3),
     "index rows": tokens(lambda net, x: x + net.a[torch.tensor([0, 0, 1, 2, 1])], a=table(3, 8)),
     # --- written or read at numbered places
@@ -716,6 +722,9 @@ def test_permuting_every_space_keeps_the_function(name):
     assert gap(net, permuted, x) <= PERMUTATION
     assert spaces.free_units == CASES[name].free
     assert bool(moved(net, permuted)) == bool(CASES[name].free)
+    loaded, other = CASES[name].build().eval(), torch.randn(CASES[name].shape)
+    loaded.load_state_dict(permuted.state_dict())
+    assert gap(net, loaded, other) <= PERMUTATION, "in the class, on other inputs"
 
 
 @pytest.mark.parametrize("name", FOUND_IN_THE_WILD)

@@ -23,6 +23,7 @@ from tests.support.nets import (
     Pooled,
     build,
     conv,
+    data_shape,
     gap,
     mlp,
     moved,
@@ -474,6 +475,16 @@ def test_the_class_loads_the_state_and_computes_the_same(kind):
         assert gap(made, loaded.eval(), data) < PERMUTATION
     free = fxfuse.find_spaces(nets[0], data[:2]).free_units
     assert free == (8 if kind in ("persistent", "expanded") else 0)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_class_loads_what_is_permuted_or_fused(name):
+    nets, x = [build(name, seed)[0] for seed in (1, 2)], build(name, 3)[1]
+    data = torch.randn(40, *data_shape(name))
+    for made in (fxfuse.permute(nets[0], x, seed=3), fxfuse.fuse(nets, data)):
+        loaded = NETS[name].build()
+        loaded.load_state_dict(made.state_dict())
+        assert gap(made, loaded.eval(), torch.randn(4, *data_shape(name))) < PERMUTATION
 
 
 class Idle(nn.Module):
