@@ -36,8 +36,9 @@ class Axis:
         dim: The axis.
         index: `(size, m)` positions of each unit; unit `u` occurs at `index[u, 0..m-1]`.
         reads: Whether a contraction sums over this axis. If so, the unproject map acts on it.
-        groups: Above 1 for the input axis of a grouped convolution. `index` then counts along the
-            dense axis, of which each row of the weight stores `1 / groups`.
+        groups: Above 1 for the input axis of a grouped convolution, or the output axis of a
+            transposed one. `index` then counts along the dense axis, of which each row of the
+            weight stores `1 / groups`.
     """
 
     tensor: str

@@ -41,6 +41,7 @@ class Moments:
     def add(self, x: Tensor) -> Tensor:
         """Add values `(units, ...)`; return them shifted, as `(units, positions)`."""
         x = x.float() if x.dtype == torch.bool else x  # units that only truth values show
+        x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
         if not self.count:
             self.shift = x.float().mean(tuple(range(1, x.dim())))
             self.total = torch.zeros(len(x), dtype=torch.float64, device=x.device)

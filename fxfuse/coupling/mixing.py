@@ -64,7 +64,12 @@ class Couplings:
         for dim in range(total.ndim):
             mass = self._mass(name, dim if along is None else along, shares)
             if mass is not None:
-                total /= mass.reshape([-1 if d == dim else 1 for d in range(total.ndim)])
+                if along is None and len(mass) != total.shape[dim]:  # a group stores its own
+                    rows = mass.reshape(-1, total.shape[dim])
+                    mass = np.repeat(rows, len(total) // len(rows), axis=0)
+                    total /= mass.reshape(*mass.shape, *[1] * (total.ndim - 2))
+                else:
+                    total /= mass.reshape([-1 if d == dim else 1 for d in range(total.ndim)])
         return total
 
     def pick(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
@@ -119,7 +124,8 @@ class Couplings:
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:
             theirs = max(a.groups for _, a in self.problem.networks[k].spaces.on(name))
-            return _map_grouped(tensor, maps, groups, theirs)
+            grouped = max(axes, key=lambda a: a.groups)
+            return _map_grouped(tensor, maps, (groups, theirs), grouped.reads)
         for d, matrix in maps.items():
             tensor = apply_along(matrix, tensor, d)
         return tensor
@@ -241,13 +247,23 @@ def apply_along(matrix: csr_array, tensor: np.ndarray, dim: int) -> np.ndarray:
 
 
 def _map_grouped(
-    tensor: np.ndarray, maps: dict[int, csr_array], ours: int, theirs: int
+    tensor: np.ndarray, maps: dict[int, csr_array], counts: tuple[int, int], reads: bool
 ) -> np.ndarray:
-    """Map the weight of a convolution of `theirs` groups, group by group, to one of `ours`.
+    """Map the weight of a grouped convolution, group by group.
 
     A fused group reads its own inputs only, so the shares of its unproject map are taken within
     the group of the other network that they come from.
+
+    Args:
+        tensor: The weight.
+        maps: The map along each axis that has one.
+        counts: Number of groups of the fused network, and of that of the weight.
+        reads: Whether the second axis is that of the inputs; if not, the convolution is transposed.
     """
+    ours, theirs = counts
+    if not reads:
+        exchanged = {1 - d: matrix for d, matrix in maps.items()}
+        return turned(_map_grouped(turned(tensor, theirs), exchanged, counts, True), ours)
     rows, inner = tensor.shape[0] // theirs, tensor.shape[1]
     write = maps.get(0, csr_array(eye_array(tensor.shape[0]))).toarray()
     read = maps.get(1, csr_array(eye_array(inner * theirs))).toarray()
@@ -262,3 +278,9 @@ def _map_grouped(
         part = np.einsum("po,oit,iq->pqt", write[i, :, j], groups[j], share, optimize=True)
         mixed[i] += part.reshape(mixed.shape[1:])
     return mixed.reshape(ours * write.shape[1], *mixed.shape[2:])
+
+
+def turned(weight: np.ndarray, groups: int) -> np.ndarray:
+    """Exchange the axes of inputs and outputs of a grouped weight."""
+    parts = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+    return parts.reshape(-1, *parts.shape[2:])

@@ -14,7 +14,7 @@ from scipy.sparse import csr_array, diags_array
 
 from ..calibration.norms import FoldedState, fold_norms, foldable_norms
 from ..ir import Coupling
-from .mixing import Couplings
+from .mixing import Couplings, turned
 
 
 def sized_alike(couplings: Couplings) -> Couplings:
@@ -61,7 +61,11 @@ def _squares(couplings: Couplings, state: FoldedState, name: str, k: int) -> np.
     for axis in structure.spaces[name].axes:
         if axis.tensor not in of_norms | problem.lacking[k]:
             carried = couplings.carry(axis.tensor, state[axis.tensor], k)
-            rows = np.moveaxis(carried, axis.dim, 0)[axis.index].reshape(len(part), -1)
+            if axis.groups > 1:  # the outputs of a transposed convolution, kept group by group
+                rows = turned(carried, axis.groups)[axis.index]
+            else:
+                rows = np.moveaxis(carried, axis.dim, 0)[axis.index]
+            rows = rows.reshape(len(part), -1)
             total += np.square(rows, dtype=float).sum(1)
     squares: np.ndarray = np.divide(total, part**2, out=np.zeros_like(total), where=part > 0)
     return squares

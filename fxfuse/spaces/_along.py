@@ -19,7 +19,6 @@ from ._labels import (
     Labels,
     Operand,
     absent,
-    extents,
     merge,
     operand,
     rows_over,
@@ -52,7 +51,7 @@ def across(
     )
     spread = []
     for tensor, names in operands:
-        labels, shape = run.of(tensor), dict(zip(names, extents(tensor)))
+        labels, shape = run.of(tensor), dict(zip(names, run.extents(tensor)))
         mixed = [x for x in labels.layers if any(names[d] in places for d in varying(x))]
         run.freeze(mixed, ORDER)
         layers = []

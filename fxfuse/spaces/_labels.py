@@ -43,6 +43,7 @@ class Property(Flag):
     ACROSS_UNITS = auto()  # normalises with statistics of several units together
     JOINS = auto()  # puts tensors side by side
     ELEMENTWISE = auto()
+    REPEATS = auto()  # gives one value along every axis along which its inputs have one
     ADDS = auto()
     MULTIPLIES = auto()
     COMMUTES = auto()  # gives the same for its operands in another order
@@ -232,6 +233,7 @@ class LabelRun:
         self.node = ""
         self._labels = WeakTensorKeyDictionary()
         self._names = WeakTensorKeyDictionary()
+        self._even = WeakTensorKeyDictionary()
         self._dense_axes: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
         self._reached: dict[int, Tensor] = {}
@@ -298,6 +300,27 @@ class LabelRun:
         if tensor not in self._names:
             self._labels[tensor] = labels
 
+    def extents(self, tensor: Tensor) -> tuple[int, ...]:
+        """Return a tensor's shape, with size 1 along the axes that only repeat one value.
+
+        These are known by how it was made, and of a constant by its values.
+        """
+        even = self._even.get(tensor, ())
+        shape = list(tensor.shape)
+        for d, (n, step) in enumerate(zip(tensor.shape, tensor.stride())):
+            if n > 1 and (not step or d in even):
+                shape[d] = 1
+            elif n > 1 and not self.values.varies(tensor) and self.held(tensor) == Labels():
+                head = tensor.narrow(d, 0, 1)
+                shape[d] = 1 if torch.equal(tensor, head.expand_as(tensor)) else n
+        return tuple(shape)
+
+    def repeats(self, tensor: Tensor, operands: Iterable[Tensor]) -> None:
+        """Note that a tensor repeats one value along the axes along which its operands do."""
+        rank = tensor.dim()
+        lead = [(1,) * (rank - t.dim()) + self.extents(t) for t in operands]
+        self._even[tensor] = {d for d in range(rank) if all(n[d] == 1 for n in lead)}
+
     def is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer itself, not computed from one."""
         return tensor in self._names
@@ -354,15 +377,13 @@ class LabelRun:
                 self.ledger.frozen.append((labels[~reached[labels]], "", reason))
 
     def dense_axis(self, weight: Tensor, dim: int, labels: Tensor, groups: int) -> None:
-        """Label the input axis of a grouped convolution with the units it reads.
+        """Label the axis of a grouped convolution's weight on which groups take turns.
 
-        A grouped weight stores `in / groups` positions, but each group reads other units. The axis
-        therefore gets its dense form, with one label for each input channel.
+        It stores `in / groups` positions (`out / groups` if transposed), but each group has other
+        units there. The axis therefore gets its dense form, with one label for each channel.
         """
-        name = self._names.get(weight)
-        if name is None:
-            self.freeze([labels], "read by a grouped convolution whose weight is computed")
-        elif name in self._dense_axes:
+        name = self._names[weight]
+        if name in self._dense_axes:
             self.ledger.tie(self._dense_axes[name], labels)
         else:
             self._dense_axes[name] = labels
@@ -458,11 +479,6 @@ def _join_if_met(run: LabelRun, operands: list[Operand]) -> tuple[list[Operand],
                 apart += alike
         joined.append((Labels(tuple(layers), labels.fill, labels.sources), shape))
     return joined, apart
-
-
-def extents(tensor: Tensor) -> tuple[int, ...]:
-    """Return a tensor's shape, with size 1 along the axes that only repeat one value."""
-    return tuple(n if step else 1 for n, step in zip(tensor.shape, tensor.stride()))
 
 
 def along_same_axes(layers: Sequence[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ._along import across
@@ -21,40 +22,63 @@ from ._labels import (
     rows_over,
     varying,
 )
-from ._rules import Op, fixed, on_channels
+from ._rules import Op, on_channels
 
 # --- contractions -------------------------------------------------------------------------------
 
 
 def convolution(run: LabelRun, op: Op) -> Labels:
     """Contract the channels; positions in the kernel and in the image stay in place."""
-    w, transposed, groups = op["weight"], op["transposed"], op["groups"]
-    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    w, out_dim = op["weight"], 1 if op["transposed"] else 0
     run.uses([w], contracted=True)
     weight = run.of(w).layers
-    if groups > 1 and (transposed or not run.is_parameter(w)):
-        reason = "a grouped convolution that is transposed or whose weight is computed"
-        return fixed(run, op, reason)
     channels, beside = _channels(run, op)
     run.freeze([layer for layer in weight if max(varying(layer)) > 1], KERNEL)
-    outs = [layer.flatten() for layer in weight if varying(layer) == (out_dim,)]
-    if groups == 1:
-        ins = [layer for layer in weight if varying(layer) == (in_dim,)]
+    if op["groups"] > 1:
+        outs = _grouped(run, op, channels)
+    else:
+        outs = [layer.flatten() for layer in weight if varying(layer) == (out_dim,)]
+        ins = [layer for layer in weight if varying(layer) == (1 - out_dim,)]
         ins = [joint(run, ins).flatten()] if ins else []
         _tie_inputs(run, [c.flatten() for c in channels], ins)
-    elif len(channels) != 1 or not outs:
-        run.freeze([*channels, *weight], "a grouped convolution of what cannot be moved")
-        outs = []
-    else:
-        labels = channels[0].flatten()
-        run.dense_axis(w, in_dim, labels, groups)
-        _tie_groups(run, labels.view(groups, -1), outs[0].view(groups, -1))
     rank = op.out.dim()
     layers = (*(o.view([1, -1, *[1] * (rank - 2)]) for o in outs), *beside)
     operands = [(Labels(layers), tuple(op.out.shape))]
     if op["bias"] is not None:
         operands.append(on_channels(run, op["bias"], rank))
     return merge(run, operands, rank)
+
+
+def _grouped(run: LabelRun, op: Op, channels: list[Tensor]) -> list[Tensor]:
+    """Make the inputs and outputs of each group travel together; return the units written.
+
+    A weight of one place per group is a row for each unit, and may be computed; a weight with the
+    same values for all groups says nothing of the units.
+    """
+    w, groups, transposed = op["weight"], op["groups"], op["transposed"]
+    weight = run.of(w).layers
+    each = [layer.flatten() for layer in weight if varying(layer) == (0,)]
+    inner = [layer for layer in weight if varying(layer) == (1,)]
+    across = [layer for layer in weight if len(varying(layer)) > 1 and min(varying(layer)) < 2]
+    one_to_one = w.shape[:2] == (groups, 1)
+    if len(channels) == 1 and one_to_one and not each and run.extents(w)[0] == 1:
+        return [channels[0].flatten()]
+    depthwise = w.shape[1] == 1
+    if len(channels) != 1 or len(each) != 1 or across or not (depthwise or run.is_parameter(w)):
+        run.freeze([*channels, *weight], "a grouped convolution of what cannot be moved")
+        return []
+    read = channels[0].flatten()
+    if transposed:
+        _tie_inputs(run, [read], each)
+        dense = run.ledger.new(groups * w.shape[1]) if inner else each[0]
+    else:
+        dense = read
+    if run.is_parameter(w):
+        run.dense_axis(w, 1, dense, groups)
+    written = dense if transposed else each[0]
+    if transposed or not torch.equal(read, written):
+        _tie_groups(run, read.view(groups, -1), written.view(groups, -1))
+    return [written]
 
 
 def _channels(run: LabelRun, op: Op) -> tuple[list[Tensor], list[Tensor]]:

@@ -25,7 +25,6 @@ from ._labels import (
     absent,
     along_same_axes,
     collapse,
-    extents,
     merge,
     operand,
     varying,
@@ -396,13 +395,13 @@ def gather(run: LabelRun, op: Op) -> Labels:
 def elementwise(run: LabelRun, op: Op) -> Labels:
     """Tie the units that meet at the same place."""
     rank = op.out.dim() if isinstance(op.out, Tensor) else op.out[0].dim()
-    return merge(run, [(run.of(t), extents(t)) for t in op.tensors], rank)
+    return merge(run, [(run.of(t), run.extents(t)) for t in op.tensors], rank)
 
 
 def loss(run: LabelRun, op: Op) -> Labels:
     """One value at a time, then perhaps a sum over all of them."""
     rank = max(t.dim() for t in op.tensors)
-    labels = merge(run, [(run.of(t), extents(t)) for t in op.tensors], rank)
+    labels = merge(run, [(run.of(t), run.extents(t)) for t in op.tensors], rank)
     return labels if op["reduction"] == 0 else Labels()
 
 

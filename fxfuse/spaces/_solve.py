@@ -400,7 +400,8 @@ def _build(
     axes: dict[int, list[Axis]] = {c: [] for c in members_of}
     for (tensor, dim), labels in wide.items():
         groups = ledger.grouped.get((tensor, dim), 1)
-        read = groups > 1 or bool(reads[labels].any())
+        # of a grouped convolution, one axis reads and the other writes
+        read = bool(reads[labels].any()) if groups == 1 else not reads[wide[tensor, 0]].any()
         for c, index in _locate(unit[labels], position, space):
             axes[c].append(Axis(tensor, dim, index, read, groups))
     features: dict[int, list[Axis]] = {c: [] for c in members_of}

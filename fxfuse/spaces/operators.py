@@ -87,7 +87,8 @@ OPERATORS: dict[str, Operator] = {
     # --- values go elsewhere
     **_rows("view _unsafe_view _reshape_alias reshape t", rules.move, P.MOVES | P.SILENT),
     **_rows("permute transpose movedim expand select slice split squeeze", rules.move, P.MOVES),
-    **_rows("split_with_sizes chunk unbind unsqueeze flip roll repeat", rules.move, P.MOVES),
+    **_rows("split_with_sizes chunk unbind unsqueeze flip roll", rules.move, P.MOVES),
+    **_rows("repeat", rules.move, P.MOVES | P.REPEATS),
     **_rows("unsafe_split unsafe_split_with_sizes unsafe_chunk rot90", rules.move, P.MOVES),
     **_rows("narrow index_select constant_pad_nd unfold flatten tile", rules.move, P.MOVES),
     **_rows(
@@ -115,7 +116,11 @@ OPERATORS: dict[str, Operator] = {
     **_rows("cat", rules.cat, P.JOINS, axes),
     **_rows("stack", rules.stack, P.JOINS, axes),
     # --- values stay as they are, or have no units
-    **_rows("clone detach alias contiguous lift_fresh _to_copy _conj", rules.unchanged, P.SILENT),
+    **_rows(
+        "clone detach alias contiguous lift_fresh _to_copy _conj",
+        rules.unchanged,
+        P.SILENT | P.REPEATS,
+    ),
     **_rows("dropout native_dropout feature_dropout embedding_renorm", rules.unchanged),
     **_rows("copy", rules.copied),
     **_rows("zero fill", rules.filled),
@@ -247,6 +252,8 @@ def _note(
             run.written(tensor, labels)
         run.values.make(tensor, varies)
         run.put(tensor, labels)
+        if P.ELEMENTWISE in operator.properties or P.REPEATS in operator.properties:
+            run.repeats(tensor, op.tensors)
 
 
 def _step(op: Op, operator: Operator) -> Step:

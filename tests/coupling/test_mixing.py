@@ -1,17 +1,21 @@
 """Tensors mixed by the maps of their axes, against what the formulas say."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.sparse import csr_array
+from torch import nn
 
+import fxfuse
 from fxfuse.calibration.data import Calibration
 from fxfuse.coupling.measure import measure
-from fxfuse.coupling.mixing import Couplings, apply_along
+from fxfuse.coupling.mixing import Couplings, apply_along, turned
 from fxfuse.coupling.plans import two_maps
 from fxfuse.coupling.transport import Transport
 from fxfuse.ir import Coupling
-from tests.support.nets import mlp, randomise, stages
+from tests.support.nets import gap, mlp, randomise, stages
 from tests.support.problems import images, problem_of
+from tests.support.tolerances import FUNCTION
 
 
 def test_a_tensor_is_mixed_as_the_formula_says():
@@ -58,3 +62,26 @@ def test_a_map_along_an_axis_is_the_product_with_its_matrix():
     for matrix in (np.eye(4), np.eye(4)[[2, 0, 3, 1]], picks, rng.random((6, 4))):
         expected = np.einsum("ij,ajb->aib", matrix, tensor)
         assert np.allclose(apply_along(csr_array(matrix), tensor, 1), expected)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("groups", [2, None])
+def test_grouped_transposed_convolutions_of_two_widths_give_each_parent_back(groups, outputs):
+    def build(width, seed):
+        upscale = nn.ConvTranspose2d(width, outputs * width, 2, 2, groups=groups or width)
+        head = nn.Conv2d(outputs * width, 3, 1)
+        net = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), upscale, nn.ReLU(), head)
+        return randomise(net, seed)
+
+    narrow, wide, x = build(4, 1), build(6, 2), torch.randn(20, 3, 4, 4)
+    for weights in ([1, 0], [0.5, 0.5]):
+        fused = fxfuse.fuse([narrow, wide], x, weights=weights)
+        assert fused(x).isfinite().all()
+        assert weights != [1, 0] or gap(narrow, fused, x) < FUNCTION
+
+
+def test_turning_a_grouped_weight_twice_gives_it_back():
+    weight = np.random.default_rng(0).standard_normal((6, 4, 3))
+    turned_once = turned(weight, 2)
+    assert turned_once.shape == (8, 3, 3) and (turned(turned_once, 2) == weight).all()
+    assert (turned_once[4 + 1, 2] == weight[3 + 2, 1]).all()

@@ -24,9 +24,11 @@ from tests.support.tolerances import PERMUTATION
 
 EDGES, FROM = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([1, 0, 2, 1, 2])
 PHASES = torch.polar(torch.ones(5, 1), torch.arange(5.0)[:, None]).expand(5, 4)
+BLUR = torch.tensor([1.0, 2.0, 1.0])[:, None] * torch.tensor([[[[1.0, 2.0, 1.0]]]])
+EIGHT = torch.tensor([1.0, 2.0] * 4)[:, None, None, None]
 NUMBERS = torch.arange(4.0)
 MASK = torch.tensor([[True, False, False, True, False], [False, True, False, False, True]])
-GRID = torch.linspace(-1, 1, 32).view(1, 4, 4, 2).expand(2, -1, -1, -1)
+GRID = torch.linspace(-1, 1, 32).view(1, 4, 4, 2)
 THETA = torch.tensor([[1.0, 0.2, 0.0], [0.1, 1.0, 0.3]])
 
 
@@ -196,7 +198,7 @@ CASES = {
         lambda net, x: torch.cat([x, torch.zeros_like(x)[:, :3]], 1), free=11, outputs=11
     ),
     "arange": vectors(lambda net, x: x + numbered(x), free=0),
-    "empty": vectors(lambda net, x: torch.add(x, torch.empty_like(x).fill_(0.2)), free=0),
+    "empty": vectors(lambda net, x: torch.add(x, torch.empty_like(x).fill_(0.2))),
     # --- elementwise
     "relu": vectors(lambda net, x: F.relu(x - 0.5, inplace=True)),
     "gelu": vectors(lambda net, x: F.gelu(x)),
@@ -456,6 +458,35 @@ CASES = {
     "depthwise multiplied": images(
         **kept(lambda: nn.Conv2d(8, 16, 3, groups=8)), free=16, outputs=16
     ),
+    "grouped transposed conv": images(
+        **kept(lambda: nn.ConvTranspose2d(8, 12, 2, 2, groups=2)), outputs=12, free=20
+    ),
+    "depthwise transposed conv": images(
+        **kept(lambda: nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8)), free=8
+    ),
+    "depthwise transposed multiplied": images(
+        **kept(lambda: nn.ConvTranspose2d(8, 16, 3, groups=8)), outputs=16, free=16
+    ),
+    "depthwise conv, standardised": images(
+        lambda net, x: F.conv2d(x, net.a - net.a.mean((1, 2, 3), True), groups=8),
+        a=table(8, 1, 3, 3),
+    ),
+    "one kernel expanded": images(
+        lambda net, x: F.conv2d(x, net.a.expand(8, 1, 3, 3), groups=8), a=table(1, 1, 3, 3)
+    ),
+    "one kernel repeated": images(
+        lambda net, x: F.conv2d(x, net.a.abs().repeat(8, 1, 1, 1) * 2, groups=8),
+        a=table(1, 1, 3, 3),
+    ),
+    "one kernel made in forward": images(
+        lambda net, x: F.conv2d(x, BLUR.repeat(8, 1, 1, 1).to(x), None, 2, 1, groups=8)
+    ),
+    "two kernels made in forward": images(
+        lambda net, x: F.conv2d(x, BLUR.repeat(8, 1, 1, 1) * EIGHT, None, 2, 1, groups=8), 0
+    ),
+    "one kernel for all, transposed": images(
+        lambda net, x: F.conv_transpose2d(x, BLUR.expand(8, 1, 3, 3), groups=8)
+    ),
     # --- parameters with an axis for parts and one for the units of a part
     "table of parts": vectors(
         lambda net, x: (x.view(3, 2, 4) + net.a).flatten(1), a=table(2, 4), free=4
@@ -502,6 +533,9 @@ CASES = {
     "scattered sums": vectors(
         lambda net, x: x.scatter_add(0, EDGES[:, None].expand(5, 8), x[FROM])
     ),
+    "scattered sums, repeated": vectors(
+        lambda net, x: x.scatter_add(0, _row_of(x).repeat(1, 8), x)
+    ),
     "scattered means": vectors(
         lambda net, x: x.scatter_reduce(0, EDGES[:, None].expand(5, 8), x[FROM], "mean")
     ),
@@ -520,7 +554,7 @@ CASES = {
         lambda net, x: net.a(EDGES[:3, None], per_sample_weights=x.mean(1, True)) + x,
         a=lambda: nn.EmbeddingBag(3, 8, mode="sum"),
     ),
-    "grid_sample": images(lambda net, x: F.grid_sample(x, GRID, align_corners=False)),
+    "grid_sample": images(lambda net, x: F.grid_sample(x, GRID.expand(x.shape[0], -1, -1, -1))),
     "affine grid": images(
         lambda net, x: F.grid_sample(
             x, F.affine_grid(x.mean((1, 2, 3)).view(2, 1, 1) * THETA, [2, 8, 4, 4], False)
@@ -546,13 +580,13 @@ CASES = {
     "fft both ways": tokens(lambda net, x: torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real),
     "pairs as complex numbers": tokens(
         lambda net, x: torch.view_as_real(
-            torch.view_as_complex(x.view(2, 5, 4, 2)) * PHASES
+            torch.view_as_complex(x.unflatten(2, (4, 2))) * PHASES
         ).flatten(2),
         free=4,
     ),
     "numbered pairs as complex numbers": tokens(
         lambda net, x: torch.view_as_real(
-            torch.view_as_complex(x.view(2, 5, 4, 2)) * torch.arange(4.0)
+            torch.view_as_complex(x.unflatten(2, (4, 2))) * torch.arange(4.0)
         ).flatten(2),
         free=0,
     ),
@@ -584,6 +618,10 @@ CASES = {
     # --- operators without a rule
     "fft": vectors(lambda net, x: torch.fft.rfft(x, dim=1).abs(), outputs=5, free=0),
 }
+
+
+def _row_of(x):
+    return x.mean(1, True).mul(9).long() % 3
 
 
 def _pair(parts):
@@ -725,6 +763,20 @@ def test_permuting_every_space_keeps_the_function(name):
     loaded, other = CASES[name].build().eval(), torch.randn(CASES[name].shape)
     loaded.load_state_dict(permuted.state_dict())
     assert gap(net, loaded, other) <= PERMUTATION, "in the class, on other inputs"
+
+
+FUSED = [
+    *("winners", "last states", "recurrent in layers", "grouped transposed conv"),
+    *("depthwise transposed multiplied", "one kernel expanded", "grid_sample", "bags", "bilinear"),
+    *("fft of pixels", "pairs as complex numbers", "cdist", "tril"),
+]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_network_fused_with_its_permuted_copy_comes_back(name):
+    net, x = build(CASES[name])
+    fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], x)
+    assert gap(net, fused, x + 0.1 * x.flip(0)) < 1e-3
 
 
 @pytest.mark.parametrize("name", FOUND_IN_THE_WILD)
