@@ -62,13 +62,13 @@ class Values:
         if varies:
             for other in self.sharing(tensor):
                 self._varies[other] = True
-        shared = self._sharing.setdefault(tensor.untyped_storage().data_ptr(), [])
+        shared = self._sharing.setdefault(_memory(tensor), [])
         shared[:] = [r for r in shared if r() is not None and r() is not tensor]
         shared.append(weakref.ref(tensor))
 
     def sharing(self, tensor: Tensor) -> list[Tensor]:
         """Return the other tensors that lie in the same memory."""
-        shared = self._sharing.get(tensor.untyped_storage().data_ptr(), ())
+        shared = self._sharing.get(_memory(tensor), ())
         others = [reference() for reference in shared]
         return [other for other in others if other is not None and other is not tensor]
 
@@ -94,6 +94,11 @@ class Values:
         if any(self.varies(tensor) for tensor in tensors):
             self.loose = True
             self._freeze(self._inputs, OUT_OF_SIGHT)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return where the memory of a tensor begins; of a sparse one, a number of its own."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
 class Exits(TorchFunctionMode):

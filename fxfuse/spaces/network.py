@@ -49,7 +49,7 @@ class _MirrorMode(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         first = next((a for a in args if isinstance(a, Tensor)), None)
-        before = () if first is None else tuple(first.shape)
+        before = () if first is None or first.is_nested else tuple(first.shape)
         out = func(*args, **(kwargs or {}))
         mirror(self.run, func, args, kwargs or {}, out, before)
         return out

@@ -232,9 +232,27 @@ def mirror(
         rules.fixed(run, op, "computed with a number that depends on values")
     if not operator.properties & (P.SILENT | P.MOVES | P.JOINS):
         run.reach(op.tensors)
+    try:
+        labelled = _labelled(run, op, operator, outputs)
+    except Exception:
+        operator = UNKNOWN
+        labels = rules.fixed(run, op, f"the rule for {op.func} does not cover this call")
+        labelled = [(tensor, labels) for tensor in outputs]
+    _note(run, op, operator, labelled)
+
+
+def _labelled(
+    run: LabelRun, op: Op, operator: Operator, outputs: Sequence[Tensor]
+) -> list[tuple[Tensor, Labels]]:
+    """Return the outputs of an operator with their labels, which must fit their shapes."""
     result = operator.rule(run, op)
     results = result if isinstance(result, list) else [result] * len(outputs)
-    _note(run, op, operator, list(zip(outputs, results)))
+    labelled = [(t, _still_nothing(t, labels)) for t, labels in zip(outputs, results, strict=True)]
+    for tensor, labels in labelled:
+        for layer in labels.layers:
+            if layer.dim() != tensor.dim() or layer.expand(tensor.shape).shape != tensor.shape:
+                raise ValueError(f"labels of shape {tuple(layer.shape)}")
+    return labelled
 
 
 def _note(
@@ -247,7 +265,6 @@ def _note(
     if operator.rule is rules.unknown:
         outputs = [*outputs, *((t, Labels()) for t in op.written)]
     for tensor, labels in outputs:
-        labels = _still_nothing(tensor, labels)
         if any(tensor is t for t in op.written):
             run.written(tensor, labels)
         run.values.make(tensor, varies)

@@ -889,3 +889,13 @@ def test_widths_do_not_describe_an_operator():
 )
 def test_hyperparameters_describe_an_operator(a, b):
     assert described(a, 4) != described(b, 4)
+
+
+@pytest.mark.parametrize("labels", [Labels((torch.zeros(2, 2, dtype=torch.long),)), None])
+def test_a_rule_that_fails_freezes_what_it_does_not_cover(labels, monkeypatch):
+    """Labels that do not fit the output, or an error."""
+    row = replace(OPERATORS["clone"], rule=lambda run, op: labels)
+    monkeypatch.setitem(OPERATORS, "clone", row)
+    spaces = fxfuse.find_spaces(*build(vectors(lambda net, x: x.clone())))
+    assert spaces.free_units == 0
+    assert any("does not cover" in f.reason for f in spaces.frozen)

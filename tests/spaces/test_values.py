@@ -73,11 +73,23 @@ def by_a_count(x):
     return x * (torch.arange(8) < int((x > 0).sum()))
 
 
+def by_bytes(x):
+    return x.contiguous().view(torch.uint8).view(torch.float32).cumsum(1)
+
+
+def by_sparse(x):
+    return torch.sparse.mm(x.to_sparse(), torch.eye(8).flip(0))
+
+
+def by_nested(x):
+    return torch.nested.nested_tensor(list(x)).to_padded_tensor(0.0)
+
+
 HIDDEN = {
     f.__name__: f
     for f in [
         *(by_numpy, by_array, by_dlpack, by_lists, by_a_number, in_memory, in_place, in_a_list),
-        *(by_name, by_a_branch, by_a_count),
+        *(by_name, by_a_branch, by_a_count, by_bytes, by_sparse, by_nested),
     ]
 }
 
