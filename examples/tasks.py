@@ -37,8 +37,7 @@ CUTS = {
     "after layer1.0": "layer1.0",
 }
 CURVE = {
-    f"fused, cut {name}": {"heads": fxfuse.heads.Separate(after=after)}
-    for name, after in CUTS.items()
+    f"cut {name}": {"heads": fxfuse.heads.Separate(after=after)} for name, after in CUTS.items()
 }
 OTHERS = {
     "cut by a budget of 1.3": {"heads": fxfuse.heads.Separate(after="auto", multiply_adds=1.3)},

@@ -30,11 +30,13 @@ class Couplings:
         maps: The coupling of each space and network.
         of_axes: Couplings of single axes `(space, tensor or node, dim, network)` that differ from
             their space's.
+        siblings: Whether the units of all networks agree by index and are matched so.
     """
 
     problem: Problem
     maps: Mapping[tuple[str, int], Coupling]
     of_axes: Mapping[tuple[str, str, int, int], Coupling] = field(default_factory=dict)
+    siblings: bool = False
 
     def weighted(self, weights: Sequence[float]) -> Couplings:
         """Return the same maps with other shares in the units."""

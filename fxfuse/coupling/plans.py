@@ -35,6 +35,8 @@ from .problem import Problem
 Costs = Mapping[tuple[str, int], np.ndarray]  # space and network -> ground cost
 ToMaps = Callable[[csr_array], tuple[csr_array, csr_array]]
 
+BY_INDEX = 0.9  # of what the best match gains over any match: siblings gain as much by index
+ALIKE_BY_INDEX = 0.5  # share of the mean cost that siblings' units are below, matched by index
 SAME = 1e-3  # relative cost below which units differ by rounding only
 ALIKE = 0.5  # costs are relative to their mean, or to this if it is less
 LEAST = 0.03  # agreement of units that have nothing in common, so that a lone network counts fully
@@ -114,6 +116,8 @@ class Plans:
         couplings: The maps of each space and network solved so far.
         plans: Their plans.
         agreement: Power of the agreement, as in `transport.Transport`.
+        costs: How unlike the units of each space and network are, summed over the units: matched by
+            index, as they were matched, and on average over all matches.
     """
 
     problem: Problem
@@ -122,6 +126,7 @@ class Plans:
     couplings: dict[tuple[str, int], Coupling] = field(default_factory=dict)
     plans: dict[tuple[str, int], csr_array] = field(default_factory=dict)
     agreement: float = 0.0
+    costs: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
 
     def settle_given(self) -> list[tuple[str, int]]:
         """Couple what needs no solving; return the spaces and networks that are left."""
@@ -162,12 +167,29 @@ class Plans:
         plan = _solve(cost, base, space, outer, solver)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
+        square = base.size == space.size
+        by_index = float(np.trace(cost)) / len(cost) if square else np.inf
+        self.costs[name, k] = base.size * np.array([by_index, total, float(cost.mean())])
         project, unproject = self.maps(plan)
         if self.agreement:
             agreed = agreements(cost, project, base.blocks)
             project = csr_array(project.multiply((agreed**self.agreement)[:, None]))
             unproject = csr_array(unproject.multiply(agreed[None]))
         self.couplings[name, k] = Coupling(project, unproject, total)
+
+    def are_siblings(self) -> bool:
+        """Tell whether the units of all networks agree with the base networks' by index.
+
+        Networks that were tuned from one checkpoint are such. A match that leaves no difference is
+        never given up for the one by index.
+        """
+        others = {k for _, k in self.costs}
+        for k in others:
+            by_index, best, mean = sum(c for (_, j), c in self.costs.items() if j == k)
+            gained = mean - by_index >= max(BY_INDEX * (mean - best), ALIKE_BY_INDEX * mean)
+            if not gained or (best <= SAME * mean and by_index > best):
+                return False
+        return len(others) + 1 == len(self.problem.networks) and not any(self.problem.absent)
 
     def _solver_of(self, name: str) -> Solver:
         """Return an exact solver for blocks, and for units that no weight reads.

@@ -55,6 +55,9 @@ class Transport(CouplingMethod):
             fused unit is multiplied by: the less its unit agrees with the base network's, the less
             it counts, and the less what reads it in that network reads the fused unit. With 0,
             every network counts fully in every unit.
+        by_index: Where all networks agree with the base network unit by unit, by index, as those
+            that were tuned from one checkpoint do, match them so, every network counting fully.
+            `LeastSquares` then leaves the fused network at their mean.
     """
 
     ground_cost: GroundCost = correlation
@@ -62,6 +65,7 @@ class Transport(CouplingMethod):
     maps: ToMaps = two_maps
     view: View = View()
     agreement: float = 0.0
+    by_index: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a power that is negative or infinite."""
@@ -77,7 +81,10 @@ class Transport(CouplingMethod):
         """Return the coupling of every space and network."""
         plans = Plans(problem, self.solver, self.maps, agreement=self.agreement)
         solve_all(plans, GroundCosts(problem, evidence, self.ground_cost))
-        return Couplings(problem, plans.couplings)
+        siblings = self.by_index and plans.are_siblings()
+        for key in plans.costs if siblings else ():
+            plans.keep(*key)
+        return Couplings(problem, plans.couplings, siblings=siblings)
 
 
 class GroundCosts(Mapping[tuple[str, int], np.ndarray]):

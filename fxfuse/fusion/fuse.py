@@ -64,7 +64,7 @@ class Method:
     aligner: Aligner = monotone
     layer_cost: LayerCost = linear_cka
     balancing: Balancing = deepen
-    coupling: CouplingMethod = Transport(agreement=4.0)
+    coupling: CouplingMethod = Transport(agreement=4.0, by_index=True)
     refit: Refit = LeastSquares()
     room: Room = deepest_first
     absent_as_zero: bool = False
@@ -344,7 +344,7 @@ def _fuse_networks(
     )
     couplings, moments, narrow = coupled(problem)
     refit = method.refit
-    if automatic:
+    if automatic and not couplings.siblings:  # these stay at their mean
         ways = [(couplings, refit)]
         if width == 1:
             ways += [(couplings, variant) for variant in refit.variants]

@@ -130,7 +130,7 @@ def replace_tensor(module: nn.Module, name: str, values: np.ndarray | Tensor) ->
     attributes of its modules are set to fit.
     """
     old = tensor_at(module, name)
-    new = torch.as_tensor(values).detach().to(old).clone()
+    new = torch.as_tensor(values).detach().to(old).clone(memory_format=torch.contiguous_format)
     new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     for part in module.modules():
         names = [n for table in (part._parameters, part._buffers) for n in table if table[n] is old]

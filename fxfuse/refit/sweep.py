@@ -52,7 +52,7 @@ from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
 from ._targets import Aim, Goal, Parents, Targets, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
-from .moments import Outcome, Refit, gain_of, settle_norm, settle_weight
+from .moments import AsMixed, Outcome, Refit, gain_of, settle_norm, settle_weight
 
 ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
@@ -231,6 +231,7 @@ def _row(units: np.ndarray, rows: Tensor) -> Tensor:
 class LeastSquares(Refit):
     """Refit every contraction by ridge least squares while sweeping forward.
 
+    Siblings (`Transport(by_index=True)`) stay at their mean, and only norms are measured anew.
     What is not one contraction of one weight (attention in one module, weights used twice) gets the
     parents' moments as in `MatchMoments`.
 
@@ -283,6 +284,8 @@ class LeastSquares(Refit):
         samples: int,
     ) -> Outcome:
         """Refit in place; see `Refit`."""
+        if couplings.siblings and OPEN not in fused.module.graph.output_node().meta:
+            return _left_at_mean(fused, couplings, plans, data, samples)
         targets = Targets(couplings)
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
@@ -329,6 +332,20 @@ class LeastSquares(Refit):
         equations = max(min(math.isqrt(budget // 8), affordable, positions), 1)
         count = min(max(min(4 * equations, affordable), FEWEST_POSITIONS), positions)
         return count, -(-count // equations)
+
+
+def _left_at_mean(
+    fused: Network,
+    couplings: Couplings,
+    plans: Sequence[NormPlan | WeightPlan],
+    data: Calibration,
+    samples: int,
+) -> Outcome:
+    """Keep the mean of siblings, which generalises better than a fit to what they give together."""
+    keep = AsMixed()
+    norms = [replace(plan, target=None) for plan in plans if isinstance(plan, NormPlan)]
+    live = min(samples, keep.samples(couplings.problem.networks))
+    return keep(fused, couplings, norms, data, live)
 
 
 @dataclass(eq=False)

@@ -1,5 +1,6 @@
 """Plans, the two maps made of them, and what they do to spaces with and without blocks."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from fxfuse.refit.moments import AsMixed
 from fxfuse.solvers import Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import build, data_shape, gap, mlp, randomise
 from tests.support.problems import problem_of
+from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
 
@@ -123,6 +125,41 @@ def test_weight_decides_where_nobody_else_has_any():
 def test_what_is_no_power_of_agreement_is_refused(power):
     with pytest.raises(ArgumentError, match="agreement"):
         Transport(agreement=power)
+
+
+# --- networks that were tuned from one checkpoint -------------------------------------------------
+
+
+def tuned(net, seed, by=0.1):
+    """A copy whose weights differ a little."""
+    other, generator = copy.deepcopy(net), torch.Generator().manual_seed(seed)
+    for p in other.parameters():
+        p.data += by * p.std().nan_to_num() * torch.randn(p.shape, generator=generator)
+    return other
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens"])
+def test_siblings_stay_at_their_mean(name):
+    net, _ = build(name)
+    data = torch.randn(48, *data_shape(name), generator=torch.Generator().manual_seed(0))
+    nets = [tuned(net, seed) for seed in (1, 2, 3)]
+    mean = fxfuse.presets.average(nets, data, weights=[2, 1, 1])
+    for weights in ([2, 1, 1], "auto"):
+        fused = fxfuse.fuse(nets, data, weights=weights)
+        kinds = {c.kind for s in fused.meta["fxfuse"].spaces for c in s.couplings}
+        assert kinds == {"identity"}
+    assert gap(mean, fxfuse.fuse(nets, data, weights=[2, 1, 1]), data) < FUNCTION
+    fitted = fxfuse.fuse(nets, data, method=fxfuse.Method(coupling=Transport(agreement=4.0)))
+    assert gap(fxfuse.presets.average(nets, data), fitted, data) > FUNCTION
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "tokens"])
+def test_networks_in_other_orders_or_of_other_origin_are_no_siblings(name):
+    net, x = build(name)
+    data = torch.randn(48, *data_shape(name), generator=torch.Generator().manual_seed(0))
+    moved = fxfuse.permute(tuned(net, 1), x, seed=4)
+    for other in (moved, randomise(build(name)[0], 5)):
+        assert fxfuse.fuse([net, other], data).meta["fxfuse"].layers
 
 
 # --- soft plans -----------------------------------------------------------------------------------

@@ -120,6 +120,11 @@ def test_a_replaced_buffer_stays_a_buffer(net):
     assert is_hidden(net, "scale") and "scale" not in net.state_dict()
 
 
+def test_a_replaced_tensor_lies_in_order_in_memory(net):
+    replace_tensor(net, "body.0.weight", np.asfortranarray(np.random.rand(3, 4)))
+    assert tensor_at(net, "body.0.weight").is_contiguous()
+
+
 def test_a_replaced_tensor_is_a_copy(net):
     values = torch.zeros(4)
     replace_tensor(net, "first.bias", values)
