@@ -185,11 +185,13 @@ class Plans:
         """
         others = {k for _, k in self.costs}
         for k in others:
-            by_index, best, mean = sum(c for (_, j), c in self.costs.items() if j == k)
+            of_network = [costs for (_, j), costs in self.costs.items() if j == k]
+            by_index, best, mean = np.sum(of_network, axis=0)
             gained = mean - by_index >= max(BY_INDEX * (mean - best), ALIKE_BY_INDEX * mean)
             if not gained or (best <= SAME * mean and by_index > best):
                 return False
-        return len(others) + 1 == len(self.problem.networks) and not any(self.problem.absent)
+        every = len(others) + 1 == len(self.problem.networks)
+        return every and not any(self.problem.absent)
 
     def _solver_of(self, name: str) -> Solver:
         """Return an exact solver for blocks, and for units that no weight reads.
