@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ..graph.compare import TOLERANCE, relative_error, tensors_in
 from ..graph.modes import is_choice
 from ..graph.trace import Interpreter, device_of, eval_mode, without_autocast
 from ..ir import Space, Spaces
 from ._labels import Ledger
-from ._moves import draw_orders, rearrange
+from ._moves import draw_orders, rearrange, sources_along
 from ._solve import spaces_of
 
 REASON = "moving it changes the outputs on other inputs"
@@ -30,6 +31,7 @@ ROUGH = 1e-3  # where a network cannot run in double precision
 ZERO = 1e-9  # outputs that are smaller are rounding noise
 
 Inputs = tuple[Tensor, ...]
+Named = list[tuple[str, Tensor]]  # tensors, each with the node that it is the value of
 
 
 def confirmed(module: fx.GraphModule, example: Inputs, ledger: Ledger) -> Spaces:
@@ -87,23 +89,45 @@ class _Trial:
         if self.run is None:
             return False  # it takes no inputs, or none gives finite outputs: nothing is known
         order = draw_orders(spaces, np.random.default_rng(0), names)
-        error = _error(rearrange(self.module, spaces, order), *self.run)
+        error = _error(self.module, spaces, order, *self.run)
         if error <= TOLERANCE:
             return False
         exact, inputs = copy.deepcopy(self.module).double(), _doubled(self.run[0])
         outputs = _run(exact, inputs)
         if outputs is None:
             return error > ROUGH
-        return _error(rearrange(exact, spaces, order), inputs, outputs) > EXACT
+        return _error(exact, spaces, order, inputs, outputs) > EXACT
 
 
-def _error(module: fx.GraphModule, inputs: Inputs, outputs: list[Tensor]) -> float:
-    """Return the largest relative difference from the outputs of a run on some inputs."""
-    moved = _run(module, inputs)
+def _error(
+    module: fx.GraphModule,
+    spaces: Spaces,
+    order: dict[str, np.ndarray],
+    inputs: Inputs,
+    outputs: Named,
+) -> float:
+    """Return the largest relative difference of a rearranged copy from a run on some inputs.
+
+    Where a network is cut, units of what it reads or returns change places, too.
+    """
+    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    given = tuple(_moved(t, spaces, order, name) for name, t in zip(names, inputs))
+    moved = _run(rearrange(module, spaces, order), given)
     if moved is None or len(moved) != len(outputs):
         return float("inf")
-    pairs = [(a, b) for a, b in zip(outputs, moved) if not _is_noise(a, b)]
+    pairs = [(_moved(a, spaces, order, name), b) for (name, a), (_, b) in zip(outputs, moved)]
+    pairs = [(a, b) for a, b in pairs if not _is_noise(a, b)]
     return relative_error([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _moved(tensor: Tensor, spaces: Spaces, order: dict[str, np.ndarray], node: str) -> Tensor:
+    """Return the value of a node with its units in a new order."""
+    for dim, size in enumerate(tensor.shape):
+        axes = [(s, a) for s in spaces for a in s.features if (a.tensor, a.dim) == (node, dim)]
+        if axes:
+            source = sources_along(size, axes, order)
+            tensor = tensor.index_select(dim, source.to(tensor.device))
+    return tensor
 
 
 def _is_noise(a: Tensor, b: Tensor) -> bool:
@@ -116,15 +140,16 @@ class _Returned(Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.extra_traceback, self.graph_module = False, module
-        self.returned: list[Tensor] = []
+        self.returned: Named = []
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output" or is_choice(self.graph_module, n):
-            self.returned += tensors_in(self.fetch_args_kwargs_from_env(n))
+            for node in [part for part in tree_leaves(n.args) if isinstance(part, fx.Node)]:
+                self.returned += [(node.name, t) for t in tensors_in(self.env[node])]
         return super().run_node(n)
 
 
-def _run(module: fx.GraphModule, inputs: Inputs) -> list[Tensor] | None:
+def _run(module: fx.GraphModule, inputs: Inputs) -> Named | None:
     """Return what a network returns, with the same random numbers at each call.
 
     None if it refuses the inputs, or if outputs are not finite.
@@ -138,11 +163,12 @@ def _run(module: fx.GraphModule, inputs: Inputs) -> list[Tensor] | None:
             interpreter.run(*[t.clone() for t in inputs])
         except Exception:
             return None
-    finite = all(t.isfinite().all() for t in interpreter.returned if t.is_floating_point())
-    return interpreter.returned if finite else None
+    returned = interpreter.returned
+    finite = all(t.isfinite().all() for _, t in returned if t.is_floating_point())
+    return returned if finite else None
 
 
-def _other_run(module: fx.GraphModule, example: Inputs) -> tuple[Inputs, list[Tensor]] | None:
+def _other_run(module: fx.GraphModule, example: Inputs) -> tuple[Inputs, Named] | None:
     """Run a network on inputs of other numbers, larger where it takes larger ones."""
     generator = torch.Generator().manual_seed(0)
     turned = tuple(t.flip(0) if t.dim() else t for t in example)

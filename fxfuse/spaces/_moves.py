@@ -40,7 +40,7 @@ def rearrange(
     for name, tensor in tensors_of(moved).items():
         values, axes = tensor.detach(), [axis for _, axis in spaces.on(name)]
         sources = {
-            dim: _sources(spaces.sizes[name, dim], spaces.places[name, dim], order)
+            dim: sources_along(spaces.sizes[name, dim], spaces.places[name, dim], order)
             for dim in {axis.dim for axis in axes}
         }
         groups = max((axis.groups for axis in axes), default=1)
@@ -53,7 +53,9 @@ def rearrange(
     return moved
 
 
-def _sources(size: int, along: list[tuple[Space, Axis]], order: dict[str, np.ndarray]) -> Tensor:
+def sources_along(
+    size: int, along: list[tuple[Space, Axis]], order: dict[str, np.ndarray]
+) -> Tensor:
     """Return, for each position along an axis, the position whose content it takes."""
     source = np.arange(size)
     for space, axis in along:

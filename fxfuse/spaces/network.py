@@ -25,7 +25,6 @@ from ..graph.trace import Interpreter, eval_mode, without_autocast
 from ..ir import Spaces
 from ._confirm import confirmed
 from ._labels import LabelRun, Ledger, Property, Step, varying
-from ._solve import spaces_of
 from ._values import Exits
 from .operators import mirror
 
@@ -173,13 +172,8 @@ def _freeze_outputs(run: LabelRun, module: fx.GraphModule, outputs: list[Tensor]
 
 
 def analyse(module: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[Ledger, Spaces]:
-    """Label a traced network, and return the units that other inputs, too, show to be free.
-
-    Where a network is cut, its inputs or outputs move, so that these cannot be compared.
-    """
+    """Label a traced network, and return the units that other inputs, too, show to be free."""
     ledger = label_network(module, example)
-    if any(OPEN in node.meta for node in module.graph.nodes):
-        return ledger, spaces_of(ledger)
     return ledger, confirmed(module, example, ledger)
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fxfuse
+from fxfuse.graph.trace import trace
 from fxfuse.spaces import _confirm, _rules
+from fxfuse.spaces.network import OPEN, analyse
 from fxfuse.spaces.operators import OPERATORS
 from tests.support.nets import NETS, build, gap, randomise
 from tests.support.tolerances import PERMUTATION
@@ -130,3 +132,18 @@ def test_inputs_of_the_same_kind_are_drawn(kind):
 def test_random_networks_are_compared_with_the_same_random_numbers():
     net = randomise(Chain(lambda x: x + torch.rand(1, device=x.device)))
     assert fxfuse.find_spaces(net, torch.randn(4, 6)).free_units == 20
+
+
+@pytest.mark.parametrize("name", ["outputs", "inputs"])
+def test_units_that_a_cut_network_returns_or_reads_are_confirmed_in_their_new_order(
+    wrong_rule, name
+):
+    for function, sizes in ((torch.tanh, {7, 8, 5}), (lambda x: x.cumsum(1), {7, 5})):
+        graph = trace(randomise(Chain(function)))
+        nodes = list(graph.graph.nodes)
+        if name == "outputs":
+            nodes[-1].meta[OPEN], sizes = True, sizes | {3}
+        else:
+            nodes[0].meta[OPEN], sizes = 1, sizes | {6}
+        _, spaces = analyse(graph, (torch.randn(4, 6),))
+        assert {s.size for s in spaces} == sizes

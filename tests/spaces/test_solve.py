@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxfuse.spaces._labels import Ledger
-from fxfuse.spaces._moves import _sources, draw_orders
+from fxfuse.spaces._moves import draw_orders, sources_along
 from fxfuse.spaces._solve import parents, solve, spaces_of, tied
 
 
@@ -16,7 +16,7 @@ def rearranged(ledger, seed):
     order = draw_orders(spaces, np.random.default_rng(seed))
     taken = np.arange(ledger.size)
     for place, labels in ledger.axes.items():
-        source = _sources(len(labels), spaces.places.get(place, []), order).numpy()
+        source = sources_along(len(labels), spaces.places.get(place, []), order).numpy()
         taken[labels] = labels[source]
     return taken
 
