@@ -16,7 +16,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["*.jinja"]
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings have names and shapes in single backquotes
 
