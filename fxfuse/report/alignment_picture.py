@@ -204,6 +204,10 @@ class _Layout:
             self.boxes.append(Box(x, y, 26, CHIP_HEIGHT, kind))
             self.texts.append(Text(x + 34, y + 8, text, "note"))
             x += 54 + len(text) * SMALL * LETTER_WIDTH
+        if any(self.alignment.facts):
+            text = "number: units, such as channels"
+            self.texts.append(Text(x, y + 8, text, "note"))
+            x += 20 + len(text) * SMALL * LETTER_WIDTH
         return x
 
     def _network_head(self, k: int) -> None:
@@ -291,9 +295,20 @@ class _Layout:
             top = y - CHIP_HEIGHT / 2
             chip = Box(x, top, CHIP_WIDTH, CHIP_HEIGHT, "chip", text, "", facts, fill)
             self.boxes.append(chip)
-        left, right = sorted((k, reference))
-        ends = self._x(left) + self.column, self._x(right)
-        self.lines.append(Line(ends[0], y, ends[1], y, "pair", colour, thickness))
+        points = self._way(segment, i, y, *sorted((k, reference)))
+        for (x1, y1), (x2, y2) in zip(points, points[1:]):
+            self.lines.append(Line(x1, y1, x2, y2, "pair", colour, thickness))
+
+    def _way(
+        self, segment: SegmentAlignment, i: int, y: float, left: int, right: int
+    ) -> list[tuple[float, float]]:
+        """Return the corners of the line between two columns: below boxes that are inserted."""
+        points, below = [(self._x(left) + self.column, y)], y + SLOT_HEIGHT / 2
+        for j in range(left + 1, right):
+            if segment.slots[j][i] is None:
+                start, end = self._x(j), self._x(j) + self.column
+                points += [(start - 20, y), (start - 6, below), (end + 6, below), (end + 20, y)]
+        return [*points, (self._x(right), y)]
 
 
 def inserted_layers(alignment: Alignment, removed: Removed, network: int) -> int:

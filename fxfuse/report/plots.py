@@ -15,11 +15,15 @@ from ._shared import (
     ALIKE,
     CHOSEN,
     GREY,
+    INK,
+    LAYER,
+    MUTED,
     UNLIKE,
     CostMatrix,
     cost_matrices,
     require_picture,
     save_figure,
+    shades,
     split_prefix,
 )
 
@@ -28,8 +32,13 @@ if TYPE_CHECKING:
 
 # --- layer costs ----------------------------------------------------------------------------------
 
-_CELL, _LETTER, _TITLE_LETTER = 0.27, 0.066, 0.095  # widths in inches
-_COSTS = "cost of pairing two layers; grey: layers of different kinds, which never pair"
+_CELL, _LETTER = 0.27, 0.066  # widths in inches
+_COSTS = (
+    "cost of pairing two layers: 0 if they tell",
+    "samples apart in the same way (1 - CKA,",
+    "unless another cost was chosen); grey: of",
+    "different kinds, which never pair",
+)
 
 
 def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
@@ -56,25 +65,31 @@ def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     matrices = [m for m in matrices if len(m.rows) > 1] or matrices
     left = 0.5 + _LETTER * max(len(name) for m in matrices for name in m.rows)
     inner = _CELL * max(len(m.columns) for m in matrices)
-    above = [0.45 + _LETTER * max(map(len, m.columns)) for m in matrices]
+    above = [0.62 + _LETTER * max(map(len, m.columns)) for m in matrices]
     heights = [_CELL * len(m.rows) + top + 0.25 for m, top in zip(matrices, above)]
-    longest = max(len(text) for text in [*(m.title for m in matrices), _COSTS])
-    width, height = max(left + inner + 1.1, 0.4 + _TITLE_LETTER * longest), sum(heights) + _CELL
-    figure, y = Figure(figsize=(width, height)), height - _CELL
-    figure.text(0.15 / width, y / height, _COSTS, size=8, color="#57606a")
-    for matrix, needed in zip(matrices, heights):
+    titles = [m.title.replace(": ", "\n", 1) for m in matrices]
+    longest = max(len(line) for text in [*titles, *_COSTS] for line in text.split("\n"))
+    width, height = max(left + inner + 1.1, 0.4 + 0.074 * longest), sum(heights) + 2.4 * _CELL
+    figure, y = Figure(figsize=(width, height)), height - 2.4 * _CELL
+    figure.text(0.15 / width, y / height, "\n".join(_COSTS), size=8, color=MUTED)
+    finite = [c for m in matrices for row in m.costs for c in row if abs(c) != float("inf")]
+    scale = min([0.0, *finite]), max([1e-12, *finite])
+    for matrix, title, needed in zip(matrices, titles, heights):
         y -= needed
         size = _CELL * len(matrix.columns) / width, _CELL * len(matrix.rows) / height
-        _draw_matrix(figure.add_axes((left / width, (y + 0.25) / height, *size)), matrix)
+        _draw_matrix(figure.add_axes((left / width, (y + 0.25) / height, *size)), matrix, scale)
         place = 0.15 / width, (y + needed - 0.25) / height
-        figure.text(*place, matrix.title, size=9, weight="bold", parse_math=False)
+        figure.text(*place, title, size=8, weight="bold", va="center", parse_math=False)
     save_figure(figure, target)
 
 
-def _draw_matrix(axes: Axes, matrix: CostMatrix) -> None:
+def _draw_matrix(axes: Axes, matrix: CostMatrix, scale: tuple[float, float]) -> None:
+    """Draw the costs of one segment, in the colours that all of the picture share."""
     costs = np.ma.masked_invalid(np.array(matrix.costs, dtype=float))
     axes.set_facecolor("#e4e4e0")
-    image = axes.imshow(costs, cmap="cividis_r", aspect="auto", interpolation="nearest")
+    low, high = scale
+    colours: Any = {"cmap": _ramp(), "vmin": low, "vmax": high}
+    image = axes.imshow(costs, aspect="auto", interpolation="nearest", **colours)
     path: Any = {"color": CHOSEN, "marker": "o", "markersize": 5, "linewidth": 1.4}
     axes.plot(range(len(matrix.columns)), matrix.chosen, markerfacecolor="white", **path)
     names: Any = {"size": 7, "parse_math": False}
@@ -84,9 +99,16 @@ def _draw_matrix(axes: Axes, matrix: CostMatrix) -> None:
     axes.tick_params(length=2)
     if costs.count() > 2 and len(matrix.rows) > 2:
         cell = 1 / max(len(matrix.columns), 3)
-        scale = axes.inset_axes((1.0 + 0.3 * cell, 0, 0.2 * cell, 1))
-        axes.figure.colorbar(image, cax=scale, format="%.3g")
-        scale.tick_params(labelsize=7, length=2)
+        legend = axes.inset_axes((1.0 + 0.3 * cell, 0, 0.2 * cell, 1))
+        axes.figure.colorbar(image, cax=legend, format="%.3g")
+        legend.tick_params(labelsize=7, length=2)
+
+
+def _ramp() -> Any:
+    """Return the colours of a cost, from alike to unlike, as in the picture of an alignment."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("cost", [shades(i / 8)[0] for i in range(9)])
 
 
 # --- couplings ------------------------------------------------------------------------------------
@@ -124,14 +146,15 @@ def draw_coupling(matrix: csr_array, path: str | os.PathLike[str], title: str = 
     target, matrix = require_picture(path), csr_array(matrix)
     figure = Figure(figsize=(10.5, 5.2), layout="constrained")
     ordered = csr_array(matrix[near_diagonal(matrix)])
-    maps = {"in place": matrix, "fused units ordered": ordered}
+    maps = {"fused units as they are": matrix, "fused units sorted by their partners": ordered}
     for axes, (name, shown) in zip(figure.subplots(1, 2), maps.items()):
         artist = _coupling_panel(axes, shown)
         axes.set_title(name, size=10)
         axes.set_xlabel("units of the network", size=9)
         axes.set_ylabel("units of the fused network", size=9)
         axes.tick_params(labelsize=8)
-    figure.colorbar(artist, ax=figure.axes, label="share given", shrink=0.8)
+    label = "share of the fused unit that it gives"
+    figure.colorbar(artist, ax=figure.axes, label=label, shrink=0.8)
     figure.suptitle(title, size=11, parse_math=False)
     save_figure(figure, target)
 
@@ -141,7 +164,7 @@ def _coupling_panel(axes: Axes, matrix: csr_array) -> Any:
     rows, columns = matrix.shape
     few = matrix.nnz <= 4 * (rows + columns) and rows * columns > 48 * 48
     largest = max(float(matrix.max()), 1e-12)
-    style: Any = {"cmap": "viridis_r", "vmin": 0.0, "vmax": largest}
+    style: Any = {"cmap": _blues(), "vmin": 0.0, "vmax": largest}
     if not few:
         dense = np.ma.masked_equal(matrix.toarray(), 0.0)  # nothing is white, as between dots
         return axes.imshow(dense, aspect="auto", interpolation="auto", **style)
@@ -151,6 +174,13 @@ def _coupling_panel(axes: Axes, matrix: csr_array) -> Any:
     size = float(np.clip((220 / max(rows, columns, 1)) ** 2, 1.5, 60))
     style |= {"s": size, "marker": "s", "linewidths": 0}
     return axes.scatter(entries.col, entries.row, c=entries.data, **style)
+
+
+def _blues() -> Any:
+    """Return the colours of a share; the palest is no white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("share", [LAYER, ALIKE, INK])
 
 
 # --- fits and barriers ----------------------------------------------------------------------------
@@ -189,8 +219,11 @@ def draw_fits(layers: Sequence[LayerFit], path: str | os.PathLike[str], poor: fl
     axes.set_yticks(range(len(names)), names, size=7, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(min(0.0, float(bars.min())), 1.08)
-    axes.axvline(poor, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_xlabel("R squared of its target, on samples that the fit did not see", size=9)
+    line = axes.axvline(poor, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_title("How much of its target each refitted layer explains", size=11, loc="left")
+    beside: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
+    axes.legend([line], [f"below {poor:g}: the report warns"], fontsize=8, **beside)
+    axes.set_xlabel("R squared, on samples that the fit did not see: 1 is all", size=9)
     axes.tick_params(axis="x", labelsize=8)
     save_figure(figure, target)
 

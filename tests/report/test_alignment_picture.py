@@ -49,7 +49,15 @@ def test_matched_layers_are_joined(alignment):
         for i in range(len(row))
         if k != s.reference
     )
-    assert sum(line.kind == "pair" for line in lay_out(alignment).lines) == pairs
+    scene = lay_out(alignment)
+    edges = {b.x for b in boxes(scene, "layer", "inserted")}
+    joined = [line for line in scene.lines if line.kind == "pair"]
+    assert sum(line.x2 in edges for line in joined) == pairs, "each ends at a layer"
+    for line in joined:
+        for b in boxes(scene, "inserted"):
+            beside = line.x2 <= b.x or line.x1 >= b.x + b.width
+            above, below = max(line.y1, line.y2) <= b.y, min(line.y1, line.y2) >= b.y + b.height
+            assert beside or above or below, "no line goes through what is inserted"
 
 
 def test_a_removed_layer_is_drawn_as_merged_and_nothing_is_inserted_for_it():

@@ -48,7 +48,7 @@ def test_an_alignment_without_costs_is_refused(tmp_path):
 @pytest.mark.parametrize("matrix", [csr_array((3, 2)), csr_array(np.ones((4, 5))), eye_array(99)])
 def test_couplings_of_any_density_can_be_drawn(tmp_path, matrix):
     draw_coupling(matrix, tmp_path / "a.svg", "title & $more_")
-    assert "fused units ordered" in (tmp_path / "a.svg").read_text()
+    assert "sorted by their partners" in (tmp_path / "a.svg").read_text()
 
 
 def test_fits_below_zero_are_drawn_too(tmp_path):
