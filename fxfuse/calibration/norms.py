@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..graph.state import fill, floats_of, replace_tensor, tensor_at
+from ..graph.state import fill, replace_tensor, tensor_at, values_of
 from ..spaces.network import Network
 from .moments import Moments
 
@@ -183,7 +183,10 @@ def fold_norms(network: Network, norms: Mapping[str, str]) -> FoldedState:
         network: The network; not modified.
         norms: Norm node -> node of the contraction, some of `foldable_norms`.
     """
-    tensors = {n: t.detach().cpu().numpy() for n, t in floats_of(network.module).items()}
+    tensors = {
+        name: (t.float() if t.dtype == torch.bool else t).detach().cpu().numpy()
+        for name, t in values_of(network.module).items()
+    }
     contractions, factors, scales, shifts = single_weights(network), {}, {}, {}
     for name, roles in network.norms.items():
         scale, shift = scale_and_shift(network.module, roles)

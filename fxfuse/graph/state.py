@@ -60,24 +60,30 @@ def not_finite(module: nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def state_floats_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the floating-point tensors that the state dictionary holds.
+def state_values_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point tensors and truth values that the state dictionary holds.
 
     What it lacks (non-persistent buffers, tensors that are attributes, constants of forward) is
     made anew by the model's class, so nothing may be changed in it.
     """
     kept = {id(t) for t in module.state_dict(keep_vars=True).values()}
-    return {name: t for name, t in floats_of(module).items() if id(t) in kept}
+    return {name: t for name, t in values_of(module).items() if id(t) in kept}
 
 
-def movable_floats_of(module: nn.Module) -> dict[str, Tensor]:
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of floating-point numbers or truth values."""
+    kinds = tensors_of(module).items()
+    return {name: t for name, t in kinds if t.is_floating_point() or t.dtype == torch.bool}
+
+
+def movable_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the state whose units may be moved: those with memory of their own.
 
     Memory that two tensors share, or that one tensor shows several times, cannot be moved for one
     of its uses only.
     """
     shared = _sharing_memory(list(tensors_of(module).values()))
-    return {name: t for name, t in state_floats_of(module).items() if id(t) not in shared}
+    return {name: t for name, t in state_values_of(module).items() if id(t) not in shared}
 
 
 def _sharing_memory(tensors: Sequence[Tensor]) -> set[int]:

@@ -30,7 +30,7 @@ from ..calibration.norms import (
     single_weights,
 )
 from ..coupling.mixing import Couplings
-from ..graph.state import fill, floats_of, state_floats_of, tensor_at
+from ..graph.state import fill, floats_of, state_values_of, tensor_at
 from ..spaces.network import Network
 
 
@@ -110,11 +110,13 @@ def emit(
     states = [fold_norms(n, folded) for n in couplings.problem.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.norms.values() for v in roles.values()}
-    for name, tensor in counted(state_floats_of(module).items()):
+    for name, tensor in counted(state_values_of(module).items()):
         if name not in norm_tensors:
             values = [s[name] for s in states]
-            mix = couplings.mix if isinstance(tensor, nn.Parameter) else couplings.pick
-            fill(module, name, np.ascontiguousarray(mix(name, values)).reshape(tensor.shape))
+            weight = isinstance(tensor, nn.Parameter) and tensor.dtype != torch.bool
+            mix = couplings.mix if weight else couplings.pick
+            mixed = np.ascontiguousarray(mix(name, values)).reshape(tensor.shape)
+            fill(module, name, mixed >= 0.5 if tensor.dtype == torch.bool else mixed)
     norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.norms]
     contractions = single_weights(base)
     weights = [

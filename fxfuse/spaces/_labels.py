@@ -224,8 +224,8 @@ class LabelRun:
     """The labels of every live tensor during one run of a network.
 
     Args:
-        tensors: Parameters and buffers whose units may move, by qualified name; the floating-point
-            ones get labels.
+        tensors: Parameters and buffers whose units may move, by qualified name; numbers and
+            truth values get labels, counts do not.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -240,7 +240,9 @@ class LabelRun:
         self.values = Values(self._freeze_tensors)
         self.rows: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         for name, tensor in tensors:
-            if tensor.is_floating_point() and tensor not in self._names:
+            if (
+                tensor.is_floating_point() or tensor.dtype == torch.bool
+            ) and tensor not in self._names:
                 self._start(name, tensor)
 
     def _start(self, name: str, tensor: Tensor) -> None:

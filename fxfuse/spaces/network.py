@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._progress import part, tell
 from ..graph.compare import tensors_in
 from ..graph.modes import is_choice
-from ..graph.state import movable_floats_of, state_floats_of, tensors_of
+from ..graph.state import movable_of, state_values_of, tensors_of
 from ..graph.trace import Interpreter, eval_mode, without_autocast
 from ..ir import Spaces
 from ._confirm import confirmed
@@ -141,8 +141,8 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         example: Input tensors.
     """
     with without_autocast(), eval_mode(module):
-        run = LabelRun(movable_floats_of(module).items())
-        state = {id(t) for t in state_floats_of(module).values()}
+        run = LabelRun(movable_of(module).items())
+        state = {id(t) for t in state_values_of(module).values()}
         for tensor in _given(module):
             run.values.make(tensor, varies=id(tensor) in state)
         with _plain_kernels(), torch.no_grad(), _MirrorMode(run), Exits(run.values):

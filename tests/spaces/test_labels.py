@@ -138,13 +138,6 @@ def test_the_dense_axis_of_a_grouped_weight_replaces_the_stored_one():
     assert [t.tolist() for t in run.ledger.ties[-1]] == [units.tolist(), again.tolist()]
 
 
-def test_a_grouped_weight_that_is_computed_freezes_what_it_reads():
-    run = run_of()
-    units = run.ledger.new(4)
-    run.dense_axis(torch.zeros(4, 2, 1, 1), 1, units, 2)
-    assert run.ledger.frozen[0][0].tolist() == units.tolist()
-
-
 @pytest.mark.parametrize("contracted", [False, True])
 def test_uses_are_noted_once_for_the_running_node(contracted):
     layer = nn.Linear(4, 3)

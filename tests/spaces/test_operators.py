@@ -114,6 +114,12 @@ def table(*shape):
     return lambda: nn.Parameter(torch.zeros(shape))
 
 
+def mask(*shape):
+    """A buffer of truth values."""
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    return lambda: nn.Buffer(drawn.clone())
+
+
 def kept(part):
     """The arguments of a case with a module between the two layers."""
     return dict(function=lambda net, x: net.part(x), part=part)
@@ -215,6 +221,13 @@ CASES = {
     "prelu of one": vectors(lambda net, x: net.part(x - 0.5), part=nn.PReLU),
     "gate": images(
         lambda net, x: x * torch.sigmoid(net.a(x.mean((2, 3), True))), a=lambda: nn.Conv2d(8, 8, 1)
+    ),
+    "weights under a mask of truth values": vectors(
+        lambda net, x: x @ (net.a * net.b), a=table(8, 8), b=mask(8, 8), free=16
+    ),
+    "a choice for each unit": vectors(lambda net, x: torch.where(net.a, x, x.tanh()), a=mask(8)),
+    "units picked by truth values": vectors(
+        lambda net, x: x[:, net.a].sum(1, True) * x, a=mask(8), free=0
     ),
     "one gate for all": images(lambda net, x: x * net.a(x), a=lambda: nn.Conv2d(8, 1, 1)),
     # --- sums over units or positions
@@ -768,7 +781,14 @@ def test_permuting_every_space_keeps_the_function(name):
 FUSED = [
     *("winners", "last states", "recurrent in layers", "grouped transposed conv"),
     *("depthwise transposed multiplied", "one kernel expanded", "grid_sample", "bags", "bilinear"),
-    *("fft of pixels", "pairs as complex numbers", "cdist", "tril"),
+    *(
+        "weights under a mask of truth values",
+        "a choice for each unit",
+        "fft of pixels",
+        "pairs as complex numbers",
+        "cdist",
+        "tril",
+    ),
 ]
 
 
