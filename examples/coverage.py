@@ -5,10 +5,12 @@ fresh zeros and ones hide wrong permutations. Then all its units are permuted at
 request the network is fused with that permuted copy; both must leave its outputs as they are. Two
 networks of a family (`resnet18+resnet34`) are balanced, which must keep both functions, and fused.
 
-    python examples/coverage.py [NAME ...] [--collection torchvision|timm|pairs] [--fuse] [--giants]
-                                [--write table.md]
+    python examples/coverage.py [NAME ...] [--collection torchvision|timm|pairs|transformers]
+                                [--fuse] [--giants] [--write table.md]
 
-A name is one of torchvision (`mobilenet_v2?width_mult=0.5`) or of timm (`timm/resnet10t`).
+A name is one of torchvision (`mobilenet_v2?width_mult=0.5`), of timm (`timm/resnet10t`), or an
+architecture of transformers (`transformers/bert`, `transformers/bert?deeper=1&wider=2`), of which a
+tiny network is made.
 """
 
 from __future__ import annotations
@@ -17,18 +19,22 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 import fxfuse
+from fxfuse.graph.compare import tensors_in
 
+OTHERS = ("class", "deeper", "deeper class", "wider class")
+Example = Tensor | dict[str, Tensor]
 GIANTS = {"regnet_y_128gf", "vit_h_14"}
 OPTIONS = {
     **dict.fromkeys(["googlenet", "inception_v3"], {"init_weights": True}),
@@ -81,6 +87,8 @@ def names_in(collection: str) -> list[str]:
         return [f"timm/{name}" for name in sorted(TIMM)]
     if collection == "pairs":
         return PAIRS
+    if collection == "transformers":
+        return [f"transformers/{name}" for name in sorted(_tiny_transformers().NAMES)]
     modules = (models, models.segmentation, models.video)
     return sorted(name for module in modules for name in models.list_models(module=module))
 
@@ -88,7 +96,10 @@ def names_in(collection: str) -> list[str]:
 def build(name: str, seed: int = 0) -> nn.Module:
     """Return a network of torchvision or timm with random numbers in all of its tensors."""
     torch.manual_seed(seed)
-    if name.startswith("timm/"):
+    if name.startswith("transformers/"):
+        kind, _, options = name.removeprefix("transformers/").partition("?")
+        net = _tiny_transformers().build(kind, seed, **_whole(options))
+    elif name.startswith("timm/"):
         import timm
 
         net = timm.create_model(name.removeprefix("timm/"), pretrained=False)
@@ -102,8 +113,27 @@ def _numbers(options: str) -> dict[str, float]:
     return {k: float(v) for k, v in (pair.split("=") for pair in options.split("&") if pair)}
 
 
-def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> Tensor:
+def _whole(options: str) -> dict[str, int]:
+    return {k: int(v) for k, v in _numbers(options).items()}
+
+
+def _tiny_transformers() -> Any:
+    path = Path(__file__).with_name("tiny_transformers.py")
+    spec = importlib.util.spec_from_file_location("fxfuse_examples_tiny_transformers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(net: nn.Module, x: Example) -> list[Tensor]:
+    """Return the tensors that a network makes of inputs, by their names if they have any."""
+    return tensors_in(net(**x) if isinstance(x, dict) else net(x))
+
+
+def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> Example:
     """Return random inputs of the size a network takes; smaller ones where it takes any size."""
+    if name.startswith("transformers/"):
+        return _tiny_transformers().inputs(net, max(count, 2))
     if name in models.list_models(module=models.video):
         frames, size = VIDEO.get(name, (8, 112))
         return torch.randn(count, 3, frames, size, size)
@@ -115,7 +145,7 @@ def example(name: str, net: nn.Module, count: int = 1, small: bool = False) -> T
 
 
 @torch.no_grad()
-def randomise(net: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
+def randomise(net: nn.Module, x: Example, seed: int = 0) -> nn.Module:
     """Draw all biases, affine parameters, statistics and heads anew; matrices keep their spread.
 
     Running variances are drawn around the second moments of what reaches each norm: with numbers
@@ -140,7 +170,7 @@ def randomise(net: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
 
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
-    net.eval()(x)
+    run(net.eval(), x)
     for hook in hooks:
         hook.remove()
     return net
@@ -150,13 +180,18 @@ def randomise(net: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def difference(before: nn.Module, after: nn.Module, x: Tensor) -> float:
+def difference(before: nn.Module, after: nn.Module, x: Example) -> float:
     """Return the largest difference of any output, relative to the largest value in it."""
     worst = 0.0
-    pairs = zip(tree_leaves(before(x)), tree_leaves(after(x)), strict=True)
-    for a, b in pairs:
+    for a, b in zip(run(before, x), run(after, x), strict=True):
         worst = max(worst, float((a - b).abs().max() / a.abs().max()))
     return worst
+
+
+def _double(x: Example) -> Example:
+    if isinstance(x, dict):
+        return {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    return x.double()
 
 
 def measure(name: str, fuse: bool) -> dict:
@@ -165,7 +200,7 @@ def measure(name: str, fuse: bool) -> dict:
     x = example(name, net)
     with torch.no_grad():
         start = time.perf_counter()
-        net(x)
+        run(net, x)
         forward = time.perf_counter() - start
     start = time.perf_counter()
     spaces = fxfuse.find_spaces(net, x)
@@ -176,7 +211,8 @@ def measure(name: str, fuse: bool) -> dict:
     row["permuted"] = difference(net, shuffled, example(name, net, 2))
     if row["permuted"] > 1e-4:  # a wrong answer, or rounding that the network amplifies?
         exact = copy.deepcopy(net).double(), copy.deepcopy(shuffled).double()
-        row["permuted64"] = difference(*exact, example(name, net, 2).double())
+        with contextlib.suppress(RuntimeError):  # a cast that is written into the forward
+            row["permuted64"] = difference(*exact, _double(example(name, net, 2)))
     if fuse:
         few = example(name, net, 8, small=True)
         start = time.perf_counter()
@@ -184,7 +220,28 @@ def measure(name: str, fuse: bool) -> dict:
         row["fuse_seconds"] = time.perf_counter() - start
         row["fused"] = difference(net, fused, few)
         net.load_state_dict(fused.state_dict(), strict=True)
+        if name.startswith("transformers/"):
+            row["class"] = difference(net, fused, few)
+            row.update(_other_sizes(name, net, few))
     return row
+
+
+def _other_sizes(name: str, net: nn.Module, x: Example) -> dict[str, Any]:
+    """Fuse a network with a deeper and with a wider one; return errors, or what was refused."""
+    found: dict[str, Any] = {}
+    for what in ("deeper=1", "wider=2"):
+        other = build(f"{name}?{what}", seed=1)
+        key = what.partition("=")[0]
+        try:
+            if key == "deeper":
+                pair = fxfuse.balance([other, net], x)
+                found[key] = max(difference(m, b, x) for m, b in zip([other, net], pair))
+            fused = fxfuse.fuse([other, net], x)
+            other.load_state_dict(fused.state_dict(), strict=True)
+            found[f"{key} class"] = difference(other, fused, x)
+        except Exception as error:
+            found[f"{key} class"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]
+    return found
 
 
 def measure_pair(first: str, second: str) -> dict:
@@ -227,7 +284,12 @@ def show(row: dict) -> str:
     cells += f" {row['fused']:9.1e}" if "fused" in row else " " * 10
     cells += f" ({row['permuted64']:.0e} in float64)" if "permuted64" in row else ""
     cells += f" {row['seconds']:5.1f} s {row['forwards']:5.1f}x  "
-    return cells + "; ".join(f"{n:,} {why}" for why, n in row["frozen"].items())
+    cells += "; ".join(f"{n:,} {why}" for why, n in row["frozen"].items())
+    return cells + "".join(f"; {key}: {_short(row[key])}" for key in OTHERS if key in row)
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.0e}"
 
 
 def markdown(rows: list[dict]) -> str:
@@ -238,6 +300,7 @@ def markdown(rows: list[dict]) -> str:
     for row in models:
         why = "; ".join(f"{n:,} {reason}" for reason, n in row["frozen"].items())
         cells = [f"{row['free']:,}", *(_error(row, k) for k in ("permuted", "fused"))]
+        why += "".join(f"; {key}: {_short(row[key])}" for key in OTHERS if key in row)
         lines.append(f"| {row['model']} | {' | '.join(cells)} | {row['seconds']:.1f} | {why} |")
     lines = lines if models else []
     if others:
@@ -255,7 +318,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument(
-        "--collection", choices=["torchvision", "timm", "pairs"], default="torchvision"
+        "--collection",
+        choices=["torchvision", "timm", "pairs", "transformers"],
+        default="torchvision",
     )
     parser.add_argument("--fuse", action="store_true", help="also fuse with the permuted copy")
     parser.add_argument("--giants", action="store_true", help="also those above 600 M parameters")

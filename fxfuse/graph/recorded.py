@@ -19,14 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
     unset_fake_temporarily,
 )
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
+    GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
 )
@@ -60,7 +64,7 @@ def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
     recorder = _Recorder(copied, leaves)
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
-    with _as_for_export(), fake, recorder, _calls_seen_by(recorder):
+    with _as_for_export(), enable_python_dispatcher(), fake, recorder, _calls_seen_by(recorder):
         out = inputs.call(copied, values)
     require_nothing_drawn(recorder.drawn, random.getstate(), root)
     recorder.graph.output(recorder.described(out))
@@ -102,6 +106,9 @@ def _calls_seen_by(recorder: _Recorder) -> Iterator[None]:
         nn.Module.__call__ = call  # type: ignore[method-assign]
 
 
+_ON_VALUES = DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
 class _Recorder(TorchFunctionMode):
     """Sees each call of torch, and writes it into a graph."""
 
@@ -130,7 +137,12 @@ class _Recorder(TorchFunctionMode):
                 return iter(args[0].unbind(0))
         if self.inside_leaf:
             return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except _ON_VALUES:
+            raise
+        except Exception as error:  # some kernels look at numbers, or are not there for no data
+            out = _run_apart(func, args, kwargs, error)
         if _tensors_of(out) or func is Tensor.__setitem__:
             self._note(out, self._called(func, args, kwargs))
         return out
@@ -167,8 +179,8 @@ class _Recorder(TorchFunctionMode):
             self.inside_leaf = True
             try:
                 out = call(module, *args, **kwargs)
-            except Exception:
-                out = _run_apart(call, module, args, kwargs)
+            except Exception as error:
+                out = _run_apart(call, (module, *args), kwargs, error)
             if _tensors_of(out):  # else a flag that follows the mode, as it is here
                 self._note(out, self._create("call_module", path, *arguments))
             return out
@@ -239,7 +251,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Mapping):
             return {k: self._written(v, near) for k, v in value.items()}
         if isinstance(value, LITERALS):
-            return value
+            return float(value) if isinstance(value, float) else value  # numpy has floats, too
         raise TypeError(f"a call of torch with a {type(value).__name__}, which no graph can hold")
 
     def _node_of(self, tensor: Tensor) -> fx.Node:
@@ -332,17 +344,20 @@ class _Recorder(TorchFunctionMode):
 
 
 def _run_apart(
-    call: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwargs: Any
+    call: Callable[..., Any], args: Sequence[Any], kwargs: Any, failure: Exception
 ) -> Any:
-    """Run a module on numbers, as some look at them, and return outputs without data.
+    """Run a function or a module on numbers, and return outputs without data.
 
     It is run once more for each size that is a symbol, with this size larger, to learn which sizes
     of its outputs it is.
 
     Raises:
         TypeError: If a size of its outputs is no multiple of one of the inputs'.
+        Exception: What it raised without data, if it cannot be run on numbers or makes no tensors.
     """
     tensors = _tensors_of((tuple(args), kwargs))
+    if not any(isinstance(t, FakeTensor) for t in tensors):
+        raise failure
     sizes: dict[Any, Any] = {_symbol(n): n for t in tensors for n in t.shape if _symbol(n)}
     fake = next(t.fake_mode for t in tensors if isinstance(t, FakeTensor))
 
@@ -353,10 +368,17 @@ def _run_apart(
             return kind(shape, dtype=t.dtype, device=t.device)
 
         with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = tree_map(lambda v: real(v) if isinstance(v, FakeTensor) else v, (args, kwargs))
-            return call(module, *given[0], **given[1])
+            given = tree_map(
+                lambda v: real(v) if isinstance(v, FakeTensor) else _number(v), (args, kwargs)
+            )
+            return call(*given[0], **given[1])
 
-    out, others = run(), {}
+    try:
+        out, others = run(), {}
+    except Exception:
+        raise failure from None
+    if not _tensors_of(out):
+        raise failure
     for symbol, size in sizes.items():
         try:
             others[symbol] = _tensors_of(run(symbol))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,3 +283,28 @@ def test_what_is_another_function_of_each_batch_is_refused():
 
     with pytest.raises(TraceError, match="on a batch of another size"):
         trace(Counts(), torch.randn(2, 6))
+
+
+class Padded(nn.Module):
+    """Calls operators whose sizes only Python works out; its numbers are numpy's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.a(x) / np.sqrt(np.float64(6))
+        length = h.shape[1]
+        h = F.pad(h, (0, 0, 0, -length % 4))
+        if length % 4:
+            h = torch.zeros(1, 1, 1).expand(len(h.shape) - 2, 1, 1) + h
+        scores = torch.zeros(1, 1, h.shape[1]).baddbmm(h, h.transpose(1, 2))
+        return self.b(torch.bmm(scores.softmax(-1), h))[:, :length]
+
+
+def test_operators_that_python_decomposes_are_recorded():
+    net = randomise(Padded())
+    graph = trace(net, sequences())
+    for x in (sequences(), sequences(3, 5)):
+        assert gap(net, graph, x) <= FUNCTION
+    assert gap(net, fxfuse.permute(net, sequences()), sequences()) <= FUNCTION
