@@ -210,9 +210,19 @@ def read_producer(network: Network, node: fx.Node) -> Producer | None:
     return identify(network, node, *(values[name] for name in ends))
 
 
-def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer | None:
-    """Read a node that gave `y` for `x`, both in float64, as an affine map, if it is one."""
-    if not _contracts_one(network, node):
+def identify(
+    network: Network, node: fx.Node, x: Tensor, y: Tensor, shared: bool = False
+) -> Producer | None:
+    """Read a node that gave `y` for `x`, both in float64, as an affine map, if it is one.
+
+    Args:
+        network: The network.
+        node: The node.
+        x: What it read.
+        y: What it gave.
+        shared: Whether other nodes may use its parameter, too.
+    """
+    if not _contracts_one(network, node, shared):
         return None
     weights, names = network.weights[node.name], network.tensors[node.name]
     bias = next((n for n in names if n != weights[0]), None)
@@ -226,12 +236,20 @@ def identify(network: Network, node: fx.Node, x: Tensor, y: Tensor) -> Producer 
     return None
 
 
-def _contracts_one(network: Network, node: fx.Node) -> bool:
-    """Tell whether a node contracts one parameter used nowhere else, and reads at most a bias."""
+def _contracts_one(network: Network, node: fx.Node, shared: bool = False) -> bool:
+    """Tell whether a node contracts one parameter, and reads at most a bias.
+
+    Others may use the parameter only if it may be shared.
+    """
     weights = network.weights.get(node.name, [])
     names = network.tensors.get(node.name, [])
-    uses = [n for names_of_node in network.tensors.values() for n in names_of_node]
-    return len(weights) == 1 and uses.count(weights[0]) == 1 and len(names) <= 2
+    alone = len(weights) == 1 and (shared or len(users_of(network, weights[0])) == 1)
+    return alone and len(names) <= 2
+
+
+def users_of(network: Network, tensor: str) -> list[str]:
+    """Return the nodes that touch a parameter or buffer, each as often as it does."""
+    return [node for node, names in network.tensors.items() for n in names if n == tensor]
 
 
 def _map_of(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..calibration.affine import Producer, identify
+from ..calibration.affine import Producer, identify, users_of
 from ..calibration.data import Calibration
 from ..calibration.least_squares import Positions, output_rows
 from ..calibration.norms import foldable_norms
@@ -161,6 +161,7 @@ class Aim:
         activation: The activation that alone reads the target, if there is one.
         needs_spread: Whether its units need the target's spread, because no sum, concatenation or
             further linear map reads them.
+        shared: Whether its weight is used elsewhere, too, so that all uses are fitted together.
     """
 
     producer: Producer
@@ -168,6 +169,7 @@ class Aim:
     added: str | None
     activation: str | None
     needs_spread: bool
+    shared: bool = False
 
     def axis_in(self, network: Network) -> int:
         """Return the axis that holds the units, counted from the front."""
@@ -198,7 +200,8 @@ def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
         if added is not None and place[added] > place[name]:
             at, added = producer.joint, None
         spread = added is None and _needs_spread(network, producer.joint)
-        aims[name] = Aim(producer, at, added, _activation(network, at), spread)
+        shared = len(users_of(network, producer.weight)) > 1
+        aims[name] = Aim(producer, at, added, _activation(network, at), spread, shared)
     return order, aims
 
 
@@ -254,7 +257,8 @@ def _survey(network: Network) -> tuple[dict[str, Producer], dict[str, tuple[str,
             value = run.step(node)
             alone = [n.name for n in inputs if len(n.users) == 1]
             if _may_be_refitted(network, node, before, value):
-                producer = identify(network, node, before[0].double(), value.double())
+                both = before[0].double(), value.double()
+                producer = identify(network, node, *both, shared=True)
                 if producer is not None and producer.norm == folded.get(node.name):
                     producers[node.name] = _without_values(producer)
                     holds[node.name] = node.name

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .._progress import tell
+from .._progress import part, tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.distance import divergence, is_logits
@@ -50,6 +50,7 @@ from ..coupling.problem import Problem
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
+from ._shared import SharedFits
 from ._targets import Aim, Goal, Parents, Targets, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
 from .moments import AsMixed, Outcome, Refit, gain_of, settle_norm, settle_weight
@@ -232,8 +233,8 @@ class LeastSquares(Refit):
     """Refit every contraction by ridge least squares while sweeping forward.
 
     Siblings (`Transport(by_index=True)`) stay at their mean, and only norms are measured anew.
-    What is not one contraction of one weight (attention in one module, weights used twice) gets the
-    parents' moments as in `MatchMoments`.
+    What is not one contraction of one weight (attention in one module) gets the parents' moments as
+    in `MatchMoments`. A weight used in several places gets one fit for all (see `_shared`).
 
     Attributes:
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
@@ -290,15 +291,27 @@ class LeastSquares(Refit):
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
-        with torch.no_grad(), SpillStore(self.frontier) as store:
-            parents = Parents(targets, order, aims, *given, store, self.draw)
+        shared = SharedFits(fused, self.ridges)
+
+        def once(wanted: dict[str, Aim]) -> _Sweep:
+            parents = Parents(targets, order, wanted, *given, store, self.draw)
             track = Track(fused, *given, order, store)
-            sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans})
+            sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans}, shared)
             for done, node in enumerate(order):
-                sweep.visit(done, node, aims.get(node.name))
+                sweep.visit(done, node, wanted.get(node.name))
                 tell((done + 1) / len(order))
-            divergence = sweep.finish()
-            return Outcome(tuple(sweep.layers), divergence, not self.outputs)
+            return sweep
+
+        alone, fits = {name: aim for name, aim in aims.items() if not aim.shared}, []
+        with torch.no_grad():
+            if len(alone) < len(aims):
+                with SpillStore(self.frontier) as store, part(0.0, 0.5):
+                    once(aims)
+                fits = shared.solve()
+            with SpillStore(self.frontier) as store, part(0.5 * (len(alone) < len(aims)), 1.0):
+                sweep = once(alone)
+                divergence = sweep.finish()
+        return Outcome((*sweep.layers, *fits), divergence, not self.outputs)
 
     def _aims(self, network: Network, targets: Targets) -> tuple[list[fx.Node], dict[str, Aim]]:
         """Return the order of the sweep, and what can be refitted."""
@@ -358,6 +371,7 @@ class _Sweep:
         parents: The networks that it is made of.
         track: Takes the fused network from node to node.
         waiting: The plans that are still to be settled, by node.
+        shared: Gathers what is to be fitted together.
         layers: What was refitted so far.
         read: Norms of which the statistics of what they read are measured next, by contraction.
     """
@@ -367,6 +381,7 @@ class _Sweep:
     parents: Parents
     track: Track
     waiting: dict[str, NormPlan | WeightPlan]
+    shared: SharedFits
     layers: list[LayerFit] = field(default_factory=list)
     read: dict[str, tuple[Aim, Moments]] = field(default_factory=dict)
 
@@ -414,6 +429,9 @@ class _Sweep:
         goal = self.parents.goal(aim)
         read = self._read_at(place, node, aim, goal)
         if read is None:
+            return False
+        if aim.shared:
+            self.shared.add(aim, goal, *read)
             return False
         fit = Fit(self.fused, aim, goal, *read, partial(self._act, place, aim), self.method.ridges)
         correction = fit(self.method.steps)

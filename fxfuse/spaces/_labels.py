@@ -106,6 +106,8 @@ class Ledger:
         places: Label arrays that share a tensor; units of one space occur in the same places.
         reads: Labels of parameter axes that a contraction sums over. The dense input axes of
             grouped convolutions are not among them, although all are such axes.
+        written: Labels along values that are made of the inputs. A parameter axis with some of them
+            that is read elsewhere, as that of a tied embedding, counts as written.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -122,6 +124,7 @@ class Ledger:
     blocks: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
+    written: list[np.ndarray] = field(default_factory=list)
 
     def new(self, count: int) -> Tensor:
         """Return `count` labels that no other unit has."""

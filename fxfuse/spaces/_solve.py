@@ -397,6 +397,8 @@ def _build(
     reads = np.zeros(ledger.size, dtype=bool)
     for labels in ledger.reads:
         reads[labels] = True
+    for labels in ledger.written:
+        reads[labels] = False
     axes: dict[int, list[Axis]] = {c: [] for c in members_of}
     for (tensor, dim), labels in wide.items():
         groups = ledger.grouped.get((tensor, dim), 1)

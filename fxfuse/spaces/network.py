@@ -154,7 +154,18 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         interpreter.layers[node] = along_one_axis(run, value)
     for node, layers in interpreter.layers.items():
         run.ledger.outputs[node] = [(varying(x)[0], x.flatten().numpy()) for x in layers]
+    outputs = run.ledger.outputs
+    run.ledger.written = [x for n in fed_by_inputs(module) for _, x in outputs.get(n, ())]
     return run.ledger
+
+
+def fed_by_inputs(module: fx.GraphModule) -> set[str]:
+    """Return the nodes that a network's inputs reach."""
+    reached: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or reached.intersection(node.all_input_nodes):
+            reached.add(node)
+    return {n.name for n in reached}
 
 
 def _given(module: nn.Module) -> list[Tensor]:
@@ -241,11 +252,7 @@ class Network:
 
     def fed(self) -> set[str]:
         """Return the nodes that the network's inputs reach."""
-        reached: set[fx.Node] = set()
-        for node in self.module.graph.nodes:
-            if node.op == "placeholder" or reached.intersection(node.all_input_nodes):
-                reached.add(node)
-        return {n.name for n in reached}
+        return fed_by_inputs(self.module)
 
     def feature_axis(self, node: fx.Node | str) -> int | None:
         """Return the axis of a node's output along which its units lie; None unless it is one."""

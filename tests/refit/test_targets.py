@@ -146,7 +146,9 @@ def test_computed_and_shared_weights_and_joint_modules_are_left_alone():
     x = torch.randn(3, 6)
     assert set(aims_of(network(randomise(Computed()), x))[1]) == {"head"}
     net, x = build("shared")
-    assert set(aims_of(network(net, x))[1]) == {"_0_0", "_2_fc"}
+    aims = aims_of(network(net, x))[1]
+    assert {name for name, aim in aims.items() if not aim.shared} == {"_0_0", "_2_fc"}
+    assert {aim.producer.weight for aim in aims.values() if aim.shared} == {"1.a.weight"}
     names = set(aims_of(network(randomise(Tokens()), images(2)))[1])
     assert names == {"embed", "blocks_0_mlp_0", "blocks_0_mlp_2", "head"}
 
