@@ -10,6 +10,7 @@ the inputs. Sizes that the forward branches on become numbers.
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,8 +77,13 @@ def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
 
 @contextmanager
 def _as_for_export() -> Iterator[None]:
-    """Let models know that their values must not be looked at, and keep fused kernels out."""
+    """Let models know that their values must not be looked at, and keep fused kernels out.
+
+    Kernels that cannot run without data are no errors here: nothing is logged of them.
+    """
     compiler: Any = torch.compiler
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True
     before = getattr(compiler, "_is_exporting_flag", None)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -86,6 +92,7 @@ def _as_for_export() -> Iterator[None]:
     try:
         yield
     finally:
+        log.disabled = silent
         torch.backends.mha.set_fastpath_enabled(fastpath)
         if before is not None:
             compiler._is_exporting_flag = before

@@ -308,3 +308,11 @@ def test_operators_that_python_decomposes_are_recorded():
     for x in (sequences(), sequences(3, 5)):
         assert gap(net, graph, x) <= FUNCTION
     assert gap(net, fxfuse.permute(net, sequences()), sequences()) <= FUNCTION
+
+
+def test_what_cannot_run_without_data_is_run_on_numbers_and_nothing_is_printed(capfd):
+    net = nn.Sequential(Shaped(), nn.Linear(3, 6), nn.LSTM(6, 4, batch_first=True))
+    graph = trace(net, sequences())
+    assert graph.meta["door"] == "recorded" and graph(sequences(3, 7))[0].shape == (3, 7, 4)
+    fxfuse.find_spaces(Padded(), sequences())
+    assert capfd.readouterr() == ("", "")
