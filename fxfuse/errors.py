@@ -5,6 +5,18 @@ A warning is one sentence: what was met, and what to try.
 
 from __future__ import annotations
 
+import os
+import traceback
+
+
+def line_of(error: BaseException) -> str:
+    """Return the file, line and text of the innermost step that is not torch's or ours."""
+    ours = (os.path.dirname(os.path.abspath(__file__)) + os.sep, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    torch = f"{os.sep}torch{os.sep}"
+    outside = [f for f in frames if not f.filename.startswith(ours) and torch not in f.filename]
+    return f"{outside[-1].filename}:{outside[-1].lineno}, `{outside[-1].line}`" if outside else ""
+
 
 class FuseError(Exception):
     """Base of every error that fxfuse raises on purpose.

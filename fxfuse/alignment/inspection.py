@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .._checked import checked
 from .._progress import Clock, Progress
 from ..calibration.data import analyse
 from ..graph.inputs import Example
@@ -149,6 +150,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{body}</table>"
 
 
+@checked
 @without_autocast()
 def inspect(
     model: nn.Module, example: Example, *, progress: Progress | bool | None = None

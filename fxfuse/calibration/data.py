@@ -15,11 +15,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._progress import Clock, counted, part, tell
-from ..errors import ArgumentError, DataError, ModelError
-from ..graph.inputs import Example, Inputs, arguments_of, by_name, required_of
+from ..errors import ArgumentError, DataError, FuseError, ModelError, line_of
+from ..graph.inputs import (
+    Example,
+    Inputs,
+    arguments_of,
+    by_name,
+    require_readable,
+    required_of,
+)
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
-from ..graph.trace import at_least_single, device_of, run_once, trace, trace_alike
+from ..graph.trace import (
+    at_least_single,
+    device_of,
+    run_once,
+    trace,
+    trace_alike,
+)
 from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
 from .spill import SpillStore, Waiting
@@ -52,10 +65,13 @@ class Calibration:
         self._store = SpillStore(MEMORY)
         self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
         self.samples = 0
+        if isinstance(data, Tensor):
+            require_readable((data,), "the argument `data`")
         is_tensor = isinstance(data, Tensor)  # then all of it is in memory in any case
         elsewhere = {data.untyped_storage().data_ptr()} if is_tensor else set()
-        for batch in self._batches_of(data):
+        for batch in read(self._batches_of(data)):
             inputs = self._inputs(batch)
+            require_readable(inputs, f"the batch that starts at sample {self.samples} of `data`")
             if limit is not None:
                 inputs = tuple(t[: limit - self.samples] for t in inputs)
             if not len(inputs[0]):
@@ -162,6 +178,26 @@ class Calibration:
             "that starts with the input tensors",
             do="convert the samples to tensors (torchvision: transforms.ToTensor())",
         )
+
+
+def read(batches: Iterable[Any], where: str = "the argument `data`") -> Iterator[Any]:
+    """Yield batches; what the caller's own loader raises becomes an error of the library."""
+    end = object()
+    try:
+        given = iter(batches)
+        batch = next(given, end)
+        while batch is not end:
+            yield batch
+            batch = next(given, end)
+    except FuseError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"data that cannot be read: {type(error).__name__}: {error}",
+            where=f"{where} {line_of(error)}".strip(),
+            expected="batches whose first entry is the input",
+            do="read the first batches in a loop of your own, and mend what fails there",
+        ) from error
 
 
 def _require_alike(inputs: Batch, first: Batch, before: int) -> None:

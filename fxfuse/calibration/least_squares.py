@@ -361,6 +361,8 @@ def best_correction(fit: Sums, held: Sums, every: Sums, ridges: Sequence[float])
         ridges: The ridges to choose from; no correction at all is a choice, too.
     """
     infinite = float("inf")
+    if not every.inputs.count:
+        return Correction(None, infinite, 0.0)
     if not fit.inputs.count or not held.inputs.count:
         return Correction(None, infinite, every.error(every, None))
     errors = [(held.error(fit, None), infinite)]

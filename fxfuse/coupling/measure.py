@@ -237,10 +237,11 @@ def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
             for visit in [v for v in places if not v.across] or places:
                 key = (visit.axes[0].tensor, None if visit.plain else name)
                 visits.setdefault(key, []).append(visit)
-    if view.outputs and OPEN not in problem.networks[0].module.graph.output_node().meta:
-        node, dim, size = last_contraction(problem.networks[0])
+    first, pairs = problem.networks[0], list(permutations(range(len(bypassed)), 2))
+    closed = OPEN not in first.module.graph.output_node().meta
+    if view.outputs and closed and first.weights and pairs:
+        node, dim, size = last_contraction(first)
         axis = Axis(node, dim, np.arange(size)[:, None])
-        pairs = permutations(range(len(bypassed)), 2)
         visits[node, None] = [_Visit(OUTPUTS, i, k, (axis, axis)) for i, k in pairs]
     return visits
 

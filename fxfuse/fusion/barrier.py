@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checked import checked
 from .._progress import Progress, counted
-from ..errors import ArgumentError, DataError, ModelError
+from ..calibration.data import read
+from ..errors import ArgumentError, DataError, ModelError, line_of
 from ..graph.trace import device_of, without_autocast
 from ..ir import Alignment
 from ..report.plots import draw_barrier
 from .fuse import Method, fuse_along
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LABELLED = "the labelled data"
 Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such batches
 
 
@@ -40,6 +43,7 @@ class _Mean(nn.Module):
         return torch.stack(outputs).mean(0)
 
 
+@checked
 def compare(
     models: Mapping[str, nn.Module],
     data: Any,
@@ -96,10 +100,22 @@ def labelled_part(data: Any, samples: int | None = None) -> list[tuple[Tensor, T
     return batches
 
 
+def _require_networks(models: Mapping[str, nn.Module], ensemble: Sequence[str]) -> None:
+    others = [name for name, model in models.items() if not isinstance(model, nn.Module)]
+    others += [name for name in ensemble if name not in models]
+    if others:
+        raise ArgumentError(
+            f"names without a network: {others}",
+            where="the arguments `models` and `ensemble` of compare",
+            expected="a network for each name",
+            do="pass them by name: fxfuse.compare({'a': a, 'b': b}, labelled)",
+        )
+
+
 def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
     """Tell whether a model gives a score to each label."""
     with torch.no_grad():
-        scores = model(inputs[:2].to(device_of(model)))
+        scores = _given(model, "the network", inputs[:2].to(device_of(model)))
     fits = isinstance(scores, Tensor) and scores.dim() == 2 and labels.dim() == 1
     return fits and 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]
 
@@ -119,12 +135,12 @@ def evaluate(
     """
     device, right, total, count, samples = device_of(model), 0, 0.0, 0, 0
     with torch.no_grad():
-        for batch in rereadable(labelled):
+        for batch in read(rereadable(labelled), LABELLED):
             inputs, labels = _pair(batch)
-            scores, labels = model(inputs.to(device)), labels.to(device)
+            scores, labels = _given(model, "the network", inputs.to(device)), labels.to(device)
             _require_scores(scores, labels)
             right += int((scores.argmax(1) == labels).sum())
-            total += float(loss(scores, labels)) * len(labels)
+            total += float(_given(loss, "the loss", scores, labels)) * len(labels)
             count, samples = count + labels.numel(), samples + len(labels)
     if not samples:
         raise _unlabelled("no samples")
@@ -139,7 +155,7 @@ def rereadable(labelled: Labelled) -> Iterable[Any]:
             return list(zip(inputs.split(256), labels.split(256)))
     if not isinstance(labelled, Iterable) or isinstance(labelled, (str, bytes, dict, Tensor)):
         raise _unlabelled(f"labelled data of type {type(labelled).__name__}")
-    return list(labelled) if iter(labelled) is labelled else labelled
+    return labelled if isinstance(labelled, Sized) else list(read(labelled, LABELLED))
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -153,6 +169,20 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if labels.is_floating_point() or len(inputs) != len(labels):
         raise _unlabelled(f"{len(inputs)} inputs with {len(labels)} labels of {labels.dtype}")
     return inputs, labels
+
+
+def _given(function: Callable[..., Any], name: str, *args: Tensor) -> Any:
+    """Return what the caller's network or loss makes of the caller's data."""
+    try:
+        return function(*args)
+    except Exception as error:
+        shapes = " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in args)
+        raise DataError(
+            f"{name} refuses {shapes}: {type(error).__name__}: {error}",
+            where=f"{LABELLED} {line_of(error)}".strip(),
+            expected="inputs as the networks take them, and labels as the loss does",
+            do="compute the loss of one batch yourself, and mend what fails there",
+        ) from error
 
 
 def _require_scores(scores: Any, labels: Tensor) -> None:
@@ -218,6 +248,7 @@ class Barrier:
         return "\n".join([*lines, f"barrier of the loss {self.height:.4f}"])
 
 
+@checked
 @without_autocast()
 def barrier(
     models: Sequence[nn.Module],

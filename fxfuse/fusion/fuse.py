@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from .._checked import checked
 from .._progress import Clock, Progress, counted
 from ..alignment.align import Pairs, align_networks
 from ..alignment.aligners import Aligner, monotone
@@ -134,6 +135,7 @@ def _preset(name: str) -> Callable[..., fx.GraphModule]:
     )
 
 
+@checked
 @without_autocast()
 def fuse(
     models: Sequence[nn.Module],
@@ -430,6 +432,7 @@ def fuse_along(
         yield fused
 
 
+@checked
 @without_autocast()
 def align(
     models: Sequence[nn.Module],
@@ -477,6 +480,7 @@ def align(
         return align_networks(networks, calibration, *choices, pairs=pairs)
 
 
+@checked
 @without_autocast()
 def balance(
     models: Sequence[nn.Module],
@@ -517,6 +521,7 @@ def balance(
     return [as_given(model, n.module) for n, model in pairs]
 
 
+@checked
 def net2deeper(
     model: nn.Module, like: nn.Module, data: Any, alignment: Alignment | None = None
 ) -> fx.GraphModule:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .._checked import checked
 from ..alignment.layers import data_graph, module_path, partition
 from ..calibration.data import Calibration, analyse
 from ..depth.deepen import check_alignment
@@ -40,6 +41,7 @@ class Transferred:
     pairs: tuple[tuple[str, str], ...]
 
 
+@checked
 @without_autocast()
 def transfer(
     source: nn.Module,

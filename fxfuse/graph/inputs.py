@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from .state import unreadable
 
 Example = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 LABELS = "label"  # in the names of arguments that are no inputs, but what is to come out
@@ -79,9 +80,16 @@ _MANY = inspect.Parameter.VAR_POSITIONAL
 
 def _places(model: nn.Module) -> list[inspect.Parameter]:
     """Return the arguments of a model's forward that may be passed by their place."""
-    parameters = inspect.signature(model.forward).parameters.values()
     later = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
-    return [p for p in parameters if p.kind not in later]
+    return [p for p in _parameters(model) if p.kind not in later]
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """Return the arguments of a forward; none of one without a signature, or if there is none."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (AttributeError, TypeError, ValueError):
+        return []
 
 
 def arguments_of(models: Sequence[nn.Module]) -> list[str]:
@@ -89,7 +97,7 @@ def arguments_of(models: Sequence[nn.Module]) -> list[str]:
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     names: dict[str, None] = {}
     for model in models:
-        for p in inspect.signature(model.forward).parameters.values():
+        for p in _parameters(model):
             if p.kind not in variadic:
                 names[p.name] = None
     return list(names)
@@ -125,4 +133,14 @@ def as_example(example: Any, device: torch.device | None = None) -> tuple[Tensor
             "mapping from the names of inputs",
             do="pass a batch as the model takes it",
         )
+    require_readable(parts, "the argument `example`")
     return tuple(p.to(device) for p in parts)
+
+
+def require_readable(inputs: Sequence[Tensor], where: str) -> None:
+    """Refuse inputs that are no ordinary tensors with values."""
+    for tensor in inputs:
+        problem = unreadable(tensor)
+        if problem is not None:
+            what, do = problem
+            raise DataError(what, where=where, expected="ordinary dense tensors", do=do)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._checked import checked
 from ..errors import PassError
 from .trace import Interpreter, eval_mode
 from .verify import lint, require_equal
@@ -42,6 +43,7 @@ def debug_level() -> int:
     return int(text) if text.isdigit() else 0
 
 
+@checked
 @contextmanager
 def debug(level: int) -> Iterator[None]:
     """Set the level of checking inside a `with` block."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX  # ends the name of what is no tensor
 
@@ -47,6 +48,19 @@ def names_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 def floats_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the floating-point parameters and buffers."""
     return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}
+
+
+def unreadable(tensor: Tensor) -> tuple[str, str] | None:
+    """Return what keeps a tensor from being worked on, and what to do; None if nothing does."""
+    if is_lazy(tensor):
+        return "a lazy tensor, whose shape is not known", "run one batch through the model first"
+    if tensor.is_meta:
+        return "a tensor without data, on the meta device", "load its values onto a real device"
+    if tensor.layout != torch.strided:
+        return f"a {tensor.layout} tensor", "replace it by tensor.to_dense()"
+    if tensor.is_quantized:
+        return "a quantized tensor", "replace it by tensor.dequantize()"
+    return None
 
 
 def not_finite(module: nn.Module) -> dict[str, int]:

@@ -9,22 +9,19 @@ difference becomes one node. If that is the whole model, the graph is the one of
 from __future__ import annotations
 
 import copy
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..errors import DataError, FuseError, ModelError, TraceError
+from ..errors import DataError, FuseError, ModelError, TraceError, line_of
 from ._merge import merge
 from .compare import require_same, tensors_in
 from .inputs import Inputs
@@ -39,6 +36,7 @@ from .state import (
     part_at,
     tensor_at,
     tensors_of,
+    unreadable,
 )
 from .symbolic import trace_symbolically
 from .wrappers import unwrapped
@@ -325,7 +323,7 @@ def _require_plain_state(model: nn.Module, name: str) -> None:
                 f"{next(iter(part.parametrizations))!r})",
             )
     for path, tensor in tensors_of(model).items():
-        problem = _unreadable(tensor)
+        problem = unreadable(tensor) or _of_inference(tensor)
         if problem is not None:
             what, do = problem
             raise ModelError(
@@ -343,18 +341,11 @@ def _require_plain_state(model: nn.Module, name: str) -> None:
             )
 
 
-def _unreadable(tensor: Tensor) -> tuple[str, str] | None:
-    """Return what keeps a tensor from being worked on, and what to do; None if nothing does."""
-    if is_lazy(tensor):
-        return "a lazy tensor, whose shape is not known", "run one batch through the model first"
-    if tensor.is_meta:
-        return "a tensor without data, on the meta device", "load its weights onto a real device"
-    if tensor.layout != torch.strided:
-        return f"a {tensor.layout} tensor", "replace it by tensor.to_dense()"
-    if tensor.is_inference():
-        do = "build the model outside of torch.inference_mode() and load its weights there"
-        return "a tensor that was made in inference mode", do
-    return None
+def _of_inference(tensor: Tensor) -> tuple[str, str] | None:
+    if not tensor.is_inference():
+        return None
+    do = "build the model outside of torch.inference_mode() and load its weights there"
+    return "a tensor that was made in inference mode", do
 
 
 def _require_finite(model: nn.Module, name: str) -> None:
@@ -418,7 +409,7 @@ def _untraceable(model: nn.Module, name: str, failures: Mapping[str, Exception])
     said = [f"  {door}: {_first_line(error)}" for door, error in failures.items()]
     where = name
     for door in ("recorded", *failures):  # a recording stops at the step that is at fault
-        line = _line_of_forward(failures[door]) if door in failures else ""
+        line = line_of(failures[door]) if door in failures else ""
         if line:
             path = getattr(failures[door], "module_path", "")
             inside = f"'{path}' of {name}" if path else name
@@ -439,14 +430,6 @@ def _first_line(error: Exception) -> str:
     """Return what an error says first."""
     text = error.met if isinstance(error, FuseError) else f"{type(error).__name__}: {error}"
     return text.strip().split("\n")[0][:300]
-
-
-def _line_of_forward(error: Exception) -> str:
-    """Return the file, line and text of the innermost step that is not torch's or ours."""
-    own = str(Path(__file__).parent), str(Path(torch.__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith((*own, "<"))]
-    return f"{outside[-1].filename}:{outside[-1].lineno}, `{outside[-1].line}`" if outside else ""
 
 
 def run_once(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from .._checked import checked
 from ..errors import NotEquivalent, PassError, TraceError
 from .compare import TOLERANCE, relative_error
 from .inputs import Example, Inputs
@@ -71,6 +72,7 @@ def _wrong(path: str, what: str) -> PassError:
     )
 
 
+@checked
 def verify(
     before: nn.Module, after: nn.Module, example: Example, tolerance: float = TOLERANCE
 ) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from .._checked import checked
 from .._files import write_text
 from .._schema import parsed, read, unexpected, written
 from ..errors import ArgumentError
@@ -51,6 +52,7 @@ def to_json(alignment: Alignment) -> str:
     return _text(written(_File(FORMAT, VERSION, alignment.names, segments))) + "\n"
 
 
+@checked
 def from_json(text: str) -> Alignment:
     """Return the alignment that `to_json` wrote, whether edited by hand or not.
 
@@ -69,6 +71,7 @@ def from_json(text: str) -> Alignment:
     return Alignment(tuple(segments), file.networks)
 
 
+@checked
 def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment as JSON, in one step.
 
@@ -78,6 +81,7 @@ def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     write_text(path, to_json(alignment))
 
 
+@checked
 def load_alignment(path: str | os.PathLike[str]) -> Alignment:
     """Return the alignment of a file.
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._checked import checked
 from .._files import write_atomically
 from ..errors import CheckpointError
 from ..graph.state import EXTRA_STATE
@@ -32,6 +33,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile
 State = dict[str, Tensor]
 
 
+@checked
 def read_state(path: str | os.PathLike[str]) -> State:
     """Return the state dictionary that a file holds.
 
@@ -71,6 +73,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[State, dict[str, str
         raise _unreadable(path, error) from error
 
 
+@checked
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the weights of a file into a model.
 
@@ -96,6 +99,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
+@checked
 def save_weights(
     tensors: Mapping[str, Tensor],
     path: str | os.PathLike[str],

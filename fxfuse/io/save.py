@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .._checked import checked
 from .._schema import parsed, read, written
 from ..errors import CheckpointError, FuseError, SaveError
 from ..report.report import Report
@@ -30,6 +31,7 @@ from .checkpoints import read_safetensors, save_weights
 FORMAT, VERSION = "fxfuse network", 1
 
 
+@checked
 def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """Write a network to a file, from which `load` rebuilds it without the original model's code.
 
@@ -91,6 +93,7 @@ def save_at_least_weights(
     return None
 
 
+@checked
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Return the network of a file that `save` wrote, on the CPU, in the mode it was in.
 

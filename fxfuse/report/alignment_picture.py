@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._checked import checked
 from .._files import write_text
 from ..ir import Alignment, SegmentAlignment
 from ._shared import (
@@ -453,6 +454,7 @@ _PIXELS_PER_INCH = 96
 _ALIGNMENTS = {"start": "left", "middle": "center", "end": "right"}  # SVG's words as matplotlib's
 
 
+@checked
 def draw(alignment: Alignment, path: str | os.PathLike[str], removed: Removed = ()) -> None:
     """Write the picture of an alignment.
 

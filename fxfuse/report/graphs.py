@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._checked import checked
 from .._files import write_atomically, write_text
 from ..ir import Alignment
 from ._shared import ALIKE, LAYER, clean, facts_of
@@ -104,11 +105,13 @@ def _quoted(text: str) -> str:
     return '"' + clean(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
+@checked
 def save_dot(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment in the DOT language, in one step."""
     write_text(path, dot_of(alignment))
 
 
+@checked
 def save_graphml(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment as GraphML by networkx, in one step."""
     import networkx as nx

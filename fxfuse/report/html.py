@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from .._checked import checked
 from .._files import write_text
 from ._shared import (
     ALIKE,
@@ -33,6 +34,7 @@ from .alignment_picture import description_of, inserted_layers, lay_out, svg_of
 from .report import Accuracy, Report
 
 
+@checked
 def save_page(
     report: Report,
     path: str | os.PathLike[str],

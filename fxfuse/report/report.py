@@ -9,6 +9,7 @@ from html import escape
 
 from scipy.sparse import csr_array
 
+from .._checked import checked
 from ..errors import ArgumentError
 from ..ir import Alignment, Frozen, LayerFit
 from ..version import versions
@@ -178,6 +179,7 @@ class Report:
         which = "every network" if every else f"{better} of {len(near.networks)} networks"
         return f"nearer to the ensemble than {which}: {near.shown(near.fused)}; alone {others}"
 
+    @checked
     def draw_coupling(
         self, space: str, path: str | os.PathLike[str], network: int | None = None
     ) -> None:
@@ -209,6 +211,7 @@ class Report:
             )
         draw_coupling(coupling, path, f"{space}: {self.alignment.names[k]} to the fused network")
 
+    @checked
     def draw_fits(self, path: str | os.PathLike[str]) -> None:
         """Write a bar chart of how much of its target each refitted layer explains.
 
@@ -219,6 +222,7 @@ class Report:
 
         draw_fits(self.layers, path, POOR)
 
+    @checked
     def save_html(
         self,
         path: str | os.PathLike[str],

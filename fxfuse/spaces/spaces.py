@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import fx, nn
 
+from .._checked import checked
 from ..graph.inputs import Example, Inputs
 from ..graph.trace import (
     as_given,
@@ -20,6 +21,7 @@ from ._moves import rearrange as rearrange
 from .network import analyse
 
 
+@checked
 @without_autocast()
 def find_spaces(module: nn.Module, example: Example) -> Spaces:
     """Find the unit spaces of any traceable module.
@@ -43,6 +45,7 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
     return _analyse(module, example)[1]
 
 
+@checked
 @without_autocast()
 def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModule:
     """Return a network of the same function with every space randomly permuted.
@@ -59,7 +62,7 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
         True
     """
     graph, spaces = _analyse(module, example)
-    order = draw_orders(spaces, np.random.default_rng(seed))
+    order = draw_orders(spaces, np.random.default_rng(abs(seed)))
     return as_given(module, rearrange(graph, spaces, order))
 
 

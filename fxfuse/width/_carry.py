@@ -127,7 +127,7 @@ def in_turn(seed: int | None) -> Chooser:
     Args:
         seed: Go through the units in random order from the second round on.
     """
-    rng = None if seed is None else np.random.default_rng(seed)
+    rng = None if seed is None else np.random.default_rng(abs(seed))
 
     def choose(scores: np.ndarray, count: int) -> np.ndarray:
         rounds = range(-(-count // len(scores)))

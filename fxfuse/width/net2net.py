@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from .._checked import checked
 from ..calibration.data import analyse
 from ..depth.deepen import adopt
 from ..errors import ArgumentError
@@ -46,6 +47,7 @@ class WidthReport:
     error: float
 
 
+@checked
 @without_autocast()
 def net2wider(
     model: nn.Module,
@@ -108,6 +110,7 @@ def net2wider(
     return _reported(model, copied, kept)
 
 
+@checked
 @without_autocast()
 def narrow(
     model: nn.Module, example: Example, *, share: float = 0.5, like: nn.Module | None = None
