@@ -222,3 +222,12 @@ def test_a_solver_changes_the_result():
         for s in (Exact(), Sinkhorn(0.2), Sinkhorn(0.5), UnbalancedSinkhorn(0.2))
     ]
     assert all(gap(a, b, x) > 1e-3 for i, a in enumerate(fused) for b in fused[:i])
+
+
+@pytest.mark.parametrize("factor", [1.25, 1.5, 3.0])
+@pytest.mark.parametrize("anchor", [0, 1])
+def test_a_network_comes_back_from_a_copy_widened_by_any_factor(factor, anchor):
+    net, data = randomise(mlp(6, 9, 7, 3)), torch.randn(80, 6)
+    wide = fxfuse.net2wider(net, data[:4], factor=factor)
+    fused = fxfuse.fuse([net, wide], data, anchor=anchor)
+    assert gap(net, fused, torch.randn(20, 6)) < 1e-4
