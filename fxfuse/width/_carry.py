@@ -259,10 +259,10 @@ def carry_weights(plan: CopyPlan, maps: Maps, module: fx.GraphModule) -> fx.Grap
         old = given[name].detach()
         if old.is_floating_point():
             new = couplings.carry(name, old.cpu().numpy(), 0)
-            tensor.data = torch.as_tensor(np.ascontiguousarray(new)).to(old)
+            tensor.data = torch.as_tensor(np.array(new, order="C")).to(old)
         elif old.dtype == torch.bool:
             new = couplings.carry(name, old.float().cpu().numpy(), 0)
-            tensor.data = torch.as_tensor(np.ascontiguousarray(new) >= 0.5).to(old)
+            tensor.data = torch.as_tensor(np.array(new, order="C") >= 0.5).to(old)
         elif old.shape == tensor.shape:
             tensor.data = old.clone()
         tensor.requires_grad_(given[name].requires_grad)

@@ -355,3 +355,19 @@ def test_vision_networks_are_widened_by_a_factor(name):
     wide = fxfuse.net2wider(net, torch.randn(2, 3, 64, 64))
     assert gap(net, wide, torch.randn(2, 3, 64, 64)) <= 1e-4
     assert all("blocks" in why for why in wide.meta["fxfuse"].kept.values())
+
+
+def test_a_parameter_without_axes_keeps_its_shape():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.3))
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)) * self.scale)
+
+    net, x = Scaled().eval(), torch.randn(20, 6)
+    wide = fxfuse.net2wider(net, x, factor=1.5)
+    assert wide.scale.shape == () and fxfuse.narrow(net, x).scale.shape == ()
+    assert gap(net, fxfuse.fuse([net, wide], x), torch.randn(9, 6)) < 1e-4
