@@ -10,7 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -147,6 +147,34 @@ def nothing_wider(report: Report, width: float) -> str | None:
         f"width={width:g} changed nothing ({'; '.join(reasons)}): leave it out, or fuse with a "
         "wider network as the anchor"
     )
+
+
+def without_repeats(data: Calibration) -> tuple[Calibration, str | None]:
+    """Return the data; if all samples are one, one of them, and a sentence that says so."""
+    first = data.example(1)
+    for batch in data.chunks(64):
+        if not all(bool((t == one).all()) for t, one in zip(batch, first)):
+            return data, None
+    return Calibration([(first,)]), (
+        "the calibration data are one sample, which says little of which units correspond: give a "
+        "few hundred samples that differ"
+    )
+
+
+def warned(
+    report: Report,
+    repeated: str | None,
+    width: float,
+    models: Sequence[nn.Module],
+    fused: nn.Module,
+    advice: str,
+) -> Report:
+    """Warn of what may not be what the caller wants; return the report with the sentences."""
+    alone = better_alone(report, models, fused, advice)
+    sentences = tuple(filter(None, (repeated, nothing_wider(report, width), alone)))
+    for sentence in sentences:
+        warn(sentence)
+    return replace(report, warnings=sentences)
 
 
 def _size(model: nn.Module) -> int:

@@ -37,7 +37,7 @@ from ..width.budget import Room, deepest_first, require_width
 from ._choose_cut import Cost, choose_cut
 from ._cut import AUTO, cut_networks, trunk_segments
 from ._fit_heads import refitted
-from ._guard import advice_for, better_alone, nearness, nothing_wider, split_to_judge, warn
+from ._guard import advice_for, nearness, split_to_judge, warned, without_repeats
 from .assemble import choose, couple, make, report_on, require_sound
 from .heads import Heads, Separate, grafted, require_heads
 from .selection import HELD
@@ -185,7 +185,7 @@ def fuse(
 
     Warns:
         FusionWarning: If a network that is no larger than the result alone is nearer to their
-            ensemble on samples held out, or `width` changes nothing; `Report.warnings` has it too.
+            ensemble on samples held out, all samples are one, or `width` changes nothing.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong number.
@@ -216,6 +216,7 @@ def fuse(
     require_width(width)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
+    calibration, repeated = without_repeats(calibration)
     split = split_to_judge(calibration, fits=method.refit.fits and heads is None)
     way = partial(
         _fuse_networks,
@@ -248,11 +249,7 @@ def fuse(
             heads = replace(heads, after=after)
         fused, report = apart(heads, data=calibration, clock=clock)
     advice = advice_for(automatic, width, method == Method(), calibration.samples)
-    sentences = nothing_wider(report, width), better_alone(report, models, fused, advice)
-    report = replace(report, warnings=tuple(filter(None, sentences)))
-    fused.meta["fxfuse"] = report
-    for sentence in report.warnings:
-        warn(sentence)
+    fused.meta["fxfuse"] = warned(report, repeated, width, models, fused, advice)
     return fused
 
 

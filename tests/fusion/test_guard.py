@@ -184,3 +184,12 @@ def test_advice_is_what_was_not_done():
 def test_tasks_apart_have_no_ensemble():
     fused = fxfuse.fuse(strangers(), X, heads=fxfuse.heads.Separate())
     assert fused.meta["fxfuse"].nearness is None
+
+
+@pytest.mark.parametrize("x", [X[:1], X[:1].expand(140, 6)], ids=["one", "repeated"])
+def test_one_sample_says_nothing_and_copies_still_come_back(x):
+    nets = permuted_pair(mlp(6, 9, 9, 4), X)
+    with pytest.warns(FusionWarning, match="are one sample"):
+        fused = fxfuse.fuse(nets, x)
+    assert gap(nets[0], fused, X) < 1e-5
+    assert not any("one sample" in s for s in fxfuse.fuse(nets, X[:2]).meta["fxfuse"].warnings)
