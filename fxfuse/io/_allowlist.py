@@ -40,7 +40,7 @@ _MAKERS = {  # what torch does not list among the functions that take tensors
 }
 
 
-_BUILTINS = ("abs", "bool", "float", "getattr", "int", "len", "round")
+_BUILTINS = ("abs", "bool", "dict", "float", "getattr", "int", "len", "round")
 _NO_OPERATORS = {"attrgetter", "call", "itemgetter", "methodcaller"}
 _NO_METHODS = {
     *("apply_", "backward", "map2_", "map_", "module_load", "numpy", "register_hook"),

@@ -14,7 +14,7 @@ import keyword
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -256,7 +256,10 @@ class _Writer:
 
 
 def _written_target(node: fx.Node) -> tuple[str, tuple[str, ...] | None]:
-    """Return the name of what a node calls, and the fields if it is a class of named tuples."""
+    """Return the name of what a node calls, and the fields if it is a class of named tuples.
+
+    Data classes, which only code of their own can make, become dictionaries of their fields.
+    """
     if node.op != "call_function":
         allowed = node.op != "call_method" or is_method(str(node.target))
         require(allowed, f"a call of the method {node.target!r}")
@@ -264,7 +267,8 @@ def _written_target(node: fx.Node) -> tuple[str, tuple[str, ...] | None]:
     fields = getattr(node.target, "_fields", None)
     if isinstance(node.target, type) and issubclass(node.target, tuple) and fields:
         return node.target.__name__, tuple(fields)
-    name = name_of_function(node.target)
+    makes_fields = isinstance(node.target, type) and is_dataclass(node.target) and not node.args
+    name = name_of_function(dict if makes_fields else node.target)
     if name is None:
         raise Wrong(f"a call of {called(node.target)}")
     if name == "builtins.getattr" and not is_attribute(node.args[1]):

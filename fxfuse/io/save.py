@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
 
     Nothing is unpickled, and nothing imported but torch, torchvision and this package. Functions
     that the file names are called only if they compute on tensors. Named tuples come back as
-    tuples of the same name and fields, but of another class.
+    tuples of the same name and fields, but of another class; data classes, as dictionaries.
 
     Args:
         path: The file.

@@ -5,7 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,34 @@ from tests.support.json_values import changed, places
 from tests.support.modes import Keyed, Named
 from tests.support.nets import NETS, Tokens, build, mlp, random_nets, randomise, residual
 from tests.support.tolerances import FUNCTION
+
+
+@dataclass
+class Scores:
+    logits: torch.Tensor
+    states: tuple | None = None
+
+
+class Scoring(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if x.shape[1] != 6:
+            raise ValueError
+        h = self.a(x)
+        return Scores(h, (h, h * 2))
+
+
+def test_data_classes_come_back_as_dictionaries(tmp_path):
+    x = torch.randn(2, 6)
+    network = fxfuse.permute(Scoring(), x)
+    save(network, tmp_path / "net.safetensors")
+    out, expected = load(tmp_path / "net.safetensors")(x), network(x)
+    assert torch.equal(out["logits"], expected.logits)
+    assert torch.equal(out["states"][1], expected.states[1])
+
 
 DATA = Path(__file__).parents[1] / "data"
 
