@@ -40,3 +40,11 @@ def test_a_record_that_is_not_there_and_a_row_that_is_not_there_are_errors():
         figures.mean("asked-of-nobody", "best")
     with pytest.raises(LookupError, match="0 rows"):
         figures.mean("digits-demo-", "nobody")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_between_the_files_of_the_project_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (figures.ROOT / name).read_text())
+    own = [link for link in links if "://" not in link]
+    assert all((figures.ROOT / link).exists() for link in own)
+    assert own or name != "README.md"
