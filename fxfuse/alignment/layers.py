@@ -9,9 +9,8 @@ output is a segment of its own.
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import NamedTuple
 
 import networkx as nx
@@ -22,6 +21,7 @@ from ..errors import ModelError
 from ..graph.modes import is_choice, only_in_training
 from ..ir import Layer, Segment
 from ..spaces.network import Network
+from .normal_form import NormalForm
 
 
 class _Step(NamedTuple):
@@ -105,27 +105,75 @@ def _chain(network: Network) -> list[_Step]:
 
 
 def _layers(network: Network) -> list[Layer]:
-    steps, i = _chain(network), 0
+    form, taken = NormalForm(network), set[str]()
     layers: list[Layer] = []
+    for part in _without_norms_of_their_own(form, _parts(network)):
+        layers.append(_layer(form, part, taken))
+        taken.add(layers[-1].name)
+    return layers
+
+
+class _Part(NamedTuple):
+    """The nodes of a layer: its step of the chain, and what follows it there."""
+
+    step: _Step
+    nodes: list[fx.Node]
+    tail: list[fx.Node]
+
+
+def _parts(network: Network) -> list[_Part]:
+    """Return the steps that contract parameters, each with the norms and activations behind it."""
+    steps, i = _chain(network), 0
+    parts = []
     while i < len(steps):
         step = steps[i]
         i += 1
         if not any(n.name in network.weights for n in [*step.region, step.exit]):
             continue
-        nodes = [*step.region, step.exit]
+        part = _Part(step, [*step.region, step.exit], [])
         while i < len(steps) and _picks_output(network, steps[i]):
-            nodes.append(steps[i].exit)
+            part.nodes.append(steps[i].exit)
             i += 1
-        pre_activation = nodes[-1]
         while i < len(steps) and _follows_layer(network, steps[i]):
-            node = steps[i].exit
-            if pre_activation is nodes[-1] and not network.is_activation(node):
-                pre_activation = node
-            nodes.append(node)
+            part.tail.append(steps[i].exit)
             i += 1
-        taken = {x.name for x in layers}
-        layers.append(_layer(network, step, nodes, pre_activation, taken))
-    return layers
+        parts.append(part)
+    return parts
+
+
+def _without_norms_of_their_own(form: NormalForm, parts: list[_Part]) -> list[_Part]:
+    """Cut off the norm behind a layer that is a step of its own, as behind the last of some blocks.
+
+    It is one if layers that are the same but for it have none, or if the block has a norm in front.
+    """
+    ends = [_second_norm(form.network, part) for part in parts]
+    plain = {
+        _kind(form, part.step.entry, [*part.nodes, *part.tail])
+        for part, end in zip(parts, ends)
+        if end is None
+    }
+    cut = []
+    for part, end in zip(parts, ends):
+        bare = part._replace(tail=part.tail[:end])
+        own = _kind(form, part.step.entry, [*part.nodes, *bare.tail]) in plain
+        cut.append(bare if own or _norm_in_front(form, part.step) else part)
+    return cut
+
+
+def _second_norm(network: Network, part: _Part) -> int | None:
+    """Return where in the tail there is a norm behind a block's join or behind an activation."""
+    for i, node in enumerate(part.tail):
+        behind = part.step.region or any(map(network.is_activation, part.tail[:i]))
+        if behind and network.is_norm(node):
+            return i
+    return None
+
+
+def _norm_in_front(form: NormalForm, step: _Step) -> bool:
+    """Tell whether all that a block's branches read of the entry goes through norms."""
+    entry, network = form.source(step.entry), form.network
+    readers = [n for n in step.region if form.counts(n) and entry in form.inputs_of(n)]
+    return bool(readers) and all(map(network.is_norm, readers))
 
 
 def _picks_output(network: Network, step: _Step) -> bool:
@@ -143,14 +191,15 @@ def _follows_layer(network: Network, step: _Step) -> bool:
     return belongs and shapes.get(node.name) == shapes.get(step.entry.name)
 
 
-def _layer(
-    network: Network, step: _Step, nodes: list[fx.Node], pre_activation: fx.Node, taken: set[str]
-) -> Layer:
+def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
+    network, step, nodes = form.network, part.step, [*part.nodes, *part.tail]
+    firsts = takewhile(lambda n: not network.is_activation(n), part.tail)
+    pre_activation = [part.nodes[-1], *firsts][-1]
     shape = network.shapes.get(nodes[-1].name, ())
     dim = _feature_axis(network, nodes[-1], len(shape))
     return Layer(
         name=_name(network, nodes, taken),
-        kind=_kind(network, step.entry, nodes),
+        kind=_kind(form, step.entry, nodes),
         nodes=tuple(n.name for n in nodes),
         entry=step.entry.name,
         merge=step.exit.name,
@@ -198,18 +247,25 @@ def describe(network: Network, node: fx.Node) -> str:
     return repr(network.steps(node))
 
 
-def _kind(network: Network, entry: fx.Node, nodes: list[fx.Node]) -> str:
+def _kind(form: NormalForm, entry: fx.Node, nodes: list[fx.Node]) -> str:
     """Hash what a layer computes from its entry, so that equal structures have equal kinds."""
     hashes = {entry: "entry"}
     for node in nodes:
-        inputs = [hashes.get(n, "outside") for n in network.inputs_of(node)]
-        if network.commutes(node):
-            inputs.sort()
-        text = f"{describe(network, node)}({','.join(inputs)})"
-        hashes[node] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{_summary(network, nodes)} [{hashes[nodes[-1]][:8]}]"
+        inputs = [hashes.get(n, "outside") for n in form.network.inputs_of(node)]
+        hashes[node] = form.hash_of(node, inputs) if form.counts(node) else inputs[0]
+    return f"{', '.join(_summary(form, nodes[-1], hashes))} [{hashes[nodes[-1]][:8]}]"
 
 
-def _summary(network: Network, nodes: list[fx.Node]) -> str:
-    """Name the operators of nodes, as "conv3x3, batch_norm, relu"."""
-    return ", ".join(step.word for n in nodes for step in network.steps(n) if step.word)
+def _summary(form: NormalForm, last: fx.Node, hashes: dict[fx.Node, str]) -> list[str]:
+    """Name the operators up to a node, as "conv3x3, relu", branch by branch in a fixed order."""
+    words: list[str] = []
+    waiting, seen = [last], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node not in hashes or hashes[node] == "entry":
+            continue
+        seen.add(node)
+        waiting += sorted(form.network.inputs_of(node), key=lambda n: hashes.get(n, ""))
+        if form.counts(node):
+            words += [step.word for step in reversed(form.network.steps(node)) if step.word]
+    return words[::-1]

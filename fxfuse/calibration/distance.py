@@ -13,11 +13,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..graph.compare import tensors_in
-from ..graph.trace import device_of
 from ..spaces.network import Network
 from .data import Calibration
-from .run import working_batch
+from .run import Bypass, run_past, working_batch
 
 
 def is_logits(value: Any) -> TypeGuard[Tensor]:
@@ -97,12 +95,18 @@ class Distance:
         return self.mean if self.in_nats else math.sqrt(self.mean)
 
 
-def relative_error_on(data: Calibration, model: Network, other: Network) -> float:
-    """Return the root mean square error of a network's outputs, relative to a model's outputs."""
-    error, device = SquaredError(), device_of(model.module)
-    modules = [network.module.eval() for network in (model, other)]
-    with torch.no_grad():
-        for batch in data.chunks(working_batch([model, other])):
-            inputs = [t.to(device) for t in batch]
-            error.add(*(tensors_in(module(*inputs)) for module in modules))
+def relative_error_on(
+    data: Calibration, model: Network, other: Network, bypass: Bypass | None = None
+) -> float:
+    """Return the root mean square error of a network's outputs, relative to a model's outputs.
+
+    Args:
+        data: Calibration inputs.
+        model: What gives the outputs that are wanted.
+        other: The network.
+        bypass: Nodes of this network that are not run.
+    """
+    error = SquaredError()
+    for batch in data.chunks(working_batch([model, other])):
+        error.add(run_past(model, batch, {}), run_past(other, batch, bypass or {}))
     return float(error.relative**0.5)

@@ -157,10 +157,14 @@ def single_weights(network: Network) -> dict[str, tuple[str, int]]:
     return single
 
 
-def foldable_norms(network: Network) -> dict[str, str]:
+def foldable_norms(network: Network, through_idle: bool = False) -> dict[str, str]:
     """Return the norms that can be folded into the contraction in front of them.
 
     Nothing else may read the contraction, its weight and the norm must be used once.
+
+    Args:
+        network: The network.
+        through_idle: Whether nodes that do nothing in eval mode (dropout) may lie between.
 
     Returns:
         Norm node -> node of the contraction.
@@ -170,6 +174,8 @@ def foldable_norms(network: Network) -> dict[str, str]:
     uses = Counter(str(roles["running_mean"]) for roles in network.norms.values())
     for name, roles in network.norms.items():
         source = network.inputs_of(nodes[name])[0]
+        while through_idle and len(source.users) == 1 and network.hands_on(source):
+            source = network.inputs_of(source)[0]
         alone = len(source.users) == 1 and uses[str(roles["running_mean"])] == 1
         if source.name in contractions and alone:
             foldable[name] = source.name

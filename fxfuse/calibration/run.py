@@ -210,6 +210,16 @@ class Run(Interpreter):
                 self.env[source] = before
 
 
+def run_past(network: Network, batch: Batch, bypass: Bypass) -> list[Tensor]:
+    """Return the output tensors for one batch, with some layers passed by."""
+    run = Run(network, batch, bypass)
+    value = None
+    with torch.no_grad():
+        for node in network.module.graph.nodes:
+            value = run.step(node)
+    return tensors_in(value)
+
+
 def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Return, for each node, those that nothing behind it in the order reads any more."""
     read_later: set[fx.Node] = set()

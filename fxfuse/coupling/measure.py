@@ -20,6 +20,7 @@ from .._progress import tell
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
+from ..depth import bypass_of
 from ..errors import DataError
 from ..ir import OUTPUTS, Axis
 from ..spaces.network import OPEN, Network
@@ -99,11 +100,7 @@ def _second_operand(network: Network, node: fx.Node, add: fx.Node) -> bool:
 
 def bypasses(problem: Problem) -> list[Bypass]:
     """Return, per network, the nodes that need not run because its layer is absent."""
-    bypassed: list[Bypass] = []
-    for absent in problem.absent:
-        silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
-        bypassed.append({n: (a.entry, n in a.carriers) for a in silent for n in a.nodes})
-    return bypassed
+    return [bypass_of(absent) for absent in problem.absent]
 
 
 def measure(

@@ -1,6 +1,7 @@
 """One depth for all networks: insert layers that do nothing, or remove layers."""
 
-from ._insert import AbsentLayer
+from ._adopt import adopt
+from ._insert import AbsentLayer, bypass_of
 from ._removal import (
     Gate,
     Responses,
@@ -21,7 +22,9 @@ __all__ = [
     "Gate",
     "Responses",
     "Shorten",
+    "adopt",
     "average_of_signs",
+    "bypass_of",
     "deepen",
     "fitted_line",
     "fitted_line_through_zero",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,25 @@ from torch import Tensor, fx, nn
 from .._progress import counted
 from ..errors import PassError
 from ..graph.passes import graph_pass
-from ..graph.state import add_part, part_at, replace_tensor, settle_sizes, tensor_at, tensors_of
+from ..graph.state import (
+    add_part,
+    hide,
+    is_hidden,
+    part_at,
+    replace_tensor,
+    settle_sizes,
+    tensor_at,
+    tensors_of,
+)
 from ..spaces.network import OPEN, Network
-from ._neutral import Insertion, LayerCopy, is_skip, make_neutral, no_neutral_form, renamed
+from ._neutral import (
+    Insertion,
+    LayerCopy,
+    NoNeutralForm,
+    is_skip,
+    make_neutral,
+    no_neutral_form,
+)
 
 STAMP = "inserted"  # key of the meta of inserted nodes, until the pass has returned
 
@@ -38,6 +54,9 @@ class AbsentLayer:
         whole: Whether it is a run of layers, of which only the last hands the value on.
         zeroed: Tensors that were set to zero so that a branch adds nothing. These values have a
             meaning, that the network adds nothing here; others in a neutral block have none.
+        name: What it is called where it was copied from.
+        passed: Why it is not neutral; empty if it is. A layer that is not neutral has to be passed
+            by: its values mean nothing, and the network has no say in it.
     """
 
     nodes: tuple[str, ...]
@@ -46,6 +65,8 @@ class AbsentLayer:
     joins: bool = False
     whole: bool = False
     zeroed: frozenset[str] = frozenset()
+    name: str = ""
+    passed: str = ""
 
     @property
     def inner(self) -> frozenset[str]:
@@ -55,26 +76,25 @@ class AbsentLayer:
     @property
     def foreign(self) -> frozenset[str]:
         """Nodes whose parameters have no meaning."""
-        return frozenset(self.nodes) if self.whole else self.inner
+        return frozenset(self.nodes) if self.whole or self.passed else self.inner
 
-    def renamed(self, names: Mapping[str, str], paths: Mapping[str, str]) -> AbsentLayer:
-        """Return the same layer in a graph that has other names.
+    @property
+    def mute(self) -> frozenset[str]:
+        """Nodes at which the network has no say in what a contraction gives."""
+        return frozenset(self.nodes) if self.passed else self.inner
 
-        Args:
-            names: Name of a node -> its new name.
-            paths: Path of a module or tensor -> its new path.
-        """
-        return replace(
-            self,
-            nodes=tuple(names[n] for n in self.nodes),
-            entry=names[self.entry],
-            carriers=tuple(names[n] for n in self.carriers),
-            zeroed=frozenset(renamed(tensor, paths) for tensor in self.zeroed),
-        )
+
+def bypass_of(absent: Sequence[AbsentLayer]) -> dict[str, tuple[str, bool]]:
+    """Return the nodes that need not run because their layers are absent, see `Bypass`."""
+    silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
+    return {n: (a.entry, n in a.carriers) for a in silent for n in a.nodes}
 
 
 def insert_layers(
-    network: Network, insertions: Sequence[Insertion], approximate: bool = False
+    network: Network,
+    insertions: Sequence[Insertion],
+    approximate: bool = False,
+    pass_by: bool = False,
 ) -> tuple[fx.GraphModule, tuple[AbsentLayer, ...]]:
     """Insert neutral layers into a copy of a network.
 
@@ -82,6 +102,7 @@ def insert_layers(
         network: The network; not modified.
         insertions: What to insert, in this order; several behind one node follow each other.
         approximate: Whether activations of the layers may change what they pass on.
+        pass_by: Whether to insert layers that have no neutral form too, to be passed by.
 
     Returns:
         The copy, or the network's own module if there is nothing to insert; and the new layers.
@@ -91,8 +112,8 @@ def insert_layers(
     """
     if not insertions:
         return network.module, ()
-    insert = graph_pass(keeps_function=not approximate)(insert_neutral_layers)
-    module = insert(network.module, network.example, network, insertions, approximate)
+    insert = graph_pass(keeps_function=not (approximate or pass_by))(insert_neutral_layers)
+    module = insert(network.module, network.example, network, insertions, approximate, pass_by)
     inserted: dict[AbsentLayer, None] = {}
     for node in module.graph.nodes:
         node.meta.pop("neutral_to", None)
@@ -102,7 +123,11 @@ def insert_layers(
 
 
 def insert_neutral_layers(
-    module: fx.GraphModule, network: Network, insertions: Sequence[Insertion], approximate: bool
+    module: fx.GraphModule,
+    network: Network,
+    insertions: Sequence[Insertion],
+    approximate: bool,
+    pass_by: bool,
 ) -> None:
     """Insert layers and stamp each of their nodes with its `AbsentLayer`; the body of the pass."""
     last: dict[str, fx.Node] = {}  # by node: the end of what was inserted behind it
@@ -111,7 +136,7 @@ def insert_neutral_layers(
         after = last.get(insertion.after)
         if after is None:
             after = next(n for n in module.graph.nodes if n.name == insertion.after)
-        last[insertion.after] = _insert(module, insertion, after, streams, approximate)
+        last[insertion.after] = _insert(module, insertion, after, streams, approximate, pass_by)
 
 
 def _insert(
@@ -120,6 +145,7 @@ def _insert(
     after: fx.Node,
     streams: Streams,
     approximate: bool,
+    pass_by: bool,
 ) -> fx.Node:
     """Insert one layer behind a node; return its last node."""
     layer, readers = insertion.layer, list(after.users)
@@ -133,21 +159,41 @@ def _insert(
     for reader in readers:
         reader.replace_input_with(after, last)
     last.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
-    joins, zeroed = _joins_units(insertion), frozenset[str]()
+    joins, zeroed, why = _joins_units(insertion), frozenset[str](), ""
     if joins:
         _leave_unread(module, insertion, streams)
     else:
-        zeroed = make_neutral(LayerCopy(insertion, width, module, paths), approximate)
+        try:
+            zeroed = make_neutral(LayerCopy(insertion, width, module, paths), approximate)
+        except NoNeutralForm as error:
+            if not pass_by or not _may_be_passed_by(insertion):
+                raise
+            why = error.why
     names = [copies[node].name for node in templates]
     first = 0  # index of the first node that holds the value
-    if layer.branched or insertion.parts:
+    if why:
+        first = names.index(last.name)
+    elif layer.branched or insertion.parts:
         first = names.index(copies[insertion.template.nodes[layer.merge]].name)
     stamp = AbsentLayer(
-        tuple(names), after.name, tuple(names[first:]), joins, bool(insertion.parts), zeroed
+        nodes=tuple(names),
+        entry=after.name,
+        carriers=tuple(names[first:]),
+        joins=joins,
+        whole=bool(insertion.parts),
+        zeroed=zeroed,
+        name=layer.name,
+        passed=why,
     )
     for node in templates:
         copies[node].meta[STAMP] = stamp
     return last
+
+
+def _may_be_passed_by(insertion: Insertion) -> bool:
+    """Tell whether a layer hands on a value of the form that it reads."""
+    layer, shapes = insertion.layer, insertion.template.shapes
+    return len(shapes[layer.entry]) == len(shapes[layer.nodes[-1]])
 
 
 def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
@@ -160,7 +206,7 @@ def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
             if node in needed or node.name == layer.entry:
                 continue
             if node.op == "placeholder":
-                raise no_neutral_form(layer, "it reads the network's input besides its entry")
+                raise no_neutral_form(layer.name, "it reads the network's input besides its entry")
             needed.add(node)
             waiting.append(node)
     return [n for n in insertion.template.nodes.values() if n in needed]
@@ -181,6 +227,8 @@ def _copy_node(
         if path not in paths:
             paths[path] = _free_path(module, path)
             add_part(module, paths[path], resized_copy(insertion, path, width))
+            if is_hidden(insertion.template.module, path):
+                hide(module, paths[path])
         copied.target = paths[path]
     return copied
 
@@ -403,6 +451,6 @@ def _leave_unread(module: fx.GraphModule, insertion: Insertion, streams: Streams
     layer, shapes = insertion.layer, insertion.template.shapes
     sizes = [(a, b) for a, b in zip(shapes[layer.entry], shapes[layer.merge]) if a != b]
     if len(sizes) != 1 or layer.nodes[-1] != layer.merge:
-        raise no_neutral_form(layer, "it changes its units again behind the join")
+        raise no_neutral_form(layer.name, "it changes its units again behind the join")
     if not streams.widen(module, insertion.after, sizes[0][1] - sizes[0][0]):
-        raise no_neutral_form(layer, "it adds units to a stream that cannot be widened")
+        raise no_neutral_form(layer.name, "it adds units to a stream that cannot be widened")

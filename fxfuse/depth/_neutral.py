@@ -102,27 +102,39 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
         _carry_through(copied)
         return zeroed
     if layer.branched:
-        zeroed = _zero_branch(copied)
+        zeroed = zero_branch(copied)
     else:
         _make_identity(copied)
     for name in layer.nodes[layer.nodes.index(layer.merge) + 1 :]:
         node = template.nodes[name]
         if template.is_activation(node) and not (approximate or changes_nothing(insertion, node)):
             raise no_neutral_form(
-                layer, f"activation '{name}' changes the values behind '{insertion.after}'"
+                layer.name, f"activation '{name}' changes the values behind '{insertion.after}'"
             )
         if template.is_norm(node):
-            _fill_norm(copied, node)
+            fill_norm(copied, node)
     return zeroed
 
 
-def no_neutral_form(layer: Layer, why: str) -> PassError:
+class NoNeutralForm(PassError):
+    """A layer that cannot be inserted so that it passes on what it reads."""
+
+    START = "a layer that has no neutral form: "
+
+    @property
+    def why(self) -> str:
+        """Why it cannot."""
+        return self.met.removeprefix(self.START)
+
+
+def no_neutral_form(name: str, why: str) -> NoNeutralForm:
     """Say that a layer cannot be inserted, and why."""
-    return PassError(
-        f"a layer that has no neutral form: {why}",
-        where=f"layer '{layer.name}'",
+    return NoNeutralForm(
+        NoNeutralForm.START + why,
+        where=f"layer '{name}'",
         expected="a plain layer behind an activation like its own, or a block around a skip",
-        do="give an alignment in which this layer is matched, or fuse networks of equal depth here",
+        do="remove the layers that not all networks have: "
+        "method=fxfuse.Method(balancing=fxfuse.depth.Shorten())",
     )
 
 
@@ -131,12 +143,12 @@ def no_neutral_form(layer: Layer, why: str) -> PassError:
 
 def _make_identity(copied: LayerCopy) -> None:
     layer = copied.insertion.layer
-    weight = _copy_inputs(copied, layer)
+    weight = copy_inputs(copied, layer)
     if weight.dim() == 2 and weight.shape[0] != weight.shape[1]:
-        raise no_neutral_form(layer, "its width changes")
+        raise no_neutral_form(layer.name, "its width changes")
 
 
-def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
+def copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     """Let the contraction of a plain layer copy its inputs; return its weight.
 
     Rows beyond the number of inputs write zeros.
@@ -148,12 +160,12 @@ def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     weight = copied[weights[0]].data
     convolutions = [s.geometry for s in template.contractions(layer.merge) if s.geometry]
     if len(weights) != 1 or len(convolutions) > 1:
-        raise no_neutral_form(layer, "several contractions in one step")
+        raise no_neutral_form(layer.name, "several contractions in one step")
     for conv in convolutions:
         sides = zip(conv.kernel, conv.padding, conv.dilation)
         centred = all(2 * p == d * (k - 1) for k, p, d in sides)
         if conv.transposed or set(conv.stride) != {1} or not centred:
-            raise no_neutral_form(layer, "its convolution changes the size or is not centred")
+            raise no_neutral_form(layer.name, "its convolution changes the size or is not centred")
     grouped = any(conv.grouping != "dense" for conv in convolutions)
     rows = torch.arange(weight.shape[0] if grouped else min(weight.shape[:2]))
     centre = tuple(k // 2 for k in weight.shape[2:])
@@ -162,12 +174,12 @@ def _copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     return weight
 
 
-def _fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: float = 0.0) -> None:
+def fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: float = 0.0) -> None:
     """Let a norm compute `scale * x + shift`."""
     insertion = copied.insertion
     roles = insertion.template.norms.get(node.name)
     if roles is None:
-        raise no_neutral_form(insertion.layer, f"norm '{node.name}' depends on its input")
+        raise no_neutral_form(insertion.layer.name, f"norm '{node.name}' depends on its input")
     for name, values in tensors_for(roles, scale, shift).items():
         copied.fill(name, values)
 
@@ -175,7 +187,7 @@ def _fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: floa
 # --- blocks -----------------------------------------------------------------------------------
 
 
-def _zero_branch(copied: LayerCopy) -> frozenset[str]:
+def zero_branch(copied: LayerCopy) -> frozenset[str]:
     """Set the last parameters of a block's branch to zero, and return their names.
 
     The block then adds nothing to its skip.
@@ -183,7 +195,9 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
     layer, template = copied.insertion.layer, copied.insertion.template
     merge, node = copied.insertion.template.nodes[layer.merge], _branch(copied.insertion, layer)
     if node is None or not template.adds(merge):
-        raise no_neutral_form(layer, f"'{merge.name}' is not the sum of a branch and the entry")
+        raise no_neutral_form(
+            layer.name, f"'{merge.name}' is not the sum of a branch and the entry"
+        )
     while True:
         writers = _last_writers(template, node)
         parameters = [name for name in writers if isinstance(copied[name], nn.Parameter)]
@@ -193,7 +207,7 @@ def _zero_branch(copied: LayerCopy) -> frozenset[str]:
             return frozenset(copied.name_of(name) for name in parameters)
         before = template.inputs_of(node)
         if not before or node.name == layer.entry:
-            raise no_neutral_form(layer, "its branch ends in nothing that can be set to zero")
+            raise no_neutral_form(layer.name, "its branch ends in nothing that can be set to zero")
         node = before[0]
 
 
@@ -244,16 +258,16 @@ def _carry_through(copied: LayerCopy) -> None:
         if layer.branched:
             _open_gate(copied, layer)
             continue
-        weight = _copy_inputs(copied, layer)
+        weight = copy_inputs(copied, layer)
         if weight.shape[0] < copied.width:
-            raise no_neutral_form(layer, "it is narrower than the stream it has to carry")
+            raise no_neutral_form(layer.name, "it is narrower than the stream it has to carry")
         behind = [insertion.template.nodes[n] for n in layer.nodes[1:]]
         behind = [n for n in behind if not template.is_idle(n)]
         activation = next((n for n in behind if template.is_activation(n)), None)
         centre, distance = (0.0, reach) if activation is None else _straight(insertion, activation)
         gain = (distance / reach) / scale
         if behind and template.is_norm(behind[0]):
-            _fill_norm(copied, behind[0], gain, centre - shift * gain)
+            fill_norm(copied, behind[0], gain, centre - shift * gain)
         else:
             _scale_and_shift(copied, layer, gain, centre - shift * gain)
         scale, shift = distance / reach, centre
@@ -270,7 +284,9 @@ def _scale_and_shift(copied: LayerCopy, layer: Layer, scale: float, shift: float
     names, weight = template.tensors[layer.merge], template.weights[layer.merge][0]
     if len(names) != 2:
         layer_as_a_whole = copied.insertion.layer
-        raise no_neutral_form(layer_as_a_whole, f"'{layer.name}' has neither a bias nor a norm")
+        raise no_neutral_form(
+            layer_as_a_whole.name, f"'{layer.name}' has neither a bias nor a norm"
+        )
     copied[weight].data.mul_(scale)
     copied.fill(next(n for n in names if n != weight), shift)
 
@@ -284,7 +300,9 @@ def _straight(insertion: Insertion, node: fx.Node) -> tuple[float, float]:
         bend, rise = float((y - line).abs().max()), float(y[-1] - y[0])
         if bend < 1e-6 * distance and rise > 0.1 * distance:
             return centre, distance
-    raise no_neutral_form(insertion.layer, f"activation '{node.name}' is nowhere a straight line")
+    raise no_neutral_form(
+        insertion.layer.name, f"activation '{node.name}' is nowhere a straight line"
+    )
 
 
 def _open_gate(copied: LayerCopy, layer: Layer) -> None:
@@ -292,12 +310,14 @@ def _open_gate(copied: LayerCopy, layer: Layer) -> None:
     insertion = copied.insertion
     template, node = insertion.template, _branch(insertion, layer)
     if node is None or not template.multiplies(layer.merge):
-        raise no_neutral_form(insertion.layer, f"'{layer.name}' is neither plain nor a gate")
+        raise no_neutral_form(insertion.layer.name, f"'{layer.name}' is neither plain nor a gate")
     while not template.weights.get(node.name):
         node = template.inputs_of(node)[0]
     writers = _last_writers(template, node)
     if len(writers) != 2:
-        raise no_neutral_form(insertion.layer, f"the gate '{layer.name}' has no bias to open it")
+        raise no_neutral_form(
+            insertion.layer.name, f"the gate '{layer.name}' has no bias to open it"
+        )
     for name in writers:
         copied.fill(name, 0.0 if name in template.weights[node.name] else SATURATED)
 

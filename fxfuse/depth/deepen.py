@@ -6,27 +6,26 @@ data; the other one, which removes layers, is `Shorten`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from .._progress import counted, part
-from ..alignment.layers import describe, partition
+from ..alignment.layers import partition
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
-from ..errors import ArgumentError, PairingError
-from ..graph.modes import Mode
-from ..graph.state import hide, is_hidden, order_like, part_at
+from ..calibration.run import run_past
+from ..errors import ArgumentError, NotEquivalent
 from ..graph.trace import run_once
-from ..graph.verify import require_equal
+from ..graph.verify import TOLERANCE, relative_error, require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
-from ._insert import AbsentLayer, insert_layers
-from ._neutral import Insertion, changes_nothing
+from ._adopt import adopt, with_room_for_biases
+from ._insert import AbsentLayer, bypass_of, insert_layers
+from ._nearly_neutral import make_nearly_neutral
+from ._neutral import Insertion, changes_nothing, no_neutral_form
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +53,9 @@ Balancing = Callable[[Sequence[Network], Alignment, Calibration], Balanced]
 class Deepen:
     """Inserts the layers that networks lack as neutral ones, so that no function changes.
 
+    A layer that has no neutral form is inserted all the same, and is passed by when its network
+    runs: the others alone have a say in it. `made_neutral` makes it nearly neutral.
+
     Attributes:
         approximate: Insert a layer also where its activation changes what it passes on, as the
             published codes do (an identity and a ReLU in front of the first layer clip the inputs).
@@ -77,7 +79,7 @@ class Deepen:
 
         Raises:
             ArgumentError: If the alignment is of other networks.
-            PassError: If a layer has no neutral form.
+            PassError: If a layer can be neither neutral nor passed by.
             PairingError: If the structures differ outside of their layers.
             NotEquivalent: If a network's function changed.
         """
@@ -86,11 +88,37 @@ class Deepen:
         balanced = insert_missing_layers(networks, alignment, deepest, self.approximate)
         if not self.approximate or data is None:
             return balanced
-        pairs = zip(networks, balanced.networks)
-        return replace(balanced, errors=tuple(relative_error_on(data, a, b) for a, b in pairs))
+        errors = []
+        for network, other, absent in zip(networks, balanced.networks, balanced.absent):
+            passed = bypass_of([x for x in absent if x.passed])
+            errors.append(relative_error_on(data, network, other, passed))
+        return replace(balanced, errors=tuple(errors))
 
 
 deepen = Deepen()
+
+
+def made_neutral(balanced: Balanced) -> Balanced:
+    """Return networks whose layers that were to be passed by compute next to nothing instead.
+
+    Args:
+        balanced: Networks of one structure; not modified.
+
+    Raises:
+        PassError: If a layer has no form that is near enough.
+    """
+    networks = []
+    for network, absent in zip(balanced.networks, balanced.absent):
+        neutral = make_nearly_neutral(network, absent)
+        passed = [x for x in absent if x.passed]
+        if passed:
+            wanted = run_past(network, network.example, bypass_of(passed))
+            given = run_once(neutral.module, network.example, network.name)
+            if relative_error(wanted, given) > TOLERANCE:
+                raise no_neutral_form(passed[0].name, passed[0].passed)
+        networks.append(neutral)
+    absent = (tuple(replace(x, passed="") for x in of_one) for of_one in balanced.absent)
+    return replace(balanced, networks=tuple(networks), absent=tuple(absent))
 
 
 def insert_missing_layers(
@@ -119,33 +147,49 @@ def insert_missing_layers(
     with part(0.0, 0.4):
         for k, network in counted(list(enumerate(networks))):
             insertions = _insertions(k, networks, layers, alignment)
-            deepened.append(insert_layers(network, insertions, approximate))
-    base = networks[skeleton]
-    with part(0.4, 0.5):
-        shape = Network.of(base.name, deepened[skeleton][0], base.example)
+            deepened.append(insert_layers(network, insertions, approximate, pass_by=True))
+    with part(0.4, 0.6):
+        whole = [
+            n if m is n.module else Network.of(n.name, m, n.example)
+            for n, (m, _) in counted(list(zip(networks, deepened)))
+        ]
+        others = [n for n in whole if n is not whole[skeleton]]
+        shape = with_room_for_biases(whole[skeleton], others)
     balanced, absent = [], []
-    with part(0.5, 1.0):
-        for network, (module, inserted) in counted(list(zip(networks, deepened))):
-            adopted = shape if module is shape.module else adopt(network, module, shape)
+    with part(0.6, 1.0):
+        jobs = list(zip(networks, whole, deepened))
+        for network, given, (_, inserted) in counted(jobs):
+            adopted, layers_there = shape, inserted
+            if given is not whole[skeleton]:
+                adopted, layers_there = adopt(given, shape, inserted)
             if not approximate:
-                label = f"balancing {network.name}"
-                require_equal(network.module, adopted.module, network.example, label)
+                _require_equal(network, adopted, layers_there)
             balanced.append(adopted)
-            absent.append(_renamed(inserted, module, adopted.module))
+            absent.append(layers_there)
     if approximate:  # as in the published codes, an identity layer is a layer like others
-        absent = [tuple(x for x in inserted if x.inner) for inserted in absent]
+        absent = [tuple(x for x in there if x.inner or x.passed) for there in absent]
     return Balanced(tuple(balanced), tuple(absent), (0.0,) * len(networks))
 
 
-def _renamed(
-    layers: Sequence[AbsentLayer], module: fx.GraphModule, adopted: fx.GraphModule
-) -> tuple[AbsentLayer, ...]:
-    """Return inserted layers by the names of the graph that the network has adopted."""
-    pairs = list(zip(module.graph.nodes, adopted.graph.nodes))
-    names = {old.name: new.name for old, new in pairs}
-    used = [(old, new) for old, new in pairs if old.op in ("call_module", "get_attr")]
-    paths = {str(old.target): str(new.target) for old, new in used if old.op == new.op}
-    return tuple(layer.renamed(names, paths) for layer in layers)
+def _require_equal(network: Network, adopted: Network, absent: Sequence[AbsentLayer]) -> None:
+    """Compare a network with what it has become, where layers that do something are passed by."""
+    passed = [layer for layer in absent if layer.passed]
+    for layer in passed:
+        if adopted.shapes[layer.entry] != adopted.shapes[layer.carriers[-1]]:
+            raise no_neutral_form(layer.name, "what it hands on is of another shape")
+    label = f"balancing {network.name}"
+    if not passed:
+        require_equal(network.module, adopted.module, network.example, label)
+        return
+    outputs = run_past(adopted, network.example, bypass_of(passed))
+    error = relative_error(run_once(network.module, network.example, label), outputs)
+    if error > TOLERANCE:
+        raise NotEquivalent(
+            f"outputs that differ by {error:.2e} relative",
+            where=f"{label}; passing by {', '.join(x.name for x in passed)}",
+            expected=f"at most {TOLERANCE:.0e}",
+            do="report it with the two networks; your models were not changed",
+        )
 
 
 # --- which layers go where --------------------------------------------------------------------
@@ -288,83 +332,3 @@ def _settings(network: Network, layer: Layer) -> list[object]:
     nodes = [n for n in network.module.graph.nodes if n.name in layer.nodes]
     arguments = [x for node in nodes for x in tree_leaves((node.args, node.kwargs))]
     return [x for x in arguments if not isinstance(x, fx.Node)]
-
-
-# --- one graph for all ------------------------------------------------------------------------
-
-
-def adopt(network: Network, module: fx.GraphModule, shape: Network) -> Network:
-    """Give a network the graph and the names of another network of its structure.
-
-    Args:
-        network: The network; not modified.
-        module: Its graph module as it is now.
-        shape: The network whose graph and names it takes.
-
-    Raises:
-        PairingError: If the structures differ.
-    """
-    nodes, wanted = list(module.graph.nodes), list(shape.module.graph.nodes)
-    members: dict[str, object] = {}  # modules and tensors by their new paths
-    new_to_old: dict[str, str] = {}
-    old_to_new: dict[str, str] = {}
-    for i, (node, other) in enumerate(zip(nodes, wanted)):
-        if other.op not in ("call_module", "get_attr"):
-            continue
-        new, old = str(other.target), str(node.target)
-        if node.op != other.op:  # spelled as a function here: a module without weights will do
-            members[new] = copy.deepcopy(part_at(shape.module, new))
-            continue
-        members[new] = part_at(module, old)
-        used_alike = new_to_old.setdefault(new, old) == old
-        used_alike &= old_to_new.setdefault(old, new) == new
-        if not used_alike and not isinstance(members[new], Mode):
-            raise _structures_differ(network, shape, i, node, other)
-    if len(nodes) != len(wanted):
-        i = next((i for i, (a, b) in enumerate(zip(nodes, wanted)) if a.op != b.op), 0)
-        raise _structures_differ(network, shape, i, nodes[i], wanted[i])
-    graph = copy.deepcopy(shape.module.graph)
-    for node, copied in zip(nodes, graph.nodes):
-        _copy_literals(node, copied)
-    module = fx.GraphModule(members, graph, type(module).__name__).eval()
-    order_like(module, shape.module)
-    for path in members:
-        if is_hidden(shape.module, path):
-            hide(module, path)
-    run_once(module, network.example, f"{network.name} with the graph of {shape.name}")
-    adopted = Network.of(network.name, module, network.example)
-    for i, (node, other) in enumerate(zip(module.graph.nodes, wanted)):
-        if describe(adopted, node) != describe(shape, other):
-            raise _structures_differ(network, shape, i, nodes[i], other)
-    return adopted
-
-
-def _copy_literals(node: fx.Node, into: fx.Node) -> None:
-    """Copy the literal arguments of a node (sizes, rates), if both do the same."""
-    if (node.op, len(node.args), [*node.kwargs]) != (into.op, len(into.args), [*into.kwargs]):
-        return
-    (leaves, layout), (other_leaves, other_layout) = (
-        tree_flatten((n.args, n.kwargs), lambda x: isinstance(x, fx.Node)) for n in (node, into)
-    )
-    if (node.op == "call_module" or node.target == into.target) and layout == other_layout:
-        mixed = [_literal(a, b) for a, b in zip(leaves, other_leaves)]
-        into.args, into.kwargs = tree_unflatten(mixed, other_layout)
-
-
-def _literal(argument: Any, other: Any) -> Any:
-    """Return an argument if it and the other are literals, the other if not; also in slices."""
-    if isinstance(argument, slice) and isinstance(other, slice):
-        ends = (argument.start, argument.stop, argument.step), (other.start, other.stop, other.step)
-        return slice(*(_literal(a, b) for a, b in zip(*ends)))
-    return other if isinstance(argument, fx.Node) or isinstance(other, fx.Node) else argument
-
-
-def _structures_differ(
-    network: Network, shape: Network, at: int, node: fx.Node, other: fx.Node
-) -> PairingError:
-    return PairingError(
-        "structures that differ outside of their aligned layers",
-        where=f"node {at}: '{node.name}' of {network.name} against '{other.name}' of {shape.name}",
-        expected="the same steps (pooling, flattening, dropout, shared modules) around the layers",
-        do="fuse networks of one family, written in the same way",
-    )

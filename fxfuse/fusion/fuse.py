@@ -23,7 +23,7 @@ from ..coupling.mixing import Couplings
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
-from ..depth.deepen import Balanced, Balancing, deepen
+from ..depth.deepen import Balanced, Balancing, deepen, made_neutral
 from ..errors import ArgumentError
 from ..graph.names import with_given_names
 from ..graph.trace import as_given, copy_modes, copy_precision, without_autocast
@@ -513,7 +513,7 @@ def balance(
     method, clock = _chosen(method), Clock(progress)
     networks, calibration = prepare(models, data, clock)
     alignment = alignment or _aligned(networks, calibration, method, clock)
-    balanced = _balanced(networks, alignment, calibration, method, clock)
+    balanced = made_neutral(_balanced(networks, alignment, calibration, method, clock))
     pairs = zip(balanced.networks, models)
     return [as_given(model, n.module) for n, model in pairs]
 

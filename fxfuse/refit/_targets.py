@@ -343,7 +343,7 @@ class Targets:
     def __init__(self, couplings: Couplings) -> None:
         self.couplings = couplings
         self.problem = problem = couplings.problem
-        self.inner = [{n for a in absent for n in a.inner} for absent in problem.absent]
+        self.mute = [{n for a in absent for n in a.mute} for absent in problem.absent]
         self.bypasses = bypasses(problem)
         self.outputs = _behind_contractions(problem.structure)
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
@@ -401,8 +401,8 @@ class Targets:
         """Return each network's share in the target; equal ones if those with a share lack it."""
         last = node in self.outputs
         weights = self.problem.output_weights if last else self.problem.weights
-        lacks = zip(self.inner, self.problem.lacking)
-        absent = [node in inner and weight in tensors for inner, tensors in lacks]
+        lacks = zip(self.mute, self.problem.lacking)
+        absent = [node in mute and weight in tensors for mute, tensors in lacks]
         shares = [0.0 if gone else w for gone, w in zip(absent, weights)]
         if any(v is not None and s > 0 for v, s in zip(values, shares)):
             return shares

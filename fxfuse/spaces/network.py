@@ -267,6 +267,14 @@ class Network:
         """Return the operators of a node that sum products, as convolutions do."""
         return [step for step in self.steps(node) if Property.CONTRACTS in step.properties]
 
+    def form(self, node: fx.Node | str) -> str:
+        """Return what a node does, whatever its widths and spelling, with a bias or without."""
+        steps, name = self.steps(node), node if isinstance(node, str) else node.name
+        if len(self.contractions(node)) != 1 or not self.weights.get(name):
+            return repr(steps)
+        beside = Property.ADDS | Property.MOVES  # adds the bias, arranges the operands
+        return repr([(s.word or s.name, s.settings) for s in steps if not s.properties & beside])
+
     def adds(self, node: fx.Node | str) -> bool:
         """Tell whether a node only adds."""
         return self._only(node, Property.ADDS)
@@ -307,6 +315,12 @@ class Network:
     def is_idle(self, node: fx.Node) -> bool:
         """Tell whether a node does nothing in eval mode, as dropout does."""
         return not self.steps(node) and node.op not in ("placeholder", "get_attr", "output")
+
+    def hands_on(self, node: fx.Node) -> bool:
+        """Tell whether a node hands on its one input as it is, in eval mode."""
+        inputs = self.inputs_of(node)
+        alone = self.is_idle(node) and len(inputs) == 1 and bool(self.shapes.get(node.name))
+        return alone and self.shapes[node.name] == self.shapes.get(inputs[0].name)
 
     def _only(self, node: fx.Node | str, properties: Property) -> bool:
         """Tell whether a node does something, and only what has one of some properties."""

@@ -26,6 +26,8 @@ from ._rules import Op
 Rule = Callable[[LabelRun, Op], "Labels | list[Labels]"]
 Settings = Callable[[Op], tuple[Any, ...]]
 
+REST = ("rest",)  # of a reduction over all axes but the first two, however it is laid out
+
 
 def none(op: Op) -> tuple[Any, ...]:
     """No settings: they scale with widths, or the shapes of the values tell them."""
@@ -35,6 +37,12 @@ def none(op: Op) -> tuple[Any, ...]:
 def axes(op: Op) -> tuple[Any, ...]:
     """The axes along which the operator works."""
     return op.dims(op.tensors[0].dim())
+
+
+def reduced(op: Op) -> tuple[Any, ...]:
+    """The axes that a reduction runs over; `REST` if they are all but the first two."""
+    rank, dims = op.tensors[0].dim(), axes(op)
+    return REST if rank > 2 and sorted(dims) == [*range(2, rank)] else dims
 
 
 def numbers(op: Op) -> tuple[Any, ...]:
@@ -86,8 +94,9 @@ UNKNOWN = Operator(rules.unknown, P.NONE, numbers)
 OPERATORS: dict[str, Operator] = {
     # --- values go elsewhere
     **_rows("view _unsafe_view _reshape_alias reshape t", rules.move, P.MOVES | P.SILENT),
-    **_rows("permute transpose movedim expand select slice split squeeze", rules.move, P.MOVES),
-    **_rows("split_with_sizes chunk unbind unsqueeze flip roll", rules.move, P.MOVES),
+    **_rows("squeeze unsqueeze", rules.move, P.MOVES | P.SILENT),
+    **_rows("permute transpose movedim expand select slice split", rules.move, P.MOVES),
+    **_rows("split_with_sizes chunk unbind flip roll", rules.move, P.MOVES),
     **_rows("repeat", rules.move, P.MOVES | P.REPEATS),
     **_rows("unsafe_split unsafe_split_with_sizes unsafe_chunk rot90", rules.move, P.MOVES),
     **_rows("narrow index_select constant_pad_nd unfold flatten tile", rules.move, P.MOVES),
@@ -150,13 +159,13 @@ OPERATORS: dict[str, Operator] = {
     **_rows("binary_cross_entropy binary_cross_entropy_with_logits", rules.loss, P.NONE, numbers),
     **_rows("glu", rules.glu, P.NONE, numbers),
     # --- along an axis
-    **_rows("mean sum amax amin var std var_mean std_mean norm", along.reduction, P.NONE, axes),
-    **_rows("prod linalg_vector_norm logsumexp nansum any all", along.reduction, P.NONE, axes),
+    **_rows("mean sum amax amin var std var_mean std_mean norm", along.reduction, P.NONE, reduced),
+    **_rows("prod linalg_vector_norm logsumexp nansum any all", along.reduction, P.NONE, reduced),
     **_rows("max min median nanmedian mode aminmax", along.ranked, P.NONE, numbers),
     **_rows("sort topk kthvalue", along.ranked, P.NONE, numbers),
     **_rows("argmax argmin argsort", along.ordered, P.NONE, numbers),
     **_rows("cumsum cumprod logcumsumexp cummax cummin", along.ordered, P.NONE, numbers),
-    **_rows("count_nonzero", along.reduction, P.NONE, axes),
+    **_rows("count_nonzero", along.reduction, P.NONE, reduced),
     **_rows("tril triu linalg_cross _fft_r2c _fft_c2r _fft_c2c", along.beside, P.NONE, numbers),
     **_rows("_softmax _log_softmax _safe_softmax", along.softmax, P.NONE, axes),
     # --- pooling and resampling
@@ -275,7 +284,18 @@ def _note(
 
 def _step(op: Op, operator: Operator) -> Step:
     settings = operator.settings(op)
-    return Step(op.name, settings, operator.properties, _word(op, operator, settings))
+    word = _word(op, operator, settings)
+    if P.RESAMPLES in operator.properties and _pools_to_one(op):
+        name = "mean" if "avg" in op.name else "amax"
+        return Step(name, REST, operator.properties, word)
+    return Step(op.name, settings, operator.properties, word)
+
+
+def _pools_to_one(op: Op) -> bool:
+    """Tell whether a pooling leaves one value of each channel, and so is a plain reduction."""
+    out = next(t for t in tree_leaves(op.out) if isinstance(t, Tensor))
+    pads = any(tree_leaves(op["padding"] or ()))
+    return "pool" in op.name and not pads and out.dim() > 2 and set(out.shape[2:]) == {1}
 
 
 def _word(op: Op, operator: Operator, settings: tuple[Any, ...]) -> str:

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from .._checked import checked
 from ..calibration.data import analyse
-from ..depth.deepen import adopt
+from ..depth import adopt
 from ..errors import ArgumentError
 from ..graph.inputs import Example
 from ..graph.trace import as_given, without_autocast
@@ -169,7 +169,7 @@ def narrow(
 def _with_graph_of(other: Network, network: Network) -> Network:
     """Return a network with the graph and the names of another one of its structure."""
     names = [[(n.name, n.target) for n in x.module.graph.nodes] for x in (network, other)]
-    return network if names[0] == names[1] else adopt(network, network.module, other)
+    return network if names[0] == names[1] else adopt(network, other)[0]
 
 
 def _with_scaled_widths(

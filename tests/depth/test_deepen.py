@@ -215,11 +215,12 @@ def test_an_expanding_layer_behind_a_linear_one_is_refused_naming_it():
     assert caught.value.where == "layer '1.0'"
 
 
-def test_dropout_behind_one_layer_alone_makes_another_structure():
+def test_dropout_behind_one_layer_alone_does_not_count():
     spelled = mlp(6, 5, 5, 3)
     dropping = nn.Sequential(*spelled[:4], nn.Dropout(), spelled[4])
-    with pytest.raises(PairingError):
-        balanced(dropping, mlp(6, 5, 5, 3))
+    for nets in (dropping, mlp(6, 5, 5, 3)), (mlp(6, 8, 5, 5, 3), dropping):
+        before, after = balanced(*nets)
+        assert_same_structure_and_functions(before, after, VECTORS)
 
 
 def test_averaging_and_maximum_pooling_are_not_the_same_structure():

@@ -19,7 +19,7 @@ from fxfuse.depth.deepen import deepen
 from fxfuse.depth.shorten import Shorten
 from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion.fuse import Method
-from tests.support.nets import Pooled, Tokens, conv, gap, mlp, outputs, randomise, residual, stages
+from tests.support.nets import Pooled, conv, gap, mlp, outputs, randomise, residual, stages
 from tests.support.pairs import PAIRS, networks
 from tests.support.tolerances import FUNCTION
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
@@ -233,19 +233,12 @@ def test_structures_that_differ_once_layers_are_gone_are_refused():
 
 
 def test_layers_of_different_kinds_in_one_slot_are_refused_though_they_have_one_name():
-    """The norm behind the last block is part of it."""
-    nets = networks(Tokens(8, 2, 12, 2), Tokens(8, 2, 12, 1), data=IMAGES)
-    alignment = align_networks(nets, Calibration(IMAGES))
-    at = next(i for i, s in enumerate(alignment.segments) if len(s.slots[0]) == 4)
-    deep, shallow = alignment.segments[at].slots
-    by_hand = dataclasses.replace(
-        alignment.segments[at], slots=(deep, (shallow[0], shallow[3], None, None))
-    )
-    segments = (*alignment.segments[:at], by_hand, *alignment.segments[at + 1 :])
-    wrong = dataclasses.replace(alignment, segments=segments)
-    assert deep[1] == shallow[3]
+    alignment = align_networks(networks(mlp(6, 8, 8, 3), mlp(6, 8, 8, 3)), Calibration(VECTORS))
+    other = mlp(6, 8, 8, 3)
+    other[3] = nn.GELU()
+    nets = networks(mlp(6, 8, 8, 3), other)
     with pytest.raises(ArgumentError, match="different kinds in one slot"):
-        Shorten()(nets, wrong, Calibration(IMAGES))
+        Shorten()(nets, alignment, Calibration(VECTORS))
 
 
 # --- against the paper's code ---------------------------------------------------------------------
