@@ -408,8 +408,9 @@ class _Tensors:
         part = copy.deepcopy(theirs, memo)
         for module, old in zip(part.modules(), theirs.modules()):
             settle_sizes(module)
-            if isinstance(module, nn.modules.conv._ConvNd) and 1 < old.groups == len(old.weight):
-                module.groups = len(module.weight)  # depthwise
+            pair: tuple[Any, Any] = (module, old)
+            if isinstance(old, nn.modules.conv._ConvNd) and 1 < old.groups == len(old.weight):
+                pair[0].groups = len(pair[0].weight)  # depthwise
                 settle_sizes(module)
         return part
 
@@ -428,8 +429,8 @@ class _Tensors:
 
 
 def _named_tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
-    every = {"remove_duplicate": False}
-    return [*part.named_parameters(**every), *part.named_buffers(**every)]
+    parameters = part.named_parameters(remove_duplicate=False)
+    return [*parameters, *part.named_buffers(remove_duplicate=False)]
 
 
 # --- literals -------------------------------------------------------------------------------------

@@ -88,10 +88,9 @@ def _move_affine_part(network: Network, inserted: AbsentLayer, layer: Layer) -> 
     if not alike or len(tensors[0]) != len(tensors[1]) or not readers <= {*layer.nodes}:
         raise no_neutral_form(inserted.name, inserted.passed)
     zero_branch(_copy_of(network, layer))
-    values = [tensor_at(network.module, name).detach().clone() for name in tensors[0]]
-    for names, given in zip(tensors, ([1.0, 0.0], values)):
-        for name, value in zip(names, given):
-            fill(network.module, name, value)
+    for name, other, neutral in zip(*tensors, (1.0, 0.0)):
+        fill(network.module, other, tensor_at(network.module, name).detach().clone())
+        fill(network.module, name, neutral)
 
 
 # --- plain layers ---------------------------------------------------------------------------------
@@ -132,8 +131,7 @@ def _slope(
     slope = float((values[-1] - values[0]) / (signal[-1] - signal[0]))
     bend = float((values - slope * signal).abs().max())
     if not slope or bend > TOLERANCE * abs(slope) * float(signal[-1]):
-        why = f"activation '{node.name}' has no slope at zero, or two, or is not zero there"
-        raise no_neutral_form(inserted.name, why)
+        raise no_neutral_form(inserted.name, inserted.passed)  # no slope at zero, or no zero
     return slope
 
 

@@ -117,8 +117,8 @@ def made_neutral(balanced: Balanced) -> Balanced:
             if relative_error(wanted, given) > TOLERANCE:
                 raise no_neutral_form(passed[0].name, passed[0].passed)
         networks.append(neutral)
-    absent = (tuple(replace(x, passed="") for x in of_one) for of_one in balanced.absent)
-    return replace(balanced, networks=tuple(networks), absent=tuple(absent))
+    all_absent = (tuple(replace(x, passed="") for x in of_one) for of_one in balanced.absent)
+    return replace(balanced, networks=tuple(networks), absent=tuple(all_absent))
 
 
 def insert_missing_layers(

@@ -65,6 +65,10 @@ class Rows(Aligner):
         return self.rows
 
 
+def mixed(act):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), act(), Pooled(4, 3))
+
+
 def paired(*nets):
     traced = networks(*nets, data=FEW_IMAGES)
     return [group.segments for group in pair_segments(traced, [partition(n) for n in traced])]
@@ -95,7 +99,7 @@ def test_segments_that_alternate_differently_are_not_split():
         (lambda: residual((4, 2)), lambda: stages([4, 4], [4]), 2),
         (lambda: residual((4, 1), (4, 1)), lambda: residual((4, 1)), 2),
         (lambda: stages([4], hidden=(7,)), lambda: stages([4]), 2),
-        (lambda: stages([4], norm=True), lambda: stages([4], norm=False), 1),
+        (lambda: mixed(nn.ReLU), lambda: mixed(nn.GELU), 1),
     ],
 )
 def test_networks_that_do_not_pair_are_listed_side_by_side_with_the_first_difference(a, b, segment):

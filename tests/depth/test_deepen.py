@@ -156,8 +156,8 @@ def test_alignments_by_hand_are_followed():
         hand = dataclasses.replace(hidden, slots=(hidden.slots[0], row))
         alignment = Alignment((hand, last), ("net 0", "net 1"))
         if row[0] is None:
-            with pytest.raises(PassError, match="no neutral form"):
-                deepen(originals, alignment)
+            (first,) = deepen(originals, alignment).absent[1]
+            assert "changes the values" in first.passed, "the inputs are not rectified"
             continue
         after = deepen(originals, alignment)
         assert_same_structure_and_functions(originals, after, VECTORS)
@@ -194,25 +194,92 @@ def test_an_alignment_of_another_number_of_networks_is_refused():
         deepen(originals, alignment)
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- layers that are passed by --------------------------------------------------------------------
+
+SMOOTH, BENT = [nn.SiLU, nn.GELU, nn.Tanh, nn.ELU, nn.Mish], [nn.LeakyReLU, nn.SELU, nn.Sigmoid]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_an_activation_that_is_not_idempotent_is_refused_naming_the_layer(swapped):
-    nets = [mlp(6, 8, 8, 8, 3, act=nn.GELU), mlp(6, 5, 3, act=nn.GELU)]
+@pytest.mark.parametrize("act", SMOOTH + BENT)
+def test_layers_without_a_neutral_form_are_passed_by(act, swapped):
+    nets = [randomise(mlp(6, 8, 8, 8, 3, act=act)), randomise(mlp(6, 5, 3, act=act), 1)]
+    nets = nets[::-1] if swapped else nets
+    _, after = balanced(*nets)
+    deep, shallow = (after.absent[k] for k in (int(swapped), 1 - int(swapped)))
+    assert not deep and [x.name for x in shallow] == ["2", "4"]
+    assert all("changes the values" in x.passed for x in shallow)
+    assert all(x.carriers == x.nodes[-1:] and x.mute == {*x.nodes} for x in shallow)
+    fused = fxfuse.fuse(nets, VECTORS, weights=[1 - swapped, swapped])
+    assert gap(nets[int(swapped)], fused, VECTORS) <= FUNCTION
+
+
+@pytest.mark.parametrize("act", SMOOTH)
+@pytest.mark.parametrize("norm", [False, True])
+def test_balance_gives_smooth_activations_a_small_signal(act, norm):
+    nets = [mlp(6, *widths, 3, act=act, norm=norm) for widths in ((8, 8, 8), (5,))]
+    nets = [randomise(net, seed) for seed, net in enumerate(nets)]
+    x = 3 * VECTORS
+    first, second = fxfuse.balance(nets, x)
+    assert gap(nets[0], first, x) == 0 and gap(nets[1], second, x) <= FUNCTION / 2
+    assert gap(nets[1], second, 3 * x) <= FUNCTION
+
+
+@pytest.mark.parametrize("act", BENT)
+def test_balance_refuses_what_has_no_slope_at_zero_and_its_advice_works(act):
+    nets = [randomise(mlp(6, 8, 8, 3, act=act)), randomise(mlp(6, 5, 3, act=act), 1)]
     with pytest.raises(PassError, match="no neutral form") as caught:
-        balanced(*(nets[::-1] if swapped else nets))
+        fxfuse.balance(nets, VECTORS)
     assert caught.value.where == "layer '2'"
+    assert "fxfuse.Method(balancing=fxfuse.depth.Shorten())" in caught.value.do
+    method = fxfuse.Method(balancing=fxfuse.depth.Shorten())
+    shorter = fxfuse.balance(nets, VECTORS, method=method)
+    assert gap(nets[1], shorter[1], VECTORS) <= FUNCTION
 
 
-def test_an_expanding_layer_behind_a_linear_one_is_refused_naming_it():
-    def net(expansions):
-        hidden = [conv(4, 4) for _ in range(expansions)]
-        return nn.Sequential(conv(3, 4, act=False), *hidden, conv(4, 4, act=False), Pooled(4, 3))
+class PostNorm(nn.Module):
+    def __init__(self, width, norm):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(width, 7), nn.Linear(7, width), norm(width)
 
-    with pytest.raises(PassError, match="changes the values behind") as caught:
-        balanced(net(2), net(0), data=IMAGES)
-    assert caught.value.where == "layer '1.0'"
+    def forward(self, x):
+        return self.norm(x + self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, lambda w: nn.GroupNorm(2, w)])
+def test_blocks_with_a_norm_behind_are_passed_by_and_balance_moves_its_affine_part(norm):
+    def net(width, depth, seed):
+        blocks = [PostNorm(width, norm) for _ in range(depth)]
+        return randomise(nn.Sequential(nn.Linear(6, width), *blocks, nn.Linear(width, 3)), seed)
+
+    nets = [net(8, 4, 0), net(6, 2, 1)]
+    first, second = fxfuse.balance(nets, VECTORS)
+    assert gap(nets[0], first, VECTORS) == 0 and gap(nets[1], second, VECTORS) <= FUNCTION
+    fused = fxfuse.fuse(nets, VECTORS, weights=[1, 0])
+    assert gap(nets[0], fused, VECTORS) <= FUNCTION
+
+
+@pytest.mark.parametrize("norm", [None, lambda w: nn.GroupNorm(2, w)])
+def test_a_deepened_copy_of_a_smooth_network_folds_back(norm):
+    def net(*widths):
+        parts = [nn.Conv2d(3, widths[0], 3, padding=1), nn.SiLU()]
+        for i, o in zip(widths, widths[1:]):
+            parts += [nn.Conv2d(i, o, 3, padding=1), *([norm(o)] if norm else []), nn.SiLU()]
+        return nn.Sequential(*parts, Pooled(widths[-1], 3))
+
+    x = torch.randn(64, 3, 8, 8)
+    small, deep = randomise(net(4, 4)), randomise(net(6, 6, 6), 1)
+    if norm is None:
+        deep = fxfuse.net2deeper(small, deep, x)
+        fused = fxfuse.fuse([deep, fxfuse.permute(small, x[:2], seed=3)], x)
+        assert gap(small, fused, x) <= FUNCTION
+    else:
+        with pytest.raises(PassError, match="depends on its input"):
+            fxfuse.net2deeper(small, deep, x)
+    fused = fxfuse.fuse([deep, small], x)
+    assert fused.state_dict().keys() == deep.state_dict().keys()
+
+
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_dropout_behind_one_layer_alone_does_not_count():

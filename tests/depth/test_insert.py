@@ -54,7 +54,10 @@ def test_several_insertions_behind_one_node_follow_each_other_in_order():
     ]
     names = tuple(n.name for n in new_nodes(into, edited))
     first, second = names[:2], names[2:]
-    assert layers == (AbsentLayer(first, "_1", first), AbsentLayer(second, first[1], second))
+    assert layers == (
+        AbsentLayer(first, "_1", first, name="2"),
+        AbsentLayer(second, first[1], second, name="4"),
+    )
     assert gap(into.module, edited, VECTORS) <= FUNCTION
 
 

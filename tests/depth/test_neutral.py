@@ -440,10 +440,9 @@ def test_all_weight_on_the_network_that_has_the_run_gives_its_function():
     assert gap(nets[0], fused, BATCH) <= FUNCTION
 
 
-@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh])
-def test_activations_without_a_straight_line_are_refused(act):
+def test_activations_without_a_straight_line_are_refused():
     with pytest.raises(PassError, match="nowhere a straight line"):
-        fxfuse.balance(pair(act), BATCH)
+        fxfuse.balance(pair(nn.Sigmoid), BATCH)
 
 
 def test_a_run_narrower_than_the_stream_is_refused():

@@ -520,7 +520,6 @@ SENSELESS = {
         PassError,
         "no rectifier",
     ),
-    "deepening behind what is not idempotent": (TANHS, dict, PassError, "no neutral form"),
     "removing what everything later reads": (
         DENSE,
         lambda: by(balancing=Shorten()),
