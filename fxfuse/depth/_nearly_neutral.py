@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from ..alignment.layers import partition
 from ..calibration.run import record
+from ..graph.compare import TOLERANCE
 from ..graph.state import fill, tensor_at, tensors_of
-from ..graph.verify import TOLERANCE
 from ..ir import Layer
 from ..spaces.network import Network
 from ._insert import AbsentLayer

@@ -18,8 +18,9 @@ from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..calibration.run import run_past
 from ..errors import ArgumentError, NotEquivalent
+from ..graph.compare import TOLERANCE, relative_error
 from ..graph.trace import run_once
-from ..graph.verify import TOLERANCE, relative_error, require_equal
+from ..graph.verify import require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
 from ._adopt import adopt, with_room_for_biases
