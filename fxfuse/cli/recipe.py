@@ -77,13 +77,17 @@ class HeadsChoice:
 
     Attributes:
         kind: `separate` for a head of each model, `union` for one with the labels of all.
-        after: The layer behind which the models are cut.
+        after: The layer behind which the models are cut, or `auto`.
         labels: Of `union`, the labels of each model's outputs, in order.
+        multiply_adds: With `auto`, how many the result may take, relative to the anchor.
+        parameters: With `auto`, how many it may have, relative to the anchor.
     """
 
     kind: str
     after: str | None = None
     labels: tuple[tuple[str | int, ...], ...] = ()
+    multiply_adds: float = float("inf")
+    parameters: float = float("inf")
 
     def heads(self) -> Heads:
         """Return the heads that `fuse` takes.
@@ -91,10 +95,11 @@ class HeadsChoice:
         Raises:
             ArgumentError: If there is no such kind, or labels are given that nobody needs.
         """
+        limits = {"multiply_adds": self.multiply_adds, "parameters": self.parameters}
         if self.kind == "separate" and not self.labels:
-            return Separate(after=self.after)
+            return Separate(after=self.after, **limits)
         if self.kind == "union":
-            return Union(labels=self.labels, after=self.after)
+            return Union(labels=self.labels, after=self.after, **limits)
         raise ArgumentError(
             f"heads of the kind '{self.kind}'" + " with labels" * bool(self.labels),
             where="the recipe, heads",

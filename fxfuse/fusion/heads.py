@@ -357,8 +357,8 @@ class Separate:
             that the next two allow, the costliest three are tried, and the one whose heads come
             nearest to their networks on samples held out is taken.
         multiply_adds: With "auto", how many multiply-adds the result may take at most, relative to
-            the anchor. At 1, it can be cut just before the last layer at the earliest; at the sum
-            of all networks, anywhere.
+            the anchor. At 1 nothing but the last layer is apart; the networks side by side take
+            the sum of theirs.
         parameters: With "auto", how many parameters it may have at most, relative to the anchor.
 
     Example:

@@ -128,6 +128,8 @@ def test_the_example_is_a_recipe(run, folder):
 
 def test_heads_are_those_of_fuse(run, folder):
     assert HeadsChoice("separate", "0").heads() == Separate(after="0")
+    chosen = HeadsChoice("separate", "auto", multiply_adds=1.3, parameters=2.0).heads()
+    assert chosen == Separate(after="auto", multiply_adds=1.3, parameters=2.0)
     labels = ((0, 1, 2), (2, 3, 4))
     assert HeadsChoice("union", labels=labels).heads() == Union(labels=labels)
     with pytest.raises(ArgumentError, match="heads of the kind"):
