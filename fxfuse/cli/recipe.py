@@ -95,11 +95,15 @@ class HeadsChoice:
         Raises:
             ArgumentError: If there is no such kind, or labels are given that nobody needs.
         """
-        limits = {"multiply_adds": self.multiply_adds, "parameters": self.parameters}
         if self.kind == "separate" and not self.labels:
-            return Separate(after=self.after, **limits)
+            return Separate(self.after, self.multiply_adds, self.parameters)
         if self.kind == "union":
-            return Union(labels=self.labels, after=self.after, **limits)
+            return Union(
+                labels=self.labels,
+                after=self.after,
+                multiply_adds=self.multiply_adds,
+                parameters=self.parameters,
+            )
         raise ArgumentError(
             f"heads of the kind '{self.kind}'" + " with labels" * bool(self.labels),
             where="the recipe, heads",
