@@ -193,8 +193,8 @@ def fuse(
         ModelError: If weights are not finite, or outputs differ in shape and no heads are chosen.
         DataError: If the data are empty, refused by a model, or not finite.
         PairingError: If the networks do not belong to one family, or cannot be cut where asked.
-        PassError: If a layer that one network lacks has no neutral form, or nothing can take the
-            place of one that is to be removed.
+        PassError: If a layer that one network lacks can be neither neutral nor passed by, or
+            nothing can take the place of one that is to be removed.
 
     Example:
         >>> import torch
@@ -489,8 +489,9 @@ def balance(
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
 
-    By default, layers that do nothing are inserted and no function changes; the method may choose
-    another way, such as `Method(balancing=Shorten())`.
+    By default, layers that do nothing are inserted and no function changes, but for rounding and a
+    bend of about 1e-5 where activations are smooth. The method may choose another way, such as
+    `Method(balancing=Shorten())`.
 
     Args:
         models: The networks; not modified.
