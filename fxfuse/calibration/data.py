@@ -26,6 +26,7 @@ from ..graph.inputs import (
 )
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
+from ..graph.state import ties_of, untie
 from ..graph.trace import (
     at_least_single,
     device_of,
@@ -264,6 +265,9 @@ def _analyse_all(
     names, example = _names(models), data.example()
     with part(0.0, TRACED):
         graphs = trace_alike(models, data.as_call(example), names)
+    if len({len(ties_of(g)) for g in graphs}) > 1:  # a weight of one network is two of another
+        for graph in graphs:
+            untie(graph)
     inputs = [tuple(t.to(device_of(g)) for t in example) for g in graphs]
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     if not outputs_may_differ:

@@ -18,6 +18,8 @@ from torch import nn
 from ..calibration.data import Calibration
 from ..calibration.distance import Distance
 from ..errors import FusionWarning
+from ..graph.state import ties_of
+from ..graph.wrappers import unwrapped
 from ..report.report import Nearness, Report
 from ..spaces.network import Network
 from .selection import distances
@@ -149,6 +151,24 @@ def nothing_wider(report: Report, width: float) -> str | None:
     )
 
 
+def untied(model: nn.Module, fused: nn.Module) -> str | None:
+    """Say that the fused network has two weights where the model whose structure it has ties them.
+
+    Args:
+        model: The model.
+        fused: The fused network.
+    """
+    state = fused.state_dict(keep_vars=True)
+    for first, second in ties_of(unwrapped(model)):
+        if first in state and second in state and state[first] is not state[second]:
+            return (
+                f"'{first}' and '{second}' are one tensor in the network whose structure was taken "
+                "and two in another, so they are two in the fused one: untie them in the class "
+                "before it loads the state, or make the other network the anchor"
+            )
+    return None
+
+
 def without_repeats(data: Calibration) -> tuple[Calibration, str | None]:
     """Return the data; if all samples are one, one of them, and a sentence that says so."""
     first = data.example(1)
@@ -171,7 +191,8 @@ def warned(
 ) -> Report:
     """Warn of what may not be what the caller wants; return the report with the sentences."""
     alone = better_alone(report, models, fused, advice)
-    sentences = tuple(filter(None, (repeated, nothing_wider(report, width), alone)))
+    apart = untied(models[report.anchor], fused)
+    sentences = tuple(filter(None, (repeated, nothing_wider(report, width), apart, alone)))
     for sentence in sentences:
         warn(sentence)
     return replace(report, warnings=sentences)

@@ -45,6 +45,34 @@ def names_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *module.named_buffers(remove_duplicate=False)]
 
 
+def ties_of(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the places of parameters that another module has, too, each after the first place.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> ties_of(net)
+        [('0.weight', '1.weight')]
+    """
+    first: dict[int, str] = {}
+    ties = []
+    for path, part in module.named_modules():
+        for leaf, tensor in part._parameters.items():
+            name = f"{path}.{leaf}".lstrip(".")
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                ties.append((first[id(tensor)], name))
+    return ties
+
+
+def untie(module: nn.Module) -> None:
+    """Give every module a parameter of its own, in place; the function stays."""
+    for _, name in ties_of(module):
+        owner, leaf = _owner(module, name)
+        assert owner is not None, f"the module of '{name}'"
+        own = nn.Parameter(owner._parameters[leaf].detach().clone())
+        owner._parameters[leaf] = own.requires_grad_(owner._parameters[leaf].requires_grad)
+
+
 def floats_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the floating-point parameters and buffers."""
     return {name: t for name, t in tensors_of(module).items() if t.is_floating_point()}

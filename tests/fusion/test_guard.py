@@ -193,3 +193,42 @@ def test_one_sample_says_nothing_and_copies_still_come_back(x):
         fused = fxfuse.fuse(nets, x)
     assert gap(nets[0], fused, X) < 1e-5
     assert not any("one sample" in s for s in fxfuse.fuse(nets, X[:2]).meta["fxfuse"].warnings)
+
+
+class WordModel(nn.Module):
+    """A language model of one word, whose head may be its table."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.table, self.body, self.head = (
+            nn.Embedding(9, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 9, False),
+        )
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, words):
+        x = self.table(words)
+        return self.head(x + torch.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("tied", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("method", ["best", "average", "git_rebasin"])
+def test_one_weight_of_a_network_may_be_two_of_another(tied, method):
+    words = torch.arange(9).repeat(6)[:, None]
+    nets = [randomise(WordModel(tie), seed) for seed, tie in enumerate(tied)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fused = fxfuse.fuse(nets, words, method=method, weights=[1, 0])
+    assert gap(nets[0], fused, words) < 1e-5
+    two = [str(w.message) for w in said if "one tensor" in str(w.message)]
+    assert bool(two) == (tied == (True, False))
+    assert (fused.table.weight is fused.head.weight) == (tied == (True, True))
+
+
+def test_a_tied_network_comes_back_from_a_copy_that_is_not_tied():
+    words = torch.arange(9).repeat(6)[:, None]
+    net, copy = randomise(WordModel(True)), WordModel(False).eval()
+    copy.load_state_dict(fxfuse.permute(net, words, seed=1).state_dict())
+    assert gap(net, fxfuse.fuse([net, copy], words), words) < 1e-5
