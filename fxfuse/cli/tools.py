@@ -59,8 +59,8 @@ def barrier_command(
         networks = load_models([first, second], progress)
         progress("read data", 0.0)
         with data_errors(data), heard_by(partial(progress, "read data")):
-            labelled = labelled_part(load_data(data, seed=seed), samples)
-        inputs = Calibration([x for x, _ in labelled])
+            labelled = labelled_part(load_data(data, seed=seed), samples, networks)
+        inputs = Calibration([(x,) for x, _ in labelled])
         chosen: Any = {"weights": shares, "method": fusing, "progress": progress}
         curve = barrier(networks, inputs, labelled, **chosen)
     say(str(curve))

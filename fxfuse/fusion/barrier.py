@@ -18,6 +18,7 @@ from .._checked import checked
 from .._progress import Progress, counted
 from ..calibration.data import read
 from ..errors import ArgumentError, DataError, ModelError, line_of
+from ..graph.inputs import required_of
 from ..graph.trace import device_of, without_autocast
 from ..ir import Alignment
 from ..report.plots import draw_barrier
@@ -29,6 +30,7 @@ Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such bat
 
 
 ENSEMBLE = "ensemble"
+Inputs = tuple[Tensor, ...]  # of one call
 
 
 class _Mean(nn.Module):
@@ -67,7 +69,7 @@ def compare(
         (['a', 'b', 'ensemble'], 100.0)
     """
     try:
-        batches = labelled_part(data, samples)
+        batches = labelled_part(data, samples, list(models.values()))
     except DataError:
         return {}
     if not all(_scores(model, *batches[0]) for model in models.values()):
@@ -78,20 +80,23 @@ def compare(
     return {name: evaluate(model, batches) for name, model in counted(compared.items())}
 
 
-def labelled_part(data: Any, samples: int | None = None) -> list[tuple[Tensor, Tensor]]:
+def labelled_part(
+    data: Any, samples: int | None = None, models: Sequence[nn.Module] = ()
+) -> list[tuple[Inputs, Tensor]]:
     """Return the first samples of labelled data, as batches of inputs and labels.
 
     Args:
         data: A pair of tensors (inputs, labels), or an iterable of such batches.
         samples: How many; all if not given.
+        models: Those that take the inputs: how many they need tells where the labels are.
 
     Raises:
         DataError: If there are none, or they have no labels.
     """
     limit, batches, seen = sys.maxsize if samples is None else samples, [], 0
     for batch in rereadable(data):
-        inputs, labels = _pair(batch)
-        batches.append((inputs[: limit - seen], labels[: limit - seen]))
+        inputs, labels = _pair(batch, required_of(models))
+        batches.append((tuple(t[: limit - seen] for t in inputs), labels[: limit - seen]))
         seen += len(labels)
         if seen >= limit:
             break
@@ -112,10 +117,10 @@ def _require_networks(models: Mapping[str, nn.Module], ensemble: Sequence[str]) 
         )
 
 
-def _scores(model: nn.Module, inputs: Tensor, labels: Tensor) -> bool:
+def _scores(model: nn.Module, inputs: Inputs, labels: Tensor) -> bool:
     """Tell whether a model gives a score to each label."""
     with torch.no_grad():
-        scores = _given(model, "the network", inputs[:2].to(device_of(model)))
+        scores = _given(model, "the network", *(t[:2].to(device_of(model)) for t in inputs))
     fits = isinstance(scores, Tensor) and scores.dim() == 2 and labels.dim() == 1
     return fits and 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]
 
@@ -136,8 +141,9 @@ def evaluate(
     device, right, total, count, samples = device_of(model), 0, 0.0, 0, 0
     with torch.no_grad():
         for batch in read(rereadable(labelled), LABELLED):
-            inputs, labels = _pair(batch)
-            scores, labels = _given(model, "the network", inputs.to(device)), labels.to(device)
+            inputs, labels = _pair(batch, required_of([model]))
+            scores = _given(model, "the network", *(t.to(device) for t in inputs))
+            labels = labels.to(device)
             _require_scores(scores, labels)
             right += int((scores.argmax(1) == labels).sum())
             total += float(_given(loss, "the loss", scores, labels)) * len(labels)
@@ -158,16 +164,26 @@ def rereadable(labelled: Labelled) -> Iterable[Any]:
     return labelled if isinstance(labelled, Sized) else list(read(labelled, LABELLED))
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    pair = tuple(batch.values()) if isinstance(batch, dict) else batch
-    if not isinstance(pair, (tuple, list)) or len(pair) < 2:
+def _pair(batch: Any, required: int) -> tuple[Inputs, Tensor]:
+    """Return the inputs of one call, and the labels behind them.
+
+    Args:
+        batch: `(input, labels)`, `((a, b), labels)`, or `(a, b, labels)` for a network of two.
+        required: How many inputs the network needs.
+    """
+    entries = tuple(batch.values()) if isinstance(batch, dict) else batch
+    if not isinstance(entries, (tuple, list)) or len(entries) < 2:
         raise _unlabelled(f"a batch of type {type(batch).__name__}")
-    inputs, labels = pair[0], pair[1]
-    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or not labels.dim():
-        kinds = f"{type(inputs).__name__} and {type(labels).__name__}"
+    inputs, labels = entries[0], entries[1]
+    if isinstance(inputs, Tensor) and len(entries) > required > 1:
+        inputs, labels = entries[:required], entries[required]
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    kinds = " and ".join(type(part).__name__ for part in (*inputs, labels))
+    if not inputs or not all(isinstance(part, Tensor) for part in (*inputs, labels)):
         raise _unlabelled(f"a batch of {kinds}")
-    if labels.is_floating_point() or len(inputs) != len(labels):
-        raise _unlabelled(f"{len(inputs)} inputs with {len(labels)} labels of {labels.dtype}")
+    if not labels.dim() or labels.is_floating_point() or {len(t) for t in inputs} != {len(labels)}:
+        shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
+        raise _unlabelled(f"inputs {shapes} with labels {tuple(labels.shape)} of {labels.dtype}")
     return inputs, labels
 
 

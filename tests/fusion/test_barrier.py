@@ -160,3 +160,22 @@ def test_outputs_that_are_no_scores_are_refused(returned):
     x = torch.randn(20, 4)
     with pytest.raises(ModelError, match="scores"):
         fxfuse.barrier([Returns(), Returns()], x, (x, torch.zeros(20).long()))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 5)
+
+    def forward(self, a, b):
+        return self.head(torch.relu(self.a(a) + self.b(b)))
+
+
+def test_networks_of_several_inputs_have_their_labels_behind_them():
+    nets = {name: randomise(TwoInputs(), seed) for seed, name in enumerate("ab")}
+    a, b, labels = torch.randn(40, 4), torch.randn(40, 3), torch.randint(0, 5, (40,))
+    scores = [fxfuse.compare(nets, data) for data in ([(a, b, labels)], [((a, b), labels)])]
+    assert scores[0] == scores[1] != {}
+    curve = fxfuse.barrier(list(nets.values()), [(a, b, labels)], [(a, b, labels)])
+    assert curve.accuracies[0] == pytest.approx(scores[0]["a"][0])
+    assert curve.accuracies[-1] == pytest.approx(scores[0]["b"][0])
