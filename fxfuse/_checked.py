@@ -21,11 +21,14 @@ _ELSEWHERE = (nn.Module, Tensor)
 _KINDS: dict[Any, Any] = {float: numbers.Real, int: numbers.Integral}
 
 
-def checked(function: F) -> F:
+def checked(*but: str) -> Callable[[F], F]:
     """Let a function refuse arguments that are not of the kinds that it is annotated with.
 
+    Args:
+        but: Arguments that the function refuses by itself, with more to say.
+
     Example:
-        >>> @checked
+        >>> @checked()
         ... def half(number: float, times: Sequence[int] | None = None) -> float:
         ...     return number / 2
         >>> half(3)
@@ -37,22 +40,26 @@ def checked(function: F) -> F:
           expected: float
           to do: pass one of this kind
     """
-    signature = inspect.signature(function)
 
-    @functools.cache
-    def hints() -> dict[str, Any]:
-        return get_type_hints(inspect.unwrap(function))
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        many = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+        looked_at = {p.name for p in signature.parameters.values() if p.kind not in many} - {*but}
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            kind = signature.parameters[name].kind
-            simple = kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-            if simple and name in hints() and not _is_of(value, hints()[name]):
-                raise _refused(value, name, function.__qualname__, signature)
-        return function(*args, **kwargs)
+        @functools.cache
+        def hints() -> dict[str, Any]:
+            return get_type_hints(inspect.unwrap(function))
 
-    return call  # type: ignore[return-value]
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name in looked_at & hints().keys() and not _is_of(value, hints()[name]):
+                    raise _refused(value, name, function.__qualname__, signature)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def _refused(value: Any, name: str, owner: str, signature: inspect.Signature) -> ArgumentError:

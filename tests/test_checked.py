@@ -37,7 +37,7 @@ def test_values_are_of_a_kind_or_not(kind, right, wrong):
 
 
 def test_a_wrong_argument_is_named():
-    @checked
+    @checked()
     def function(first: int, *others: int, named: "float | None" = None, **more: int) -> int:
         """Text."""
         return first

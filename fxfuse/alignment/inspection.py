@@ -150,7 +150,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{body}</table>"
 
 
-@checked
+@checked()
 @without_autocast()
 def inspect(
     model: nn.Module, example: Example, *, progress: Progress | bool | None = None

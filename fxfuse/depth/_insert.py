@@ -85,7 +85,7 @@ class AbsentLayer:
 
 
 def bypass_of(absent: Sequence[AbsentLayer]) -> dict[str, tuple[str, bool]]:
-    """Return the nodes that need not run because their layers are absent, see `Bypass`."""
+    """Return the nodes that need not run because their layers are absent, see `calibration.run`."""
     silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
     return {n: (a.entry, n in a.carriers) for a in silent for n in a.nodes}
 

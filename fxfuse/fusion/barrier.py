@@ -45,7 +45,7 @@ class _Mean(nn.Module):
         return torch.stack(outputs).mean(0)
 
 
-@checked
+@checked()
 def compare(
     models: Mapping[str, nn.Module],
     data: Any,
@@ -264,7 +264,7 @@ class Barrier:
         return "\n".join([*lines, f"barrier of the loss {self.height:.4f}"])
 
 
-@checked
+@checked()
 @without_autocast()
 def barrier(
     models: Sequence[nn.Module],

@@ -135,7 +135,7 @@ def _preset(name: str) -> Callable[..., fx.GraphModule]:
     )
 
 
-@checked
+@checked("heads", "weights")
 @without_autocast()
 def fuse(
     models: Sequence[nn.Module],
@@ -429,7 +429,7 @@ def fuse_along(
         yield fused
 
 
-@checked
+@checked()
 @without_autocast()
 def align(
     models: Sequence[nn.Module],
@@ -477,7 +477,7 @@ def align(
         return align_networks(networks, calibration, *choices, pairs=pairs)
 
 
-@checked
+@checked()
 @without_autocast()
 def balance(
     models: Sequence[nn.Module],
@@ -519,7 +519,7 @@ def balance(
     return [as_given(model, n.module) for n, model in pairs]
 
 
-@checked
+@checked()
 def net2deeper(
     model: nn.Module, like: nn.Module, data: Any, alignment: Alignment | None = None
 ) -> fx.GraphModule:

@@ -41,7 +41,7 @@ class Transferred:
     pairs: tuple[tuple[str, str], ...]
 
 
-@checked
+@checked()
 @without_autocast()
 def transfer(
     source: nn.Module,

@@ -43,7 +43,7 @@ def debug_level() -> int:
     return int(text) if text.isdigit() else 0
 
 
-@checked
+@checked()
 @contextmanager
 def debug(level: int) -> Iterator[None]:
     """Set the level of checking inside a `with` block."""

@@ -69,8 +69,8 @@ def untie(module: nn.Module) -> None:
     for _, name in ties_of(module):
         owner, leaf = _owner(module, name)
         assert owner is not None, f"the module of '{name}'"
-        own = nn.Parameter(owner._parameters[leaf].detach().clone())
-        owner._parameters[leaf] = own.requires_grad_(owner._parameters[leaf].requires_grad)
+        tied = owner.get_parameter(leaf)
+        owner._parameters[leaf] = nn.Parameter(tied.detach().clone(), tied.requires_grad)
 
 
 def floats_of(module: nn.Module) -> dict[str, Tensor]:

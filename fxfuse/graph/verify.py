@@ -72,7 +72,7 @@ def _wrong(path: str, what: str) -> PassError:
     )
 
 
-@checked
+@checked()
 def verify(
     before: nn.Module, after: nn.Module, example: Example, tolerance: float = TOLERANCE
 ) -> None:

@@ -52,7 +52,7 @@ def to_json(alignment: Alignment) -> str:
     return _text(written(_File(FORMAT, VERSION, alignment.names, segments))) + "\n"
 
 
-@checked
+@checked()
 def from_json(text: str) -> Alignment:
     """Return the alignment that `to_json` wrote, whether edited by hand or not.
 
@@ -71,7 +71,7 @@ def from_json(text: str) -> Alignment:
     return Alignment(tuple(segments), file.networks)
 
 
-@checked
+@checked()
 def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment as JSON, in one step.
 
@@ -81,7 +81,7 @@ def save_alignment(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     write_text(path, to_json(alignment))
 
 
-@checked
+@checked()
 def load_alignment(path: str | os.PathLike[str]) -> Alignment:
     """Return the alignment of a file.
 

@@ -33,7 +33,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile
 State = dict[str, Tensor]
 
 
-@checked
+@checked()
 def read_state(path: str | os.PathLike[str]) -> State:
     """Return the state dictionary that a file holds.
 
@@ -73,7 +73,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[State, dict[str, str
         raise _unreadable(path, error) from error
 
 
-@checked
+@checked()
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the weights of a file into a model.
 
@@ -99,7 +99,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-@checked
+@checked()
 def save_weights(
     tensors: Mapping[str, Tensor],
     path: str | os.PathLike[str],

@@ -31,7 +31,7 @@ from .checkpoints import read_safetensors, save_weights
 FORMAT, VERSION = "fxfuse network", 1
 
 
-@checked
+@checked("network")
 def save(network: fx.GraphModule, path: str | os.PathLike[str]) -> None:
     """Write a network to a file, from which `load` rebuilds it without the original model's code.
 
@@ -93,7 +93,7 @@ def save_at_least_weights(
     return None
 
 
-@checked
+@checked()
 def load(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Return the network of a file that `save` wrote, on the CPU, in the mode it was in.
 

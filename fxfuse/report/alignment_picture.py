@@ -454,7 +454,7 @@ _PIXELS_PER_INCH = 96
 _ALIGNMENTS = {"start": "left", "middle": "center", "end": "right"}  # SVG's words as matplotlib's
 
 
-@checked
+@checked()
 def draw(alignment: Alignment, path: str | os.PathLike[str], removed: Removed = ()) -> None:
     """Write the picture of an alignment.
 

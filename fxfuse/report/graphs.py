@@ -105,13 +105,13 @@ def _quoted(text: str) -> str:
     return '"' + clean(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
-@checked
+@checked()
 def save_dot(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment in the DOT language, in one step."""
     write_text(path, dot_of(alignment))
 
 
-@checked
+@checked()
 def save_graphml(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment as GraphML by networkx, in one step."""
     import networkx as nx

@@ -34,7 +34,7 @@ from .alignment_picture import description_of, inserted_layers, lay_out, svg_of
 from .report import Accuracy, Report
 
 
-@checked
+@checked()
 def save_page(
     report: Report,
     path: str | os.PathLike[str],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, sparray
 
 from .._checked import checked
 from ..errors import ArgumentError
@@ -42,7 +42,7 @@ _COSTS = (
 )
 
 
-@checked
+@checked()
 def draw_costs(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write heat maps of the measured layer costs, the chosen pairs joined by a path.
 
@@ -132,8 +132,8 @@ def near_diagonal(matrix: csr_array) -> np.ndarray:
     return np.lexsort((means, largest))
 
 
-@checked
-def draw_coupling(matrix: csr_array, path: str | os.PathLike[str], title: str = "") -> None:
+@checked()
+def draw_coupling(matrix: sparray, path: str | os.PathLike[str], title: str = "") -> None:
     """Write heat maps of what units give to fused units, before and after ordering the rows.
 
     Args:
@@ -189,7 +189,7 @@ def _blues() -> Any:
 # --- fits and barriers ----------------------------------------------------------------------------
 
 
-@checked
+@checked()
 def draw_fits(layers: Sequence[LayerFit], path: str | os.PathLike[str], poor: float = 0.5) -> None:
     """Write a bar chart of how much of its target each refitted layer explains (R squared).
 
@@ -232,7 +232,7 @@ def draw_fits(layers: Sequence[LayerFit], path: str | os.PathLike[str], poor: fl
     save_figure(figure, target)
 
 
-@checked
+@checked()
 def draw_barrier(
     weights: Sequence[float],
     losses: Sequence[float],

@@ -179,7 +179,7 @@ class Report:
         which = "every network" if every else f"{better} of {len(near.networks)} networks"
         return f"nearer to the ensemble than {which}: {near.shown(near.fused)}; alone {others}"
 
-    @checked
+    @checked()
     def draw_coupling(
         self, space: str, path: str | os.PathLike[str], network: int | None = None
     ) -> None:
@@ -211,7 +211,7 @@ class Report:
             )
         draw_coupling(coupling, path, f"{space}: {self.alignment.names[k]} to the fused network")
 
-    @checked
+    @checked()
     def draw_fits(self, path: str | os.PathLike[str]) -> None:
         """Write a bar chart of how much of its target each refitted layer explains.
 
@@ -222,7 +222,7 @@ class Report:
 
         draw_fits(self.layers, path, POOR)
 
-    @checked
+    @checked()
     def save_html(
         self,
         path: str | os.PathLike[str],

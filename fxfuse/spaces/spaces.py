@@ -21,7 +21,7 @@ from ._moves import rearrange as rearrange
 from .network import analyse
 
 
-@checked
+@checked()
 @without_autocast()
 def find_spaces(module: nn.Module, example: Example) -> Spaces:
     """Find the unit spaces of any traceable module.
@@ -38,14 +38,15 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
         DataError: If it refuses the example.
 
     Example:
-        >>> net = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(space.name, space.size) for space in find_spaces(net, torch.zeros(1, 4))]
         [('0', 8)]
     """
     return _analyse(module, example)[1]
 
 
-@checked
+@checked()
 @without_autocast()
 def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModule:
     """Return a network of the same function with every space randomly permuted.
@@ -56,7 +57,8 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
         seed: Of the permutations.
 
     Example:
-        >>> net = torch.nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x = torch.randn(3, 4)
         >>> bool(torch.allclose(permute(net, x)(x), net(x), atol=1e-6))
         True

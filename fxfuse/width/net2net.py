@@ -47,7 +47,7 @@ class WidthReport:
     error: float
 
 
-@checked
+@checked()
 @without_autocast()
 def net2wider(
     model: nn.Module,
@@ -110,7 +110,7 @@ def net2wider(
     return _reported(model, copied, kept)
 
 
-@checked
+@checked()
 @without_autocast()
 def narrow(
     model: nn.Module, example: Example, *, share: float = 0.5, like: nn.Module | None = None

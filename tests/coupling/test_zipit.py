@@ -14,7 +14,7 @@ from fxfuse.calibration.moments import PairMoments
 from fxfuse.coupling.measure import View, measure
 from fxfuse.coupling.zipit import Zip, greedy_zip, similarities
 from fxfuse.errors import ArgumentError, FuseError, SolverError
-from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.moments import AsMixed, MatchMoments
 from fxfuse.solvers import Assignment, Exact, Sinkhorn, UnbalancedSinkhorn
 from tests.support.nets import (
     build,
@@ -198,7 +198,7 @@ def test_zipping_permuted_copies_of_a_network_gives_the_network(name):
         ([net, *copies], None, Zip(beta=0), True),
         ([net, *copies], [0.2, 0.5, 0.3], Zip(alpha=0.5, beta=0.5), False),
     ):
-        chosen = method(zipped, refit=MatchMoments(keep=not matched))
+        chosen = method(zipped, refit=MatchMoments() if matched else AsMixed())
         fused = fxfuse.fuse(nets, data, weights=weights, method=chosen)
         assert gap(net, fused, data) < FUNCTION, (weights, zipped, matched)
 
