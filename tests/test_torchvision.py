@@ -50,7 +50,6 @@ QUICK = {
     "regnet_y_400mf",  # groups
     "googlenet",  # heads of training mode only
     "deeplabv3_mobilenet_v3_large",  # several outputs
-    "r3d_18",  # three axes
     "convnext_tiny",  # layer norm, layer scale
     "swin_t",  # shifted windows, heads, tables of relative positions
 }
@@ -61,7 +60,6 @@ QUICK_FUSED = {
     "squeezenet1_1",
     "mobilenet_v3_small",
     "shufflenet_v2_x1_0",
-    "googlenet",
 }
 
 
@@ -71,7 +69,6 @@ DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 
 QUICK_PAIRS = {
     "resnet18+resnet34",
-    "shufflenet_v2_x0_5+shufflenet_v2_x1_0",
     "mobilenet_v2?width_mult=0.5+mobilenet_v2?width_mult=1.0",
     "resnet18+vgg11",
     "mobilenet_v3_small+mobilenet_v3_large",
