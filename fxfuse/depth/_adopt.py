@@ -50,6 +50,8 @@ def adopt(
     Raises:
         PairingError: If the structures differ.
     """
+    if _spelled(network) == _spelled(shape):
+        return network, tuple(absent)
     match = _Match.of(network, shape)
     twins, tensors = _twins(match), _Tensors(match)
     members: dict[str, Any] = {}
@@ -71,6 +73,16 @@ def adopt(
         if adopted.form(node) != shape.form(other):
             raise _structures_differ(network, shape, match.nodes.get(other), other)
     return adopted, tuple(_layer_there(match, tensors, layer) for layer in absent)
+
+
+def _spelled(network: Network) -> list[str]:
+    """Return the graph word by word, with the settings of its modules and the names of tensors."""
+    graph, words = network.module, list(tensors_of(network.module))
+    for node in graph.graph.nodes:
+        words.append(str(node.format_node()))
+        if node.op == "call_module":
+            words.append(repr(graph.get_submodule(str(node.target))))
+    return words
 
 
 def with_room_for_biases(shape: Network, networks: Sequence[Network]) -> Network:
