@@ -49,7 +49,6 @@ QUICK = {
     "shufflenet_v2_x1_0",  # interleaved streams
     "regnet_y_400mf",  # groups
     "googlenet",  # heads of training mode only
-    "deeplabv3_mobilenet_v3_large",  # several outputs
     "convnext_tiny",  # layer norm, layer scale
     "swin_t",  # shifted windows, heads, tables of relative positions
 }

@@ -9,15 +9,6 @@ import fxfuse
 from tests.support.nets import randomise
 from tests.support.zoo import ZOO
 
-# What is refused today, in a clear sentence; each mend takes a name away.
-UNTRACED = {
-    "CellLoop",
-    "ConvThenLSTM",
-    "FlagInForward",
-    "LinearRecurrence",
-    "LossInForward",
-}
-
 
 def built(name, depth=2, width=8, seed=1):
     """Return a network of the zoo in eval mode; every number of its state is drawn at random."""
@@ -50,7 +41,7 @@ def gap(before, after, name, seed=9):
     return max(float((u - v).abs().max() / u.abs().max().clamp(min=1e-3)) for u, v in zip(a, b))
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - UNTRACED))
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_a_permuted_copy_computes_the_same_as_a_graph_and_in_the_class(name):
     net = built(name)
     permuted = fxfuse.permute(net, inputs(name, 6, 1), seed=1)
@@ -60,7 +51,7 @@ def test_a_permuted_copy_computes_the_same_as_a_graph_and_in_the_class(name):
     assert gap(net, again, name) < 1e-4
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - UNTRACED))
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_fused_with_its_permuted_copy_a_network_is_itself(name):
     net, data = built(name), inputs(name, 40, 3)
     copied = fxfuse.permute(net, inputs(name, 6, 1), seed=2)
@@ -68,7 +59,8 @@ def test_fused_with_its_permuted_copy_a_network_is_itself(name):
     assert gap(net, fused, name) < 1e-3
 
 
-@pytest.mark.parametrize("name", sorted(set(ZOO) - UNTRACED))
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_class_loads_what_is_fused_and_computes_the_same(name):
     nets, data = [built(name, seed=seed) for seed in (1, 2)], inputs(name, 40, 3)
     fused = fxfuse.fuse(nets, [(data,)] if isinstance(data, tuple) else data)
