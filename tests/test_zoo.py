@@ -67,3 +67,12 @@ def test_the_class_loads_what_is_fused_and_computes_the_same(name):
     again = copy.deepcopy(nets[0])
     again.load_state_dict(fused.state_dict())
     assert gap(fused, again, name) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["MobileNet", "SmallResNet", "SqueezeExciteNet", "ConvNeXt"])
+def test_the_deeper_of_two_comes_back_when_it_has_all_weight(name):
+    deep, shallow = built(name), built(name, depth=1, seed=2)
+    fused = fxfuse.fuse([deep, shallow], inputs(name, 40, 3), weights=[1, 0])
+    assert gap(deep, fused, name) < 1e-4
+    mixed = fxfuse.fuse([deep, shallow], inputs(name, 40, 3))
+    assert all(torch.isfinite(t).all() for t in mixed.state_dict().values())
