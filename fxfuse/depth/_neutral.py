@@ -68,6 +68,10 @@ class LayerCopy:
         """Return the name that the copy of a template's tensor has."""
         return renamed(tensor, self.paths)
 
+    def has(self, tensor: str) -> bool:
+        """Tell whether a template's tensor was copied with the layer."""
+        return any(tensor == p or tensor.startswith(p + ".") for p in self.paths)
+
     def __getitem__(self, tensor: str) -> Tensor:
         return tensor_at(self.module, self.name_of(tensor))
 
@@ -155,6 +159,8 @@ def copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     """
     template = copied.insertion.template
     weights = template.weights[layer.merge]
+    if not all(copied.has(name) for name in template.tensors[layer.merge]):
+        raise no_neutral_form(layer.name, "it computes with a weight of another layer")
     for name in template.tensors[layer.merge]:
         copied.fill(name, 0.0)
     weight = copied[weights[0]].data
