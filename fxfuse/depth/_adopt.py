@@ -236,14 +236,7 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     there = {ours.name: node for node, ours in match.nodes.items()}
     counting = [there[n] for n in layer.nodes if n in there]
     carrying = {there[n] for n in layer.carriers if n in there}
-    inside, carriers = dict.fromkeys(counting), []
-    for node in network.module.graph.nodes:
-        if node in inside or form.counts(node):
-            continue
-        before = [n for n in node.all_input_nodes if n in inside]
-        behind = before and before[0] is counting[-1] and network.carries_data(node)
-        if before and (not behind or node.name in form.folded):
-            inside[node] = None
+    inside, carriers = dict.fromkeys([*counting, *_between(form, counting)]), []
     nodes = [n for n in network.module.graph.nodes if n in inside]
     for node in nodes:
         data = network.carries_data(node)
@@ -259,6 +252,23 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
         carriers=tuple(carriers),
         zeroed=tensors.silent(counting, layer.zeroed),
     )
+
+
+def _between(form: NormalForm, counting: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what is made of some nodes that count and read by others of them, and folded norms.
+
+    What is made of the last of them, as its size or a reshape of it, belongs to what comes behind.
+    """
+    made = set(counting)
+    for node in form.network.module.graph.nodes:
+        if not form.counts(node) and not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    read = set(counting)
+    for node in reversed(form.network.module.graph.nodes):
+        folded = node.name in form.folded and node in made
+        if node in made and node not in counting and (folded or not read.isdisjoint(node.users)):
+            read.add(node)
+            yield node
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -87,12 +87,7 @@ class AbsentLayer:
 def bypass_of(absent: Sequence[AbsentLayer]) -> dict[str, tuple[str, bool]]:
     """Return the nodes that need not run because their layers are absent, see `calibration.run`."""
     silent = [a for a in absent if not a.joins]  # what nobody reads must still have a shape
-    bypass = {}
-    for layer in silent:  # what comes after the value was passed on runs on it: a reshape, a size
-        last = max(layer.nodes.index(n) for n in layer.carriers) if layer.carriers else -1
-        for name in layer.nodes[: last + 1] if layer.carriers else layer.nodes:
-            bypass[name] = layer.entry, name in layer.carriers
-    return bypass
+    return {n: (a.entry, n in a.carriers) for a in silent for n in a.nodes}
 
 
 def insert_layers(
