@@ -145,6 +145,7 @@ class Run(Interpreter):
             self.user_to_last_uses = _last_uses(order)
         self.network, self.bypass = network, bypass or {}
         self._entries: dict[str, Any] = {}  # values that bypassed nodes will have
+        self._updated: dict[str, Tensor] = {}  # buffers that the run may write to
         self._users = Counter(entry for entry, _ in self.bypass.values())
         device = device_of(network.module)
         self.args_iter = iter([t.to(device) for t in batch])
@@ -157,6 +158,13 @@ class Run(Interpreter):
         self.env[node] = value
         for unread in self.user_to_last_uses.get(node, []):
             self.env.pop(unread, None)
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return an attribute; of a buffer that the network writes to, this run's own copy."""
+        value = super().get_attr(target, args, kwargs)
+        if target in self.network.updated:
+            value = self._updated.setdefault(target, value.clone())
         return value
 
     def _passed_by(self, node: fx.Node) -> Any:

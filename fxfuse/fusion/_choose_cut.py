@@ -20,7 +20,7 @@ from ..calibration.run import working_batch
 from ..errors import ArgumentError, FuseError
 from ..graph.compare import tensors_in
 from ..graph.inputs import as_example
-from ..graph.trace import device_of
+from ..graph.trace import device_of, eval_mode, run_once
 from ..ir import Alignment
 from ..spaces.network import Network
 from ._cut import cut_networks
@@ -63,8 +63,8 @@ class Cost:
 
 def cost_of(module: nn.Module, *inputs: torch.Tensor) -> Cost:
     """Count what a module costs on some inputs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.eval()(*inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), eval_mode(module):
+        module(*inputs)
     return Cost(counter.get_total_flops() / 2, sum(p.numel() for p in module.parameters()))
 
 
@@ -121,8 +121,7 @@ def _estimate(networks: Sequence[Network], alignment: Alignment, anchor: int, af
     trunks, _, heads = cut_networks(networks, alignment, anchor, after)
     total = cost_of(trunks[anchor].module, *trunks[anchor].example)
     for trunk, head in zip(trunks, heads):
-        with torch.no_grad():
-            value = tensors_in(trunk.module.eval()(*trunk.example))[0]
+        value = run_once(trunk.module, trunk.example, trunk.name)[0]
         total += cost_of(head.module, value, *(trunk.example[i] for i in head.inputs))
     return total
 
@@ -133,6 +132,8 @@ def _missed(networks: Sequence[Network], fused: fx.GraphModule, held: Calibratio
     with torch.no_grad():
         for batch in held.chunks(working_batch(networks)):
             inputs = as_example(batch, device_of(fused))
-            for distance, network, given in zip(apart, networks, fused.eval()(*inputs)):
-                distance.add(tensors_in(network.module.eval()(*inputs)), tensors_in(given))
+            with eval_mode(fused):
+                outputs = fused(*inputs)
+            for distance, network, given in zip(apart, networks, outputs):
+                distance.add(run_once(network.module, inputs, network.name), tensors_in(given))
     return sum(distance.mean for distance in apart)

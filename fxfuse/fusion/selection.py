@@ -19,7 +19,7 @@ from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..coupling.mixing import Couplings
 from ..graph.compare import tensors_in
-from ..graph.trace import device_of
+from ..graph.trace import device_of, eval_mode
 from ..spaces.network import Network
 
 HELD = 4  # every fourth sample is held out to judge
@@ -122,7 +122,8 @@ def distances(
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
     """Return what a network gives, but whole numbers, which have no mean."""
-    module = network.module.eval()
-    outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    module = network.module
+    with eval_mode(module):
+        outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
     values = [t for t in outputs if t.is_floating_point() or t.is_complex()]
     return [t.to(torch.promote_types(t.dtype, torch.float64)).cpu() for t in values]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError
+from .state import buffers_kept
 
 
 def random_states() -> tuple[Any, ...]:
@@ -38,22 +39,21 @@ def require_nothing_drawn(before: Any, after: Any, module: nn.Module) -> None:
 def state_kept(shell: nn.Module) -> Iterator[None]:
     """Give a module back the buffers and values that it had before it was traced."""
     buffers = [
-        (part, name, buffer, buffer._version, buffer.detach().clone())
+        (part, name, buffer)
         for part in shell.modules()
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
     try:
-        yield
+        with buffers_kept(shell):
+            yield
     finally:
         for part in shell.modules():
             for table in (vars(part), part._buffers):
                 for name in [n for n, value in table.items() if isinstance(value, fx.Proxy)]:
                     table[name] = None
-        for part, name, buffer, version, values in buffers:
+        for part, name, buffer in buffers:
             part._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.data.copy_(values)
 
 
 def assigned(shell: nn.Module) -> dict[str, fx.Node]:

@@ -7,7 +7,8 @@ tensors (`in_features`) follow them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,20 @@ def untie(module: nn.Module) -> None:
         assert owner is not None, f"the module of '{name}'"
         tied = owner.get_parameter(leaf)
         owner._parameters[leaf] = nn.Parameter(tied.detach().clone(), tied.requires_grad)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give the buffers that a forward writes to the values that they had before."""
+    buffers = [
+        (b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        for buffer, version, values in buffers:
+            if buffer._version != version:
+                buffer.data.copy_(values)
 
 
 def floats_of(module: nn.Module) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from .names import in_graph, rename_parts, with_given_names
 from .state import (
     EXTRA_STATE,
     add_part,
+    buffers_kept,
     floats_of,
     hide,
     not_finite,
@@ -59,16 +60,11 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     Each part gets its own mode back, and each buffer that a forward wrote to its values.
     """
     modes = {part: part.training for part in module.modules()}
-    buffers = [
-        (b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()
-    ]
     module.eval()
     try:
-        yield
+        with buffers_kept(module):
+            yield
     finally:
-        for buffer, version, values in buffers:
-            if buffer._version != version:
-                buffer.data.copy_(values)
         for part, training in modes.items():
             part.training = training
 

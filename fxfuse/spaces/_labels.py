@@ -108,6 +108,7 @@ class Ledger:
             grouped convolutions are not among them, although all are such axes.
         written: Labels along values that are made of the inputs. A parameter axis with some of them
             that is read elsewhere, as that of a tied embedding, counts as written.
+        updated: The buffers that the network itself writes to as it runs.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -125,6 +126,7 @@ class Ledger:
     places: list[np.ndarray] = field(default_factory=list)
     reads: list[np.ndarray] = field(default_factory=list)
     written: list[np.ndarray] = field(default_factory=list)
+    updated: frozenset[str] = frozenset()
 
     def new(self, count: int) -> Tensor:
         """Return `count` labels that no other unit has."""

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._progress import part, tell
 from ..graph.compare import tensors_in
 from ..graph.modes import is_choice
-from ..graph.state import movable_of, state_values_of, tensors_of
+from ..graph.state import movable_of, state_values_of, tensor_at, tensors_of
 from ..graph.trace import Interpreter, eval_mode, without_autocast
 from ..ir import Spaces
 from ._confirm import confirmed
@@ -117,7 +117,7 @@ def along_one_axis(run: LabelRun, value: Tensor) -> list[Tensor]:
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Let attention and recurrent layers run as the operators they are made of, not as one."""
-    mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors
+    mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors; `flags` warns of TF32
     fastpath, fused = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     mkldnn.enabled = False
@@ -143,11 +143,15 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
     with without_autocast(), eval_mode(module):
         run = LabelRun(movable_of(module).items())
         state = {id(t) for t in state_values_of(module).values()}
+        versions = {name: b._version for name, b in module.named_buffers(remove_duplicate=False)}
         for tensor in _given(module):
             run.values.make(tensor, varies=id(tensor) in state)
         with _plain_kernels(), torch.no_grad(), _MirrorMode(run), Exits(run.values):
             interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)
+        run.ledger.updated = frozenset(
+            name for name, before in versions.items() if tensor_at(module, name)._version != before
+        )
     _freeze_outputs(run, module, interpreter.outputs)
     run.freeze_unused()
     for node, value in interpreter.unread.items():
@@ -203,6 +207,7 @@ class Network:
         tensors: Node -> every parameter and buffer that it touches.
         norms: Node that normalises with running statistics -> its tensors by role, and `eps`.
         operators: Node -> the operators that it runs, except those that only hand values on.
+        updated: The buffers that it writes to as it runs.
     """
 
     name: str
@@ -215,6 +220,7 @@ class Network:
     tensors: dict[str, list[str]]
     norms: dict[str, dict[str, str | float]]
     operators: dict[str, list[Step]]
+    updated: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, name: str, module: fx.GraphModule, example: tuple[Tensor, ...]) -> Network:
@@ -233,6 +239,7 @@ class Network:
             ledger.tensors,
             ledger.norms,
             ledger.steps,
+            ledger.updated,
         )
 
     @property
