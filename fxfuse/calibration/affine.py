@@ -272,7 +272,9 @@ def _map_of(
 
 
 def _computes(affine: Affine, x: Tensor, y: Tensor) -> bool:
-    """Tell whether a map gives `y` for `x`."""
+    """Tell whether a map gives `y` for `x`; of no values, nothing can be told."""
+    if not y.numel():
+        return False
     if x.shape[1 if affine.kernel else -1] != affine.inputs:
         return False
     if affine.kernel and affine.output_sizes(x.shape[2:]) != y.shape[2:]:

@@ -60,6 +60,9 @@ def compare(
         samples: How many of the first samples to look at; all if not given.
         ensemble: Names of those models whose mean output is measured too, as "ensemble".
 
+    Raises:
+        ArgumentError: If a name of the ensemble has no model.
+
     Example:
         >>> import torch
         >>> x = torch.randn(60, 4)
@@ -68,6 +71,7 @@ def compare(
         >>> list(scores), scores["a"][0]
         (['a', 'b', 'ensemble'], 100.0)
     """
+    _require_networks(models, ensemble)
     try:
         batches = labelled_part(data, samples, list(models.values()))
     except DataError:
