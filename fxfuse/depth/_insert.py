@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from .._progress import counted
 from ..errors import PassError
+from ..graph.compare import same_chance
 from ..graph.passes import graph_pass
 from ..graph.state import (
     add_part,
@@ -274,8 +275,7 @@ def resized_copy(insertion: Insertion, path: str, width: int) -> nn.Module | Ten
         settle_sizes(module)
         if hasattr(module, "reset_parameters"):
             reset: Any = module.reset_parameters
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with same_chance():
                 reset()
     return part
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._checked import checked
 from .._progress import Progress, counted
-from ..calibration.data import read
+from ..calibration.data import Batch, read
 from ..errors import ArgumentError, DataError, ModelError, line_of
 from ..graph.inputs import required_of
 from ..graph.trace import device_of, without_autocast
@@ -30,7 +30,6 @@ Labelled = Any  # a pair of tensors (inputs, labels), or an iterable of such bat
 
 
 ENSEMBLE = "ensemble"
-Inputs = tuple[Tensor, ...]  # of one call
 
 
 class _Mean(nn.Module):
@@ -86,7 +85,7 @@ def compare(
 
 def labelled_part(
     data: Any, samples: int | None = None, models: Sequence[nn.Module] = ()
-) -> list[tuple[Inputs, Tensor]]:
+) -> list[tuple[Batch, Tensor]]:
     """Return the first samples of labelled data, as batches of inputs and labels.
 
     Args:
@@ -121,7 +120,7 @@ def _require_networks(models: Mapping[str, nn.Module], ensemble: Sequence[str]) 
         )
 
 
-def _scores(model: nn.Module, inputs: Inputs, labels: Tensor) -> bool:
+def _scores(model: nn.Module, inputs: Batch, labels: Tensor) -> bool:
     """Tell whether a model gives a score to each label."""
     with torch.no_grad():
         scores = _given(model, "the network", *(t[:2].to(device_of(model)) for t in inputs))
@@ -168,7 +167,7 @@ def rereadable(labelled: Labelled) -> Iterable[Any]:
     return labelled if isinstance(labelled, Sized) else list(read(labelled, LABELLED))
 
 
-def _pair(batch: Any, required: int) -> tuple[Inputs, Tensor]:
+def _pair(batch: Any, required: int) -> tuple[Batch, Tensor]:
     """Return the inputs of one call, and the labels behind them.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +55,22 @@ def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
             error = float(difference / x.double().abs().max().clamp(min=1e-12))
             worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst if len(a) == len(b) else math.inf
+
+
+@contextmanager
+def same_chance(device: torch.device | None = None) -> Iterator[None]:
+    """Draw the same random numbers each time, on the CPU and on a device that is named.
+
+    The caller's generators stay as they are, of other accelerators too, all of which
+    `torch.manual_seed` would seed.
+    """
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(0)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def require_same(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> None:
@@ -118,8 +135,7 @@ def _copied(module: ModelT) -> ModelT:
 def _outputs(module: nn.Module, inputs: Inputs | None, tensors: tuple[Tensor, ...]) -> list[Tensor]:
     """Run a network; what it draws at random is the same for all networks."""
     copies = [t.clone() for t in tensors]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_chance():
         if inputs is None:
             return tensors_in(module.forward(*copies))
         return tensors_in(inputs.call(module.forward, copies))

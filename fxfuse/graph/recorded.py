@@ -41,6 +41,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ._writes import require_nothing_drawn, write_assigned
+from .compare import tensors_in
 from .inputs import Inputs
 from .modes import is_leaf
 
@@ -150,7 +151,7 @@ class _Recorder(TorchFunctionMode):
             raise
         except Exception as error:  # some kernels look at numbers, or are not there for no data
             out = _run_apart(func, args, kwargs, error)
-        if _tensors_of(out) or func is Tensor.__setitem__:
+        if tensors_in(out) or func is Tensor.__setitem__:
             self._note(out, self._called(func, args, kwargs))
         return out
 
@@ -188,7 +189,7 @@ class _Recorder(TorchFunctionMode):
                 out = call(module, *args, **kwargs)
             except Exception as error:
                 out = _run_apart(call, (module, *args), kwargs, error)
-            if _tensors_of(out):  # else a flag that follows the mode, as it is here
+            if tensors_in(out):  # else a flag that follows the mode, as it is here
                 self._note(out, self._create("call_module", path, *arguments))
             return out
         except Exception as error:
@@ -229,18 +230,18 @@ class _Recorder(TorchFunctionMode):
             self.values.append((node, out))
             return
         for key, read, part in _parts(out):
-            for tensor in _tensors_of(part):
+            for tensor in tensors_in(part):
                 self.values.append((node, tensor))
             if isinstance(part, Tensor):
                 self.nodes.pop(id(part), None)
                 self.parts[id(part)] = node, read, key
-            elif _tensors_of(part):
+            elif tensors_in(part):
                 with self.graph.inserting_after(node):
                     self._note(part, self.graph.call_function(read, (node, key)))
 
     def _arguments(self, value: Any) -> Any:
         """Write arguments in nodes."""
-        near = _tensors_of(value)
+        near = tensors_in(value)
         return self._written(value, near)
 
     def _written(self, value: Any, near: list[Tensor]) -> Any:
@@ -362,7 +363,7 @@ def _run_apart(
         TypeError: If a size of its outputs is no multiple of one of the inputs'.
         Exception: What it raised without data, if it cannot be run on numbers or makes no tensors.
     """
-    tensors = _tensors_of((tuple(args), kwargs))
+    tensors = tensors_in((tuple(args), kwargs))
     if not any(isinstance(t, FakeTensor) for t in tensors):
         raise failure
     sizes: dict[Any, Any] = {_symbol(n): n for t in tensors for n in t.shape if _symbol(n)}
@@ -384,15 +385,15 @@ def _run_apart(
         out, others = run(), {}
     except Exception:
         raise failure from None
-    if not _tensors_of(out):
+    if not tensors_in(out):
         raise failure
     for symbol, size in sizes.items():
         try:
-            others[symbol] = _tensors_of(run(symbol))
+            others[symbol] = tensors_in(run(symbol))
         except Exception:
             int(size)  # the module takes no other: from now on, it is this number
     empty = []
-    for i, tensor in enumerate(_tensors_of(out)):
+    for i, tensor in enumerate(tensors_in(out)):
         larger = [(sizes[symbol], results[i].shape) for symbol, results in others.items()]
         with fake:
             shape = [_size_of(n, axis, larger) for axis, n in enumerate(tensor.shape)]
@@ -442,13 +443,6 @@ def _parts(value: Any) -> Iterator[tuple[Any, Callable[..., Any], Any]]:
         yield from ((i, operator.getitem, part) for i, part in enumerate(value))
     elif is_dataclass(value) and not isinstance(value, type):
         yield from ((f.name, getattr, getattr(value, f.name)) for f in fields(value))
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    """Return the tensors in a value, those in structures included."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for _, _, part in _parts(value) for t in _tensors_of(part)]
 
 
 def _between(node: fx.Node, ends: set[fx.Node]) -> Iterator[fx.Node]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..graph.compare import TOLERANCE, relative_error, tensors_in
+from ..graph.compare import TOLERANCE, relative_error, same_chance, tensors_in
 from ..graph.modes import is_choice
 from ..graph.trace import Interpreter, device_of, eval_mode, without_autocast
 from ..ir import Space, Spaces
@@ -30,11 +30,11 @@ EXACT = 1e-6  # as TOLERANCE, in double precision
 ROUGH = 1e-3  # where a network cannot run in double precision
 ZERO = 1e-9  # outputs that are smaller are rounding noise
 
-Inputs = tuple[Tensor, ...]
+Tensors = tuple[Tensor, ...]
 Named = list[tuple[str, Tensor]]  # tensors, each with the node that it is the value of
 
 
-def confirmed(module: fx.GraphModule, example: Inputs, ledger: Ledger) -> Spaces:
+def confirmed(module: fx.GraphModule, example: Tensors, ledger: Ledger) -> Spaces:
     """Return the spaces of a ledger whose units keep the function on other inputs, too.
 
     Args:
@@ -67,7 +67,7 @@ def _freeze(ledger: Ledger, spaces: Spaces, space: Space) -> None:
 class _Trial:
     """A run of a network on other inputs, to compare its rearranged copies with."""
 
-    def __init__(self, module: fx.GraphModule, example: Inputs) -> None:
+    def __init__(self, module: fx.GraphModule, example: Tensors) -> None:
         self.module, self.run = module, _other_run(module, example)
 
     def wrong(self, spaces: Spaces) -> list[Space]:
@@ -103,7 +103,7 @@ def _error(
     module: fx.GraphModule,
     spaces: Spaces,
     order: dict[str, np.ndarray],
-    inputs: Inputs,
+    inputs: Tensors,
     outputs: Named,
 ) -> float:
     """Return the largest relative difference of a rearranged copy from a run on some inputs.
@@ -149,16 +149,14 @@ class _Returned(Interpreter):
         return super().run_node(n)
 
 
-def _run(module: fx.GraphModule, inputs: Inputs) -> Named | None:
+def _run(module: fx.GraphModule, inputs: Tensors) -> Named | None:
     """Return what a network returns, with the same random numbers at each call.
 
     None if it refuses the inputs, or if outputs are not finite.
     """
     device = device_of(module)
     interpreter = _Returned(module)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), without_autocast(), eval_mode(module), torch.no_grad():
-        torch.manual_seed(0)
+    with same_chance(device), without_autocast(), eval_mode(module), torch.no_grad():
         try:
             interpreter.run(*[t.clone() for t in inputs])
         except Exception:
@@ -168,7 +166,7 @@ def _run(module: fx.GraphModule, inputs: Inputs) -> Named | None:
     return returned if finite else None
 
 
-def _other_run(module: fx.GraphModule, example: Inputs) -> tuple[Inputs, Named] | None:
+def _other_run(module: fx.GraphModule, example: Tensors) -> tuple[Tensors, Named] | None:
     """Run a network on inputs of other numbers, larger where it takes larger ones."""
     generator = torch.Generator().manual_seed(0)
     turned = tuple(t.flip(0) if t.dim() else t for t in example)
@@ -209,5 +207,5 @@ def _grown(tensor: Tensor, dims: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _doubled(inputs: Inputs) -> Inputs:
+def _doubled(inputs: Tensors) -> Tensors:
     return tuple(t.double() if t.is_floating_point() else t for t in inputs)
