@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -303,7 +304,7 @@ def _refuse_hooks(model: nn.Module, name: str) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model; the CPU if it has no tensors."""
-    first = next(iter(tensors_of(model).values()), None)
+    first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
