@@ -8,9 +8,9 @@ refit=AsMixed())` leaves it out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -25,6 +25,8 @@ from .errors import ArgumentError
 from .fusion.fuse import Method, align
 from .fusion.transfer import transfer
 from .refit.moments import AsMixed, MatchMoments, ResetNorms
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,28 @@ NAMED: dict[str, Method | Transfer] = {
     "elastic_zip": elastic_zip,
     "c2m3": c2m3,
 }
+
+
+def method_named(name: str, methods: Mapping[str, T], where: str = "the argument `method`") -> T:
+    """Return the method of a name.
+
+    Args:
+        name: The name.
+        methods: Those to choose from, such as `NAMED`.
+        where: Where the name was given.
+
+    Raises:
+        ArgumentError: If no method has this name.
+
+    Example:
+        >>> method_named("zipit", NAMED) is zipit
+        True
+    """
+    if name in methods:
+        return methods[name]
+    raise ArgumentError(
+        f"the method '{name}'",
+        where=where,
+        expected=f"one of {', '.join(methods)}",
+        do="leave it out for the best one",
+    )

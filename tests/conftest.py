@@ -1,12 +1,14 @@
 """What every test shares: checks on, seeds fixed, few threads."""
 
 import socket
+import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import fxfuse
+from fxfuse.cli import commands
 
 settings.register_profile(
     "fxfuse",
@@ -43,3 +45,17 @@ def no_network(monkeypatch):
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line: arguments in; status, output and errors out."""
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fxfuse", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            commands.main()
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return called

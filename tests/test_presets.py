@@ -187,3 +187,10 @@ def test_presets_are_not_called_for_a_method(preset):
 @pytest.mark.parametrize("preset", presets.NAMED.values())
 def test_presets_can_be_pickled(preset):
     assert pickle.loads(pickle.dumps(preset)) == preset
+
+
+def test_a_method_is_known_by_its_name():
+    assert presets.method_named("a", {"a": 1}) == 1
+    with pytest.raises(ArgumentError, match="the method 'b'") as caught:
+        presets.method_named("b", {"a": 1}, "--method")
+    assert caught.value.where == "--method" and "one of a" in caught.value.expected

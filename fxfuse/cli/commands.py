@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from ..alignment.inspection import inspect
 from ..errors import ArgumentError, FuseError
 from ..fusion.fuse import align
-from ..presets import NAMED
+from ..presets import NAMED, method_named
 from ..report import PICTURE_ENDINGS, draw
 from ..version import versions
 from . import tools
@@ -41,7 +41,6 @@ from .common import (
     err,
     example_of,
     load_models,
-    method_named,
     out,
     parsed_weights,
     read_data,
@@ -181,7 +180,7 @@ def align_command(
     ] = False,
 ) -> None:
     """Show which layers of two or more models correspond."""
-    aligning = method_named(method, ALIGNING)
+    aligning = method_named(method, ALIGNING, "--method")
     require_writable(picture, "--picture", PICTURE_ENDINGS)
     with stages(err) as progress:
         networks = load_models(models, progress)

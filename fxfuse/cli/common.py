@@ -83,18 +83,6 @@ Page = Annotated[
 ]
 
 
-def method_named(name: str, methods: Mapping[str, T]) -> T:
-    """Return the method of a name."""
-    if name in methods:
-        return methods[name]
-    raise ArgumentError(
-        f"the method '{name}'",
-        where="--method",
-        expected=f"one of {', '.join(methods)}",
-        do="leave it out for the best one",
-    )
-
-
 def require_no_options(
     method: str, aligning: Container[str], options: Mapping[str, object]
 ) -> None:

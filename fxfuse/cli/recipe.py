@@ -25,7 +25,7 @@ from ..fusion.barrier import compare
 from ..fusion.fuse import align
 from ..fusion.heads import Heads, Separate, Union
 from ..ir import Alignment
-from ..presets import NAMED
+from ..presets import NAMED, method_named
 from ..report import PICTURE_ENDINGS, Report, amount, card_of, draw
 from .common import (
     ALIGNING,
@@ -34,7 +34,6 @@ from .common import (
     data_errors,
     err,
     load_models,
-    method_named,
     out,
     read_data,
     require_no_options,
@@ -196,7 +195,7 @@ def carry_out(recipe: Recipe) -> None:
     """Fuse as a recipe says, write its files, and print what was done."""
     files = {name: _path(getattr(recipe, name)) for name in ("picture", "report", "card")}
     output = Path(recipe.output)
-    fusing = method_named(recipe.method, NAMED)
+    fusing = method_named(recipe.method, NAMED, "the key `method`")
     require_writable(output, "--output", NETWORK)
     require_writable(files["picture"], "--picture", PICTURE_ENDINGS)
     require_writable(files["report"], "--report", [".html"])

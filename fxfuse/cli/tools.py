@@ -12,6 +12,7 @@ from .._progress import heard_by
 from ..calibration.data import Calibration
 from ..fusion.barrier import barrier, labelled_part
 from ..graph.verify import verify
+from ..presets import method_named
 from ..report import PICTURE_ENDINGS
 from ..spaces.spaces import permute
 from ..width.net2net import WidthReport, narrow
@@ -31,7 +32,6 @@ from .common import (
     err,
     example_of,
     load_models,
-    method_named,
     parsed_shares,
     require_writable,
     say,
@@ -52,7 +52,7 @@ def barrier_command(
     picture: Curve = None,
 ) -> None:
     """Show loss and accuracy of the fusions of two models, along their weights; needs labels."""
-    fusing = method_named(method, ALIGNING)
+    fusing = method_named(method, ALIGNING, "--method")
     shares = parsed_shares(weights)
     require_writable(picture, "--picture", PICTURE_ENDINGS)
     with stages(err) as progress:

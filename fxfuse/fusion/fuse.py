@@ -123,16 +123,9 @@ def _chosen(method: Method | str | None, default: Method = Method()) -> Method:
 
 def _preset(name: str) -> Callable[..., fx.GraphModule]:
     """Return what the presets call so."""
-    from ..presets import NAMED  # these use `fuse`
+    from ..presets import NAMED, method_named  # these use `fuse`
 
-    if name in NAMED:
-        return NAMED[name]
-    raise ArgumentError(
-        f"the method '{name}'",
-        where="the argument `method`",
-        expected=f"one of {', '.join(NAMED)}",
-        do="leave it out for the best one",
-    )
+    return method_named(name, NAMED)
 
 
 @checked("heads", "weights")

@@ -6,18 +6,11 @@ import pytest
 
 from fxfuse.cli.common import (
     example_of,
-    method_named,
     parsed_weights,
     require_no_options,
     require_writable,
 )
 from fxfuse.errors import ArgumentError
-
-
-def test_a_method_is_known_by_its_name():
-    assert method_named("a", {"a": 1}) == 1
-    with pytest.raises(ArgumentError, match="the method 'b'"):
-        method_named("b", {"a": 1})
 
 
 def test_weights_are_numbers_or_auto_or_left_out():

@@ -6,7 +6,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import fxfuse
-from fxfuse.cli import commands as cli
 from fxfuse.cli.recipe import EXAMPLE, HeadsChoice, Recipe
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion import Separate, Union
@@ -47,15 +46,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fxfuse", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return called
+def run(folder, call):
+    return call
 
 
 def test_a_recipe_is_carried_out_in_its_own_folder(run, folder):

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 import fxfuse
-from fxfuse.cli import commands as cli
 from fxfuse.cli.references import load_model
 from tests.support.nets import mlp, randomise
 
@@ -37,15 +36,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fxfuse", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
-
-    return called
+def run(folder, call):
+    return call
 
 
 def test_permuted_networks_are_files_that_every_command_takes(run):
