@@ -126,7 +126,7 @@ def opaque(run: LabelRun, op: Op) -> Labels:
 
 
 def move(run: LabelRun, op: Op) -> Labels | list[Labels]:
-    """Run the operator itself on the label tensors of its first argument."""
+    """Values go to other places, and their units with them: it is run on the labels."""
     key, tensor = next((k, v) for k, v in op.args.items() if isinstance(v, Tensor))
     labels = run.of(tensor) if op.name == "constant_pad_nd" else run.held(tensor)
     if any(run.values.varies(t) for t in op.tensors if t is not tensor):
@@ -262,7 +262,7 @@ def restride(run: LabelRun, op: Op) -> Labels:
 
 
 def cat(run: LabelRun, op: Op) -> Labels:
-    """Join label tensors. Where the units lie along another axis, those of all parts are tied."""
+    """Parts stand side by side; where units lie along another axis, those of all are tied."""
     tensors = [t for t in op["tensors"] if t.dim() == op.out.dim()]  # ATen skips empty vectors
     rank, dim = op.out.dim(), (op["dim"] or 0) % op.out.dim()
     labels = [run.of(t) for t in tensors]
