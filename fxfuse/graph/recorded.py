@@ -60,7 +60,7 @@ def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
         leaves: Modules that become one node each, besides those of `torch.nn`.
 
     Raises:
-        Exception: Whatever the forward raises. It has a note that names the module.
+        Exception: Whatever the forward raises, with the module in its attribute `module_path`.
     """
     copied = copy.deepcopy(root, {id(p): p for p in root.parameters()})
     recorder = _Recorder(copied, leaves)

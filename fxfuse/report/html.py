@@ -65,6 +65,7 @@ def page_of(report: Report, accuracy: Mapping[str, Accuracy], facts: Mapping[str
         scores=[_score(name, value) for name, value in accuracy.items()],
         picture=Markup(svg_of(scene, description_of(alignment))),
         picture_height=scene.height,
+        picture_shape=scene.height / scene.width,
         matrices=[(matrix, _cells(matrix)) for matrix in matrices],
         origin=_origin(report, facts),
         ink=INK,

@@ -69,5 +69,6 @@
     });
     group.addEventListener("pointerleave", () => { tip.hidden = true; });
   });
-  if (svg.getBoundingClientRect().height < 0.9 * size[1]) actual();
+  const box = svg.getBoundingClientRect();  // all of it on a narrow page, a part of a tall picture
+  if (box.height < 0.9 * size[1] * Math.min(1, box.width / size[0])) actual();
 })();
