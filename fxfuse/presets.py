@@ -9,7 +9,7 @@ refit=AsMixed())` leaves it out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -18,12 +18,13 @@ from .alignment.aligners import same_index
 from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
 from .coupling.plans import one_map
-from .coupling.transport import InPlace, LayerByLayer
+from .coupling.transport import InPlace, LayerByLayer, Transport
 from .coupling.weight_matching import WeightMatching
 from .coupling.zipit import Zip
 from .errors import ArgumentError
 from .fusion.fuse import Method, align
 from .fusion.transfer import transfer
+from .mixers import Dare, Slerp, TaskArithmetic, Ties
 from .refit.moments import AsMixed, MatchMoments, ResetNorms
 
 T = TypeVar("T")
@@ -123,6 +124,21 @@ elastic_zip = Method(coupling=Zip(alpha=0.5, beta=1.0), refit=ResetNorms())
 #: C2M3 (Crisostomi et al.): one universe for all networks, moments repaired.
 c2m3 = Method(coupling=CycleConsistent(), refit=MatchMoments())
 
+# Siblings match by index, as these methods mean it; other networks by what their units compute.
+_ALIGNED = Method(coupling=Transport(by_index=True), refit=ResetNorms())
+
+#: Task arithmetic (Ilharco et al.): the first network is the checkpoint, changes add up.
+task_arithmetic = replace(_ALIGNED, mixer=TaskArithmetic())
+
+#: TIES (Yadav et al.): of changes, the large ones that agree in sign; the first is the checkpoint.
+ties = replace(_ALIGNED, mixer=Ties())
+
+#: DARE (Yu et al.): changes thinned out at random, then added; the first is the checkpoint.
+dare = replace(_ALIGNED, mixer=Dare())
+
+#: SLERP: along the arc between two networks' weights.
+slerp = replace(_ALIGNED, mixer=Slerp())
+
 #: All of them by the names that `fuse(method=)` and the command line take.
 NAMED: dict[str, Method | Transfer] = {
     "best": best,
@@ -134,6 +150,10 @@ NAMED: dict[str, Method | Transfer] = {
     "zipit": zipit,
     "elastic_zip": elastic_zip,
     "c2m3": c2m3,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "slerp": slerp,
 }
 
 

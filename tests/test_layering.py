@@ -26,7 +26,7 @@ LEVELS = {
             "alignment",
             "depth",
             "coupling",
-            "width refit",
+            "width refit mixers",
             "fusion",
             "presets",
             "cli",

@@ -91,7 +91,7 @@ PLACES = [fxfuse] + [
     importlib.import_module(f"fxfuse.{name}")
     for name in (
         *("alignment", "calibration", "coupling", "depth", "errors", "fusion", "graph", "io", "ir"),
-        *("presets", "refit", "report", "solvers", "spaces", "width"),
+        *("mixers", "presets", "refit", "report", "solvers", "spaces", "width"),
     )
 ]
 PUBLIC = {name for place in PLACES for name in vars(place) if not name.startswith("_")}

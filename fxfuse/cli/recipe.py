@@ -54,7 +54,7 @@ data: imagefolder:photos?size=224  # or mnist:PATH, or package.module:factory
 output: fused.safetensors
 
 # Everything below may be left out.
-method: best  # or average, otfusion, clafusion, hmt, git_rebasin, zipit, elastic_zip, c2m3
+method: best  # or another preset, such as average, git_rebasin, zipit or ties
 weights: [0.5, 0.5]  # a share of each model, or auto
 width: 1.0  # room for unlike units: 1.5 allows 2.25 times the multiply-adds
 samples: 1000  # unlabelled ones; labels are only counted, never fused on

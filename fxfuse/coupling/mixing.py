@@ -6,8 +6,9 @@ to no space stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 from scipy.sparse import csr_array, eye_array
@@ -18,7 +19,39 @@ from .problem import Problem
 
 OnAxis = Sequence[tuple[Space, Axis]]  # the spaces on an axis, and where
 
+Tensors = Sequence[np.ndarray]  # of each network, in the same units
+Named = Iterable[tuple[str, Tensors]]
+Rule = Callable[[str, Tensors], np.ndarray]  # name and tensors to one tensor
+
 LESS = 0.999  # a row of a map that sums to less: the network counts less in that fused unit
+
+
+class Mixer(Protocol):
+    """What becomes of the networks' tensors once they lie in the same units.
+
+    Inherit from it for the defaults. Without one, it is their weighted mean.
+
+    Attributes:
+        everywhere: Whether every network must have every layer.
+    """
+
+    everywhere: ClassVar[bool] = False
+
+    def shares(self, given: tuple[float, ...]) -> tuple[float, ...]:
+        """Return the networks' shares in the outputs that are wanted, sum 1.
+
+        Args:
+            given: Those that the caller gave, sum 1.
+        """
+        return given
+
+    def __call__(self, named: Callable[[], Named], shares: Sequence[float]) -> Rule:
+        """Look at all tensors, if that is needed; return the rule for each.
+
+        Args:
+            named: Goes through the tensors of all networks by name, as often as it is called.
+            shares: What `shares` returned; of the networks that have it, for each tensor.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +64,14 @@ class Couplings:
         of_axes: Couplings of single axes `(space, tensor or node, dim, network)` that differ from
             their space's.
         siblings: Whether the units of all networks agree by index and are matched so.
+        mixer: What becomes of tensors in the same units; None for their weighted mean.
     """
 
     problem: Problem
     maps: Mapping[tuple[str, int], Coupling]
     of_axes: Mapping[tuple[str, str, int, int], Coupling] = field(default_factory=dict)
     siblings: bool = False
+    mixer: Mixer | None = None
 
     def weighted(self, weights: Sequence[float]) -> Couplings:
         """Return the same maps with other shares in the units."""
@@ -73,6 +108,17 @@ class Couplings:
                 else:
                     total /= mass.reshape([-1 if d == dim else 1 for d in range(total.ndim)])
         return total
+
+    def apart(self, name: str, values: Tensors) -> list[np.ndarray]:
+        """Return each network's tensor in fused coordinates, as if it alone were fused.
+
+        Args:
+            name: A parameter or buffer.
+            values: Each network's tensor of this name.
+        """
+        count = len(values)
+        alone = [[float(j == k) for j in range(count)] for k in range(count)]
+        return [self.weighted(shares).mix(name, values) for shares in alone]
 
     def pick(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return each entry from one network, in fused coordinates: from the lead, if it has it.

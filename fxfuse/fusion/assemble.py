@@ -16,7 +16,7 @@ from .._progress import Clock
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, correlation
 from ..coupling.measure import measure
-from ..coupling.mixing import Couplings
+from ..coupling.mixing import Couplings, Mixer
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.sizes import sized_alike
@@ -41,6 +41,7 @@ def couple(
     problem: Problem,
     data: Calibration,
     coupling: CouplingMethod,
+    mixer: Mixer | None,
     refit: Refit,
     clock: Clock,
     width: float,
@@ -52,6 +53,7 @@ def couple(
         problem: Networks of one structure.
         data: Calibration inputs.
         coupling: How the units of the networks are matched.
+        mixer: What becomes of tensors in the same units; None for their weighted mean.
         refit: Says which moments it needs.
         clock: Times the stages.
         width: Of the fused network, relative to its anchor's.
@@ -65,7 +67,7 @@ def couple(
         samples = min(data.samples, refit.samples(problem.networks))
         evidence = measure(problem, data, coupling.view, refit.settles(problem), samples)
     with clock.stage("couple units"):
-        couplings = sized_alike(coupling(problem, evidence))
+        couplings = replace(sized_alike(coupling(problem, evidence)), mixer=mixer)
     if width == 1:
         return couplings, evidence.outputs, {}
     with clock.stage("make room"):

@@ -19,7 +19,7 @@ from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
 from ..alignment.layers import partition
 from ..calibration.data import Calibration, prepare
-from ..coupling.mixing import Couplings
+from ..coupling.mixing import Couplings, Mixer
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
@@ -34,6 +34,7 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
+from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import Cost, choose_cut
 from ._cut import AUTO, cut_networks, trunk_segments
 from ._fit_heads import refitted
@@ -53,6 +54,8 @@ class Method:
         balancing: How networks of different depth get one structure: `deepen`, which is exact, or
             `Shorten(...)`.
         coupling: How the units of the networks are matched (see `fxfuse.coupling`).
+        mixer: What becomes of tensors that lie in the same units: a mixer, such as
+            `fxfuse.mixers.Ties()`; None for their weighted mean.
         refit: How the fused network is corrected on the data: `LeastSquares(...)`, or
             `MatchMoments(...)`.
         room: Which layers a wider network widens: `fxfuse.width.deepest_first`, or `evenly` if it
@@ -66,6 +69,7 @@ class Method:
     layer_cost: LayerCost = linear_cka
     balancing: Balancing = deepen
     coupling: CouplingMethod = Transport(agreement=4.0, by_index=True)
+    mixer: Mixer | None = None
     refit: Refit = LeastSquares()
     room: Room = deepest_first
     absent_as_zero: bool = False
@@ -207,6 +211,7 @@ def fuse(
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width)
+    shares = shares_for(method.mixer, shares, width, automatic)
     networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
@@ -329,6 +334,7 @@ def _fuse_networks(
         couple,
         data=data,
         coupling=method.coupling,
+        mixer=method.mixer,
         refit=method.refit,
         clock=clock,
         width=width,
@@ -400,7 +406,7 @@ def fuse_along(
         What `fuse` returns for each set of weights.
     """
     method, clock = _chosen(method), Clock(progress)
-    all_shares = [shares_of(w, models) for w in weights]
+    all_shares = [shares_for(method.mixer, shares_of(w, models), 1.0, False) for w in weights]
     networks, calibration = prepare(models, data, clock)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     alignment = alignment or _aligned(networks, calibration, method, clock)
@@ -411,7 +417,7 @@ def fuse_along(
     for shares in all_shares:
         clock.seconds = dict(prepared)  # each fusion reports its own
         shared = replace(problem, weights=shares, output_weights=shares)
-        choices = calibration, method.coupling, method.refit, clock
+        choices = calibration, method.coupling, method.mixer, method.refit, clock
         couplings, moments, _ = couple(shared, *choices, width=1.0, room=method.room)
         network, outcome = make(couplings, moments, method.refit, calibration, clock)
         rescale(network, couplings)
@@ -546,45 +552,3 @@ def net2deeper(
         True
     """
     return balance([model, like], data, alignment=alignment)[0]
-
-
-def is_automatic(weights: Sequence[float] | str | None, apart: bool) -> bool:
-    """Tell whether the weights are to be chosen, which needs networks of one task (not `apart`)."""
-    if isinstance(weights, str) and (weights != "auto" or apart):
-        raise ArgumentError(
-            f"weights '{weights}'" + (" for networks of different tasks" if apart else ""),
-            where="the argument `weights`",
-            expected="numbers, or 'auto' for networks of one task, which have an ensemble",
-            do="give one number for each model, or leave them out for equal weights",
-        )
-    return weights == "auto"
-
-
-def shares_of(weights: Sequence[float] | None, models: Sequence[nn.Module]) -> tuple[float, ...]:
-    """Return the share of each model, sum 1; refuse weights that do not fit the models."""
-    count = len(models) if isinstance(models, Sequence) else 0
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
-    total = sum(given)
-    good = all(w >= 0 for w in given) and (0 < total < float("inf") or not count)
-    if len(given) != count or not good:
-        raise ArgumentError(
-            f"weights {given}",
-            where="the argument `weights`",
-            expected=f"{count} non-negative numbers, one for each model, not all zero",
-            do="leave them out for equal weights",
-        )
-    return tuple(w / total for w in given)
-
-
-def anchor_of(given: int | None, default: int, count: int) -> int:
-    """Return the index of the anchor; refuse what is not the index of a network."""
-    if given is None:
-        return default
-    if isinstance(given, int) and 0 <= given < count:
-        return given
-    raise ArgumentError(
-        f"anchor {given!r}",
-        where="the argument `anchor`",
-        expected=f"an index from 0 to {count - 1}",
-        do="leave it out to take the deepest network",
-    )

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from ..calibration.norms import (
     single_weights,
 )
 from ..coupling.mixing import Couplings
+from ..errors import PairingError
 from ..graph.state import fill, floats_of, state_values_of, tensor_at
 from ..spaces.network import Network
 
@@ -110,25 +111,77 @@ def emit(
     states = [fold_norms(n, folded) for n in couplings.problem.networks]
     module = copy.deepcopy(base.module)
     norm_tensors = {v for roles in base.norms.values() for v in roles.values()}
-    for name, tensor in counted(state_values_of(module).items()):
-        if name not in norm_tensors:
-            values = [s[name] for s in states]
-            weight = isinstance(tensor, nn.Parameter) and tensor.dtype != torch.bool
-            mix = couplings.mix if weight else couplings.pick
-            mixed = np.ascontiguousarray(mix(name, values)).reshape(tensor.shape)
-            fill(module, name, mixed >= 0.5 if tensor.dtype == torch.bool else mixed)
-    norms = [_norm_plan(couplings, states, node, outputs.get(node)) for node in base.norms]
+    tensors = {n: t for n, t in state_values_of(module).items() if n not in norm_tensors}
+    weights = [n for n, t in tensors.items() if _is_weight(t)]
+    mixed = _mixed(couplings, states, weights, [n for n in base.norms if n not in folded])
+    for name, tensor in counted(tensors.items()):
+        values = [s[name] for s in states]
+        whole = mixed(name, name, values) if name in weights else couplings.pick(name, values)
+        whole = np.ascontiguousarray(whole).reshape(tensor.shape)
+        fill(module, name, whole >= 0.5 if tensor.dtype == torch.bool else whole)
+    norms = [_norm_plan(couplings, mixed, states, node, outputs.get(node)) for node in base.norms]
     contractions = single_weights(base)
-    weights = [
+    others = [
         _weight_plan(couplings, node, contractions[node], moments)
         for node, moments in outputs.items()
         if node not in base.norms
     ]
-    return module, [*norms, *weights]
+    return module, [*norms, *others]
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.dtype != torch.bool
+
+
+# what is mixed, the tensor along whose axes it lies, and each network's values -> the mixed values
+Mixed = Callable[[str, str, Sequence[np.ndarray]], np.ndarray]
+
+
+def _mixed(
+    couplings: Couplings, states: Sequence[FoldedState], weights: Sequence[str], kept: Sequence[str]
+) -> Mixed:
+    """Return what mixes the tensors of all networks.
+
+    Args:
+        couplings: The maps of the networks.
+        states: Their tensors.
+        weights: Those that are weights.
+        kept: The norms that are not folded into weights: their scales and shifts are mixed as well.
+    """
+    if couplings.mixer is None:
+        return lambda what, name, values: couplings.mix(name, values)
+    norms = couplings.problem.structure.norms
+
+    def named() -> Iterator[tuple[str, list[np.ndarray]]]:
+        for name in weights:
+            yield name, couplings.apart(name, [s[name] for s in states])
+        for node, roles in norms.items():
+            lies = str(roles["running_mean"])
+            if node in kept:
+                yield f"{node} scale", couplings.apart(lies, [s.scales[node] for s in states])
+            yield f"{node} shift", couplings.apart(lies, [s.shifts[node] for s in states])
+
+    _require_everywhere(couplings)
+    rule = couplings.mixer(named, couplings.problem.weights)
+    return lambda what, name, values: rule(what, couplings.apart(name, values))
+
+
+def _require_everywhere(couplings: Couplings) -> None:
+    """Refuse networks that lack layers, for a mixer that needs all layers of all networks."""
+    problem, mixer = couplings.problem, couplings.mixer
+    for network, absent in zip(problem.networks, problem.absent):
+        if mixer is not None and mixer.everywhere and any(absent):
+            raise PairingError(
+                f"a layer that {network.name} does not have",
+                where=f"layer '{absent[0].name}', {mixer}",
+                expected="networks of one depth, as they come from one checkpoint",
+                do="use a method that takes the mean of those that have a layer",
+            )
 
 
 def _norm_plan(
     couplings: Couplings,
+    mixed: Mixed,
     states: Sequence[FoldedState],
     node: str,
     moments: list[Moments | None] | None,
@@ -138,8 +191,8 @@ def _norm_plan(
     return NormPlan(
         node,
         base.inputs_of(base.nodes[node])[0].name,
-        couplings.mix(statistics, [s.scales[node] for s in states]),
-        couplings.mix(statistics, [s.shifts[node] for s in states]),
+        mixed(f"{node} scale", statistics, [s.scales[node] for s in states]),
+        mixed(f"{node} shift", statistics, [s.shifts[node] for s in states]),
         None if moments is None else _target(couplings, statistics, 0, moments),
     )
 

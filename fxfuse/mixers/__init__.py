@@ -1,0 +1,9 @@
+"""What becomes of weights in the same units, other than their mean: one file per method."""
+
+from ..coupling.mixing import Mixer
+from .dare import Dare
+from .slerp import Slerp
+from .task_arithmetic import TaskArithmetic
+from .ties import Ties
+
+__all__ = ["Dare", "Mixer", "Slerp", "TaskArithmetic", "Ties"]
