@@ -17,6 +17,7 @@ from torch import fx, nn
 from .alignment.aligners import same_index
 from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
+from .coupling.measure import View
 from .coupling.plans import one_map
 from .coupling.transport import InPlace, LayerByLayer, Transport
 from .coupling.weight_matching import WeightMatching
@@ -26,6 +27,8 @@ from .fusion.fuse import Method, align
 from .fusion.transfer import transfer
 from .mixers import Dare, Slerp, TaskArithmetic, Ties
 from .refit.moments import AsMixed, MatchMoments, ResetNorms
+from .refit.pleas import LayerwiseLeastSquares
+from .refit.regmean import RegMean
 
 T = TypeVar("T")
 
@@ -139,6 +142,16 @@ dare = replace(_ALIGNED, mixer=Dare())
 #: SLERP: along the arc between two networks' weights.
 slerp = replace(_ALIGNED, mixer=Slerp())
 
+#: RegMean (Jin et al.): each network counts in a weight as much as its inputs do, in closed form.
+regmean = replace(_ALIGNED, refit=RegMean())
+
+#: PLeaS (Nasery et al.): permutations, then least squares layer by layer. With `width=`, the units
+#: that are least alike are kept apart, as many as the multiply-adds allow.
+pleas = Method(coupling=Transport(), refit=LayerwiseLeastSquares())
+
+#: REPAIR (Jordan et al.): permutations by correlation, then the moments of each unit.
+repair = Method(coupling=Transport(view=View(activated=True)), refit=MatchMoments())
+
 #: All of them by the names that `fuse(method=)` and the command line take.
 NAMED: dict[str, Method | Transfer] = {
     "best": best,
@@ -154,6 +167,9 @@ NAMED: dict[str, Method | Transfer] = {
     "ties": ties,
     "dare": dare,
     "slerp": slerp,
+    "regmean": regmean,
+    "pleas": pleas,
+    "repair": repair,
 }
 
 

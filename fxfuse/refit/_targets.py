@@ -379,16 +379,16 @@ class Targets:
             axis: The feature axis of the values given, if not `dim`.
         """
         axis = dim if axis is None else axis
-        shares, total = self._shares(node, weight, values), None
+        shares, total = self.shares(node, weight, values), None
         for k, (share, value) in enumerate(zip(shares, values)):
             if share and value is not None:
-                part = _apply(self._map(node, dim, k), value, axis).mul_(share)
+                part = in_units(self.map_of(node, dim, k), value, axis).mul_(share)
                 total = part if total is None else total.add_(part)
         assert total is not None, "some network has a share"
-        total.movedim(axis, -1).div_(torch.as_tensor(self._mass(node, dim, shares)).to(total))
+        total.movedim(axis, -1).div_(torch.as_tensor(self.mass(node, dim, shares)).to(total))
         return total
 
-    def _map(self, node: str, dim: int, k: int) -> Tensor:
+    def map_of(self, node: str, dim: int, k: int) -> Tensor:
         """Return the map into the fused network's units; an index where it only picks units."""
         if (node, dim, k) not in self.maps:
             self.maps = {key: m for key, m in self.maps.items() if key[0] == node}
@@ -397,7 +397,7 @@ class Targets:
             self.maps[node, dim, k] = torch.as_tensor(matrix.indices if picks else matrix.toarray())
         return self.maps[node, dim, k]
 
-    def _shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
+    def shares(self, node: str, weight: str, values: Sequence[Tensor | None]) -> list[float]:
         """Return each network's share in the target; equal ones if those with a share lack it."""
         last = node in self.outputs
         weights = self.problem.output_weights if last else self.problem.weights
@@ -408,7 +408,7 @@ class Targets:
             return shares
         return [float(v is not None) for v in values]
 
-    def _mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
+    def mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
         """Return the share of the networks that give something to the unit at each position."""
         base = self.problem.structure
         mass = np.full(base.shapes[node][dim], sum(shares))
@@ -428,7 +428,7 @@ def _behind_contractions(network: Network) -> set[str]:
     return {node.name for node in network.module.graph.nodes if node not in before}
 
 
-def _apply(units: Tensor, value: Tensor, dim: int) -> Tensor:
+def in_units(units: Tensor, value: Tensor, dim: int) -> Tensor:
     """Return a copy of values in other units: picked by an index, or mixed by a matrix."""
     if units.dim() == 1:
         return value.index_select(dim, units.to(value.device))

@@ -1,0 +1,156 @@
+"""What the networks' own layers read and give, contraction by contraction, in the fused units.
+
+Fits that look at one layer at a time need no run of the fused network: the networks are taken over
+the data once, and each contraction is shown where it lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .._progress import tell
+from ..calibration.affine import Producer
+from ..calibration.data import Calibration
+from ..calibration.least_squares import Positions, input_rows, output_rows
+from ..calibration.run import Track, working_batch
+from ..calibration.spill import SpillStore
+from ..coupling.mixing import Couplings
+from ..spaces.network import Network
+from ._targets import Aim, Draw, Targets, aims_of, in_units
+
+FRONTIER = 1 << 29  # bytes of values that wait in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A contraction in all networks, at a sample of its positions.
+
+    Attributes:
+        producer: The contraction.
+        sample: The positions.
+        shares: Of each network in what the contraction is to give; 0 where it has none.
+        inputs: `(groups, positions, inputs)` what each network's contraction reads, in the fused
+            network's units; None without a share.
+        outputs: `(positions, units)` what it gives, behind its norm, in the fused network's units.
+        read: `(groups, 1, inputs)` the shares of the networks that have each input.
+        given: `(units,)` those of the networks that have each unit of the outputs.
+    """
+
+    producer: Producer
+    sample: Positions
+    shares: Sequence[float]
+    inputs: Sequence[Tensor | None]
+    outputs: Sequence[Tensor | None]
+    read: Tensor
+    given: Tensor
+
+    @property
+    def mean_input(self) -> Tensor:
+        """`(groups, positions, inputs)`, of the networks that have each input."""
+        return self._mean(self.inputs) / self.read
+
+    @property
+    def mean_output(self) -> Tensor:
+        """`(positions, units)`, of the networks that have each unit."""
+        return self._mean(self.outputs) / self.given
+
+    def _mean(self, parts: Sequence[Tensor | None]) -> Tensor:
+        having = [w * part for w, part in zip(self.shares, parts) if part is not None]
+        return torch.stack(having).sum(0)
+
+
+def readings(
+    fused: Network, couplings: Couplings, data: Calibration, samples: int, draw: Draw
+) -> Iterator[Reading]:
+    """Show each contraction of one weight that is used once, in the order of the network.
+
+    Args:
+        fused: The fused network; only its structure counts.
+        couplings: The maps of the networks that it is made of.
+        data: Calibration inputs.
+        samples: How many of the first ones.
+        draw: Chooses positions of a contraction.
+    """
+    targets = Targets(couplings)
+    order, aims = aims_of(fused)
+    place = {node.name: i for i, node in enumerate(order)}
+    given = data, samples, working_batch([fused, *targets.problem.networks])
+    with torch.no_grad(), SpillStore(FRONTIER) as store:
+        tracks = []
+        for network, bypass in zip(targets.problem.networks, targets.bypasses):
+            nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
+            tracks.append(Track(network, *given, nodes, store, bypass))
+        for done, node in enumerate(order):
+            aim = aims.get(node.name)
+            if aim is not None and not aim.shared:
+                reading = _Spot.of(fused, targets, node, aim).reading(tracks, place, draw)
+                if reading is not None:
+                    yield reading
+            tell((done + 1) / len(order))
+
+
+@dataclass(frozen=True, eq=False)
+class _Spot:
+    """Where a contraction reads and gives: the nodes, and the axes of their units."""
+
+    targets: Targets
+    aim: Aim
+    source: str
+    reads: int
+    gives: int
+
+    @classmethod
+    def of(cls, fused: Network, targets: Targets, node: fx.Node, aim: Aim) -> _Spot:
+        source = fused.inputs_of(node)[0].name
+        dims = len(fused.shapes[source])
+        reads = 1 if aim.producer.affine.kernel else dims - 1
+        return cls(targets, aim, source, reads, aim.axis_in(fused))
+
+    def reading(self, tracks: Sequence[Track], place: dict[str, int], draw: Draw) -> Reading | None:
+        """Take all networks there; return None if what they read or give does not correspond."""
+        producer, sizes = self.aim.producer, tracks[0].sizes
+        ends = (self.source, self.reads), (producer.joint, self.gives)
+        if not all(self.targets.fits(*end) for end in ends):
+            return None
+        inputs: list[list[Tensor]] = [[] for _ in tracks]
+        outputs: list[list[Tensor]] = [[] for _ in tracks]
+        sample, shares = None, [0.0] * len(tracks)
+        maps = [[self.targets.map_of(*end, k) for k in range(len(tracks))] for end in ends]
+        for batch, size in enumerate(sizes):
+            values = [self._values(track, batch, place) for track in tracks]
+            shares = self.targets.shares(producer.joint, producer.weight, [z for _, z in values])
+            for k, (x, z) in enumerate(values):
+                if not shares[k] or x is None or z is None:
+                    continue
+                if sample is None:
+                    sample = draw(self.aim, z.numel() // (z.shape[self.gives] * size), sizes)
+                x, z = in_units(maps[0][k], x, self.reads), in_units(maps[1][k], z, self.gives)
+                inputs[k].append(input_rows(x, producer.affine, sample.at[batch]))
+                outputs[k].append(output_rows(z, self.gives, sample.at[batch]))
+        if sample is None or {len(x) for x in inputs} - {0, len(sizes)}:
+            return None
+        having = [w if x else 0.0 for w, x in zip(shares, inputs)]
+        rows, goals = (
+            [sample.joined(parts) if parts else None for parts in side]
+            for side in (inputs, outputs)
+        )
+        masses = [torch.as_tensor(self.targets.mass(*end, having)).float() for end in ends]
+        taps = math.prod(producer.affine.kernel)
+        read = masses[0].view(producer.affine.groups, 1, -1).repeat(1, 1, taps)
+        return Reading(producer, sample, having, rows, goals, read, masses[1])
+
+    def _values(self, track: Track, batch: int, place: dict[str, int]) -> tuple[Any, Any]:
+        """Take one network to where the contraction is complete; return what it reads and gives."""
+        producer = self.aim.producer
+        run, _ = track.go(batch, place[producer.node])
+        x = run.value_of(self.source)
+        x = x.clone() if x is not None else None
+        _, z = track.go(batch, place[producer.joint] + 1)
+        track.rest(batch)
+        return x, z
