@@ -17,6 +17,8 @@ from torch import fx, nn
 from .alignment.aligners import same_index
 from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
+from .coupling.cca import CanonicalCorrelation
+from .coupling.dual_space import DualSpace
 from .coupling.measure import View
 from .coupling.plans import one_map
 from .coupling.transport import InPlace, LayerByLayer, Transport
@@ -149,6 +151,12 @@ regmean = replace(_ALIGNED, refit=RegMean())
 #: that are least alike are kept apart, as many as the multiply-adds allow.
 pleas = Method(coupling=Transport(), refit=LayerwiseLeastSquares())
 
+#: MuDSC (Xu et al.): permutations by activations and weights together.
+mudsc = Method(coupling=DualSpace(), refit=ResetNorms())
+
+#: CCA-Merge (Horoi et al.): features turned onto each other by canonical correlations.
+cca_merge = Method(coupling=CanonicalCorrelation(), refit=ResetNorms())
+
 #: REPAIR (Jordan et al.): permutations by correlation, then the moments of each unit.
 repair = Method(coupling=Transport(view=View(activated=True)), refit=MatchMoments())
 
@@ -169,6 +177,8 @@ NAMED: dict[str, Method | Transfer] = {
     "slerp": slerp,
     "regmean": regmean,
     "pleas": pleas,
+    "mudsc": mudsc,
+    "cca_merge": cca_merge,
     "repair": repair,
 }
 

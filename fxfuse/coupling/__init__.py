@@ -1,6 +1,8 @@
 """Which units correspond, and the maps between them: one file per method."""
 
 from .c2m3 import CycleConsistent
+from .cca import CanonicalCorrelation
+from .dual_space import DualSpace
 from .measure import View
 from .plans import one_map, two_maps
 from .transport import InPlace, LayerByLayer, Transport
@@ -8,7 +10,9 @@ from .weight_matching import MergeMany, WeightMatching, WeightTransport
 from .zipit import Zip
 
 __all__ = [
+    "CanonicalCorrelation",
     "CycleConsistent",
+    "DualSpace",
     "InPlace",
     "LayerByLayer",
     "MergeMany",

@@ -117,7 +117,7 @@ class WeightMatching(CouplingMethod):
         matched = [problem.anchor]
         others = [k for k in range(len(weights.states)) if k != problem.anchor]
         for k in counted(others):
-            targets = _of_the_first(weights, matched)
+            targets = first_of(weights, matched)
             ascent = Ascent(weights, k, targets, [name for name, i in free if i == k])
             ascent.sweep()
             ascent.run(np.random.default_rng(self.seed))
@@ -179,7 +179,7 @@ def require_equal_widths(problem: Problem, method: str) -> None:
 # --- coordinate ascent for one network ------------------------------------------------------------
 
 
-def _of_the_first(weights: Weights, networks: Sequence[int]) -> dict[str, np.ndarray]:
+def first_of(weights: Weights, networks: Sequence[int]) -> dict[str, np.ndarray]:
     """Return every tensor, mapped, of the first network that has it."""
     tensors: dict[str, np.ndarray] = {}
     for k in networks:
