@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from torchvision import models
 
 import fxfuse
-from fxfuse.graph.compare import tensors_in
+from fxfuse.graph.structures import tensors_in
 
 OTHERS = ("class", "deeper", "deeper class", "wider class")
 Example = Tensor | dict[str, Tensor]

@@ -14,7 +14,7 @@ from torch import nn
 from .._checked import checked
 from .._progress import Clock, Progress
 from ..calibration.data import analyse
-from ..graph.inputs import Example
+from ..graph.calls import Example, ToCall
 from ..graph.trace import without_autocast
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
@@ -153,13 +153,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 @checked()
 @without_autocast()
 def inspect(
-    model: nn.Module, example: Example, *, progress: Progress | bool | None = None
+    model: nn.Module,
+    example: Example,
+    *,
+    inputs: ToCall | None = None,
+    progress: Progress | bool | None = None,
 ) -> Inspection:
     """Find the chain, layers, segments and unit spaces of any traceable module.
 
     Args:
         model: The network; not modified.
-        example: One batch as the network takes it, a tensor `(N, ...)` or a tuple of tensors.
+        example: One batch as the network takes it: a tensor `(N, ...)`, a tuple of arguments, or a
+            mapping from their names.
+        inputs: From the example to args, kwargs of forward, where it is no batch as usual.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
 
@@ -182,7 +188,7 @@ def inspect(
     """
     name, clock = type(model).__name__, Clock(progress)
     with clock.stage("trace and find spaces"):
-        network = analyse(model, example, name)
+        network = analyse(model, example, name, inputs)
     size = sum(p.numel() for p in model.parameters())
     return Inspection(name, size, chain_of(network), partition(network), network.spaces)
 

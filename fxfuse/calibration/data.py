@@ -16,24 +16,12 @@ from torch import Tensor, fx, nn
 
 from .._progress import Clock, counted, part, tell
 from ..errors import ArgumentError, DataError, FuseError, ModelError, line_of
-from ..graph.inputs import (
-    Example,
-    Inputs,
-    arguments_of,
-    by_name,
-    require_readable,
-    required_of,
-)
+from ..graph.calls import Call, Example, Reader, ToCall, require_readable
+from ..graph.inputs import Inputs
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
-from ..graph.state import ties_of, untie
-from ..graph.trace import (
-    at_least_single,
-    device_of,
-    run_once,
-    trace,
-    trace_alike,
-)
+from ..graph.state import device_of, ties_of, untie
+from ..graph.trace import at_least_single, run_once, trace, trace_alike
 from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
 from .spill import SpillStore, Waiting
@@ -49,20 +37,24 @@ class Calibration:
         data: A tensor `(N, ...)`; a mapping from the names of arguments to such tensors; or an
             iterable of batches. A batch is a tensor, a mapping, or a tuple or list that starts with
             as many inputs as the models need; what comes behind, as labels, is left out. An input
-            of a model with one may itself be a tuple of tensors.
+            may itself be a structure of tensors, such as a dictionary.
         limit: Read at most this many samples.
         models: Those that will take the inputs; they tell how many they need, and by which names.
+        to_call: From a batch to args, kwargs, where the usual ways do not fit.
 
     Raises:
         DataError: If there are no data, or they hold NaN, or are of another form.
     """
 
     def __init__(
-        self, data: Any, limit: int | None = None, models: Sequence[nn.Module] = ()
+        self,
+        data: Any,
+        limit: int | None = None,
+        models: Sequence[nn.Module] = (),
+        to_call: ToCall | None = None,
     ) -> None:
-        bare = [unwrapped(m) for m in models]
-        self._arguments, self._required = arguments_of(bare), required_of(bare)
-        self.names: tuple[str, ...] = ()  # of the arguments, where the batches name them
+        self._reader = Reader(models, to_call)
+        self._form: Call | None = None  # of the first batch, and so of all
         self._store = SpillStore(MEMORY)
         self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
         self.samples = 0
@@ -101,9 +93,10 @@ class Calibration:
         """Return the first few inputs, as one batch."""
         return tuple(t[:samples] for t in self._batch(0))
 
-    def as_call(self, tensors: Batch) -> Batch | dict[str, Tensor]:
+    def as_call(self, tensors: Batch) -> Call:
         """Return inputs as models are called with them: by name, if the data name them."""
-        return dict(zip(self.names, tensors)) if self.names else tensors
+        assert self._form is not None, "there is a batch"
+        return self._form.filled(tensors)
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
         """Return all inputs but each `every`-th one, and each `every`-th one; nothing is copied."""
@@ -141,7 +134,7 @@ class Calibration:
     def _batches_of(self, data: Any) -> Iterable[Any]:
         if isinstance(data, Tensor):
             return data.split(64) if data.dim() else []
-        if isinstance(data, Mapping) or (isinstance(data, tuple) and self._is_call(data)):
+        if isinstance(data, Mapping) or (isinstance(data, tuple) and self._reader.is_call(data)):
             return [data]
         if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
             return data
@@ -152,33 +145,29 @@ class Calibration:
             do="pass the inputs as one tensor, or a loader over them",
         )
 
-    def _is_call(self, entries: Sequence[Any]) -> bool:
-        """Tell whether entries start with all tensors that a model of several inputs needs."""
-        first = entries[: self._required]
-        return 1 < self._required == len(first) and all(isinstance(t, Tensor) for t in first)
-
     def _inputs(self, batch: Any) -> Batch:
-        """Return the input tensors of a batch, and note their names if it has any."""
-        if isinstance(batch, Mapping) and (named := by_name(batch, self._arguments)):
-            self.names = self.names or tuple(named)
-            return tuple(at_least_single(named[n].detach()) for n in self.names if n in named)
-        entry = batch
-        if isinstance(batch, Mapping):
-            entry = next(iter(batch.values()), None)
-        elif isinstance(batch, (tuple, list)) and self._is_call(batch):
-            entry = batch[: self._required]
-        elif isinstance(batch, (tuple, list)):
-            entry = batch[0] if batch else None
-        parts = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
-        if parts and all(isinstance(p, Tensor) and p.dim() for p in parts):
-            return tuple(at_least_single(p.detach()) for p in parts)
-        raise DataError(
-            f"a batch whose first entry is of type {type(entry).__name__}",
-            where="the argument `data`",
-            expected="a tensor, a mapping from the names of inputs to tensors, or a tuple or list "
-            "that starts with the input tensors",
-            do="convert the samples to tensors (torchvision: transforms.ToTensor())",
-        )
+        """Return the tensors in the arguments that a batch gives."""
+        call = self._reader.call(batch)
+        form, tensors, _ = (self._form.like(call) if self._form else call).parted()
+        if self._form is None:
+            self._form = form
+        if form != self._form:
+            raise DataError(
+                f"a batch with the arguments {form} after batches with {self._form}",
+                where=f"the batch that starts at sample {self.samples} of `data`",
+                expected="batches that differ in their tensors only",
+                do="say what forward is called with: inputs=lambda batch: (args, kwargs)",
+            )
+        lengths = [len(t) if t.dim() else "no" for t in tensors]
+        if len(set(lengths)) > 1 or "no" in lengths:
+            raise DataError(
+                f"inputs of {lengths} samples",
+                where=f"the batch that starts at sample {self.samples} of `data`",
+                expected="tensors (samples, ...), all with as many samples",
+                do="give each input a first axis of samples, or leave out what has none: "
+                "inputs=lambda batch: (args, kwargs)",
+            )
+        return tuple(at_least_single(t.detach()) for t in tensors)
 
 
 def read(batches: Iterable[Any], where: str = "the argument `data`") -> Iterator[Any]:
@@ -228,7 +217,11 @@ TRACED = 0.25  # share of the work that is done once all networks are traced
 
 
 def prepare(
-    models: Sequence[nn.Module], data: Any, clock: Clock, outputs_may_differ: bool = False
+    models: Sequence[nn.Module],
+    data: Any,
+    clock: Clock,
+    outputs_may_differ: bool = False,
+    to_call: ToCall | None = None,
 ) -> tuple[list[Network], Calibration]:
     """Trace and analyse models that have the same inputs and outputs.
 
@@ -238,6 +231,7 @@ def prepare(
         clock: Times the stages.
         outputs_may_differ: Take networks with different outputs, too. Heads that exist in training
             mode only are then left out.
+        to_call: From a batch of the data to args, kwargs.
 
     Raises:
         ArgumentError: If there are no models.
@@ -253,7 +247,8 @@ def prepare(
             do="pass them as a list: fxfuse.fuse([a, b], data)",
         )
     with clock.stage("read data"):
-        calibration = data if isinstance(data, Calibration) else Calibration(data, models=models)
+        known = isinstance(data, Calibration)
+        calibration = data if known else Calibration(data, models=models, to_call=to_call)
     with clock.stage("trace and find spaces"):
         return _analyse_all(models, calibration, outputs_may_differ), calibration
 
@@ -281,21 +276,24 @@ def _analyse_all(
     return networks
 
 
-def analyse(model: nn.Module, example: Example, name: str) -> Network:
+def analyse(
+    model: nn.Module, example: Example, name: str, to_call: ToCall | None = None
+) -> Network:
     """Trace and analyse one model.
 
     Args:
         model: The model; not modified.
         example: Inputs for one run of it.
         name: How to call it in errors.
+        to_call: From the example to args, kwargs.
 
     Raises:
         TraceError: If the model cannot be traced.
         DataError: If it refuses the example.
     """
-    graph = trace(model, example, name)
-    given = Inputs.of(unwrapped(model), example).on(device_of(graph))
-    inputs = tuple(map(at_least_single, given))
+    given = Inputs.of(unwrapped(model), example, to_call)
+    graph = trace(model, given, name)
+    inputs = tuple(map(at_least_single, given.on(device_of(graph))))
     tell(TRACED)
     run_once(graph, inputs, name)
     with part(TRACED, 1.0):

@@ -7,12 +7,14 @@ error relative to what they should be. Nothing here grows with the number of sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
+from ..graph.structures import tensors_in
 from ..spaces.network import Network
 from .data import Calibration
 from .run import Bypass, run_past, working_batch
@@ -21,6 +23,41 @@ from .run import Bypass, run_past, working_batch
 def is_logits(value: Any) -> TypeGuard[Tensor]:
     """Tell whether an output can be logits: `(samples, classes)` of at least two classes."""
     return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1
+
+
+SCORES = "logits"  # the name that people give to scores among several outputs
+
+
+def scores_of(value: Any, name: str | int | None = None) -> Any:
+    """Return the tensor that a network's outputs are compared by.
+
+    Args:
+        value: What the network returned: a tensor, or a structure of several.
+        name: Which of them: its name, or its number. If not given, it is the one called `logits`,
+            or else the first one that holds real numbers; of a value without any, the value.
+
+    Raises:
+        ModelError: If there is none of that name or number.
+    """
+    if isinstance(value, Tensor):
+        return value
+    fields = getattr(value, "__dataclass_fields__", ())
+    named = {n: getattr(value, n) for n in fields} if fields else value
+    if isinstance(named, Mapping):
+        wanted = SCORES if name is None else name
+        if wanted in named:
+            return named[wanted]
+    elif isinstance(named, (tuple, list)) and isinstance(name, int) and name < len(named):
+        return named[name]
+    if name is None:
+        return next((t for t in tensors_in(value) if t.is_floating_point()), value)
+    kind = f"outputs {[*named]}" if isinstance(named, Mapping) else f"a {type(value).__name__}"
+    raise ModelError(
+        f"{kind} without {name!r}",
+        where="what a network returned",
+        expected="the name or number of one of its outputs",
+        do="leave the argument `output` out to take the scores, or the first tensor",
+    )
 
 
 def divergence(wanted: Tensor, logits: Tensor) -> float:

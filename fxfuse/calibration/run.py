@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import DataError
-from ..graph.compare import tensors_in
-from ..graph.trace import Interpreter, device_of
+from ..graph.state import device_of
+from ..graph.structures import tensors_in
+from ..graph.trace import Interpreter
 from ..spaces.network import Network
 from .data import Batch, Calibration
 from .spill import SpillStore, Waiting, addresses_of

@@ -60,7 +60,7 @@ def barrier_command(
         progress("read data", 0.0)
         with data_errors(data), heard_by(partial(progress, "read data")):
             labelled = labelled_part(load_data(data, seed=seed), samples, networks)
-        inputs = Calibration([(x,) for x, _ in labelled])
+        inputs = Calibration([call for call, _ in labelled], models=networks)
         chosen: Any = {"weights": shares, "method": fusing, "progress": progress}
         curve = barrier(networks, inputs, labelled, **chosen)
     say(str(curve))

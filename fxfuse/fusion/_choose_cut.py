@@ -18,9 +18,11 @@ from ..calibration.data import Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..errors import ArgumentError, FuseError
-from ..graph.compare import tensors_in
 from ..graph.inputs import as_example
-from ..graph.trace import device_of, eval_mode, run_once
+from ..graph.modes import eval_mode
+from ..graph.state import device_of
+from ..graph.structures import tensors_in
+from ..graph.trace import run_once
 from ..ir import Alignment
 from ..spaces.network import Network
 from ._cut import cut_networks

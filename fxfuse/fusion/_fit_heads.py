@@ -26,7 +26,8 @@ from ..coupling.problem import Problem
 from ..coupling.transport import InPlace
 from ..depth.deepen import Balanced
 from ..graph.inputs import as_example
-from ..graph.trace import device_of, run_once
+from ..graph.state import device_of
+from ..graph.trace import run_once
 from ..refit.emit import emit, rescale
 from ..refit.moments import Outcome, Refit
 from ..spaces.network import OPEN, Network

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from .._checked import checked
 from .._progress import Progress, counted
-from ..calibration.data import Batch, read
+from ..calibration.data import read
+from ..calibration.distance import scores_of
 from ..errors import ArgumentError, DataError, ModelError, line_of
-from ..graph.inputs import required_of
-from ..graph.trace import device_of, without_autocast
+from ..graph.calls import LABELS, Call, Reader, ToCall
+from ..graph.inputs import Inputs
+from ..graph.state import device_of
+from ..graph.trace import without_autocast
+from ..graph.wrappers import unwrapped
 from ..ir import Alignment
 from ..report.plots import draw_barrier
 from .fuse import Method, fuse_along
@@ -35,12 +39,12 @@ ENSEMBLE = "ensemble"
 class _Mean(nn.Module):
     """The ensemble of networks: the mean of their outputs."""
 
-    def __init__(self, networks: Iterable[nn.Module]) -> None:
+    def __init__(self, networks: Iterable[nn.Module], output: str | int | None) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(networks)
+        self.networks, self.output = nn.ModuleList(networks), output
 
-    def forward(self, *inputs: Any) -> Tensor:
-        outputs = [network(*inputs) for network in self.networks]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        outputs = [scores_of(network(*args, **kwargs), self.output) for network in self.networks]
         return torch.stack(outputs).mean(0)
 
 
@@ -50,14 +54,17 @@ def compare(
     data: Any,
     samples: int | None = None,
     ensemble: Sequence[str] = (),
+    output: str | int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
     Args:
-        models: The classifiers, in eval mode; their outputs are `(n, classes)`.
+        models: The classifiers, in eval mode; their scores are `(n, classes)`.
         data: Batches of inputs and labels, such as a `DataLoader`.
         samples: How many of the first samples to look at; all if not given.
         ensemble: Names of those models whose mean output is measured too, as "ensemble".
+        output: Name or number of the scores among several outputs; `logits` or the first tensor
+            if not given.
 
     Raises:
         ArgumentError: If a name of the ensemble has no model.
@@ -75,21 +82,22 @@ def compare(
         batches = labelled_part(data, samples, list(models.values()))
     except DataError:
         return {}
-    if not all(_scores(model, *batches[0]) for model in models.values()):
+    if not all(_scores(model, *batches[0], output) for model in models.values()):
         return {}
     compared = dict(models)
     if ensemble:
-        compared[ENSEMBLE] = _Mean(models[name] for name in ensemble)
-    return {name: evaluate(model, batches) for name, model in counted(compared.items())}
+        compared[ENSEMBLE] = _Mean((models[name] for name in ensemble), output)
+    every = counted(compared.items())
+    return {name: evaluate(model, batches, output=output) for name, model in every}
 
 
 def labelled_part(
     data: Any, samples: int | None = None, models: Sequence[nn.Module] = ()
-) -> list[tuple[Batch, Tensor]]:
-    """Return the first samples of labelled data, as batches of inputs and labels.
+) -> list[tuple[Call, Tensor]]:
+    """Return the first samples of labelled data, as calls of the models and their labels.
 
     Args:
-        data: A pair of tensors (inputs, labels), or an iterable of such batches.
+        data: A pair (inputs, labels), or an iterable of such batches.
         samples: How many; all if not given.
         models: Those that take the inputs: how many they need tells where the labels are.
 
@@ -97,9 +105,12 @@ def labelled_part(
         DataError: If there are none, or they have no labels.
     """
     limit, batches, seen = sys.maxsize if samples is None else samples, [], 0
+    reader = Reader(models)
     for batch in rereadable(data):
-        inputs, labels = _pair(batch, required_of(models))
-        batches.append((tuple(t[: limit - seen] for t in inputs), labels[: limit - seen]))
+        call, labels = _pair(batch, reader)
+        form, tensors, _ = call.parted()
+        first = form.filled([t[: limit - seen] for t in tensors])
+        batches.append((first, labels[: limit - seen]))
         seen += len(labels)
         if seen >= limit:
             break
@@ -120,32 +131,40 @@ def _require_networks(models: Mapping[str, nn.Module], ensemble: Sequence[str]) 
         )
 
 
-def _scores(model: nn.Module, inputs: Batch, labels: Tensor) -> bool:
+def _scores(model: nn.Module, call: Call, labels: Tensor, output: str | int | None) -> bool:
     """Tell whether a model gives a score to each label."""
+    form, tensors, _ = call.parted()
     with torch.no_grad():
-        scores = _given(model, "the network", *(t[:2].to(device_of(model)) for t in inputs))
+        scores = scores_of(_run(model, form.filled([t[:2] for t in tensors])), output)
     fits = isinstance(scores, Tensor) and scores.dim() == 2 and labels.dim() == 1
     return fits and 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]
 
 
 def evaluate(
-    model: nn.Module, labelled: Labelled, loss: Loss = nn.functional.cross_entropy
+    model: nn.Module,
+    labelled: Labelled,
+    loss: Loss = nn.functional.cross_entropy,
+    output: str | int | None = None,
+    to_call: ToCall | None = None,
 ) -> tuple[float, float]:
     """Return the accuracy in percent and the mean loss of a classifier, in its present mode.
 
     Args:
-        model: Its output is a tensor of scores `(n, classes, ...)`.
+        model: It gives scores `(n, classes, ...)`.
         labelled: A pair of tensors (inputs, labels), or an iterable of such batches.
-        loss: Of outputs and labels, their mean over a batch.
+        loss: Of scores and labels, their mean over a batch.
+        output: Name or number of the scores among several outputs.
+        to_call: From a batch to args, kwargs.
 
     Raises:
         DataError: If the labelled data are empty or of another form.
     """
+    reader = Reader([model], to_call)
     device, right, total, count, samples = device_of(model), 0, 0.0, 0, 0
     with torch.no_grad():
         for batch in read(rereadable(labelled), LABELLED):
-            inputs, labels = _pair(batch, required_of([model]))
-            scores = _given(model, "the network", *(t.to(device) for t in inputs))
+            call, labels = _pair(batch, reader)
+            scores = scores_of(_run(model, call), output)
             labels = labels.to(device)
             _require_scores(scores, labels)
             right += int((scores.argmax(1) == labels).sum())
@@ -156,38 +175,51 @@ def evaluate(
     return 100.0 * right / count, total / samples
 
 
+def _run(model: nn.Module, call: Call) -> Any:
+    """Return what a network gives for a call, on its device."""
+    inputs = Inputs.of(unwrapped(model), call)
+    tensors = inputs.on(device_of(model))
+    return _given(lambda *values: inputs.call(model, values), "the network", *tensors)
+
+
 def rereadable(labelled: Labelled) -> Iterable[Any]:
     """Return batches that can be read again and again."""
     if isinstance(labelled, (tuple, list)) and len(labelled) == 2:
         inputs, labels = labelled
         if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and inputs.dim() > 1:
             return list(zip(inputs.split(256), labels.split(256)))
-    if not isinstance(labelled, Iterable) or isinstance(labelled, (str, bytes, dict, Tensor)):
+        if isinstance(inputs, Mapping) and isinstance(labels, Tensor):
+            return [labelled]
+    if isinstance(labelled, Mapping):
+        return [labelled]
+    if not isinstance(labelled, Iterable) or isinstance(labelled, (str, bytes, Tensor)):
         raise _unlabelled(f"labelled data of type {type(labelled).__name__}")
     return labelled if isinstance(labelled, Sized) else list(read(labelled, LABELLED))
 
 
-def _pair(batch: Any, required: int) -> tuple[Batch, Tensor]:
-    """Return the inputs of one call, and the labels behind them.
+def _pair(batch: Any, reader: Reader) -> tuple[Call, Tensor]:
+    """Return the call of a batch, and the labels beside or behind its inputs.
 
     Args:
-        batch: `(input, labels)`, `((a, b), labels)`, or `(a, b, labels)` for a network of two.
-        required: How many inputs the network needs.
+        batch: `(input, labels)`, `((a, b), labels)`, `(a, b, labels)` for a network of two, or a
+            mapping, whose labels are called so or come second.
+        reader: Of the networks.
     """
-    entries = tuple(batch.values()) if isinstance(batch, dict) else batch
+    entries = [*batch.values()] if isinstance(batch, Mapping) else batch
     if not isinstance(entries, (tuple, list)) or len(entries) < 2:
         raise _unlabelled(f"a batch of type {type(batch).__name__}")
-    inputs, labels = entries[0], entries[1]
-    if isinstance(inputs, Tensor) and len(entries) > required > 1:
-        inputs, labels = entries[:required], entries[required]
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    kinds = " and ".join(type(part).__name__ for part in (*inputs, labels))
-    if not inputs or not all(isinstance(part, Tensor) for part in (*inputs, labels)):
-        raise _unlabelled(f"a batch of {kinds}")
+    call = reader.call(batch, LABELLED)
+    many = len(call.args) > 1 and call.args[0] is entries[0] and len(entries) > len(call.args)
+    labels = entries[-1 if reader.to_call is not None else len(call.args) if many else 1]
+    if isinstance(batch, Mapping):
+        labels = next((v for k, v in batch.items() if LABELS in str(k)), labels)
+    _, inputs, _ = call.parted()
+    if not isinstance(labels, Tensor):
+        raise _unlabelled(f"labels of type {type(labels).__name__}")
     if not labels.dim() or labels.is_floating_point() or {len(t) for t in inputs} != {len(labels)}:
         shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
         raise _unlabelled(f"inputs {shapes} with labels {tuple(labels.shape)} of {labels.dtype}")
-    return inputs, labels
+    return call, labels
 
 
 def _given(function: Callable[..., Any], name: str, *args: Tensor) -> Any:
@@ -212,7 +244,7 @@ def _require_scores(scores: Any, labels: Tensor) -> None:
             f"outputs {shape} for labels {tuple(labels.shape)}",
             where="the network that is compared on the labelled data",
             expected="a tensor of scores (n, classes, ...) for labels (n, ...)",
-            do="compare classifiers; return the scores alone from forward",
+            do="compare classifiers, and name their scores among several outputs: output='logits'",
         )
 
 
@@ -279,6 +311,8 @@ def barrier(
     anchor: int | None = None,
     method: Method | str | None = None,
     loss: Loss = nn.functional.cross_entropy,
+    inputs: ToCall | None = None,
+    output: str | int | None = None,
     progress: Progress | bool | None = None,
 ) -> Barrier:
     """Measure loss and accuracy along the weights between two networks.
@@ -295,7 +329,10 @@ def barrier(
         alignment: Which layers correspond; found once if not given.
         anchor: As for `fuse`.
         method: As for `fuse`.
-        loss: Of outputs and labels, their mean over a batch.
+        loss: Of scores and labels, their mean over a batch.
+        inputs: As for `fuse`, also of the labelled batches; their labels are the last entry then.
+        output: Name or number of the scores among several outputs; `logits` or the first tensor
+            if not given.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
 
@@ -315,10 +352,10 @@ def barrier(
     _require(models, shares)
     batches = rereadable(labelled)
     pairs, losses, accuracies, names = [(1.0 - t, t) for t in shares], [], [], ("", "")
-    choices: Any = {"alignment": alignment, "anchor": anchor, "method": method}
+    choices: Any = {"alignment": alignment, "anchor": anchor, "method": method, "inputs": inputs}
     for fused in fuse_along(models, data, pairs, progress=progress, **choices):
         names = fused.meta["fxfuse"].alignment.names
-        correct, mean = evaluate(fused.eval(), batches, loss)
+        correct, mean = evaluate(fused.eval(), batches, loss, output, inputs)
         losses.append(mean)
         accuracies.append(correct)
     return Barrier(shares, tuple(losses), tuple(accuracies), names)

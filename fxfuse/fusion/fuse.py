@@ -25,8 +25,15 @@ from ..coupling.problem import Problem
 from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen, made_neutral
 from ..errors import ArgumentError
+from ..graph.calls import ToCall
 from ..graph.names import with_given_names
-from ..graph.trace import as_given, copy_modes, copy_precision, without_autocast
+from ..graph.trace import (
+    as_given,
+    copy_modes,
+    copy_precision,
+    with_arguments,
+    without_autocast,
+)
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
 from ..refit.moments import Refit
@@ -144,6 +151,7 @@ def fuse(
     anchor: int | None = None,
     method: Method | str | None = None,
     heads: Heads | None = None,
+    inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> fx.GraphModule:
     """Fuse trained networks of different depth and width into one.
@@ -152,8 +160,9 @@ def fuse(
         models: One or more networks with the same inputs, and with the same outputs unless `heads`
             are given; not modified.
         data: Unlabelled calibration inputs: a tensor `(N, ...)` or an iterable of batches, each a
-            tensor or a tuple, list or dict whose first entry is the input. If weights are
-            fitted to 128 and more, some are held out to judge the result by.
+            tensor, a tuple that starts with the arguments of forward, a mapping from their names,
+            or a dictionary that forward takes as it is. If weights are fitted to 128 samples and
+            more, some are held out to judge the result by.
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
             "auto", the outputs are to be those of the equal ensemble, and the shares in the units
@@ -172,6 +181,7 @@ def fuse(
             the best one known (with heads, `FAIR`).
         heads: For networks of different tasks: fuse them up to a layer, and keep a head for each
             (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
+        inputs: From a batch to args, kwargs of forward, where batches are none of these.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
 
@@ -205,6 +215,7 @@ def fuse(
     """
     if isinstance(method, str) and not isinstance(preset := _preset(method), Method):
         options = {"alignment": alignment, "weights": weights, "anchor": anchor, "heads": heads}
+        data = data if inputs is None else Calibration(data, models=models, to_call=inputs)
         wider = None if width == 1 else width
         return preset(models, data, **options, width=wider, progress=progress)
     method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
@@ -212,7 +223,7 @@ def fuse(
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width)
     shares = shares_for(method.mixer, shares, width, automatic)
-    networks, calibration = prepare(models, data, clock, outputs_may_differ=heads is not None)
+    networks, calibration = prepare(models, data, clock, heads is not None, inputs)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
     split = split_to_judge(calibration, fits=method.refit.fits and heads is None)
@@ -290,6 +301,7 @@ def _fuse_apart(
     with clock.stage("attach heads"):
         heads(fused, couplings, tails, modules)
         require_sound(replace(trunk, name="the fused network", module=fused))
+        with_arguments(models[anchor], fused)
         fused = with_given_names(copy_precision(models[anchor], fused))
     return fused, replace(
         report,
@@ -389,6 +401,7 @@ def fuse_along(
     alignment: Alignment | None = None,
     anchor: int | None = None,
     method: Method | str | None = None,
+    inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> Iterator[fx.GraphModule]:
     """Fuse networks with several sets of weights, one after the other; analyse them once.
@@ -400,6 +413,7 @@ def fuse_along(
         alignment: As for `fuse`.
         anchor: As for `fuse`.
         method: As for `fuse`.
+        inputs: As for `fuse`.
         progress: As for `fuse`.
 
     Yields:
@@ -407,7 +421,7 @@ def fuse_along(
     """
     method, clock = _chosen(method), Clock(progress)
     all_shares = [shares_for(method.mixer, shares_of(w, models), 1.0, False) for w in weights]
-    networks, calibration = prepare(models, data, clock)
+    networks, calibration = prepare(models, data, clock, to_call=inputs)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = _balanced(networks, alignment, calibration, method, clock)
@@ -436,6 +450,7 @@ def align(
     *,
     method: Method | str | None = None,
     pairs: Sequence[Pairs | None] = (),
+    inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> Alignment:
     """Find which layers of networks of different depth correspond.
@@ -447,6 +462,7 @@ def align(
         pairs: Pairs by hand, for two models: per segment, as in `Alignment.pairs`, every layer of
             the shallower model with its layer of the deeper one, by name. A segment with None, or
             without an entry, is left to the method.
+        inputs: As for `fuse`.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
 
@@ -470,7 +486,7 @@ def align(
         [[('2', '0'), ('4', '2')], [('6', '4')]]
     """
     method, clock = _chosen(method), Clock(progress)
-    networks, calibration = prepare(models, data, clock, outputs_may_differ=True)
+    networks, calibration = prepare(models, data, clock, True, inputs)
     choices = method.aligner, method.layer_cost
     with clock.stage("align layers"):
         return align_networks(networks, calibration, *choices, pairs=pairs)
@@ -484,6 +500,7 @@ def balance(
     *,
     alignment: Alignment | None = None,
     method: Method | str | None = None,
+    inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> list[fx.GraphModule]:
     """Give networks of different depth one structure.
@@ -497,6 +514,7 @@ def balance(
         data: Calibration inputs, as for `fuse`.
         alignment: Which layers correspond; found by `align` if not given.
         method: The choices along the way.
+        inputs: As for `fuse`.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
 
@@ -511,7 +529,7 @@ def balance(
         NotEquivalent: If the function of a network that keeps its layers would change.
     """
     method, clock = _chosen(method), Clock(progress)
-    networks, calibration = prepare(models, data, clock)
+    networks, calibration = prepare(models, data, clock, to_call=inputs)
     alignment = alignment or _aligned(networks, calibration, method, clock)
     balanced = made_neutral(_balanced(networks, alignment, calibration, method, clock))
     pairs = zip(balanced.networks, models)

@@ -18,8 +18,9 @@ from ..calibration.data import Batch, Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..coupling.mixing import Couplings
-from ..graph.compare import tensors_in
-from ..graph.trace import device_of, eval_mode
+from ..graph.modes import eval_mode
+from ..graph.state import device_of
+from ..graph.structures import tensors_in
 from ..spaces.network import Network
 
 HELD = 4  # every fourth sample is held out to judge

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,23 +14,10 @@ from torch import Tensor, fx, nn
 from ..errors import NotEquivalent
 from .inputs import Inputs
 from .modes import evaluating_part
+from .structures import tensors_in
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 TOLERANCE = 1e-4  # relative, of the largest output, in float32
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a nested value, those in data classes included."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts: list[Any] = []
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = [getattr(value, field.name) for field in fields(value)]
-    elif isinstance(value, Mapping):
-        parts = [*value.values()]
-    elif isinstance(value, (tuple, list)):
-        parts = [*value]
-    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:

@@ -9,10 +9,14 @@ the rest. It runs them on copies, so that nothing they write reaches the outputs
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .state import buffers_kept
 
 
 class Mode(nn.Module):
@@ -60,6 +64,22 @@ class Tap(Mode):
         if self.training:
             return value
         return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, value)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for a while; then it is as it was.
+
+    Each part gets its own mode back, and each buffer that a forward wrote to its values.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with buffers_kept(module):
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def is_leaf(module: nn.Module) -> bool:

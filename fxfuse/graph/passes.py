@@ -28,7 +28,8 @@ from torch import Tensor, fx
 
 from .._checked import checked
 from ..errors import PassError
-from .trace import Interpreter, eval_mode
+from .modes import eval_mode
+from .trace import Interpreter
 from .verify import lint, require_equal
 
 _level: ContextVar[int | None] = ContextVar("fxfuse_debug", default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ _SIZES = {  # attribute of a torch.nn module -> the tensor and axis whose size i
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters, then all buffers, each by the first of its names."""
     return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model; the CPU if it has no tensors."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def names_of(module: nn.Module) -> list[tuple[str, Tensor]]:

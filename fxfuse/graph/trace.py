@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,14 +23,14 @@ from torch.nn.utils import parametrize
 
 from ..errors import DataError, FuseError, ModelError, TraceError, line_of
 from ._merge import merge
-from .compare import require_same, tensors_in
-from .inputs import Inputs
-from .modes import Mode, cut_to, evaluating_part, only_calls_parts
+from .compare import require_same
+from .inputs import Inputs, take_arguments
+from .modes import Mode, cut_to, eval_mode, evaluating_part, only_calls_parts
 from .names import in_graph, rename_parts, with_given_names
 from .state import (
     EXTRA_STATE,
     add_part,
-    buffers_kept,
+    device_of,
     floats_of,
     hide,
     not_finite,
@@ -40,6 +39,7 @@ from .state import (
     tensors_of,
     unreadable,
 )
+from .structures import tensors_in
 from .symbolic import trace_symbolically
 from .wrappers import unwrapped
 
@@ -52,22 +52,6 @@ def without_autocast() -> Iterator[None]:
     cpu, cuda = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
     with torch.inference_mode(False), cpu, cuda:
         yield
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for a while; then it is as it was.
-
-    Each part gets its own mode back, and each buffer that a forward wrote to its values.
-    """
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with buffers_kept(module):
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 class Interpreter(fx.Interpreter):
@@ -114,8 +98,9 @@ DOORS: dict[str, FrontEnd] = {
 
 
 # Of each model, the names in its state that its graph has not: of what its forward does not use,
-# and further names of what it uses.
+# and further names of what it uses. And how it was called.
 _idle_state: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_called: WeakKeyDictionary[nn.Module, Inputs] = WeakKeyDictionary()
 
 
 def trace(
@@ -125,15 +110,16 @@ def trace(
 
     Args:
         model: Any module; not modified. What compiles or copies a model is taken off it.
-        example: One batch as the model takes it: a tensor, a tuple of tensors for its first
-            arguments, or a mapping from names of arguments. Arguments that it lacks have their
-            defaults. Without an example, only models can be traced that branch on no shape.
+        example: One batch as the model takes it: a tensor, a tuple of its first arguments, or a
+            mapping from names of arguments. Arguments that it lacks have their defaults. Without
+            an example, only models can be traced that branch on no shape.
         name: Its name in errors.
         doors: The front-ends that may be tried, of `DOORS`; all of them if not given.
 
     Returns:
         A `GraphModule` with the model's module names and state, in the model's mode, and in single
-        precision where the model is in half. Its inputs are those of the example, in that order.
+        precision where the model is in half. Its inputs are the tensors of the example, in that
+        order.
         Heads that the model runs in training only also run in eval mode. This costs their time, and
         they must be able to take the inputs. Compilers leave them out again, and so does
         `run_decompositions` after an export. Its `meta["door"]` names the front-end.
@@ -212,6 +198,7 @@ def _captured(model: nn.Module, inputs: Inputs, front_end: FrontEnd) -> fx.Graph
     _hide_constants(model, module)
     state = {in_graph(n) for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     _idle_state[model] = frozenset(state - set(module.state_dict()))
+    _called[model] = replace(inputs, tensors=())
     return copy_modes(model, module)
 
 
@@ -240,9 +227,19 @@ def copy_modes(model: Any, module: fx.GraphModule) -> fx.GraphModule:
 
 
 def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
-    """Give a graph back in the modes, the precision and with all names of its model's state."""
+    """Give a graph back in the modes, the precision and with all names of its model's state.
+
+    It takes the arguments of its model then.
+    """
     _add_idle_state(model, module)
+    with_arguments(model, module)
     return with_given_names(copy_precision(model, copy_modes(model, module)))
+
+
+def with_arguments(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
+    """Let a graph, in place, be called as its model was when it was traced; return the graph."""
+    called = _called.get(unwrapped(model))
+    return module if called is None else take_arguments(module, called)
 
 
 def _add_idle_state(model: nn.Module, module: fx.GraphModule) -> None:
@@ -300,12 +297,6 @@ def _refuse_hooks(model: nn.Module, name: str) -> None:
                 expected="modules that compute nothing outside their forward",
                 do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
             )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model; the CPU if it has no tensors."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _require_plain_state(model: nn.Module, name: str) -> None:
@@ -442,7 +433,7 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str)
         with eval_mode(module), torch.no_grad():
             out = _forward(module, example)
     except Exception as error:
-        given = example.tensors if isinstance(example, Inputs) else example
+        given = example.tensors if isinstance(example, Inputs) else tensors_in(example)
         shapes = ", ".join(str(tuple(t.shape)) for t in given)
         raise DataError(
             f"the model refuses a batch of shape {shapes}: {error}",

@@ -6,6 +6,7 @@ Outputs that differ are traced back to the first node that differs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from .._checked import checked
 from ..errors import NotEquivalent, PassError, TraceError
+from .calls import Example, ToCall
 from .compare import TOLERANCE, relative_error
-from .inputs import Example, Inputs
+from .inputs import Inputs
 from .state import names_of, sizes_of
 from .trace import Interpreter, run_once, trace
+from .wrappers import unwrapped
 
 
 def lint(module: fx.GraphModule) -> None:
@@ -74,15 +77,21 @@ def _wrong(path: str, what: str) -> PassError:
 
 @checked()
 def verify(
-    before: nn.Module, after: nn.Module, example: Example, tolerance: float = TOLERANCE
+    before: nn.Module,
+    after: nn.Module,
+    example: Example,
+    tolerance: float = TOLERANCE,
+    *,
+    inputs: ToCall | None = None,
 ) -> None:
     """Check that two networks compute the same in eval mode.
 
     Args:
         before: A network; not modified.
         after: A network made from it; not modified.
-        example: Inputs, a tensor or a tuple of tensors.
+        example: One batch as the networks take it.
         tolerance: Largest difference of an output, relative to the largest value in it.
+        inputs: From the example to args, kwargs of forward, where it is no batch as usual.
 
     Raises:
         NotEquivalent: If outputs differ. It names the first node of `after` whose value differs
@@ -100,16 +109,15 @@ def verify(
         ...     print(error.where)
         Sequential and Sequential; first at node '_1' (1; reads _0)
     """
-    inputs = Inputs.of(before, example).tensors
-    pair = [_copy_as_graph(m, example) for m in (before, after)]
+    models = [unwrapped(m) for m in (before, after)]
     names = [type(m).__name__ for m in (before, after)]
-    outputs = [run_once(m, inputs, name) for m, name in zip(pair, names)]
-    error = relative_error(*outputs)
+    pairs = [_copy_as_graph(m, Inputs.of(m, example, inputs), n) for m, n in zip(models, names)]
+    error = relative_error(*(run_once(m, x, name) for (m, x), name in zip(pairs, names)))
     if error <= tolerance:
         return
     where = " and ".join(names)
-    graphs = [m.eval() for m in pair if isinstance(m, fx.GraphModule)]
-    node = first_divergence(graphs[0], graphs[1], inputs, tolerance) if len(graphs) == 2 else None
+    graphs = [(m.eval(), x) for m, x in pairs if isinstance(m, fx.GraphModule)]
+    node = _divergence(graphs, tolerance) if len(graphs) == 2 else None
     raise NotEquivalent(
         f"outputs that differ by {error:.2e} relative",
         where=f"{where}; first at {node}" if node else f"{where}, at the outputs",
@@ -118,14 +126,16 @@ def verify(
     )
 
 
-def _copy_as_graph(model: nn.Module, example: Example) -> nn.Module:
-    """Return a copy of a network; a graph, if it can be traced."""
-    if isinstance(model, fx.GraphModule):
-        return copy.deepcopy(model)  # tracing it again would lose the origins of its nodes
+def _copy_as_graph(
+    model: nn.Module, inputs: Inputs, name: str
+) -> tuple[nn.Module, tuple[Any, ...] | Inputs]:
+    """Return a copy of a network with its inputs; a graph, if it can be traced."""
+    if isinstance(model, fx.GraphModule):  # tracing it again would lose the origins of its nodes
+        return copy.deepcopy(model), inputs.by_place(model)
     try:
-        return trace(model, example, type(model).__name__)
+        return trace(model, inputs, name), inputs.tensors
     except TraceError:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model), inputs
 
 
 def require_equal(
@@ -167,16 +177,21 @@ def first_divergence(
     example: tuple[Tensor, ...],
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """Describe the first node of `after` whose value differs from `before`'s; None if none does.
+    """Describe the first node of `after` whose value differs from `before`'s; None if none does."""
+    return _divergence([(before, example), (after, example)], tolerance)
+
+
+def _divergence(graphs: Sequence[tuple[fx.GraphModule, Any]], tolerance: float) -> str | None:
+    """Describe the first node of the second graph whose value differs from the first one's.
 
     Nodes are compared by name; an inserted node, with the node behind which it was inserted.
     """
-    recorders = [_Recorder(m) for m in (before, after)]
+    recorders = [_Recorder(module) for module, _ in graphs]
     with torch.no_grad():
-        for recorder in recorders:
+        for recorder, (_, example) in zip(recorders, graphs):
             recorder.run(*example)
     old, new = (r.values for r in recorders)
-    for node in after.graph.nodes:
+    for node in graphs[1][0].graph.nodes:
         name = node.name if node.name in old else node.meta.get("neutral_to")
         if name not in old or node.op == "output":
             continue

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..graph.compare import TOLERANCE, relative_error, same_chance, tensors_in
-from ..graph.modes import is_choice
-from ..graph.trace import Interpreter, device_of, eval_mode, without_autocast
+from ..graph.compare import TOLERANCE, relative_error, same_chance
+from ..graph.modes import eval_mode, is_choice
+from ..graph.state import device_of
+from ..graph.structures import tensors_in
+from ..graph.trace import Interpreter, without_autocast
 from ..ir import Space, Spaces
 from ._labels import Ledger
 from ._moves import draw_orders, rearrange, sources_along

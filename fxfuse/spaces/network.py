@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import part, tell
-from ..graph.compare import tensors_in
-from ..graph.modes import is_choice
+from ..graph.modes import eval_mode, is_choice
 from ..graph.state import movable_of, state_values_of, tensor_at, tensors_of
-from ..graph.trace import Interpreter, eval_mode, without_autocast
+from ..graph.structures import tensors_in
+from ..graph.trace import Interpreter, without_autocast
 from ..ir import Spaces
 from ._confirm import confirmed
 from ._labels import LabelRun, Ledger, Property, Step, varying

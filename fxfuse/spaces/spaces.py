@@ -6,14 +6,10 @@ import numpy as np
 from torch import fx, nn
 
 from .._checked import checked
-from ..graph.inputs import Example, Inputs
-from ..graph.trace import (
-    as_given,
-    device_of,
-    run_once,
-    trace_sharing,
-    without_autocast,
-)
+from ..graph.calls import Example, ToCall
+from ..graph.inputs import Inputs
+from ..graph.state import device_of
+from ..graph.trace import as_given, run_once, trace_sharing, without_autocast
 from ..graph.wrappers import unwrapped
 from ..ir import Spaces
 from ._moves import draw_orders
@@ -23,12 +19,14 @@ from .network import analyse
 
 @checked()
 @without_autocast()
-def find_spaces(module: nn.Module, example: Example) -> Spaces:
+def find_spaces(module: nn.Module, example: Example, *, inputs: ToCall | None = None) -> Spaces:
     """Find the unit spaces of any traceable module.
 
     Args:
         module: The network; not modified.
-        example: One batch as the network takes it, a tensor `(N, ...)` or a tuple of tensors.
+        example: One batch as the network takes it: a tensor `(N, ...)`, a tuple of arguments, or a
+            mapping from their names.
+        inputs: From the example to args, kwargs of forward, where it is no batch as usual.
 
     Returns:
         The spaces, and what is fixed with the reason for it.
@@ -43,18 +41,21 @@ def find_spaces(module: nn.Module, example: Example) -> Spaces:
         >>> [(space.name, space.size) for space in find_spaces(net, torch.zeros(1, 4))]
         [('0', 8)]
     """
-    return _analyse(module, example)[1]
+    return _analyse(module, example, inputs)[1]
 
 
 @checked()
 @without_autocast()
-def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModule:
+def permute(
+    module: nn.Module, example: Example, seed: int = 0, *, inputs: ToCall | None = None
+) -> fx.GraphModule:
     """Return a network of the same function with every space randomly permuted.
 
     Args:
         module: The network; not modified.
         example: One batch as the network takes it.
         seed: Of the permutations.
+        inputs: As for `find_spaces`.
 
     Example:
         >>> import torch
@@ -63,16 +64,19 @@ def permute(module: nn.Module, example: Example, seed: int = 0) -> fx.GraphModul
         >>> bool(torch.allclose(permute(net, x)(x), net(x), atol=1e-6))
         True
     """
-    graph, spaces = _analyse(module, example)
+    graph, spaces = _analyse(module, example, inputs)
     order = draw_orders(spaces, np.random.default_rng(abs(seed)))
     return as_given(module, rearrange(graph, spaces, order))
 
 
-def _analyse(module: nn.Module, example: Example) -> tuple[fx.GraphModule, Spaces]:
-    graph = trace_sharing(module, example)
-    inputs = Inputs.of(unwrapped(module), example).on(device_of(graph))
+def _analyse(
+    module: nn.Module, example: Example, to_call: ToCall | None
+) -> tuple[fx.GraphModule, Spaces]:
+    given = Inputs.of(unwrapped(module), example, to_call)
+    graph = trace_sharing(module, given)
+    tensors = given.on(device_of(graph))
     try:
-        return graph, analyse(graph, inputs)[1]
+        return graph, analyse(graph, tensors)[1]
     except Exception:  # a plain run says what is wrong with the batch, or cuts what refuses it
-        run_once(graph, inputs, "the model")
-        return graph, analyse(graph, inputs)[1]
+        run_once(graph, tensors, "the model")
+        return graph, analyse(graph, tensors)[1]

@@ -25,8 +25,8 @@ from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..errors import DataError, NotEquivalent, PairingError
 from ..graph.compare import TOLERANCE, relative_error
-from ..graph.state import floats_of, tensors_of
-from ..graph.trace import device_of, run_once
+from ..graph.state import device_of, floats_of, tensors_of
+from ..graph.trace import run_once
 from ..ir import Coupling, Space
 from ..spaces.network import Network
 from .reshape import spaces_under_norms

@@ -17,7 +17,7 @@ from .._checked import checked
 from ..calibration.data import analyse
 from ..depth import adopt
 from ..errors import ArgumentError
-from ..graph.inputs import Example
+from ..graph.calls import Example
 from ..graph.trace import as_given, without_autocast
 from ..spaces.network import Network
 from ._carry import (

@@ -147,7 +147,9 @@ def test_two_models_are_asked_for(nets):
         fxfuse.barrier(nets[:1], X, (X, Y))
 
 
-@pytest.mark.parametrize("returned", [lambda a: (a, a), lambda a: a.mean(), lambda a: a[..., None]])
+@pytest.mark.parametrize(
+    "returned", [lambda a: (a.mean(), a), lambda a: a.mean(), lambda a: a[..., None]]
+)
 def test_outputs_that_are_no_scores_are_refused(returned):
     class Returns(nn.Module):
         def __init__(self):

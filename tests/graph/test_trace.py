@@ -19,10 +19,11 @@ from torchvision.ops import StochasticDepth
 import fxfuse
 from fxfuse.errors import DataError, ModelError, TraceError
 from fxfuse.graph._merge import merge
-from fxfuse.graph.compare import tensors_in
 from fxfuse.graph.inputs import as_example
 from fxfuse.graph.modes import Mode
-from fxfuse.graph.trace import device_of, run_once, trace, trace_sharing
+from fxfuse.graph.state import device_of
+from fxfuse.graph.structures import tensors_in
+from fxfuse.graph.trace import run_once, trace, trace_sharing
 from fxfuse.graph.verify import lint
 from tests.support.nets import (
     NETS,
