@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._progress import tell
+from ..calibration.counted import Counted
 from ..calibration.data import Batch, Calibration
 from ..calibration.norms import fold_norms, foldable_norms
 from ..calibration.run import batch_size, record
@@ -351,9 +352,11 @@ def _reduced(
     network: Network, batch: Batch, layers: Sequence[Layer], meter: Meter
 ) -> dict[str, Any]:
     """Return what a meter reduces the pre-activations of each layer to, by the layer's name."""
+    counted = Counted.of(batch)
 
     def reducer(layer: Layer) -> Callable[[Tensor], Any]:
-        return lambda x: meter.reduce(x.movedim(layer.layout[1], 1))
+        axis = layer.layout[1]
+        return lambda x: meter.reduce(counted.filled(x, axis).movedim(axis, 1))
 
     values = record(network, batch, {x.pre_activation: reducer(x) for x in layers})
     for x in layers:

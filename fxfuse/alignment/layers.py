@@ -197,6 +197,7 @@ def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
     pre_activation = [part.nodes[-1], *firsts][-1]
     shape = network.shapes.get(nodes[-1].name, ())
     dim = _feature_axis(network, nodes[-1], len(shape))
+    samples = [axis for axis in network.samples_axes(nodes[-1]) if axis != dim] or [0]
     return Layer(
         name=_name(network, nodes, taken),
         kind=_kind(form, step.entry, nodes),
@@ -206,7 +207,7 @@ def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
         pre_activation=pre_activation.name,
         producers=tuple(n.name for n in nodes if n.name in network.weights),
         branched=bool(step.region),
-        resolution=tuple(n for d, n in enumerate(shape) if d not in (0, dim)),
+        resolution=tuple(n for d, n in enumerate(shape) if d not in (samples[0], dim)),
         layout=(len(shape), dim),
         width=shape[dim] if shape else 0,
     )

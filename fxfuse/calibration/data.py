@@ -24,6 +24,7 @@ from ..graph.state import device_of, ties_of, untie
 from ..graph.trace import at_least_single, run_once, trace, trace_alike
 from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
+from .counted import MASKS, Served
 from .spill import SpillStore, Waiting
 
 Batch = tuple[Tensor, ...]
@@ -55,6 +56,9 @@ class Calibration:
     ) -> None:
         self._reader = Reader(models, to_call)
         self._form: Call | None = None  # of the first batch, and so of all
+        self._masks: dict[int, bool] = {}  # which tensors are masks, and whether their ones count
+        self._longest: list[tuple[int, ...]] = []  # sizes of a sample of each tensor
+        self._left = False  # whether the padding stands before the sequences
         self._store = SpillStore(MEMORY)
         self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
         self.samples = 0
@@ -74,8 +78,7 @@ class Calibration:
             if not is_tensor:  # a loader may use its buffers again
                 inputs = tuple(t.clone() for t in inputs)
             _require_finite(inputs, self.samples)
-            if self.samples:
-                _require_alike(inputs, self._batch(0), self.samples)
+            self._measure(inputs)
             rows = torch.arange(len(inputs[0]))
             self._batches.append((self._store.put(inputs, elsewhere), rows))
             self.samples += len(inputs[0])
@@ -91,7 +94,7 @@ class Calibration:
 
     def example(self, samples: int = 2) -> Batch:
         """Return the first few inputs, as one batch."""
-        return tuple(t[:samples] for t in self._batch(0))
+        return Served.of([t[:samples] for t in self._batch(0)], self._masks)
 
     def as_call(self, tensors: Batch) -> Call:
         """Return inputs as models are called with them: by name, if the data name them."""
@@ -120,16 +123,47 @@ class Calibration:
             pending.append(self._batch(i))
             while sum(len(b[0]) for b in pending) >= size:
                 joined = tuple(torch.cat(parts) for parts in zip(*pending))
-                yield tuple(t[:size] for t in joined)
+                yield Served.of([t[:size] for t in joined], self._masks)
                 pending = [tuple(t[size:] for t in joined)]
         if sum(len(b[0]) for b in pending):
-            yield tuple(torch.cat(parts) for parts in zip(*pending))
+            yield Served.of([torch.cat(parts) for parts in zip(*pending)], self._masks)
 
     def _batch(self, i: int) -> Batch:
         """Return one batch as it was read, or the part of it that belongs here."""
         waiting, rows = self._batches[i]
         batch: Batch = self._store.get(waiting)
-        return batch if len(rows) == len(batch[0]) else tuple(t[rows] for t in batch)
+        batch = batch if len(rows) == len(batch[0]) else tuple(t[rows] for t in batch)
+        if [tuple(t.shape[1:]) for t in batch] == self._longest:
+            return batch
+        return tuple(self._padded(number, t) for number, t in enumerate(batch))
+
+    def _padded(self, number: int, tensor: Tensor) -> Tensor:
+        """Return a tensor with the sizes of the longest sequences; what is added does not count."""
+        missing = [n - size for n, size in zip(self._longest[number], tensor.shape[1:])]
+        pads = [p for n in reversed(missing) for p in ((n, 0) if self._left else (0, n))]
+        filling = int(number in self._masks and not self._masks[number])
+        return nn.functional.pad(tensor, pads, value=filling)
+
+    def _measure(self, inputs: Batch) -> None:
+        """Note how long the sequences of a batch are, and where they are padded.
+
+        Raises:
+            DataError: If the batch can neither be joined to the first nor padded.
+        """
+        sizes = [tuple(t.shape[1:]) for t in inputs]
+        if not self._longest:
+            self._longest, self._kinds = sizes, [t.dtype for t in inputs]
+        elif sizes != self._longest or [t.dtype for t in inputs] != self._kinds:
+            lengths = {inputs[i].shape[1] for i in self._masks}
+            same = [t.dtype for t in inputs] == self._kinds
+            pairs = [list(zip(*both)) for both in zip(sizes, self._longest)]
+            ranks = [len(both[0]) == len(both[1]) for both in zip(sizes, self._longest)]
+            differ = {a for of_one in pairs for a, b in of_one if a != b}
+            if not same or not all(ranks) or not differ <= lengths:
+                raise _unlike(inputs, self._longest, self._kinds, self.samples)
+            self._longest = [tuple(map(max, of_one)) for of_one in pairs]
+        masks = [(inputs[i] != 0) == counts for i, counts in self._masks.items()]
+        self._left = self._left or any(bool((~mask[:, 0] & mask[:, -1]).any()) for mask in masks)
 
     def _batches_of(self, data: Any) -> Iterable[Any]:
         if isinstance(data, Tensor):
@@ -148,9 +182,9 @@ class Calibration:
     def _inputs(self, batch: Any) -> Batch:
         """Return the tensors in the arguments that a batch gives."""
         call = self._reader.call(batch)
-        form, tensors, _ = (self._form.like(call) if self._form else call).parted()
+        form, tensors, paths = (self._form.like(call) if self._form else call).parted()
         if self._form is None:
-            self._form = form
+            self._form, self._masks = form, _masks_among(tensors, self._reader.named(paths))
         if form != self._form:
             raise DataError(
                 f"a batch with the arguments {form} after batches with {self._form}",
@@ -190,16 +224,23 @@ def read(batches: Iterable[Any], where: str = "the argument `data`") -> Iterator
         ) from error
 
 
-def _require_alike(inputs: Batch, first: Batch, before: int) -> None:
-    """Refuse, before any work is done on it, a batch that cannot be joined to the first."""
-    kinds = [[(tuple(t.shape[1:]), t.dtype) for t in batch] for batch in (inputs, first)]
-    if kinds[0] != kinds[1]:
-        raise DataError(
-            f"a batch of samples {kinds[0]} after batches of samples {kinds[1]}",
-            where=f"the batch that starts at sample {before} of `data`",
-            expected="inputs of one shape and type",
-            do="resize or pad the samples to one shape",
-        )
+def _masks_among(tensors: Sequence[Tensor], names: Sequence[str]) -> dict[int, bool]:
+    """Return the numbers of the tensors that are masks, and whether their ones count."""
+    whole = [not t.is_floating_point() and t.dim() == 2 for t in tensors]
+    pairs = ((i, name, ones) for i, name in enumerate(names) for ones in MASKS.items() if whole[i])
+    return {i: counts for i, name, (part, counts) in pairs if part in name}
+
+
+def _unlike(
+    inputs: Batch, sizes: Sequence[tuple[int, ...]], kinds: Sequence[torch.dtype], before: int
+) -> DataError:
+    found = [(tuple(t.shape[1:]), t.dtype) for t in inputs]
+    return DataError(
+        f"a batch of samples {found} after batches of samples {[*zip(sizes, kinds)]}",
+        where=f"the batch that starts at sample {before} of `data`",
+        expected="inputs of one shape and type, or sequences with their attention mask",
+        do="resize or pad the samples to one shape, or give the `attention_mask` of the tokenizer",
+    )
 
 
 def _require_finite(inputs: Batch, before: int) -> None:

@@ -40,6 +40,18 @@ class Positions:
     fit: list[int]
     dual_every: int = 0
 
+    def keep(self, batch: int, which: Tensor | None) -> None:
+        """Leave out, in place, the positions of a batch that do not count.
+
+        Args:
+            batch: Which batch.
+            which: Whether each of its positions counts; None if all do.
+        """
+        if which is not None:
+            kept = which.to(self.at[batch].device)[self.at[batch]]
+            self.at[batch], fit = self.at[batch][kept], kept[: self.fit[batch]]
+            self.fit[batch] = int(fit.sum())
+
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Join the rows `(..., rows, units)` of all batches: first those to fit to."""
         pairs = list(zip(parts, self.fit))

@@ -21,6 +21,7 @@ from ..graph.state import device_of
 from ..graph.structures import tensors_in
 from ..graph.trace import Interpreter
 from ..spaces.network import Network
+from .counted import Counted, Served
 from .data import Batch, Calibration
 from .spill import SpillStore, Waiting, addresses_of
 
@@ -54,20 +55,25 @@ def record(
             values = [run.step(node) for run in runs]
             if node.name in waiting:
                 waiting.discard(node.name)
-                reduced[node.name] = reducers[node.name](_joined(values, runs))
+                joined = _joined(values, runs, network.samples_axes(node))
+                reduced[node.name] = reducers[node.name](joined)
             if not waiting:
                 break
     return reduced
 
 
-def _joined(values: Sequence[Any], runs: Sequence[Run]) -> Tensor:
+def _joined(values: Sequence[Any], runs: Sequence[Run], axes: Sequence[int]) -> Tensor:
     """Return what runs over parts of a batch computed as one tensor, the samples first.
+
+    Of the axes that can hold them, it is the first that has as many as the batch: the last state of
+    a recurrent layer has its samples behind its layers.
 
     Several tensors (a tuple, a dictionary, a data class) become the features of one `(samples,
     features)`, as far as they have a row for each sample.
     """
     if all(isinstance(value, Tensor) and value.dim() for value in values):
-        return torch.cat(list(values))
+        axes = [a for a in axes if values[0].shape[a] == runs[0].samples] or [0]
+        return torch.cat([value.movedim(axes[0], 0) for value in values])
     parts = []
     for value, run in zip(values, runs):
         tensors = [t for t in tensors_in(value) if t.dim() and len(t) == run.samples]
@@ -150,7 +156,7 @@ class Run(Interpreter):
         self._users = Counter(entry for entry, _ in self.bypass.values())
         device = device_of(network.module)
         self.args_iter = iter([t.to(device) for t in batch])
-        self.samples = len(batch[0])
+        self.samples, self.counted = len(batch[0]), Counted.of(batch)
         network.module.eval()
 
     def step(self, node: fx.Node) -> Any:
@@ -239,7 +245,7 @@ def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return last_read_by
 
 
-Watch = Callable[[fx.Node, Any], None]
+Watch = Callable[[Run, fx.Node, Any], None]
 
 
 class Track:
@@ -284,7 +290,7 @@ class Track:
         Args:
             batch: Which; batches set out in order.
             upto: Number of nodes to have passed.
-            watch: Called with each node on the way, and its value.
+            watch: Called with the run, each node on the way, and its value.
 
         Returns:
             The run, and the value of the last node it passed; None if it passed none now.
@@ -298,7 +304,7 @@ class Track:
         for node in islice(self.order, self._passed[batch], upto):
             value = run.step(node)
             if watch is not None:
-                watch(node, value)
+                watch(run, node, value)
         self._passed[batch] = max(upto, self._passed[batch])
         return run, value
 
@@ -312,6 +318,7 @@ class Track:
         """Start a run for the next batch."""
         self._batches = self._batches or self.data.chunks(self._size)
         inputs, count = next(self._batches), self.sizes[len(self._runs)]
-        copies = tuple(t[:count].clone() for t in inputs)  # batches may be parts of one tensor
-        self._runs.append(Run(self.network, copies, self.bypass, self.order))
+        copies = [t[:count].clone() for t in inputs]  # batches may be parts of one tensor
+        copied = Served.of(copies, inputs.masks) if isinstance(inputs, Served) else tuple(copies)
+        self._runs.append(Run(self.network, copied, self.bypass, self.order))
         self._passed.append(0)

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from .._progress import tell
+from ..calibration.counted import Counted
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
@@ -132,7 +133,7 @@ def measure(
     for key in meters:
         by_node.setdefault(key[0], []).append(key)
     kept: dict[str, list[Moments | None]] = {}
-    seen = 0
+    seen, counted = 0, Counted()
 
     def visit(node: fx.Node, values: list[Any]) -> None:
         for key in by_node.get(node.name, ()):
@@ -140,16 +141,17 @@ def measure(
             moved: list[Tensor | None]
             if key[1] is None:
                 dim = measured[0].axes[0].dim if measured else outputs[node.name]
-                moved = [None if v is None else v.movedim(dim, 0) for v in values]
+                moved = [None if v is None else counted.of_units(v, dim) for v in values]
             else:
                 moved = [None] * len(values)
                 for pair in measured:
                     for k, axis in zip((pair.base, pair.network), pair.axes):
-                        moved[k] = _unit_by_unit(values[k], axis, pair.across)
+                        moved[k] = _unit_by_unit(values[k], axis, pair.across, counted)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     bypassed = bypasses(problem)
     for batch in data.chunks(working_batch(networks)):
+        counted = Counted.of(batch)
         walk(networks, batch, visit, bypassed)
         seen += len(batch[0])
         tell(seen / data.samples)
@@ -273,14 +275,14 @@ def _pairs(
     return pairs
 
 
-def _unit_by_unit(value: Tensor, axis: Axis, across: tuple[int, ...]) -> Tensor:
+def _unit_by_unit(value: Tensor, axis: Axis, across: tuple[int, ...], counted: Counted) -> Tensor:
     """Return values `(units, positions)`, averaged over the axes `across` of other units.
 
     Samples and places are the same in all networks, the order of other units is not.
     """
     if across:
         value = value.mean(across, keepdim=True)
-    moved = value.movedim(axis.dim, 0).flatten(1)
+    moved = counted.of_units(value, axis.dim).flatten(1)
     return moved[axis.index.reshape(-1)].reshape(len(axis.index), -1)
 
 

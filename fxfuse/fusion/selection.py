@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._progress import tell
+from ..calibration.counted import Counted
 from ..calibration.data import Batch, Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
@@ -126,5 +127,6 @@ def _outputs(network: Network, batch: Batch) -> list[Tensor]:
     module = network.module
     with eval_mode(module):
         outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
-    values = [t for t in outputs if t.is_floating_point() or t.is_complex()]
+    counted = Counted.of(batch)
+    values = [counted.rows(t) for t in outputs if t.is_floating_point() or t.is_complex()]
     return [t.to(torch.promote_types(t.dtype, torch.float64)).cpu() for t in values]

@@ -157,6 +157,12 @@ class Reader:
         first = entries[: self.required] if isinstance(entries, (tuple, list)) else ()
         return 1 < self.required == len(first) and all(map(tensors_in, first))
 
+    def named(self, paths: Sequence[tuple[Any, ...]]) -> list[str]:
+        """Return a name for each tensor of a call, from the path that leads to it."""
+        places = [p.name for p in places_of(self.models[0])] if self.models else []
+        heads = [places[p[0]] if p[0] in range(len(places)) else p[0] for p in paths]
+        return ["_".join(map(str, (head, *path[1:]))) for head, path in zip(heads, paths)]
+
     def _fits(self, count: int) -> bool:
         return self.places is None or count <= self.places
 

@@ -114,6 +114,7 @@ class Parents:
             if sample is None:
                 sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
+            sample.keep(batch, next(run for run, _ in stops if run).counted.among(shapes[-1]))
             at = sample.at[batch]
             rows = [None if value is None else output_rows(value, axis, at) for _, value in stops]
             means.append(self._mixed(aim, rows))

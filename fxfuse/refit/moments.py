@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .._progress import tell
+from ..calibration.counted import Served
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm
@@ -119,10 +120,10 @@ class _Settle(Refit):
                 plan = by_node.get(node.name)
                 if isinstance(plan, NormPlan):
                     inputs = [run.value_of(plan.reads) for run in runs]
-                    settle_norm(fused, plan, moments_of(inputs, 1))
+                    settle_norm(fused, plan, moments_of(runs, inputs, 1))
                 values = [run.step(node) for run in runs]
                 if isinstance(plan, WeightPlan):
-                    change = settle_weight(fused, plan, moments_of(values, plan.axis))
+                    change = settle_weight(fused, plan, moments_of(runs, values, plan.axis))
                     for value in values:
                         gain, shift = (torch.as_tensor(c).to(value) for c in change)
                         value.movedim(plan.axis, -1).mul_(gain).add_(shift)
@@ -171,7 +172,9 @@ def _runs(network: Network, data: Calibration, samples: int) -> list[Run]:
     runs, count = [], 0
     for batch in data.chunks(working_batch([network])):
         if count < samples:
-            runs.append(Run(network, tuple(t[: samples - count] for t in batch)))
+            first = [t[: samples - count] for t in batch]
+            masks = batch.masks if isinstance(batch, Served) else {}
+            runs.append(Run(network, Served.of(first, masks)))
             count += len(batch[0])
     return runs
 
@@ -221,9 +224,9 @@ def gain_of(wanted: np.ndarray, spread: np.ndarray, default: np.ndarray) -> np.n
     return bounded
 
 
-def moments_of(values: Sequence[Tensor], axis: int) -> Moments:
-    """Return the moments of the units along an axis of batches of values."""
+def moments_of(runs: Sequence[Run], values: Sequence[Tensor], axis: int) -> Moments:
+    """Return the moments of the units along an axis of the value of each run."""
     moments = Moments()
-    for value in values:
-        moments.add(value.movedim(axis, 0))
+    for run, value in zip(runs, values):
+        moments.add(run.counted.of_units(value, axis))
     return moments

@@ -405,11 +405,11 @@ class _Sweep:
             write_statistics(self.fused.module, aim.producer.roles, moments)
         self.read = {}
 
-    def _watch(self, node: fx.Node, value: Any) -> None:
+    def _watch(self, run: Run, node: fx.Node, value: Any) -> None:
         """Add to the moments of what a norm reads, if they are to be its statistics."""
         if node.name in self.read:
             aim, moments = self.read[node.name]
-            moments.add(value.movedim(aim.axis_in(self.fused), 0))
+            moments.add(run.counted.of_units(value, aim.axis_in(self.fused)))
 
     def _moments(self, place: int, plan: NormPlan | WeightPlan) -> Moments:
         """Return the moments of what a node reads, if it is a norm, or gives."""
@@ -417,9 +417,9 @@ class _Sweep:
 
         def show(_: int, run: Run) -> None:
             if isinstance(plan, NormPlan):
-                moments.add(run.value_of(plan.reads).movedim(1, 0))
+                moments.add(run.counted.of_units(run.value_of(plan.reads), 1))
             else:
-                moments.add(run.peek(node).movedim(plan.axis, 0))
+                moments.add(run.counted.of_units(run.peek(node), plan.axis))
 
         self._go(place, show)
         return moments

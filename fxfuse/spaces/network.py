@@ -266,6 +266,11 @@ class Network:
         axes = self.features.get(node if isinstance(node, str) else node.name, ())
         return axes[0] if len(axes) == 1 else None
 
+    def samples_axes(self, node: fx.Node | str) -> list[int]:
+        """Return the axes of a node's output that can hold the samples: as many as the example."""
+        shape = self.shapes.get(node if isinstance(node, str) else node.name, ())
+        return [axis for axis, size in enumerate(shape) if size == len(self.example[0])]
+
     def steps(self, node: fx.Node | str) -> list[Step]:
         """Return the operators that a node runs, except those that only hand values on."""
         return self.operators.get(node if isinstance(node, str) else node.name, [])

@@ -441,3 +441,26 @@ def test_networks_may_return_tensors_in_any_form(returned):
     assert "trunk.0" in str(alignment)
     fused = fxfuse.fuse(nets, x, alignment=alignment)
     assert type(fused(x)) is type(nets[0](x))
+
+
+class LastState(nn.Module):
+    """Reads the last state of a recurrent layer, whose samples are its second axis."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, width, 2, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x):
+        _, (h, _) = self.rnn(x)
+        return self.head(h[-1])
+
+
+def test_the_last_state_of_a_recurrent_layer_is_compared_sample_by_sample():
+    nets, x = [randomise(LastState(width), seed=width) for width in (8, 6)], torch.randn(40, 5, 4)
+    cost = fxfuse.align(nets, x).segments[0].cost_of(1, 0)
+    with torch.no_grad():
+        states = [net.rnn(x)[1][0].transpose(0, 1).flatten(1).double() for net in nets]
+    grams = [(s - s.mean(0)) @ (s - s.mean(0)).T for s in states]
+    products = [float((g * h).sum()) for g in grams for h in grams]
+    expected = 1 - products[1] / (products[0] * products[3]) ** 0.5
+    assert cost == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,99 @@
+"""Which positions of a batch count: those that no attention mask among the inputs leaves out.
+
+Sequences of different lengths are padded to one length. What a network computes at the padding says
+nothing of its units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# In the names of inputs `(samples, positions)`: what their ones say of a position.
+MASKS = {"attention_mask": True, "padding_mask": False}
+
+
+class Served(tuple[Tensor, ...]):
+    """A batch that knows which of its tensors are masks, and whether their ones count."""
+
+    masks: Mapping[int, bool] = {}
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], masks: Mapping[int, bool]) -> Served:
+        """Return tensors as a batch."""
+        batch = cls(tensors)
+        batch.masks = masks
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Which positions of a batch count; all, where its masks say nothing of a value.
+
+    Attributes:
+        masks: `(samples, positions)` each, of those that leave anything out.
+    """
+
+    masks: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, batch: Sequence[Tensor]) -> Counted:
+        """Return what the masks of a batch say; nothing, if it is no batch of the data."""
+        masks = batch.masks if isinstance(batch, Served) else {}
+        kept = [(batch[i] != 0) == counts for i, counts in masks.items()]
+        return cls(tuple(mask for mask in kept if not bool(mask.all())))
+
+    def among(self, shape: Sequence[int]) -> Tensor | None:
+        """Return which places of a value count, `(places,)`; None if all do.
+
+        A mask speaks of a value with its samples first and its positions along one other axis.
+
+        Args:
+            shape: Of the value, without the axis of its units.
+        """
+        found = [mask for mask in map(lambda m: _spread(m, shape), self.masks) if mask is not None]
+        if not found or any(not torch.equal(mask, found[0]) for mask in found):
+            return None
+        return found[0]
+
+    def of_units(self, value: Tensor, axis: int) -> Tensor:
+        """Return values with their units first, and only the positions that count."""
+        moved = value.movedim(axis, 0)
+        kept = self.among(moved.shape[1:]) if self.masks else None
+        return moved if kept is None else moved.flatten(1)[:, kept.to(moved.device)]
+
+    def filled(self, value: Tensor, axis: int) -> Tensor:
+        """Return values in which positions that do not count have the mean over other samples.
+
+        Args:
+            value: `(samples, ...)`, positions along one axis.
+            axis: The axis of the units.
+        """
+        moved = value.movedim(axis, -1)
+        kept = self.among(moved.shape[:-1]) if self.masks else None
+        if kept is None or not value.is_floating_point():
+            return value
+        kept = kept.to(value.device).view(*moved.shape[:-1], 1)
+        count = kept.sum(0).clamp(min=1)
+        means = moved.masked_fill(~kept, 0.0).sum(0) / count
+        return torch.where(kept, moved, means).movedim(-1, axis)
+
+    def rows(self, value: Tensor) -> Tensor:
+        """Return the positions of an output `(samples, positions, ...)` that count."""
+        same = [mask for mask in self.masks if value.shape[:2] == mask.shape]
+        return value[same[0].to(value.device)] if same else value
+
+
+def _spread(mask: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Return a mask for every place of a value; None if it says nothing of such a value."""
+    samples, length = mask.shape
+    if tuple(shape) == (samples * length,):
+        return mask.flatten()
+    along = [axis for axis, n in enumerate(shape) if axis and n == length]
+    if not len(shape) or shape[0] != samples or len(along) != 1:
+        return None
+    view = [samples] + [length if axis == along[0] else 1 for axis in range(1, len(shape))]
+    return mask.view(view).expand(tuple(shape)).flatten()
