@@ -231,7 +231,7 @@ def test_nodes_on_the_way_are_shown_with_their_values():
     track, store = track_of(net, x, 0)
     seen = []
     with torch.no_grad(), store:
-        track.go(0, len(track.order), lambda node, value: seen.append(node))
+        track.go(0, len(track.order), lambda run, node, value: seen.append(node))
     assert seen == track.order
 
 
