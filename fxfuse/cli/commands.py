@@ -156,7 +156,7 @@ def inspect_command(
     """Show what is found in a model: chain, layers, segments, spaces, what is fixed and why."""
     with stages(err) as progress:
         (network,) = load_models([model], progress)
-        example = example_of(data, inputs, progress)
+        example = example_of(data, inputs, [model], [network], progress)
         inspection = inspect(network, example, progress=progress)
     if as_json:
         typer.echo(inspection.to_json())
@@ -184,7 +184,7 @@ def align_command(
     require_writable(picture, "--picture", PICTURE_ENDINGS)
     with stages(err) as progress:
         networks = load_models(models, progress)
-        calibration = read_data(data, samples, seed, progress)
+        calibration = read_data(data, models, networks, samples, seed, progress)
         alignment = align(networks, calibration, method=aligning, progress=progress)
     if as_json:
         typer.echo(alignment.to_json(), nl=False)

@@ -14,12 +14,13 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .._progress import Progress, heard_by
 from ..calibration.data import Calibration
 from ..errors import ArgumentError, DataError, FuseError
 from ..fusion.fuse import Method
+from ..graph.calls import Example
 from ..io.save import save_at_least_weights
 from ..presets import NAMED
 from ..report import PICTURE_ENDINGS
@@ -28,11 +29,14 @@ from .references import load_data, load_example, load_model
 T = TypeVar("T")
 
 MODEL = (
-    "package.module:factory[?key=value&...][@checkpoint], or a .safetensors file that fxfuse wrote."
+    "package.module:factory[?key=value&...][@checkpoint], hf:PATH (a folder of transformers), "
+    "timm:NAME[@checkpoint], or a .safetensors file that fxfuse wrote."
 )
 DATA = (
-    "imagefolder:PATH[?size=224&mean=(0.5,0.5,0.5)&std=(0.2,0.2,0.2)], mnist:PATH, or "
-    "package.module:factory[?key=value&...], which gives a tensor or batches."
+    "imagefolder:PATH[?size=224&mean=(0.5,0.5,0.5)&std=(0.2,0.2,0.2)], mnist:PATH, "
+    "text:PATH[?field=text&length=128] (lines or .jsonl, for the models' tokenizer), npz:PATH, "
+    "dataset:PATH[?split=train] (of save_to_disk), or package.module:factory[?key=value&...], "
+    "which gives a tensor or batches."
 )
 INPUT = (
     "Shape of an input without the batch axis, such as 3x224x224 or 77:int64; once for each input "
@@ -167,12 +171,28 @@ def load_models(models: Sequence[str], progress: Progress) -> list[nn.Module]:
     return networks
 
 
-def read_data(data: str, samples: int, seed: int, progress: Progress) -> Calibration:
-    """Return so many samples of some data, in an order drawn with the seed."""
+def read_data(
+    data: str,
+    models: Sequence[str],
+    networks: Sequence[nn.Module],
+    samples: int,
+    seed: int,
+    progress: Progress,
+) -> Calibration:
+    """Return so many samples of some data, in an order drawn with the seed.
+
+    Args:
+        data: Their reference.
+        models: References of the models that will take them.
+        networks: These models.
+        samples: How many.
+        seed: Of the order.
+        progress: Told of the progress.
+    """
     progress("read data", 0.0)
-    batches = load_data(data, seed=seed)
+    batches = load_data(data, seed=seed, models=models)
     with data_errors(data), heard_by(partial(progress, "read data")):
-        return Calibration(batches, samples)
+        return Calibration(batches, samples, networks)
 
 
 @contextmanager
@@ -192,9 +212,13 @@ def data_errors(reference: str) -> Iterator[None]:
 
 
 def example_of(
-    data: str | None, inputs: Sequence[str] | None, progress: Progress
-) -> tuple[Tensor, ...]:
-    """Return inputs for one run, from data or from shapes.
+    data: str | None,
+    inputs: Sequence[str] | None,
+    models: Sequence[str],
+    networks: Sequence[nn.Module],
+    progress: Progress,
+) -> Example:
+    """Return inputs for one run, from data or from shapes; models as for `read_data`.
 
     Raises:
         ArgumentError: If neither is given, or both.
@@ -208,7 +232,8 @@ def example_of(
         )
     if data is None:
         return tuple(map(load_example, inputs or ()))
-    return read_data(data, 2, 0, progress).example()
+    calibration = read_data(data, models, networks, 2, 0, progress)
+    return calibration.as_call(calibration.example())
 
 
 def write_network(network: fx.GraphModule, output: Path, progress: Progress) -> None:

@@ -47,10 +47,10 @@ from .terminal import show_alignment, show_scores, stages
 FUSED = "fused"
 EXAMPLE = """\
 # What `fxfuse run recipe.yaml` fuses. Paths and modules are those of the folder of this file.
-models:  # package.module:factory[?key=value][@checkpoint], or a .safetensors file that fxfuse wrote
+models:  # package.module:factory[?key=value][@checkpoint], hf:PATH, timm:NAME, or what fxfuse wrote
   - my_project:deep@deep.safetensors
   - my_project:shallow@shallow.safetensors
-data: imagefolder:photos?size=224  # or mnist:PATH, or package.module:factory
+data: imagefolder:photos?size=224  # mnist:, text:, npz:, dataset:PATH, or package.module:factory
 output: fused.safetensors
 
 # Everything below may be left out.
@@ -207,7 +207,8 @@ def carry_out(recipe: Recipe) -> None:
     with stages(err) as progress:
         networks = load_models(recipe.models, progress)
         hashes = file_hashes(recipe.models)
-        calibration = read_data(recipe.data, recipe.samples, recipe.seed, progress)
+        chosen = recipe.samples, recipe.seed, progress
+        calibration = read_data(recipe.data, recipe.models, networks, *chosen)
         if (
             recipe.method in ALIGNING
             and len(networks) > 1
@@ -273,7 +274,7 @@ def _scores(
     compared = dict(zip(names, networks)) | {FUSED: fused}
     progress("compare", 0.0)
     with data_errors(recipe.data), heard_by(partial(progress, "compare")):
-        data = load_data(recipe.data, seed=recipe.seed)
+        data = load_data(recipe.data, seed=recipe.seed, models=recipe.models)
         return compare(compared, data, calibration.samples, ensemble=names)
 
 

@@ -1,8 +1,10 @@
 """Models and data from the references that the command line takes.
 
 A model is `package.module:factory[?key=value&...][@checkpoint]`, with a checkpoint of safetensors
-or of `torch.save`, or a file that `fxfuse.save` wrote. Data are
-`imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH` or `package.module:factory[?...]`.
+or of `torch.save`; `hf:PATH`, a folder of transformers; `timm:NAME[?...][@checkpoint]`; or a file
+that `fxfuse.save` wrote. Data are `imagefolder:PATH[?size=..&mean=..&std=..]`, `mnist:PATH`,
+`text:PATH[?field=..&tokenizer=..&length=..]` (lines, or .jsonl), `npz:PATH`,
+`dataset:PATH[?split=..]` or `package.module:factory[?...]`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -24,6 +26,8 @@ from .._files import sha256_of
 from ..errors import DataError, FuseError, ReferenceFormatError
 from ..io.checkpoints import load_weights
 from ..io.save import load
+from .pretrained import HF, TIMM, of_timm, of_transformers, weights_in
+from .tables import Row, Table, rows_of_arrays, rows_of_dataset, rows_of_text
 
 _LARGEST = 1 << 28  # numbers in one sample
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -32,7 +36,8 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def load_model(reference: str) -> nn.Module:
     """Build a model from its reference, in eval mode, with its checkpoint's weights if given.
 
-    A reference that is the path of a `.safetensors` file is a network that fxfuse saved.
+    A reference that is the path of a `.safetensors` file is a network that fxfuse saved. Nothing is
+    downloaded, unless transformers or timm do so by themselves.
 
     Raises:
         ReferenceFormatError: If the reference cannot be resolved.
@@ -40,8 +45,15 @@ def load_model(reference: str) -> nn.Module:
     """
     if is_network_file(reference):
         return load(reference).eval()
+    if reference.startswith(HF):
+        path, options = _split_options(reference.removeprefix(HF), reference)
+        return of_transformers(path, options, reference).eval()
     factory, _, checkpoint = reference.partition("@")
-    model = _resolved(factory, reference)
+    if factory.startswith(TIMM):
+        name, options = _split_options(factory.removeprefix(TIMM), reference)
+        model: Any = of_timm(name, options, reference)
+    else:
+        model = _resolved(factory, reference)
     if not isinstance(model, nn.Module):
         raise _unresolved(reference, f"the factory returned a {type(model).__name__}")
     if checkpoint:
@@ -54,22 +66,31 @@ def is_network_file(reference: str) -> bool:
     return "@" not in reference and reference.endswith(".safetensors")
 
 
-def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
-    """Return calibration data from its reference: batches whose first entry is the input.
+def load_data(reference: str, batch: int = 50, seed: int = 0, models: Sequence[str] = ()) -> Any:
+    """Return calibration data from its reference: batches as `fuse` takes them.
 
-    Samples of image folders and MNIST come in an order drawn with `seed`.
+    Samples come in an order drawn with `seed`, but those of a factory.
+
+    Args:
+        reference: Of the data.
+        batch: Samples of one batch.
+        seed: Of the order.
+        models: References of the models, whose tokenizer takes texts.
 
     Raises:
         ReferenceFormatError: If the reference cannot be resolved.
         DataError: If there is nothing to read where it points.
     """
     kind, _, rest = reference.partition(":")
-    makers = {"imagefolder": _image_folder, "mnist": _mnist}
-    if kind not in makers:
+    if kind not in (*_PICTURES, *_TABLES):
         return _resolved(reference, reference)
     path, options = _split_options(rest, reference)
     try:
-        dataset = makers[kind](path, **options)
+        if kind in _TABLES:
+            rows = _TABLES[kind](path, reference, options)
+            dataset: Any = Table(rows, models, reference, **options)
+        else:
+            dataset = _PICTURES[kind](path, **options)
     except FuseError:
         raise
     except TypeError as error:
@@ -78,11 +99,14 @@ def load_data(reference: str, batch: int = 50, seed: int = 0) -> Any:
         raise DataError(
             f"data that cannot be read: {error}",
             where=reference,
-            expected="a folder of class folders of images, or torchvision's MNIST folder",
+            expected="a folder of class folders of images, torchvision's MNIST folder, a file of "
+            "lines, of JSON lines or of arrays, or a dataset that save_to_disk wrote",
             do="check the path",
         ) from error
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(dataset, batch, shuffle=True, generator=order, collate_fn=_collate)
+    joined = dataset.batch if kind in _TABLES else _collate
+    mixed = len(dataset) > 0  # a loader refuses to mix nothing
+    return DataLoader(dataset, batch, shuffle=mixed, generator=order, collate_fn=joined)
 
 
 def load_example(reference: str, samples: int = 2) -> Tensor:
@@ -114,7 +138,13 @@ def load_example(reference: str, samples: int = 2) -> Tensor:
 
 def file_hashes(references: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of each checkpoint that references of models name, by its path."""
-    paths = [r if is_network_file(r) else r.partition("@")[2] for r in references]
+    paths: list[str] = []
+    for reference in references:
+        if reference.startswith(HF):
+            paths += weights_in(reference)
+        else:
+            whole = is_network_file(reference)
+            paths.append(reference if whole else reference.partition("@")[2])
     return {path: sha256_of(path) for path in paths if path}
 
 
@@ -165,7 +195,8 @@ def _unresolved(reference: str, reason: str) -> ReferenceFormatError:
         f"a reference that cannot be resolved: {reason}",
         where=f"'{reference}'",
         expected="package.module:factory[?key=value&...][@checkpoint], for models also a "
-        ".safetensors file that fxfuse wrote, and for data imagefolder:PATH or mnist:PATH",
+        ".safetensors file that fxfuse wrote, hf:PATH or timm:NAME[@checkpoint], and for data "
+        "imagefolder:PATH, mnist:PATH, text:PATH, npz:PATH or dataset:PATH",
         do="try the import in Python; quote '?' and '&' in the shell",
     )
 
@@ -198,3 +229,13 @@ def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         )
     images, labels = zip(*samples)
     return torch.stack(images), torch.tensor(labels)
+
+
+_PICTURES = {"imagefolder": _image_folder, "mnist": _mnist}
+_TABLES: dict[str, Callable[[str, str, dict[str, Any]], Sequence[Row]]] = {
+    "text": lambda path, reference, options: rows_of_text(path),
+    "npz": lambda path, reference, options: rows_of_arrays(path),
+    "dataset": lambda path, reference, options: rows_of_dataset(
+        path, reference, options.pop("split", None)
+    ),
+}

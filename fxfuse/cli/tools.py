@@ -59,7 +59,8 @@ def barrier_command(
         networks = load_models([first, second], progress)
         progress("read data", 0.0)
         with data_errors(data), heard_by(partial(progress, "read data")):
-            labelled = labelled_part(load_data(data, seed=seed), samples, networks)
+            batches = load_data(data, seed=seed, models=[first, second])
+            labelled = labelled_part(batches, samples, networks)
         inputs = Calibration([call for call, _ in labelled], models=networks)
         chosen: Any = {"weights": shares, "method": fusing, "progress": progress}
         curve = barrier(networks, inputs, labelled, **chosen)
@@ -82,7 +83,8 @@ def narrow_command(
     require_writable(output, "--output", NETWORK)
     with stages(err) as progress:
         (network,) = load_models([model], progress)
-        small = narrow(network, example_of(data, inputs, progress), share=share)
+        example = example_of(data, inputs, [model], [network], progress)
+        small = narrow(network, example, share=share)
         write_network(small, output, progress)
     report: WidthReport = small.meta["fxfuse"]
     before, after = (sum(sizes[k] for sizes in report.sizes.values()) for k in (0, 1))
@@ -102,7 +104,7 @@ def permute_command(
     require_writable(output, "--output", NETWORK)
     with stages(err) as progress:
         (network,) = load_models([model], progress)
-        example = example_of(data, inputs, progress)
+        example = example_of(data, inputs, [model], [network], progress)
         shuffled = permute(network, example, seed)
         verify(network, shuffled, example)
         write_network(shuffled, output, progress)
@@ -114,8 +116,8 @@ def verify_command(
 ) -> None:
     """Tell whether two models compute the same; if not, name the first node that differs."""
     with stages(err) as progress:
-        first, second = load_models([before, after], progress)
-        verify(first, second, example_of(data, inputs, progress))
+        first, second = pair = load_models([before, after], progress)
+        verify(first, second, example_of(data, inputs, [before, after], pair, progress))
     say("both compute the same")
 
 

@@ -61,10 +61,10 @@ def test_paths_that_cannot_be_written_are_refused(tmp_path, monkeypatch, path, f
 
 
 def test_inputs_come_from_shapes_or_from_data_not_from_both():
-    (example,) = example_of(None, ["3x4x4"], print)
+    (example,) = example_of(None, ["3x4x4"], [], [], print)
     assert example.shape == (2, 3, 4, 4)
-    (example,) = example_of("torch:ones?size=(5,6)", None, lambda *_: None)
+    (example,) = example_of("torch:ones?size=(5,6)", None, [], [], lambda *_: None).args
     assert example.shape == (2, 6)
     for both in [(None, None), ("torch:ones?size=(5,6)", ["6"])]:
         with pytest.raises(ArgumentError, match="inputs"):
-            example_of(*both, print)
+            example_of(*both, [], [], print)
