@@ -43,6 +43,7 @@ from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import Cost, choose_cut
+from ._configuration import changed_configuration
 from ._cut import AUTO, cut_networks, trunk_segments
 from ._fit_heads import refitted
 from ._guard import advice_for, nearness, split_to_judge, warned, without_repeats
@@ -227,15 +228,9 @@ def fuse(
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
     split = split_to_judge(calibration, fits=method.refit.fits and heads is None)
-    way = partial(
-        _fuse_networks,
-        anchor=index,
-        shares=shares,
-        automatic=automatic,
-        leads=[k for k in range(len(models)) if k != index and anchor is None],
-        width=width,
-        method=method,
-    )
+    leads = [k for k in range(len(models)) if k != index and anchor is None]
+    given: Any = {"anchor": index, "shares": shares, "automatic": automatic, "leads": leads}
+    way: Callable[..., Any] = partial(_fuse_networks, **given, width=width, method=method)
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
         network, _, report = way(networks, alignment, data=split.fit, clock=clock)
@@ -243,6 +238,7 @@ def fuse(
             near = nearness(network, networks, shares, split)
         report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
         fused = as_given(models[index], network.module)
+        report = replace(report, configuration=changed_configuration(models[index], fused))
     else:
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)

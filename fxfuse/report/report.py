@@ -124,6 +124,8 @@ class Report:
         nearness: How far the outputs are from the ensemble's, and how far those of each network;
             None with heads for several tasks, which have no ensemble.
         warnings: What was warned of, a sentence each.
+        configuration: Where widths differ from the anchor's, the numbers of its `config` with which
+            its class has those of the fused network: by name, before and after.
         maps: By `(space, network)`, what its units give, `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
@@ -149,6 +151,7 @@ class Report:
     mixed: bool = False
     nearness: Nearness | None = None
     warnings: tuple[str, ...] = ()
+    configuration: dict[str, tuple[int, int]] = field(default_factory=dict)
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
     )
@@ -254,6 +257,9 @@ class Report:
         if self.narrow:
             reasons = "; ".join(dict.fromkeys(self.narrow.values()))
             lines.append(f"{amount(len(self.narrow), 'space')} not wider: {reasons}")
+        if self.configuration:
+            changes = (f"{key} {old} -> {new}" for key, (old, new) in self.configuration.items())
+            lines.append(f"configuration: {', '.join(changes)}")
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
             refitted = f"{amount(len(self.layers), 'layer')} refitted"

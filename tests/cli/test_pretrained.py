@@ -1,5 +1,7 @@
 """Models of transformers and timm by reference: saved, loaded, fused, loaded into the class."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import fxfuse
 from fxfuse.cli.commands import app
 from fxfuse.cli.references import file_hashes, load_model
 from fxfuse.errors import ReferenceFormatError
+from fxfuse.width import evenly
 from tests.support.tolerances import FUNCTION
 
 
@@ -63,6 +66,27 @@ def test_models_are_fused_on_lines_and_their_class_loads_the_result(folders, tmp
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         assert torch.allclose(fused(**given)["logits"], model(**given).logits, atol=FUNCTION)
+        model.save_pretrained(tmp_path / "again")
+        again = load_model(f"hf:{tmp_path}/again")
+        assert torch.equal(again(**given).logits, model(**given).logits)
+
+
+@pytest.mark.sweep
+def test_the_class_is_built_with_the_numbers_that_the_report_gives(folders):
+    kind = "?class=BertForTokenClassification"  # the others' pooler widens without a number
+    nets = [load_model(f"hf:{folders}/{name}{kind}") for name in "ab"]
+    ids = torch.randint(1, 21, (40, 7))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    method = fxfuse.Method(room=evenly)
+    wide = fxfuse.fuse(nets, given, width=1.5, method=method)
+    changes = wide.meta["fxfuse"].configuration
+    assert set(changes) == {"intermediate_size"}
+    config = copy.deepcopy(nets[0].config)
+    config.intermediate_size = changes["intermediate_size"][1]
+    model = type(nets[0])(config).eval()
+    model.load_state_dict(wide.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(wide(**given).logits, model(**given).logits, atol=FUNCTION)
 
 
 def test_models_of_timm_are_built_by_name():
