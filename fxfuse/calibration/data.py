@@ -21,7 +21,7 @@ from ..graph.inputs import Inputs
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
 from ..graph.state import device_of, ties_of, untie
-from ..graph.trace import at_least_single, run_once, trace, trace_alike
+from ..graph.trace import at_least_single, run_once, trace_alike
 from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
 from .counted import MASKS, Served
@@ -320,25 +320,39 @@ def _analyse_all(
 def analyse(
     model: nn.Module, example: Example, name: str, to_call: ToCall | None = None
 ) -> Network:
-    """Trace and analyse one model.
+    """Trace and analyse one model; see `analyse_alike`."""
+    return analyse_alike([model], example, [name], to_call)[0]
+
+
+def analyse_alike(
+    models: Sequence[nn.Module],
+    example: Example,
+    names: Sequence[str],
+    to_call: ToCall | None = None,
+) -> list[Network]:
+    """Trace models by one front-end, since each has its own way to write them, and analyse them.
 
     Args:
-        model: The model; not modified.
-        example: Inputs for one run of it.
-        name: How to call it in errors.
+        models: The models; not modified.
+        example: Inputs for one run of each.
+        names: How to call them in errors.
         to_call: From the example to args, kwargs.
 
     Raises:
-        TraceError: If the model cannot be traced.
+        TraceError: If a model cannot be traced.
         DataError: If it refuses the example.
     """
-    given = Inputs.of(unwrapped(model), example, to_call)
-    graph = trace(model, given, name)
-    inputs = tuple(map(at_least_single, given.on(device_of(graph))))
-    tell(TRACED)
-    run_once(graph, inputs, name)
-    with part(TRACED, 1.0):
-        return Network.of(name, canonical(graph, inputs), inputs)
+    bare = [unwrapped(model) for model in models]
+    call = example if isinstance(example, Call) else Reader(bare, to_call).example(example)
+    networks = []
+    for model, graph, name in zip(bare, trace_alike(models, call, names), names):
+        given = Inputs.of(model, call).on(device_of(graph))
+        inputs = tuple(map(at_least_single, given))
+        tell(TRACED)
+        run_once(graph, inputs, name)
+        with part(TRACED, 1.0):
+            networks.append(Network.of(name, canonical(graph, inputs), inputs))
+    return networks
 
 
 def _drop_training_heads(graphs: list[fx.GraphModule], always: bool) -> None:

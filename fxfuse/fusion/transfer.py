@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from .._checked import checked
 from ..alignment.layers import data_graph, module_path, partition
-from ..calibration.data import Calibration, analyse
+from ..calibration.data import Calibration, analyse_alike
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
 from ..graph.trace import as_given, without_autocast
@@ -105,7 +105,7 @@ def transfer(
     known = isinstance(data, Calibration)
     inputs = data if known else Calibration(data, models=[source, target])
     example = inputs.as_call(inputs.example())
-    a, b = (analyse(m, example, n) for m, n in ((source, "the source"), (target, "the target")))
+    a, b = analyse_alike([source, target], example, ["the source", "the target"])
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)
     given, taken = tensors_of(a.module), tensors_of(moved)

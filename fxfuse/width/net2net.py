@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from .._checked import checked
-from ..calibration.data import analyse
+from ..calibration.data import analyse_alike
 from ..depth import adopt
 from ..errors import ArgumentError
 from ..graph.calls import Example
@@ -95,14 +95,14 @@ def net2wider(
     """
     if factor < 1 or noise < 0:
         raise _out_of_range("factor" if factor < 1 else "noise", "at least 1, and noise at least 0")
-    network = analyse(model, example, "the model")
+    network, *wider = _analysed(model, like, example, "the wider model")
 
     def widen(wide: Network) -> ResizedCopy:
         return exact_copy(plan_copies(_with_graph_of(wide, network), wide, in_turn(seed)))
 
     kept: dict[str, str] = {}
-    if like is not None:
-        copied = widen(analyse(like, example, "the wider model"))
+    if wider:
+        copied = widen(*wider)
     else:
         copied, kept = _with_scaled_widths(network, factor, widen)
     if noise:
@@ -151,7 +151,7 @@ def narrow(
     """
     if not 0 < share <= 1:
         raise _out_of_range("share", "above 0 and at most 1")
-    network = analyse(model, example, "the model")
+    network, *narrower = _analysed(model, like, example, "the narrower model")
 
     def prune(small: Network) -> ResizedCopy:
         original = _with_graph_of(small, network)
@@ -159,11 +159,19 @@ def narrow(
         return closest_copy(plan, original.module, original.example, enough=0.0)
 
     kept: dict[str, str] = {}
-    if like is not None:
-        copied = prune(analyse(like, example, "the narrower model"))
+    if narrower:
+        copied = prune(*narrower)
     else:
         copied, kept = _with_scaled_widths(network, share, prune)
     return _reported(model, copied, kept)
+
+
+def _analysed(
+    model: nn.Module, like: nn.Module | None, example: Example, name: str
+) -> list[Network]:
+    """Analyse a model, and the one whose widths it is to have, if there is one."""
+    models = [model] if like is None else [model, like]
+    return analyse_alike(models, example, ["the model", name][: len(models)])
 
 
 def _with_graph_of(other: Network, network: Network) -> Network:

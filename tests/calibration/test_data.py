@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxfuse._progress import Clock
-from fxfuse.calibration.data import Calibration, analyse, prepare
+from fxfuse.calibration.data import Calibration, analyse, analyse_alike, prepare
 from fxfuse.errors import ArgumentError, DataError, ModelError
 from tests.support.modes import Body
 from tests.support.nets import mlp, outputs, randomise
@@ -230,3 +230,24 @@ def test_what_is_no_list_of_models_is_refused(models):
 def test_an_example_that_the_model_refuses_is_refused():
     with pytest.raises(DataError):
         analyse(mlp(6, 3), torch.zeros(2, 5), "net")
+
+
+class Shaped(nn.Module):
+    """Reads a shape; one that looks at it is not traced symbolically, but recorded."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.first, self.last, self.looks = nn.Linear(6, 8), nn.Linear(8, 3), looks
+
+    def forward(self, x):
+        if self.looks and x.shape[0] < 1:
+            raise ValueError("no samples")
+        return self.last(self.first(x).relu().view(x.shape[0], 8))
+
+
+@pytest.mark.parametrize("looks", [(True, False), (False, True)])
+def test_networks_that_are_analysed_together_are_written_alike(looks):
+    models = [randomise(Shaped(look)) for look in looks]
+    nodes = [[n.name for n in x.nodes.values()] for x in analyse_alike(models, VECTORS, "ab")]
+    alone = [[n.name for n in analyse(m, VECTORS, "a").nodes.values()] for m in models]
+    assert nodes[0] == nodes[1] and alone[0] != alone[1]
