@@ -37,7 +37,9 @@ class CanonicalCorrelation(CouplingMethod):
     groups, cannot be turned: there units are matched one to one by their correlation.
 
     Attributes:
-        ridge: Added to variances, relative to the mean variance of a network's units.
+        ridge: Added to variances, relative to the mean variance of a network's units. The paper's
+            code tries values over many orders of magnitude with labels; of five, 1 and 10 were
+            nearest to the ensemble on unlabelled digits, on networks that no table shows.
         view: Where units are compared.
 
     References:
@@ -46,7 +48,7 @@ class CanonicalCorrelation(CouplingMethod):
         follow the best permutation; widths may differ, and then one side has no inverse.
     """
 
-    ridge: float = 1e-2
+    ridge: float = 1.0
     view: View = View(activated=True, everything=True)
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ def best(nets, x, balance):
     return max(orders, key=likeness), likeness
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("balance", [0.3, 1.0])
 def test_of_all_permutations_of_a_layer_the_best_is_found(balance):
     nets, x = [randomise(mlp(6, 5, 3), seed) for seed in (1, 2)], torch.randn(300, 6)
     order, likeness = best(nets, x, balance)
@@ -51,7 +51,7 @@ def test_the_balance_matters_and_none_is_weight_matching():
     assert len({tuple(order) for order in orders}) == 3
 
 
-@pytest.mark.parametrize("name", ["residual", "grouped", "tokens"])
+@pytest.mark.parametrize("name", ["grouped", "layer norm"])
 def test_permuted_copies_give_the_network(name):
     (net, x), data = build(name), torch.randn(30, *data_shape(name))
     copies = [net, fxfuse.permute(net, x, seed=1)]

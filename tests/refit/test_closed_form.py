@@ -42,7 +42,7 @@ def test_the_first_layer_is_as_if_measured_and_deeper_ones_are_not():
 
 
 def test_copies_give_the_network():
-    for name in ("batch norm", "residual"):
+    for name in ("batch norm", "layer norm"):
         (net, x), data = build(name), torch.randn(30, *data_shape(name))
         method = fxfuse.Method(refit=ClosedFormMoments())
         fused = fxfuse.fuse([net, fxfuse.permute(net, x, seed=1)], data, method=method)

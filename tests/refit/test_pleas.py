@@ -36,14 +36,13 @@ def test_with_a_small_ridge_it_is_the_least_squares_solution():
 
 
 def test_copies_give_the_network():
-    for name in ("batch norm", "grouped"):
-        (net, x), data = build(name), torch.randn(40, *data_shape(name))
-        copies = [net, fxfuse.permute(net, x, seed=1)]
-        assert gap(net, presets.pleas(copies, data), data) < FUNCTION
+    (net, x), data = build("batch norm"), torch.randn(40, *data_shape("batch norm"))
+    copies = [net, fxfuse.permute(net, x, seed=1)]
+    assert gap(net, presets.pleas(copies, data), data) < FUNCTION
 
 
 def test_the_more_units_are_kept_apart_the_nearer_it_comes_and_all_give_the_ensemble():
-    nets, x = [randomise(mlp(6, 16, 16, 3), seed) for seed in (1, 2)], torch.randn(600, 6)
+    nets, x = [randomise(mlp(6, 8, 3), seed) for seed in (1, 2)], torch.randn(300, 6)
     wanted = sum(outputs(net, x) for net in nets) / 2
     errors = []
     for width in (1.0, 1.5, float("inf")):
