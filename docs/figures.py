@@ -105,6 +105,17 @@ def measured(name: str) -> str:
     return f"{markdown(['network', *(heads.get(k, k) for k in keys)], rows)}\n\n{about}{versions}."
 
 
+def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
+    """Return one figure of every preset, a column for each situation of `examples/methods.py`."""
+    found = [[row for record in records(f"methods-{n}-") for row in record["rows"]] for n in names]
+    rows = []
+    for row in dict.fromkeys(r["name"] for column in found for r in column):
+        of_row = [[r[key] for r in column if r["name"] == row and key in r] for column in found]
+        if any(of_row):
+            rows.append([row, *(f"{statistics.mean(v):.{digits}f}" if v else "" for v in of_row)])
+    return markdown(["", *names], rows)
+
+
 def cell(values: Sequence[Any]) -> str:
     """Return the figures of one row, in words.
 
@@ -133,7 +144,11 @@ def experiments() -> list[tuple[str, str]]:
     return pages
 
 
-PAGES = {"README.md.jinja": ROOT / "README.md", "results.md.jinja": HERE / "results.md"}
+PAGES = {
+    "README.md.jinja": ROOT / "README.md",
+    "results.md.jinja": HERE / "results.md",
+    "methods/compared.md.jinja": HERE / "methods/compared.md",
+}
 
 
 def rendered(template: str) -> str:
@@ -144,7 +159,7 @@ def rendered(template: str) -> str:
         keep_trailing_newline=True,
         trim_blocks=True,
     )
-    known = [mean, each, size, count, shown, printed, measured, experiments]
+    known = [mean, each, size, count, shown, printed, measured, experiments, situations]
     environment.globals |= {function.__name__: function for function in known}
     return environment.get_template(template).render()
 

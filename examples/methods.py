@@ -1,0 +1,192 @@
+"""Every preset in five situations: accuracy, how far from the ensemble, seconds.
+
+    python examples/methods.py [FOLDER] [--seeds 3] [--situations tuned apart disjoint depth three]
+                               [--cifar [--images FOLDER] [--samples 500] [--test-images 2000]]
+
+The images are scikit-learn's 8x8 digits, split as `fxfuse demo` splits them; networks are trained
+anew for each seed. With `--cifar`, ResNet-32 and ResNet-20, and two ResNet-20 of disjoint labels,
+of ../shared. Nothing is chosen on the test images. Records go to the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cifar_resnet as cifar
+import tasks
+import torch
+from experiment import hardware
+from networks import cifar_resnet, predict
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse._files import write_text
+from fxfuse.calibration.distance import divergence
+from fxfuse.cli.demo import CALIBRATION, CHOICE, TEST, DigitNet, digits, percent_right, train
+from fxfuse.errors import FuseError, FusionWarning
+from fxfuse.presets import NAMED
+from fxfuse.version import versions
+
+TUNED_ONLY = ("task_arithmetic", "ties", "dare")  # the first network is the checkpoint
+WIDER = {"pleas": 1.5}  # partial merging: also with so much width
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Networks, and the images to fuse and to test on.
+
+    Attributes:
+        nets: The networks.
+        data: Unlabelled images.
+        x: Test images.
+        y: Their labels.
+        checkpoint: What the networks were tuned from, if anything.
+        heads: Options of `fuse` for networks of different labels.
+    """
+
+    nets: Sequence[nn.Module]
+    data: Tensor
+    x: Tensor
+    y: Tensor
+    checkpoint: nn.Module | None = None
+    heads: bool = False
+
+
+def trained(seed: int, depth: int, x: Tensor, y: Tensor) -> nn.Module:
+    torch.manual_seed(seed)
+    return train(DigitNet(depth, 12), x, y)
+
+
+def situations(seed: int) -> dict[str, Callable[[], Situation]]:
+    """Return the situations on digits, each made when it is called."""
+    images, labels = digits(seed)
+    x, y = images[TEST + CHOICE :], labels[TEST + CHOICE :]
+    low, first = y < 5, 10 * seed
+    rest: tuple[Tensor, Tensor, Tensor] = (x[:CALIBRATION], images[:TEST], labels[:TEST])
+
+    def tuned() -> Situation:
+        torch.manual_seed(seed)
+        base, nets = train(DigitNet(2, 12), x[:300], y[:300], 6, 0.05), []
+        for part in (low, ~low):
+            torch.manual_seed(seed + 1)
+            nets.append(train(copy.deepcopy(base), x[part], y[part], 1, 0.005))
+        return Situation(nets, *rest, checkpoint=base)
+
+    def alike(*depths: int) -> Situation:
+        return Situation([trained(first + i, d, x, y) for i, d in enumerate(depths)], *rest)
+
+    def disjoint() -> Situation:
+        nets = [trained(first + i, 2, x[p], y[p]) for i, p in enumerate((low, ~low))]
+        return Situation(nets, *rest)
+
+    return {
+        "tuned": tuned,
+        "apart": lambda: alike(2, 2),
+        "disjoint": disjoint,
+        "depth": lambda: alike(3, 2),
+        "three": lambda: alike(2, 2, 2),
+    }
+
+
+def on_cifar(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Situation]]:
+    """Return the situations on CIFAR-10, with trained networks."""
+    x, y = cifar.images(folder, "test", args.test_images, 0)
+    data = cifar.images(folder, "train", args.samples, 1)[0]
+    return {
+        "cifar-depth": lambda: Situation([cifar_resnet(d) for d in (32, 20)], data, x, y),
+        "cifar-disjoint": lambda: Situation(tasks.networks(), data, x, y, heads=True),
+    }
+
+
+def rows(given: Situation) -> Iterator[dict[str, Any]]:
+    """Yield what each network, their ensemble, and the fusion by each preset reaches."""
+    logits = [predict(net, given.x) for net in given.nets]
+    wanted = torch.stack(logits).mean(0)
+    if given.heads:
+        yield {"name": "ensemble", "accuracy": joint(lambda x: [n(x) for n in given.nets], given)}
+    else:
+        for k, each in enumerate(logits):
+            yield {"name": f"parent {k + 1}", **scores(each, wanted, given.y)}
+        yield {"name": "ensemble", **scores(wanted, wanted, given.y)}
+    for name in NAMED:
+        for width in (1.0, WIDER.get(name, 1.0)) if name in WIDER else (1.0,):
+            label = name if width == 1 else f"{name}, width {width:g}"
+            yield {"name": label, **fused_by(name, width, given, wanted)}
+
+
+def fused_by(name: str, width: float, given: Situation, wanted: Tensor) -> dict[str, Any]:
+    """Fuse by a preset and measure; what it refuses is named."""
+    nets, options = list(given.nets), {} if width == 1 else {"width": width}
+    if name in TUNED_ONLY:
+        if given.checkpoint is None:
+            return {"refused": "there is no checkpoint"}
+        nets = [given.checkpoint, *nets]
+    if given.heads:
+        options["heads"] = fxfuse.heads.Separate()
+    start = time.perf_counter()
+    try:
+        fused = fxfuse.fuse(nets, given.data, method=name, **options).eval()
+    except FuseError as error:
+        return {"refused": str(error).split("\n")[0]}
+    seconds = {"seconds": round(time.perf_counter() - start, 2)}
+    if given.heads:
+        return {"accuracy": joint(fused, given), **seconds}
+    return {**scores(predict(fused, given.x), wanted, given.y), **seconds}
+
+
+def joint(run: Callable[[Tensor], Sequence[Tensor]], given: Situation) -> float:
+    """Return the joint accuracy of two heads."""
+    return round(tasks.scores(run, given.x, given.y)[0], 2)
+
+
+def scores(logits: Tensor, wanted: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return accuracy in percent, and the mean divergence from the ensemble in nats."""
+    apart = divergence(wanted.double(), logits.double()) / len(labels)
+    return {"accuracy": round(percent_right(logits, labels), 2), "divergence": round(apart, 4)}
+
+
+def write(folder: Path, name: str, seed: int, made: Callable[[], Situation]) -> None:
+    """Measure a situation, print it and write its record."""
+    given, found = made(), []
+    for row in rows(given):
+        found.append(row)
+        print(name, seed, *(f"{k} {v}" for k, v in row.items()), sep="  ", flush=True)
+    known = {"question": f"methods-{name}", "seed": seed, "rows": found}
+    known |= {"test_images": len(given.y), "samples": len(given.data)}
+    known |= {"versions": versions(), "hardware": hardware()}
+    write_text(folder / f"methods-{name}-seed{seed}.json", json.dumps(known, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    results = Path(__file__).parent / "results"
+    parser.add_argument("folder", type=Path, nargs="?", default=results)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--situations", nargs="*")
+    parser.add_argument("--cifar", action="store_true", help="the networks of ../shared instead")
+    parser.add_argument("--images", type=Path, help="where train/ and test/ are, or are to go")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--test-images", type=int, default=2000)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FusionWarning)
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in range(1 if args.cifar else args.seeds):
+            if args.cifar:
+                made = on_cifar(args, cifar.unpacked(args.images or Path(temporary)))
+            else:
+                made = situations(seed)
+            for name in args.situations or made:
+                write(args.folder, name, seed, made[name])
+
+
+if __name__ == "__main__":
+    main()
