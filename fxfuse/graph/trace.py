@@ -119,7 +119,8 @@ def trace(
     Returns:
         A `GraphModule` with the model's module names and state, in the model's mode, and in single
         precision where the model is in half. Its inputs are the tensors of the example, in that
-        order.
+        order. A part that no front-end can look into, as one that branches on values, is one node
+        that calls the part itself.
         Heads that the model runs in training only also run in eval mode. This costs their time, and
         they must be able to take the inputs. Compilers leave them out again, and so does
         `run_decompositions` after an export. Its `meta["door"]` names the front-end.
@@ -148,19 +149,35 @@ def trace_sharing(
     _refuse_hooks(model, name)
     inputs = Inputs.of(model, example)
     inputs = replace(inputs, tensors=inputs.on(device_of(model)))
-    failures: dict[str, Exception] = {}
-    for door in doors or DOORS:
-        try:
-            module = _captured(model, inputs, DOORS[door])
-            require_same(model, module, inputs)
-        except Exception as error:
-            failures[door] = error
-            continue
-        module.meta["door"] = door
-        return module
-    if inputs.tensors:
-        run_once(_shell(model), inputs, name)
-    raise _untraceable(model, name, failures)
+    whole: frozenset[str] = frozenset()  # the parts that no front-end can look into
+    while True:
+        failures: dict[str, Exception] = {}
+        for door in doors or DOORS:
+            try:
+                module = _captured(model, inputs, DOORS[door], whole)
+                require_same(model, module, inputs)
+            except Exception as error:
+                failures[door] = error
+                continue
+            module.meta["door"] = door
+            return module
+        if inputs.tensors and not whole:
+            run_once(_shell(model), inputs, name)
+        culprit = _culprit(failures) if inputs.tensors else ""
+        if not culprit or culprit in whole:
+            raise _untraceable(model, name, failures)
+        whole |= {culprit}
+
+
+def _culprit(failures: Mapping[str, Exception]) -> str:
+    """Return the smallest part of a model in which a front-end failed; empty if it was in none.
+
+    A recording knows it best, since it stops at the step that is at fault. What it refuses by
+    itself, as random numbers that would be constants, is no part to be kept.
+    """
+    door = next((d for d in ("recorded", *failures) if d in failures), "")
+    error = failures.get(door)
+    return "" if isinstance(error, FuseError) else str(getattr(error, "module_path", ""))
 
 
 def trace_alike(
@@ -188,10 +205,12 @@ def trace_alike(
     return graphs
 
 
-def _captured(model: nn.Module, inputs: Inputs, front_end: FrontEnd) -> fx.GraphModule:
-    """Return what a front-end finds."""
+def _captured(
+    model: nn.Module, inputs: Inputs, front_end: FrontEnd, whole: frozenset[str]
+) -> fx.GraphModule:
+    """Return what a front-end finds; some parts become one node each."""
     shell = _shell(model)
-    graph = _live_graph(shell, inputs, front_end)
+    graph = _live_graph(shell, inputs, front_end, whole)
     rename_parts(shell, graph)
     graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)
@@ -360,14 +379,16 @@ def _shell(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _live_graph(shell: nn.Module, inputs: Inputs, front_end: FrontEnd) -> fx.Graph:
+def _live_graph(
+    shell: nn.Module, inputs: Inputs, front_end: FrontEnd, whole: frozenset[str]
+) -> fx.Graph:
     """Trace in both modes until one graph serves both; modules that differ become one node each."""
-    leaves: frozenset[str] = frozenset()
+    leaves = whole
     while True:
         try:
             evaluating = front_end(shell.eval(), inputs, leaves)
         except Exception:
-            if not leaves:
+            if leaves == whole:
                 raise
             return evaluating  # no graph can hold what is handed to one of the leaves
         try:

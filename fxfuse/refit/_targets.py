@@ -289,8 +289,11 @@ def _may_be_refitted(
 ) -> bool:
     """Tell whether a node contracts a parameter, and holds its units along one axis.
 
-    A weight that is computed from a parameter is left alone.
+    A weight that is computed from a parameter is left alone, and so is a part that may compute
+    something else on other inputs.
     """
+    if network.is_opaque(node):
+        return False
     tensors = [t for t in (*inputs, value) if isinstance(t, Tensor) and t.is_floating_point()]
     if node.name not in network.weights or len(inputs) != 1 or len(tensors) != 2:
         return False

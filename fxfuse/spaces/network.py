@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._progress import part, tell
-from ..graph.modes import eval_mode, is_choice
+from ..graph.modes import eval_mode, is_choice, is_leaf
 from ..graph.state import movable_of, state_values_of, tensor_at, tensors_of
 from ..graph.structures import tensors_in
 from ..graph.trace import Interpreter, without_autocast
@@ -327,6 +327,10 @@ class Network:
     def is_idle(self, node: fx.Node) -> bool:
         """Tell whether a node does nothing in eval mode, as dropout does."""
         return not self.steps(node) and node.op not in ("placeholder", "get_attr", "output")
+
+    def is_opaque(self, node: fx.Node) -> bool:
+        """Tell whether a node calls a part whose own Python runs, which may look at values."""
+        return node.op == "call_module" and not is_leaf(self.module.get_submodule(str(node.target)))
 
     def hands_on(self, node: fx.Node) -> bool:
         """Tell whether a node hands on its one input as it is, in eval mode."""
