@@ -5,10 +5,15 @@ also given as ratios to a forward pass of all images through both networks, in b
 smallest of three. Images are random: what is measured does not depend on them.
 
     python examples/benchmark.py [--case 32+20] [--images 200 1000 10000] [--threads 1]
+    python examples/benchmark.py --case plain vgg --images 200 --record after.json
+    python examples/benchmark.py --compare before.json after.json
 
 Cases: CIFAR's ResNet-32 + ResNet-20 (`32+20`); ResNet-34 + ResNet-18 on 32x32 images, of `--width`
-64, with BatchNorm (`34+18`) or without any norm, the networks of the CLAFusion paper (`plain`).
-ResNet-34 + ResNet-18 has a single possible alignment, so `fuse` measures no layer costs there.
+64, with BatchNorm (`34+18`) or without any norm, the networks of the CLAFusion paper (`plain`); its
+VGG-13, of twice the width, + VGG-11 of half of it (`vgg`). ResNet-34 + ResNet-18 has a single
+possible alignment, so `fuse` measures no layer costs there.
+
+Two records are compared by ratios to the forward passes, which other jobs and machines change less.
 """
 
 from __future__ import annotations
@@ -19,11 +24,16 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from networks import CifarResNet, cifar_resnet, predict
+from networks import CifarResNet, Vgg, cifar_resnet, predict
 
-CASES = ("32+20", "34+18", "plain")
+CASES = ("32+20", "34+18", "plain", "vgg")
+SLOWER = 1.1  # times the forward passes of before: what is named in a comparison
+VGG_13 = (1, 1, 0, 2, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0)  # channels, in those of the first layer
+VGG_11 = (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0)
 
 
 def parents_of(case: str, width: int) -> list[torch.nn.Module]:
@@ -31,6 +41,9 @@ def parents_of(case: str, width: int) -> list[torch.nn.Module]:
     if case == "32+20":
         return [cifar_resnet(32), cifar_resnet(20)]
     torch.manual_seed(0)
+    if case == "vgg":
+        plans = [[2 * width * c for c in VGG_13], [width // 2 * c for c in VGG_11]]
+        return [Vgg(plan, norm=False).eval() for plan in plans]
     blocks = [3, 4, 6, 3], [2, 2, 2, 2]
     return [CifarResNet(b, width, "conv", case == "34+18").eval() for b in blocks]
 
@@ -81,17 +94,46 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1, help="the fastest counts")
     parser.add_argument("--refit", choices=["least-squares", "moments"], default="least-squares")
+    parser.add_argument("--record", type=Path, help="a file to write what was measured to")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
         options = args.images[0], args.threads, args.width, args.refit
         print(json.dumps(run_case(args.case[0], *options)))
         return
+    if args.compare:
+        before, after = (json.loads(path.read_text()) for path in args.compare)
+        print("\n".join(slower(before, after)) or "nothing became slower")
+        return
+    measured = {}
     for case in args.case:
         print(f"\n{case}, {args.threads} thread(s), {args.refit}; seconds (forward passes)")
         for images in args.images:
             runs = [_in_process(case, images, args) for _ in range(args.repeats)]
-            _show(images, min(runs, key=lambda r: r["total"]))
+            best = min(runs, key=lambda r: r["used"])
+            key = f"{case}, {images} images, {args.threads} thread(s), width {args.width}"
+            measured[f"{key}, {args.refit}"] = best
+            _show(images, best)
+    if args.record:
+        args.record.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def slower(before: dict[str, dict], after: dict[str, dict]) -> Iterator[str]:
+    """Say what takes more forward passes, or more memory, than in another record."""
+    for case in sorted(before.keys() & after.keys()):
+        old, new = (_figures(record[case]) for record in (before, after))
+        for name in sorted(old.keys() & new.keys()):
+            if new[name] > SLOWER * old[name]:
+                yield f"{case}: {name} {old[name]:.2f} -> {new[name]:.2f}"
+
+
+def _figures(run: dict) -> dict[str, float]:
+    """Return what is compared: seconds as multiples of the forward passes, and memory."""
+    wall, used = run["forward"]
+    figures = {f"{name}, in forwards": s / wall for name, s in run["stages"].items()}
+    figures["processor time, in forwards"] = run["used"] / used
+    return figures | {"peak memory, MB": run["peak"]}
 
 
 def _in_process(case: str, images: int, args: argparse.Namespace) -> dict:
