@@ -97,13 +97,15 @@ class Run:
     Attributes:
         network: On the CPU, in eval mode.
         before: Accuracy in percent on the test images before the first epoch.
-        epochs: Of each one: `loss`, `seconds` of training, `test` and `valid` accuracy in percent;
-            without a curve, accuracies of the last one only.
+        epochs: Of each one: `loss`, `seconds` of training, `test` and `valid` accuracy in percent,
+            and what else was measured; without a curve, accuracies of the last one only.
+        start: What else was measured before the first epoch.
     """
 
     network: nn.Module
     before: float = math.nan
     epochs: list[dict[str, float]] = field(default_factory=list)
+    start: dict[str, float] = field(default_factory=dict)
 
     @property
     def after(self) -> float:
@@ -112,6 +114,7 @@ class Run:
 
 
 Watch = Callable[[str, int, int], None]  # a run's name, epochs done, epochs in all
+Measure = Callable[[nn.Module], dict[str, float]]  # a network on the device, in eval mode
 
 
 class OutOfTime(Exception):
@@ -159,7 +162,7 @@ class Trainer:
 
     def fit(
         self, name: str, start: nn.Module, recipe: Recipe, seed: int,
-        teacher: Teacher | None = None, curve: bool = True,
+        teacher: Teacher | None = None, curve: bool = True, measure: Measure | None = None,
     ) -> Run:  # fmt: skip
         """Train a copy of a network, or go on where an earlier run of the same kind stopped.
 
@@ -170,12 +173,15 @@ class Trainer:
             seed: Of order, crops and flips.
             teacher: What to learn from beside the labels.
             curve: Measure accuracy after every epoch, not after the last one only.
+            measure: What else to measure before the first epoch and after each; the same for all
+                runs of a kind.
 
         Raises:
             OutOfTime: If the deadline passes before the last epoch.
             DataError: If what is kept of the run cannot be read.
         """
         kind = "" if curve else "-last"
+        kind += "-measured" if measure else ""
         path = self.folder / f"{self.fingerprint(start, recipe, seed, teacher)}{kind}.pt"
         network = copy.deepcopy(start).to(self.accelerator.device)
         network = network.to(memory_format=torch.channels_last)
@@ -183,12 +189,16 @@ class Trainer:
         if kept is not None:
             network.load_state_dict(kept["network"])
             run.before, run.epochs = kept["before"], kept["epochs"]
+            run.start = kept.get("start", {})
         if len(run.epochs) < recipe.epochs:
-            self._train(name, run, recipe, seed, teacher, curve, path, kept)
-        run.network = run.network.cpu().to(memory_format=torch.contiguous_format).eval()
+            self._train(name, run, recipe, seed, teacher, curve, measure, path, kept)
+        # What was prepared for training casts its inputs and outputs: the state alone is returned.
+        state, run.network = run.network.state_dict(), copy.deepcopy(start).cpu()
+        run.network.load_state_dict(state)
+        run.network.eval()
         return run
 
-    def _train(self, name, run, recipe, seed, teacher, curve, path, kept) -> None:
+    def _train(self, name, run, recipe, seed, teacher, curve, measure, path, kept) -> None:
         inner = run.network
         optimiser = torch.optim.SGD(
             inner.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.decay
@@ -200,6 +210,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(kept["scaler"])
         else:
             run.before = self.accuracy(network, self.data.test)
+            run.start = self._measured(measure, inner)
         if teacher is not None:
             own = copy.deepcopy(teacher.network).to(self.accelerator.device).eval()
             teacher = replace(teacher, network=own)
@@ -214,10 +225,18 @@ class Trainer:
             last = done + 1 == recipe.epochs
             for part in ("valid", "test") if curve or last else ():
                 row[part] = self.accuracy(network, getattr(self.data, part))
+            row |= self._measured(measure, inner)
             run.epochs.append(row)
             self._keep(path, inner, optimiser, run, last)
             self.accelerator.wait_for_everyone()  # nobody looks for the file before it is whole
         self.watch(name, recipe.epochs, recipe.epochs)
+
+    @torch.no_grad()
+    def _measured(self, measure: Measure | None, network: nn.Module) -> dict[str, float]:
+        if measure is None:
+            return {}
+        network.eval()
+        return measure(network)
 
     def _is_late(self) -> bool:
         """Tell whether the deadline has passed for any process, so that all stop together."""
@@ -275,7 +294,9 @@ class Trainer:
         for rows in torch.arange(len(split)).split(size):
             part = split.part(rows[here[0] :: here[1]])
             images = self.data.inputs(part.images.to(device))
-            right += (network(images).argmax(1).cpu() == part.labels).sum().to(device)
+            with self.accelerator.autocast():
+                logits = network(images.contiguous(memory_format=torch.channels_last))
+            right += (logits.argmax(1).cpu() == part.labels).sum().to(device)
         return 100.0 * float(self.accelerator.reduce(right, "sum")) / len(split)
 
     # --- what is kept -------------------------------------------------------------------------
@@ -307,6 +328,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         kept = {"network": network.state_dict(), "before": run.before, "epochs": run.epochs}
+        kept["start"] = run.start
         if not last:
             kept["optimiser"] = optimiser.state_dict()
             if self.accelerator.scaler is not None:

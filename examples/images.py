@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -105,7 +105,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 # --- sources ----------------------------------------------------------------------------------
 
 
-def load(source: str | None, size: int, cache: Path, counts: tuple[int, int, int]) -> Images:
+def load(
+    source: str | None, size: int, cache: Path, counts: tuple[int, int, int], area: bool = False
+) -> Images:
     """Read images, resized if their size is another.
 
     Args:
@@ -114,6 +116,8 @@ def load(source: str | None, size: int, cache: Path, counts: tuple[int, int, int
         cache: A folder for what is unpacked.
         counts: How many to train on, to choose on and to test on, drawn with seed 0; fewer where
             there are fewer, all (but those to choose on) for a count of 0.
+        area: Make images smaller by the means of the areas that become a pixel, not by a filter
+            that reaches over their edges.
 
     Raises:
         DataError: If there is nothing of that kind.
@@ -132,9 +136,9 @@ def load(source: str | None, size: int, cache: Path, counts: tuple[int, int, int
         raise _nothing(f"{len(train)} training images", f"more than {counts[1]} to choose on")
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     return Images(
-        _read(train, rest[: counts[0] or None], size),
-        _read(train, chosen, size),
-        _read(test, rows[: counts[2] or None], size),
+        _read(train, rest[: counts[0] or None], size, area),
+        _read(train, chosen, size, area),
+        _read(test, rows[: counts[2] or None], size, area),
         len(train.classes),
         kind if "shared" not in source else "the JPEG copy of CIFAR-10",
     )
@@ -177,12 +181,20 @@ def _cifar(kind: str, path: Path) -> list[datasets.VisionDataset]:
         ) from None
 
 
-def _read(dataset: datasets.VisionDataset, rows: Tensor, size: int) -> Split:
+def _read(dataset: datasets.VisionDataset, rows: Tensor, size: int, area: bool) -> Split:
     """Return some images as bytes; a size that is smaller than theirs averages pixels."""
-    fit = v2.Compose([v2.ToImage(), v2.Resize([size, size])])
+    fit = v2.Compose(
+        [v2.ToImage(), partial(_averaged, size=size) if area else v2.Resize([size] * 2)]
+    )
     pairs = [dataset[row] for row in rows.tolist()]
     images = torch.stack([fit(image.convert("RGB")) for image, _ in pairs])
     return Split(images.as_subclass(Tensor), torch.tensor([label for _, label in pairs]))
+
+
+def _averaged(image: Tensor, size: int) -> Tensor:
+    """Return an image `(c, h, w)` of bytes whose pixels are the means of equal areas."""
+    means = F.adaptive_avg_pool2d(image.as_subclass(Tensor).float(), size)
+    return means.round().to(torch.uint8)
 
 
 def _nothing(met: str, expected: str) -> DataError:

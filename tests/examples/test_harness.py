@@ -62,6 +62,21 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(trainer, tmp_path):
     assert state_digest(run.network) == state_digest(whole.network)
 
 
+def test_what_else_is_measured_is_kept_beside_the_accuracies(trainer):
+    def measure(network):
+        assert not network.training
+        return {"size": float(network[0].weight.detach().double().square().sum())}
+
+    run = trainer.fit("a", net(), RECIPE, 0, measure=measure)
+    assert run.start["size"] == pytest.approx(measure(net().eval())["size"])
+    assert run.epochs[-1]["size"] == pytest.approx(measure(run.network)["size"])
+    assert run.epochs[-1]["size"] != pytest.approx(run.start["size"])
+    again = replace(trainer, deadline=-math.inf).fit("a", net(), RECIPE, 0, measure=measure)
+    assert (again.start, again.epochs) == (run.start, run.epochs)
+    plain = trainer.fit("a", net(), RECIPE, 0)
+    assert state_digest(plain.network) == state_digest(run.network)
+
+
 def test_without_a_curve_a_run_ends_the_same(trainer):
     whole = trainer.fit("a", net(), RECIPE, 0)
     run = trainer.fit("a", net(), RECIPE, 0, curve=False)

@@ -31,6 +31,15 @@ def test_images_of_another_size_are_resized(tmp_path):
     assert data.train.images.shape[1:] == (3, 4, 4)
 
 
+def test_areas_become_their_means(tmp_path):
+    source = f"folder:{folder(tmp_path)}"
+    whole, small = (load(source, size, tmp_path, (0, 2, 0), area=True) for size in (8, 4))
+    means = torch.nn.functional.avg_pool2d(whole.train.images.float(), 2)
+    assert (small.train.images - means).abs().max() <= 0.5
+    other = load(source, 4, tmp_path, (0, 2, 0))
+    assert not torch.equal(other.train.images, small.train.images)
+
+
 def test_inputs_have_mean_zero_and_deviation_one(tmp_path):
     data = load(f"folder:{folder(tmp_path)}", 8, tmp_path, (0, 2, 0))
     x = data.inputs(data.train.images)
