@@ -23,7 +23,11 @@ from fxfuse.errors import DataError
 
 Record = dict[str, Any]
 Table = Callable[[Sequence[Record]], str]
-QUESTIONS = "initialisation wider many transfer teacher_student distillation cost".split()  # noqa: SIM905
+Picture = Callable[[Sequence[Record], Path], None]
+QUESTIONS = [
+    *("headline", "why", "longer", "initialisation", "wider", "many", "transfer"),
+    *("teacher_student", "distillation", "cost"),
+]
 
 #: Pairs that the paper does not have.
 OWN_PAIRS = ("cifar",)
@@ -158,14 +162,16 @@ def draw(records: Sequence[Record], path: Path) -> None:
     pyplot.close(figure)
 
 
-def render(folder: Path, question: str, title: str, table: Table) -> list[Path]:
+def render(
+    folder: Path, question: str, title: str, table: Table, picture: Picture = draw
+) -> list[Path]:
     """Write a table, and where runs have epochs a plot, for every group of records."""
     written = []
     for name, records in groups(folder, question).items():
         curves = any(row.get("epochs") for record in records for row in record["rows"])
         lines = [f"# {title}", stated(records), table(records)]
         if curves:
-            draw(records, folder / f"{name}.png")
+            picture(records, folder / f"{name}.png")
             lines.append(f"![accuracy against epochs]({name}.png)")
             written.append(folder / f"{name}.png")
         write_text(folder / f"{name}.md", "\n\n".join(lines) + "\n")
@@ -177,7 +183,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
     for name in QUESTIONS:
         asked = importlib.import_module(name).QUESTION
-        for path in render(folder, asked.name, asked.title, asked.table):
+        for path in render(folder, asked.name, asked.title, asked.table, asked.picture):
             print(path)
 
 
