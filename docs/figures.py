@@ -135,7 +135,7 @@ def cell(values: Sequence[Any]) -> str:
 def experiments() -> list[tuple[str, str]]:
     """Return title and text of each table that the scripts of the experiments wrote."""
     pages = []
-    for path in sorted(RESULTS.glob("*-tiny.md")):
+    for path in sorted([*RESULTS.glob("*-cpu.md"), *RESULTS.glob("*-tiny.md")]):
         title, _, text = path.read_text().partition("\n")
         picture = f"(../examples/results/{path.stem}.png)"
         pages.append(
