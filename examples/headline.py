@@ -70,6 +70,7 @@ class Probe:
         self._logs = [net(self.inputs).log_softmax(1) for net in self.parents]
         self._weights = dict(self.parents[0].named_parameters())
 
+    @torch.no_grad()
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Return divergences and agreements, and the distance from A if weights have its shapes."""
         own = network(self.inputs.to(next(network.parameters()).device)).float().cpu()
