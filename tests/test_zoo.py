@@ -76,3 +76,12 @@ def test_the_deeper_of_two_comes_back_when_it_has_all_weight(name):
     assert gap(deep, fused, name) < 1e-4
     mixed = fxfuse.fuse([deep, shallow], inputs(name, 40, 3))
     assert all(torch.isfinite(t).all() for t in mixed.state_dict().values())
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_no_network_of_the_same_size_is_nearer_to_the_ensemble_than_what_is_chosen(name):
+    nets, data = [built(name, seed=seed) for seed in (1, 2)], inputs(name, 200, 3)
+    data = [(data,)] if isinstance(data, tuple) else data
+    near = fxfuse.fuse(nets, data, weights="auto").meta["fxfuse"].nearness
+    assert near.fused <= 1.002 * min(near.networks) + 2e-6

@@ -231,6 +231,16 @@ class Plans:
         ]
 
 
+def alone(problem: Problem, k: int) -> Couplings:
+    """Return the maps by which one network, which has the fused units, is all of the result."""
+    of_one = problem.led_by(k) or problem
+    plans = Plans(of_one, Exact(), two_maps)
+    for key in plans.settle_given():
+        plans.drop(*key)
+    weights = [float(j == k) for j in range(len(problem.networks))]
+    return Couplings(of_one.weighted(weights), plans.couplings)
+
+
 def _members(space: Space) -> list[np.ndarray]:
     blocks = space.blocks
     assert blocks is not None, "a space inside blocks"

@@ -25,6 +25,7 @@ from ..spaces.network import Network
 from .selection import distances
 
 SHARE, MOST, FEWEST = 16, 64, 8  # every sixteenth sample is held out, some of very many
+HELD_OUT, ENOUGH = 4, 128  # every fourth sample is held out to choose by, fewer of many
 PARTS = 8  # of the samples, whose differences show how far chance goes
 NEGLIGIBLE = {True: 1e-4, False: 1e-3}  # a distance in nats, or relative: as good as none
 MANY = 500  # calibration samples, of which more may not help
@@ -45,16 +46,19 @@ class Split:
     held_out: bool
 
 
-def split_to_judge(data: Calibration, fits: bool) -> Split:
+def split_to_judge(data: Calibration, fits: bool, chooses: bool = False) -> Split:
     """Choose samples to judge by; hold them out if anything is fitted and they are not few.
 
     Args:
         data: Calibration inputs.
         fits: Whether weights are fitted to them. If not, judging by them is fair.
+        chooses: Whether the judgement decides what is returned, so that it takes more samples.
     """
-    if data.samples < SHARE * FEWEST:
+    fits, few = fits or chooses, HELD_OUT if chooses else SHARE * FEWEST
+    if data.samples < few:
         return Split(data, data, held_out=False)
-    rest, taken = data.parted(max(SHARE, data.samples // MOST))
+    every = max(HELD_OUT, data.samples // ENOUGH) if chooses else max(SHARE, data.samples // MOST)
+    rest, taken = data.parted(every)
     return Split(rest if fits else data, taken, held_out=fits)
 
 

@@ -6,7 +6,7 @@ gigabytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +32,6 @@ from ..refit.moments import Outcome, Refit
 from ..report.report import CouplingReport, Report, SpaceReport
 from ..spaces.network import Network
 from ..width.budget import Room, with_room
-from .selection import nearest
 
 OutputMoments = dict[str, list[Moments | None]]  # by node, of each network that has it
 
@@ -98,26 +97,6 @@ def make(
     fused = replace(base, name=f"the fusion of {base.name}", module=module)
     with clock.stage("refit"):
         return fused, refit(fused, couplings, plans, data, samples)
-
-
-def choose(
-    ways: Sequence[tuple[Couplings, Refit]], moments: OutputMoments, data: Calibration, clock: Clock
-) -> tuple[Couplings, Refit]:
-    """Choose the way, and the weights, that come nearest to the networks' ensemble.
-
-    Args:
-        ways: What to choose from, the usual way first.
-        moments: As for `make`.
-        data: Calibration inputs; a part of them is held out to judge.
-        clock: Times the stages.
-    """
-
-    def made(way: int, couplings: Couplings, part: Calibration) -> Network:
-        return make(couplings, moments, ways[way][1], part, Clock(None))[0]
-
-    with clock.stage("choose weights"):
-        way, couplings = nearest([couplings for couplings, _ in ways], made, data)
-    return couplings, ways[way][1]
 
 
 def require_sound(fused: Network) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from .._checked import checked
-from .._progress import Clock, Progress, counted
+from .._progress import Clock, Progress
 from ..alignment.align import Pairs, align_networks
 from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
@@ -26,14 +26,7 @@ from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen, made_neutral
 from ..errors import ArgumentError
 from ..graph.calls import ToCall
-from ..graph.names import with_given_names
-from ..graph.trace import (
-    as_given,
-    copy_modes,
-    copy_precision,
-    with_arguments,
-    without_autocast,
-)
+from ..graph.trace import as_given, without_autocast
 from ..ir import Alignment, Segment
 from ..refit.emit import rescale
 from ..refit.moments import Refit
@@ -41,15 +34,15 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
+from ._apart import fuse_apart
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import Cost, choose_cut
 from ._configuration import changed_configuration
-from ._cut import AUTO, cut_networks, trunk_segments
-from ._fit_heads import refitted
-from ._guard import advice_for, nearness, split_to_judge, warned, without_repeats
-from .assemble import choose, couple, make, report_on, require_sound
-from .heads import Heads, Separate, grafted, require_heads
-from .selection import HELD
+from ._cut import AUTO, trunk_segments
+from ._guard import HELD_OUT, advice_for, nearness, split_to_judge, warned, without_repeats
+from .assemble import couple, make, report_on, require_sound
+from .heads import Heads, Separate, require_heads
+from .selection import Candidate, Choice
 
 
 @dataclass(frozen=True)
@@ -166,10 +159,10 @@ def fuse(
             more, some are held out to judge the result by.
         alignment: Which layers correspond; found by `align` if not given.
         weights: Non-negative share of each network, normalised to sum 1; equal if not given. With
-            "auto", the outputs are to be those of the equal ensemble, and the shares in the units
-            are the ones that come nearest to it on samples held out. At `width` 1, two more things
-            are chosen so: whether the last layer is fitted or just mixed and, unless the anchor is
-            given, whether the units are the anchor's or those of another network as wide.
+            "auto", the result is what comes nearest to the equal ensemble on samples held out: the
+            fused network, the same with its last layer just mixed, the average of weights of the
+            same name, or a network of the result's size, as it is or with its last layer fitted to
+            the ensemble. Of these, only the anchor counts if it is given.
         width: Of the fused network, relative to the anchor's: it takes at most the multiply-adds of
             the anchor with all layers made so much wider. Units that are least like their matches
             are not mixed but kept beside each other, the deepest layers first (`Method(room=)`).
@@ -227,13 +220,15 @@ def fuse(
     networks, calibration = prepare(models, data, clock, heads is not None, inputs)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
-    split = split_to_judge(calibration, fits=method.refit.fits and heads is None)
-    leads = [k for k in range(len(models)) if k != index and anchor is None]
-    given: Any = {"anchor": index, "shares": shares, "automatic": automatic, "leads": leads}
-    way: Callable[..., Any] = partial(_fuse_networks, **given, width=width, method=method)
+    split = split_to_judge(calibration, method.refit.fits and heads is None, automatic)
+    way: Callable[..., Any] = partial(
+        _fuse_networks, anchor=index, shares=shares, width=width, method=method
+    )
     if heads is None:
         alignment = alignment or _aligned(networks, calibration, method, clock)
-        network, _, report = way(networks, alignment, data=split.fit, clock=clock)
+        others = [k for k in range(len(models)) if k != index and anchor is None]
+        choice = Choice(networks, split.judge, [index, *others]) if automatic else None
+        network, _, report = way(networks, alignment, data=split.fit, clock=clock, choice=choice)
         with clock.stage("compare with the ensemble"):
             near = nearness(network, networks, shares, split)
         report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
@@ -244,9 +239,9 @@ def fuse(
         front = trunk_segments(networks, index, heads.after)
         alignment = alignment or _aligned(networks, calibration, method, clock, front)
         facts = models, networks, alignment, index
-        apart = partial(_fuse_apart, *facts, way=way, refit=method.refit)
+        apart = partial(fuse_apart, *facts, way=way, refit=method.refit)
         if heads.after == AUTO:
-            rest, held = calibration.parted(HELD)
+            rest, held = calibration.parted(HELD_OUT)
             with clock.stage("choose the cut"):
                 most = Cost(heads.multiply_adds, heads.parameters)
                 quietly = partial(apart, data=rest, clock=Clock(None))
@@ -258,57 +253,6 @@ def fuse(
     return fused
 
 
-def _fuse_apart(
-    models: Sequence[nn.Module],
-    networks: Sequence[Network],
-    alignment: Alignment,
-    anchor: int,
-    heads: Heads,
-    *,
-    way: Callable[..., tuple[Network, Couplings, Report]],
-    refit: Refit,
-    data: Calibration,
-    clock: Clock,
-) -> tuple[fx.GraphModule, Report]:
-    """Fuse networks of different tasks up to a layer, and refit what each does behind it.
-
-    Args:
-        models: The models.
-        networks: The same, traced.
-        alignment: Which of their layers correspond.
-        anchor: Index of the network whose structure the trunk takes.
-        heads: Where they are cut, and what becomes of what is behind.
-        way: Fuses the trunks.
-        refit: How heads are corrected.
-        data: Calibration inputs.
-        clock: Times the stages.
-    """
-    trunks, alignment, tails = cut_networks(networks, alignment, anchor, heads.after)
-    trunk, couplings, report = way(trunks, alignment, data=data, clock=clock)
-    fused = copy_modes(models[anchor], trunk.module)
-    layers, apart = list(report.layers), []
-    with clock.stage("refit heads"):
-        grafts, modules = grafted(fused, couplings, tails), []
-        for k, graft in enumerate(counted(grafts)):
-            module, outcome = refitted(graft, trunks[k], trunk, data, refit)
-            modules.append(copy_modes(models[k], module))
-            layers += [replace(fit, node=f"heads.{k}.{fit.node}") for fit in outcome.layers]
-            apart.append(outcome.divergence)
-    with clock.stage("attach heads"):
-        heads(fused, couplings, tails, modules)
-        require_sound(replace(trunk, name="the fused network", module=fused))
-        with_arguments(models[anchor], fused)
-        fused = with_given_names(copy_precision(models[anchor], fused))
-    return fused, replace(
-        report,
-        heads=tuple(graft.how for graft in grafts),
-        layers=tuple(layers),
-        apart=tuple(apart),
-        seconds=clock.seconds,
-        memory=clock.memory,
-    )
-
-
 def _fuse_networks(
     networks: Sequence[Network],
     alignment: Alignment,
@@ -316,13 +260,12 @@ def _fuse_networks(
     *,
     anchor: int,
     shares: Sequence[float],
-    automatic: bool,
-    leads: Sequence[int],
     width: float,
     method: Method,
     clock: Clock,
+    choice: Choice | None = None,
 ) -> tuple[Network, Couplings, Report]:
-    """Balance, couple, choose weights if asked to, emit and refit.
+    """Balance, couple, emit and refit; take another network if it is to be chosen, and is nearer.
 
     Args:
         networks: The traced networks.
@@ -330,38 +273,26 @@ def _fuse_networks(
         data: Calibration inputs.
         anchor: Index of the network whose structure the result takes.
         shares: Of each network, sum 1.
-        automatic: Whether the weights in the units are chosen.
-        leads: If so, the networks whose units may be taken instead of the anchor's.
         width: Of the result, relative to the anchor's.
         method: The choices along the way.
         clock: Times the stages.
+        choice: What to choose by; None to take the fused network.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
     problem = Problem.of(balanced, anchor, shares, method.absent_as_zero)
-    coupled = partial(
-        couple,
-        data=data,
-        coupling=method.coupling,
-        mixer=method.mixer,
-        refit=method.refit,
-        clock=clock,
-        width=width,
-        room=method.room,
-    )
-    couplings, moments, narrow = coupled(problem)
-    refit = method.refit
-    if automatic and not couplings.siblings:  # these stay at their mean
-        ways = [(couplings, refit)]
-        if width == 1:
-            ways += [(couplings, variant) for variant in refit.variants]
-            others = [problem.led_by(k) for k in leads]
-            ways += [(coupled(other)[0], refit) for other in others if other is not None]
-        couplings, refit = choose(ways, moments, data, clock)
-    fused, outcome = make(couplings, moments, refit, data, clock)
+    given = data, method.coupling, method.mixer, method.refit, clock
+    couplings, moments, narrow = couple(problem, *given, width=width, room=method.room)
+    fused, outcome = make(couplings, moments, method.refit, data, clock)
     rescale(fused, couplings)
+    candidates: dict[str, float] = {}
+    if choice is not None:
+        usual = Candidate("the fused network", fused, couplings, outcome)
+        with clock.stage("choose"):
+            best, candidates = choice(usual, balanced, shares, method.refit, data)
+        fused, couplings, outcome = best.network, best.couplings, best.outcome
     require_sound(fused)
     facts = alignment, balanced, anchor, couplings, outcome, clock, method.seeds, narrow
-    return fused, couplings, report_on(*facts)
+    return fused, couplings, replace(report_on(*facts), candidates=candidates)
 
 
 def _aligned(

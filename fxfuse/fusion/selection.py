@@ -1,107 +1,192 @@
-"""Choose the networks' weights by how near the fused network comes to their ensemble.
+"""Choose, of the networks that a fusion may return, the one nearest to the networks' ensemble.
 
-Units are mixed with the chosen weights; the outputs wanted stay those of the ensemble. In the units
-of one network, the lead, a fused network with all weight on the lead computes just what the lead
-computes; with any other weights, mixing loses something. Which weights are best, and which lead,
-shows on samples that nothing is fitted to.
+One sweep over the data gives the fused network. The others cost little beside it: the same with its
+outputs as they were mixed, the plain average where shapes allow it, and the best network of the
+result's size, as it is and with its outputs fitted to the ensemble's. Which is nearest shows on
+samples that nothing is fitted to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .._progress import tell
 from ..calibration.counted import Counted
 from ..calibration.data import Batch, Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
+from ..coupling.measure import Evidence
 from ..coupling.mixing import Couplings
+from ..coupling.plans import alone
+from ..coupling.problem import Problem
+from ..coupling.transport import InPlace
+from ..depth.deepen import Balanced, made_neutral
+from ..errors import PassError
 from ..graph.modes import eval_mode
-from ..graph.state import device_of
+from ..graph.state import device_of, fill, state_values_of
 from ..graph.structures import tensors_in
+from ..refit.emit import emit, with_outputs_of
+from ..refit.moments import AsMixed, Outcome, Refit
 from ..spaces.network import Network
 
-HELD = 4  # every fourth sample is held out to judge
-STARTS, REFINEMENTS = (0.75, 1.0), 2  # shares of the lead to try; then, between the best ones
-CLEARLY = 0.75  # a greater ratio of distances may be otherwise on other samples
+ROUNDING = 1e-3, 1e-6  # by what share, and by how much, a candidate is nearer by chance only
 
-Make = Callable[[int, Couplings, Calibration], Network]  # a way, its maps, data -> fused network
+Ensemble = Sequence[tuple[float, Network]]  # the share and the network of each member
 
 
-def nearest(ways: Sequence[Couplings], make: Make, data: Calibration) -> tuple[int, Couplings]:
-    """Choose the way, and the weights, that bring the fused network nearest to the ensemble.
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A network that a fusion may return.
 
-    Of several ways, the first is taken unless another comes nearer with the ensemble's weights; one
-    with another lead must come clearly nearer. Then the weight of the lead is searched for between
-    its share of the ensemble and 1; the others keep their proportions.
+    Attributes:
+        name: What it is, in words.
+        network: Of the fused network's structure.
+        couplings: The maps that it was made with.
+        outcome: How near its refit came to the networks.
+    """
+
+    name: str
+    network: Network
+    couplings: Couplings
+    outcome: Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a network is chosen by.
+
+    Attributes:
+        networks: The networks that are fused.
+        judge: Samples that nothing is fitted to.
+        leads: Indices of those whose units the result may have.
+    """
+
+    networks: Sequence[Network]
+    judge: Calibration
+    leads: Sequence[int]
+
+    def __call__(
+        self,
+        fused: Candidate,
+        balanced: Balanced,
+        shares: Sequence[float],
+        refit: Refit,
+        data: Calibration,
+    ) -> tuple[Candidate, dict[str, float]]:
+        """Choose the candidate whose outputs are nearest to the ensemble's.
+
+        Args:
+            fused: The fused network.
+            balanced: The networks once their depths were equal.
+            shares: Of the networks in the ensemble.
+            refit: How the fused network was corrected.
+            data: Calibration inputs that it was fitted to.
+
+        Returns:
+            The candidate, the first of those that only rounding tells apart; and how far each is
+            from the ensemble, by its name.
+        """
+        ensemble = [(w, n) for w, n in zip(shares, self.networks) if w]
+        found = [fused, *_mixed(fused, refit), *_averaged(fused, data)]
+        parents = parents_in(fused.couplings.problem, balanced, self.leads)
+        if parents:
+            far = self._far(ensemble, parents)
+            best = min(range(len(far)), key=far.__getitem__)
+            found += _of_one(fused, parents[best], refit, data)
+        far = self._far(ensemble, [candidate.network for candidate in found])
+        share, least = ROUNDING
+        limit = min(far) * (1 + share) + least
+        chosen = next(c for c, distance in zip(found, far) if distance <= limit)
+        return chosen, {c.name: distance for c, distance in zip(found, far)}
+
+    def _far(self, ensemble: Ensemble, networks: Sequence[Network]) -> list[float]:
+        """Return how far networks are from the ensemble; infinitely if that is no number."""
+        size = working_batch([*self.networks, *networks])
+        found = distances(ensemble, networks, self.judge.chunks(size))
+        return [d.shown if math.isfinite(d.shown) else math.inf for d in found]
+
+
+# --- the candidates -------------------------------------------------------------------------------
+
+
+def parents_in(problem: Problem, balanced: Balanced, choices: Iterable[int]) -> list[Network]:
+    """Return those networks that the fused one can be, each in its structure and under its name.
 
     Args:
-        ways: The couplings of each way, with the weights of the ensemble.
-        make: Makes the fused network of a way, with other weights, on some of the data.
-        data: Calibration inputs; every fourth is held out, unless there are fewer than four.
-
-    Returns:
-        The index of the way, and its couplings with the chosen weights.
+        problem: What is fused.
+        balanced: The networks once their depths were equal.
+        choices: Indices of the networks whose units the result may take.
     """
-    fit, held = data.parted(HELD) if data.samples >= HELD else (data, data)
-    usual = ways[0].problem
-    ensemble = [(w, n) for w, n in zip(usual.output_weights, usual.networks) if w]
-    most, done = len(ways) + len(STARTS) + REFINEMENTS, 0
-
-    def distance(way: int, share: float) -> float:
-        nonlocal done
-        network = make(way, _with_share(ways[way], share), fit)
-        done += 1
-        tell(done / most)
-        return _distance(ensemble, network, held)
-
-    equal = [way.problem.output_weights[way.problem.lead] for way in ways]
-    first = [distance(i, share) for i, share in enumerate(equal)]
-    margins = [1.0 if way.problem.lead == usual.lead else CLEARLY for way in ways]
-    eligible = [i for i, margin in enumerate(margins) if not i or first[i] < margin * first[0]]
-    best = min(eligible, key=first.__getitem__)
-    tried = {equal[best]: first[best]}
-    for share in [s for s in STARTS if s not in tried and s > min(tried)]:
-        tried[share] = distance(best, share)
-    for _ in range(REFINEMENTS):
-        share = _between(tried)
-        tried[share] = distance(best, share)
-    tell(1.0)
-    return best, _with_share(ways[best], min(tried, key=tried.__getitem__))
+    found = []
+    for k in choices:
+        absent = balanced.absent[k]
+        if absent and k != problem.anchor:  # shallower, so no network of this size
+            continue
+        one = replace(balanced, networks=(balanced.networks[k],), absent=(absent,))
+        try:
+            own = made_neutral(one).networks[0]
+        except PassError:  # a layer that it lacks can be passed by only
+            continue
+        module = copy.deepcopy(problem.structure.module)
+        kept, given = state_values_of(module), state_values_of(own.module)
+        if {n: t.shape for n, t in kept.items()} == {n: t.shape for n, t in given.items()}:
+            for name, tensor in given.items():
+                fill(module, name, tensor.detach())
+            found.append(replace(problem.structure, name=own.name, module=module))
+    return found
 
 
-def _between(tried: dict[float, float]) -> float:
-    """Return the middle between the best share and the better of its neighbours."""
-    order = sorted(tried)
-    best = order.index(min(tried, key=tried.__getitem__))
-    neighbours = [order[i] for i in (best - 1, best + 1) if 0 <= i < len(order)]
-    return (order[best] + min(neighbours, key=tried.__getitem__, default=order[best] / 2)) / 2
+def _mixed(fused: Candidate, refit: Refit) -> Iterator[Candidate]:
+    """Yield it with its outputs as mixed: a fit of what parents know by heart may mislead."""
+    if refit.of_outputs is not None and not fused.couplings.siblings:
+        mixed, _ = emit(fused.couplings, {})
+        network = with_outputs_of(fused.network, mixed)
+        outcome = replace(fused.outcome, divergence=None, mixed=True)
+        yield replace(
+            fused, name=f"{fused.name}, outputs as mixed", network=network, outcome=outcome
+        )
 
 
-def _with_share(couplings: Couplings, share: float) -> Couplings:
-    """Return the maps with a weight of the lead, and the others in proportion."""
-    given, lead = couplings.problem.output_weights, couplings.problem.lead
-    rest = sum(given) - given[lead]
-    if rest <= 0:
-        return couplings.weighted([float(k == lead) for k in range(len(given))])
-    scale = (1 - share) / rest
-    return couplings.weighted([share if k == lead else w * scale for k, w in enumerate(given)])
+def _averaged(fused: Candidate, data: Calibration) -> Iterator[Candidate]:
+    """Yield the average of the weights, name by name, if all networks have the same units."""
+    problem = fused.couplings.problem
+    sizes = [{s.size for s in spaces} for spaces in problem.spaces.values()]
+    if fused.couplings.siblings or any(problem.absent) or any(len(s) > 1 for s in sizes):
+        return
+    couplings, keep = InPlace()(problem, Evidence({}, {})), AsMixed()
+    module, plans = emit(couplings, {})
+    network = replace(fused.network, module=module)
+    samples = min(data.samples, keep.samples(problem.networks))
+    outcome = keep(network, couplings, plans, data, samples)
+    yield Candidate("the plain average", network, couplings, outcome)
 
 
-def _distance(ensemble: list[tuple[float, Network]], network: Network, data: Calibration) -> float:
-    """Return how far a network's outputs are from a weighted mean of other networks' outputs.
+def _of_one(
+    fused: Candidate, parent: Network, refit: Refit, data: Calibration
+) -> Iterator[Candidate]:
+    """Yield a network with its outputs fitted to the ensemble's, and as it is."""
+    problem = fused.couplings.problem
+    k = [n.name for n in problem.networks].index(parent.name)
+    couplings = alone(problem, k)
+    whole = replace(parent, name=fused.network.name)
+    if refit.of_outputs is not None:
+        network = replace(whole, module=copy.deepcopy(parent.module))
+        samples = min(data.samples, refit.samples(problem.networks))
+        outcome = refit.of_outputs(network, couplings, (), data, samples)
+        yield Candidate(f"{parent.name} with its outputs fitted", network, couplings, outcome)
+    yield Candidate(f"{parent.name} alone", whole, couplings, Outcome())
 
-    This is the divergence of class probabilities, or the relative error of other outputs.
-    """
-    size = working_batch([*(member for _, member in ensemble), network])
-    return distances(ensemble, [network], data.chunks(size))[0].mean
+
+# --- distances ------------------------------------------------------------------------------------
 
 
 def distances(
-    ensemble: Sequence[tuple[float, Network]], networks: Sequence[Network], data: Iterable[Batch]
+    ensemble: Ensemble, networks: Sequence[Network], data: Iterable[Batch]
 ) -> list[Distance]:
     """Return how far the outputs of each network are from those of an ensemble.
 

@@ -349,7 +349,7 @@ class Targets:
         self.problem = problem = couplings.problem
         self.mute = [{n for a in absent for n in a.mute} for absent in problem.absent]
         self.bypasses = bypasses(problem)
-        self.outputs = _behind_contractions(problem.structure)
+        self.outputs = behind_contractions(problem.structure)
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 
     def fits(self, node: str, dim: int) -> bool:
@@ -423,7 +423,7 @@ class Targets:
         return mass
 
 
-def _behind_contractions(network: Network) -> set[str]:
+def behind_contractions(network: Network) -> set[str]:
     """Return the nodes whose values reach the outputs through no further contraction."""
     before: set[fx.Node] = set()
     for node in reversed(network.module.graph.nodes):

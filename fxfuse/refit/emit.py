@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ..coupling.mixing import Couplings
 from ..errors import PairingError
 from ..graph.state import fill, floats_of, state_values_of, tensor_at
 from ..spaces.network import Network
+from ._targets import behind_contractions
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +178,15 @@ def _require_everywhere(couplings: Couplings) -> None:
                 expected="networks of one depth, as they come from one checkpoint",
                 do="use a method that takes the mean of those that have a layer",
             )
+
+
+def with_outputs_of(fused: Network, mixed: fx.GraphModule) -> Network:
+    """Return a copy of a fused network with what writes its outputs as it was mixed."""
+    module = copy.deepcopy(fused.module)
+    for node in behind_contractions(fused):
+        for name in fused.tensors.get(node, ()):
+            fill(module, name, tensor_at(mixed, name).detach())
+    return replace(fused, module=module)
 
 
 def _norm_plan(

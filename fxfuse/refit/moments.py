@@ -64,9 +64,9 @@ class Refit(Protocol):
     fits: ClassVar[bool] = False
 
     @property
-    def variants(self) -> tuple[Refit, ...]:
-        """What `weights="auto"` tries beside it: other ways to refit that may come nearer."""
-        return ()
+    def of_outputs(self) -> Refit | None:
+        """The same, for what writes the outputs alone; None if nothing is fitted there."""
+        return None
 
     def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments it asks of the networks, with their feature axis."""

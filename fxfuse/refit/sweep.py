@@ -249,7 +249,7 @@ class LeastSquares(Refit):
             enough for 2,896 inputs. Where there are more inputs, or more than positions, the
             products of as many positions are taken instead. The inputs themselves may take eight
             times as much.
-        outputs: Fit the contractions that write the outputs, too. If not, they stay as mixed.
+        only_outputs: Fit the contractions that write the outputs, and leave all else as it is.
     """
 
     fits: ClassVar[bool] = True
@@ -258,17 +258,17 @@ class LeastSquares(Refit):
     steps: int = 1
     frontier: int = 1 << 29
     gram: int = 1 << 26
-    outputs: bool = True
+    only_outputs: bool = False
 
     @property
-    def variants(self) -> tuple[LeastSquares, ...]:
-        """The same without a fit of the outputs, which parents can have learned by heart."""
-        return (replace(self, outputs=False),) if self.outputs else ()
+    def of_outputs(self) -> LeastSquares:
+        """The same, for the contractions that write the outputs alone."""
+        return replace(self, only_outputs=True)
 
     def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments are wanted: those that cannot be refitted."""
         network, targets = problem.structure, Targets(Couplings(problem, {}))
-        _, aims = replace(self, outputs=True)._aims(network, targets)
+        _, aims = replace(self, only_outputs=False)._aims(network, targets)
         refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
         return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
 
@@ -311,14 +311,14 @@ class LeastSquares(Refit):
             with SpillStore(self.frontier) as store, part(0.5 * (len(alone) < len(aims)), 1.0):
                 sweep = once(alone)
                 divergence = sweep.finish()
-        return Outcome((*sweep.layers, *fits), divergence, not self.outputs)
+        return Outcome((*sweep.layers, *fits), divergence)
 
     def _aims(self, network: Network, targets: Targets) -> tuple[list[fx.Node], dict[str, Aim]]:
         """Return the order of the sweep, and what can be refitted."""
 
         def can(aim: Aim) -> bool:
             ends = aim.at, aim.producer.joint
-            if aim.producer.node in targets.outputs and not self.outputs:
+            if self.only_outputs and aim.producer.node not in targets.outputs:
                 return False
             return all(targets.fits(node, aim.axis_in(network)) for node in ends)
 

@@ -123,6 +123,8 @@ class Report:
         mixed: Whether `weights="auto"` left the layers that write the outputs as they were mixed.
         nearness: How far the outputs are from the ensemble's, and how far those of each network;
             None with heads for several tasks, which have no ensemble.
+        candidates: What `weights="auto"` chose from: how far each candidate is from the ensemble,
+            in the unit of `nearness` and on the same samples; the nearest was taken.
         warnings: What was warned of, a sentence each.
         configuration: Where widths differ from the anchor's, the numbers of its `config` with which
             its class has those of the fused network: by name, before and after.
@@ -150,6 +152,7 @@ class Report:
     lead: int | None = None
     mixed: bool = False
     nearness: Nearness | None = None
+    candidates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     configuration: dict[str, tuple[int, int]] = field(default_factory=dict)
     maps: dict[tuple[str, int], csr_array] = field(
@@ -177,6 +180,12 @@ class Report:
         if near is None or not near.networks:
             return ""
         others = ", ".join(map(near.shown, near.networks))
+        if self.candidates:
+            first, *rest = sorted(self.candidates.items(), key=lambda item: item[1])
+            listed = "; ".join(f"{name} {near.shown(distance)}" for name, distance in rest)
+            chosen = f"of {amount(len(self.candidates), 'candidate')}, {first[0]} is nearest to the"
+            than = f", before {listed}" if rest else ""
+            return f"{chosen} ensemble: {near.shown(first[1])}{than}; alone {others}"
         better = sum(near.fused < distance for distance in near.networks)
         every = better == len(near.networks)
         which = "every network" if every else f"{better} of {len(near.networks)} networks"

@@ -11,7 +11,7 @@ from fxfuse.refit.moments import Outcome
 from tests.support.nets import Tokens, mlp, outputs, randomise, residual, stages
 from tests.support.tolerances import FUNCTION
 
-FUSE = sys.modules["fxfuse.fusion.fuse"]
+APART = sys.modules["fxfuse.fusion._apart"]
 
 
 def unlike():
@@ -58,7 +58,7 @@ def test_a_fit_brings_every_head_nearer_to_its_network_on_other_samples(name, mo
         heads = fxfuse.heads.Separate(after=after)
         fitted = missed(nets, fxfuse.fuse(nets, x, heads=heads), others)
         with monkeypatch.context() as patch:
-            patch.setattr(FUSE, "refitted", as_taken_over)
+            patch.setattr(APART, "refitted", as_taken_over)
             plain = missed(nets, fxfuse.fuse(nets, x, heads=heads), others)
         assert max(fitted) < max(plain) and sum(fitted) < 0.9 * sum(plain)
 
@@ -85,7 +85,7 @@ def test_a_refit_that_keeps_the_function_keeps_that_of_heads(monkeypatch):
         heads = fxfuse.heads.Separate(after=after)
         kept = fxfuse.presets.average(nets, x, heads=heads)
         with monkeypatch.context() as patch:
-            patch.setattr(FUSE, "refitted", as_taken_over)
+            patch.setattr(APART, "refitted", as_taken_over)
             plain = fxfuse.presets.average(nets, x, heads=heads)
         assert max(map(gap, outputs(plain, x), outputs(kept, x))) < FUNCTION
 

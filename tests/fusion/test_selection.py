@@ -1,25 +1,24 @@
-"""Weights that are chosen: never farther from the ensemble than the anchor, on what judged them."""
-
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+"""What `weights="auto"` chooses from, by how near it comes to the ensemble on samples held out."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fxfuse
-from fxfuse.calibration.data import Calibration
+from fxfuse import presets
 from fxfuse.coupling.transport import Transport
 from fxfuse.errors import ArgumentError
-from fxfuse.fusion import selection as weighing
-from fxfuse.fusion.selection import _between, nearest
+from fxfuse.fusion import selection
 from fxfuse.refit.sweep import LeastSquares
-from tests.support.nets import fitted, gap, mlp, outputs, randomise, residual
+from tests.support.nets import gap, mlp, outputs, randomise, residual
 
-FULL_SAY = fxfuse.Method(coupling=Transport())  # so that weights matter where units have no match
+FULL_SAY = fxfuse.Method(coupling=Transport())  # so that strangers' units are mixed all the same
 X = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+FRESH = torch.randn(3000, 6, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def strangers(*all_widths):
+    return [randomise(mlp(6, *widths, 4), seed) for seed, widths in enumerate(all_widths)]
 
 
 def divergence(nets, fused, x):
@@ -27,42 +26,112 @@ def divergence(nets, fused, x):
     return float((mean.exp() * (mean - outputs(fused, x).log_softmax(1))).sum(1).mean())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: ([mlp(6, 9, 9, 4), mlp(6, 7, 4)], X),
-        lambda: ([mlp(6, 9, 9, 4), mlp(6, 7, 4), mlp(6, 8, 8, 4)], X),
-        lambda: ([residual((6, 3), (8, 1)), residual((6, 2), (7, 1))], IMAGES),
-    ],
-    ids=["two", "three", "residual"],
-)
-def test_chosen_weights_are_nearer_to_the_ensemble_than_equal_ones(make):
-    nets, x = make()
-    nets = [randomise(net, seed) for seed, net in enumerate(nets)]
-    chosen, equal = (FULL_SAY(nets, x, weights=weights) for weights in ("auto", None))
-    weights = chosen.meta["fxfuse"].weights
-    assert sum(weights) == pytest.approx(1) and max(weights) == weights[0] >= 1 / len(nets)
-    assert all(w == pytest.approx(weights[1]) for w in weights[1:])
-    if weights[0] > 1 / len(nets):  # equal ones may be the best
-        assert divergence(nets, chosen, x) < divergence(nets, equal, x)
-    expected = divergence(nets, chosen, fitted(x))
-    assert chosen.meta["fxfuse"].divergence == pytest.approx(expected, rel=1e-3)
-
-
-def test_networks_that_agree_may_have_any_weights():
-    net = randomise(mlp(6, 9, 4), 1)
-    fused = fxfuse.fuse([net, fxfuse.permute(net, X, seed=1)], X, weights="auto")
-    assert gap(net, fused, X) < 1e-4
-
-
 def quiet_and_loud(*widths):
-    """Return a deep network that says little and a shallow one that the ensemble follows."""
-    nets = [randomise(mlp(6, *[width] * depth, 4), depth) for width, depth in zip(widths, (3, 2))]
+    """Return a network that says little and one that the ensemble follows."""
+    nets = [randomise(mlp(6, *[width] * 3, 4), seed) for seed, width in enumerate(widths, 2)]
     for net, loudness in zip(nets, (0.05, 4.0)):
         with torch.no_grad():
             net[-1].weight.mul_(loudness)
             net[-1].bias.mul_(loudness)
     return nets
+
+
+def preferring(monkeypatch, number):
+    """Let the candidate of a number be the nearest."""
+    far = selection.Choice._far
+
+    def other(self, ensemble, networks):
+        found = far(self, ensemble, networks)
+        if len(networks) == len(self.leads):  # these are the parents
+            return found
+        return [float(k != number) for k in range(len(found))]
+
+    monkeypatch.setattr(selection.Choice, "_far", other)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (strangers((9, 9), (9, 9)), X),
+        lambda: (strangers((9, 9), (7,)), X),
+        lambda: (quiet_and_loud(9, 9), X),
+        lambda: ([randomise(residual((6, 3), (8, 1)), seed) for seed in (1, 2)], IMAGES),
+        lambda: ([randomise(mlp(6, 9, 9, 1), seed) for seed in (1, 2)], X),
+        lambda: (strangers((9, 9), (9, 9)), X[:3]),
+    ],
+    ids=["two", "other widths", "loud", "images", "value", "few"],
+)
+def test_no_network_of_its_size_is_nearer_than_what_is_chosen(make):
+    nets, x = make()
+    require_near(nets, x, FULL_SAY)
+
+
+@pytest.mark.parametrize("method", ["best", "zipit"])
+def test_what_is_chosen_is_so_with_any_method(method):
+    require_near(strangers((9, 9), (9, 9)), X, method)
+
+
+def require_near(nets, x, method):
+    fused = fxfuse.fuse(nets, x, weights="auto", method=method)
+    report = fused.meta["fxfuse"]
+    near, sizes = report.nearness, [[p.shape for p in n.parameters()] for n in (fused, *nets)]
+    alike = [d for d, size in zip(near.networks, sizes[1:]) if size == sizes[0]]
+    assert alike and near.fused <= 1.002 * min(alike) + 2e-6
+    assert near.fused == pytest.approx(min(report.candidates.values()), rel=2e-3, abs=2e-6)
+    assert near.held_out == (len(x) > 3)
+    nets[report.anchor].load_state_dict(fused.state_dict(), strict=True)
+
+
+def test_the_choice_holds_on_fresh_samples():
+    nets = strangers((9, 9), (9, 9))
+    fused, mixed = (FULL_SAY(nets, X, weights=weights) for weights in ("auto", None))
+    alone = min(divergence(nets, net, FRESH) for net in nets)
+    assert divergence(nets, fused, FRESH) < min(alone, divergence(nets, mixed, FRESH))
+
+
+NAMES = (
+    "the fused network",
+    "the fused network, outputs as mixed",
+    "the plain average",
+    "Sequential 0 with its outputs fitted",
+    "Sequential 0 alone",
+)
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+def test_each_candidate_is_what_its_name_says(monkeypatch, number):
+    nets = strangers((9, 9), (9, 9))
+    preferring(monkeypatch, number)
+    fused = fxfuse.fuse(nets, X, weights="auto", anchor=0)
+    report = fused.meta["fxfuse"]
+    assert tuple(report.candidates) == NAMES
+    assert f"of 5 candidates, {NAMES[number]} is nearest to the ensemble" in report.verdict
+    assert report.mixed == (number == 1) and ("as mixed" in str(report)) == (number == 1)
+    same = {2: presets.average(nets, X), 4: nets[0]}
+    if number in same:
+        assert gap(same[number], fused, X) < 1e-5
+    if number == 3:  # all but the last layer is the network's
+        state, own = fused.state_dict(), nets[0].state_dict()
+        moved = {name for name in own if not torch.equal(state[name], own[name])}
+        assert moved == {"4.weight", "4.bias"}
+        assert divergence(nets, fused, FRESH) < divergence(nets, nets[0], FRESH)
+        assert [layer.node for layer in report.layers] == ["_4"]
+
+
+def test_only_the_fit_of_the_outputs_is_left_out(monkeypatch):
+    nets, made = strangers((9, 9), (9, 9)), []
+    for number in (0, 1):
+        with monkeypatch.context() as patch:
+            preferring(patch, number)
+            made.append(fxfuse.fuse(nets, X, weights="auto", anchor=0).state_dict())
+    differ = {name for name in made[0] if not torch.equal(made[0][name], made[1][name])}
+    assert differ == {"4.weight", "4.bias"}
+
+
+def test_networks_that_agree_come_back():
+    net = randomise(mlp(6, 9, 4), 1)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, X, seed=1)], X, weights="auto")
+    assert gap(net, fused, X) < 1e-4
 
 
 def test_the_units_may_be_those_of_another_network_as_wide():
@@ -75,77 +144,33 @@ def test_the_units_may_be_those_of_another_network_as_wide():
     nets[0].load_state_dict(free.state_dict(), strict=True)
 
 
-def test_units_of_other_numbers_cannot_lead():
-    nets = quiet_and_loud(9, 8)
-    assert fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"].lead == 0
+def test_networks_of_another_size_are_not_chosen():
+    for nets in (quiet_and_loud(9, 8), strangers((9, 9), (9,))):
+        report = fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"]
+        assert report.lead == 0 and not any("Sequential 1" in name for name in report.candidates)
 
 
-@dataclass(frozen=True)
-class Shares:
-    """All that the search sees of networks and their maps."""
-
-    lead: int = 0
-    weights: tuple[float, ...] = (0.5, 0.5)
-
-    @property
-    def problem(self):
-        both = {"output_weights": (0.5, 0.5), "networks": ("a", "b")}
-        return SimpleNamespace(lead=self.lead, **both)
-
-    def weighted(self, weights):
-        return replace(self, weights=weights)
+def test_a_wider_network_is_chosen_by_itself():
+    report = fxfuse.fuse(strangers((9, 9), (9, 9)), X, weights="auto", width=1.5).meta["fxfuse"]
+    assert set(report.candidates) == set(NAMES[:2])
 
 
-@pytest.mark.parametrize(
-    ("missed", "chosen"), [((1.0, 0.9, 0.8), 1), ((1.0, 1.1, 0.8), 0), ((1.0, 0.9, 0.7), 2)]
-)
-def test_another_way_is_taken_if_it_is_nearer_by_its_margin(monkeypatch, missed, chosen):
-    monkeypatch.setattr(weighing, "_distance", lambda voices, way, data: missed[way])
-    ways = [Shares(), Shares(), Shares(lead=1)]  # the last has to come clearly nearer
-    way, shares = nearest(ways, lambda way, *_: way, Calibration(X))
-    assert way == chosen and shares.problem.output_weights == (0.5, 0.5)
+def test_a_sweep_of_the_outputs_leaves_all_else():
+    refit = LeastSquares(rows=3)
+    assert refit.of_outputs == LeastSquares(rows=3, only_outputs=True)
+    assert presets.zipit.refit.of_outputs is None
 
 
-@pytest.mark.parametrize("fitted", [True, False])
-def test_a_last_layer_may_stay_as_it_was_mixed(monkeypatch, fitted):
-    """Whichever comes nearer, as told here by the norm of its weights."""
-    nets = [randomise(mlp(6, 9, 9, 4), 1), randomise(mlp(6, 8, 4), 2)]
+def test_choosing_sweeps_over_the_data_once_and_over_the_outputs_once(monkeypatch):
+    whole, swept = LeastSquares.__call__, []
 
-    def distance(voices, network, data):
-        return float(network.module.get_parameter("4.weight").detach().norm()) * (
-            1 if fitted else -1
-        )
+    def counted(self, *args):
+        swept.append(self.only_outputs)
+        return whole(self, *args)
 
-    both = [fxfuse.Method(refit=LeastSquares(outputs=o))(nets, X) for o in (True, False)]
-    larger = distance(None, SimpleNamespace(module=both[0]), None) > distance(
-        None, SimpleNamespace(module=both[1]), None
-    )
-    monkeypatch.setattr(weighing, "_distance", distance)
-    report = fxfuse.fuse(nets, X, weights="auto").meta["fxfuse"]
-    assert report.mixed == larger and ("as mixed" in str(report)) == larger
-    assert ("_4" in {layer.node for layer in report.layers}) != larger
-
-
-def test_few_samples_judge_themselves():
-    nets = [randomise(mlp(6, 9, 4), seed) for seed in (1, 2)]
-    assert bool(outputs(fxfuse.fuse(nets, X[:3], weights="auto"), X).isfinite().all())
-
-
-def test_outputs_that_are_no_classes_are_compared_by_their_errors():
-    nets = [randomise(mlp(6, *[9] * depth, 1), depth) for depth in (3, 1)]
-    fused, equal = (FULL_SAY(nets, X, weights=w) for w in ("auto", None))
-    x = torch.randn(6000, 6)
-    mean = sum(outputs(n, x) for n in nets) / 2
-    wrong = [float((outputs(f, x) - mean).square().mean()) for f in (fused, equal)]
-    assert wrong[0] < wrong[1]
-
-
-@settings(max_examples=30)
-@given(st.dictionaries(st.floats(0.1, 1), st.floats(0, 1), min_size=1, max_size=6))
-def test_a_new_share_lies_beside_the_best(found):
-    share, best = _between(found), min(found, key=found.__getitem__)
-    others = [s for s in found if min(share, best) < s < max(share, best)]
-    assert 0 < share <= 1 and share != best and not others
+    monkeypatch.setattr(LeastSquares, "__call__", counted)
+    fxfuse.fuse(strangers((9, 9), (9, 9), (9, 9)), X, weights="auto")
+    assert swept == [False, True]
 
 
 @pytest.mark.parametrize("options", [{"weights": "equal"}, {"weights": "auto", "heads": True}])
