@@ -12,7 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,7 +64,7 @@ class Interpreter(fx.Interpreter):
 
 
 def _thawed(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not is_dataclass(value):  # an output may be both
         return {k: _thawed(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_thawed(v) for v in value]
@@ -166,7 +166,8 @@ def trace_sharing(
         culprit = _culprit(failures) if inputs.tensors else ""
         if not culprit or culprit in whole:
             raise _untraceable(model, name, failures)
-        whole |= {culprit}
+        kind = type(model.get_submodule(culprit))  # all parts of a class are found at once
+        whole |= {path for path, part in model.named_modules() if type(part) is kind and path}
 
 
 def _culprit(failures: Mapping[str, Exception]) -> str:
