@@ -43,7 +43,7 @@ def partition(network: Network) -> tuple[Segment, ...]:
 
 def chain_of(network: Network) -> tuple[str, ...]:
     """Return the nodes that every path from input to output passes through, in order."""
-    steps = _chain(network)
+    steps = _chain(NormalForm(network))
     return tuple(n.name for n in [*(s.entry for s in steps[:1]), *(s.exit for s in steps)])
 
 
@@ -84,8 +84,29 @@ def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
     return sources
 
 
-def _chain(network: Network) -> list[_Step]:
-    graph = data_graph(network)
+def _stream_graph(form: NormalForm) -> nx.DiGraph:
+    """Return the data graph, but for given values (masks, positions) beside those of other nodes.
+
+    What the first parameters read belongs to it wherever it is read again.
+    """
+    graph, given = data_graph(form.network), form.given
+    streams = set(graph) - {"source"} - given
+    first = {n for n in streams if given.issuperset(_nodes_before(graph, n))}
+    read_first = {source for n in first for source in nx.ancestors(graph, n)}
+    for node in streams - first:
+        sources = _nodes_before(graph, node)
+        beside = [(n, node) for n in sources if n in given and form.source(n) not in read_first]
+        graph.remove_edges_from(beside)
+    output = form.network.module.graph.output_node()
+    return graph.subgraph(nx.ancestors(graph, output) | {output}).copy()
+
+
+def _nodes_before(graph: nx.DiGraph, node: fx.Node) -> list[fx.Node]:
+    return [n for n in graph.predecessors(node) if n != "source"]
+
+
+def _chain(form: NormalForm) -> list[_Step]:
+    graph = _stream_graph(form)
     dominator = nx.immediate_dominators(graph, "source")
     output = next(n for n in graph if n != "source" and n.op == "output")
     chain = [output]
@@ -94,7 +115,7 @@ def _chain(network: Network) -> list[_Step]:
     chain.reverse()
     on_chain = set(chain)
     regions: dict[fx.Node, list[fx.Node]] = {n: [] for n in chain}
-    for node in network.module.graph.nodes:
+    for node in form.network.module.graph.nodes:
         if node in graph and node not in on_chain:
             entry = dominator[node]
             while entry not in on_chain and entry != "source":
@@ -107,7 +128,7 @@ def _chain(network: Network) -> list[_Step]:
 def _layers(network: Network) -> list[Layer]:
     form, taken = NormalForm(network), set[str]()
     layers: list[Layer] = []
-    for part in _without_norms_of_their_own(form, _parts(network)):
+    for part in _without_norms_of_their_own(form, _parts(form)):
         layers.append(_layer(form, part, taken))
         taken.add(layers[-1].name)
     return layers
@@ -121,9 +142,9 @@ class _Part(NamedTuple):
     tail: list[fx.Node]
 
 
-def _parts(network: Network) -> list[_Part]:
+def _parts(form: NormalForm) -> list[_Part]:
     """Return the steps that contract parameters, each with the norms and activations behind it."""
-    steps, i = _chain(network), 0
+    network, steps, i = form.network, _chain(form), 0
     parts = []
     while i < len(steps):
         step = steps[i]
@@ -252,7 +273,7 @@ def _kind(form: NormalForm, entry: fx.Node, nodes: list[fx.Node]) -> str:
     """Hash what a layer computes from its entry, so that equal structures have equal kinds."""
     hashes = {entry: "entry"}
     for node in nodes:
-        inputs = [hashes.get(n, "outside") for n in form.network.inputs_of(node)]
+        inputs = [hashes.get(n) or form.hash_given(n) for n in form.network.inputs_of(node)]
         hashes[node] = form.hash_of(node, inputs) if form.counts(node) else inputs[0]
     return f"{', '.join(_summary(form, nodes[-1], hashes))} [{hashes[nodes[-1]][:8]}]"
 

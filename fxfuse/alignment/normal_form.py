@@ -1,10 +1,11 @@
 """What counts when the structures of two networks are compared: each in one normal form.
 
 Left out are nodes that do nothing in eval mode (dropout, identity), reshaping, norms that can be
-folded into the contraction in front of them, and biases. What is left is known by its operators, so
-functions and modules are the same, whether modules without tensors are shared or not. Nothing is
-edited: a normal form says which node stands for which, and `depth` gives one network the graph of
-another by it.
+folded into the contraction in front of them, biases, and what nothing reads. What is left is known
+by its operators, so functions and modules are the same, whether modules without tensors are shared
+or not. Values that no parameter takes part in (masks, positions) are given: they may be computed
+once or for each layer. Nothing is edited: a normal form says which node stands for which, and
+`depth` gives one network the graph of another by it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
 from ..calibration.norms import foldable_norms
+from ..graph.state import part_at
 from ..spaces.network import Network
 
 
@@ -37,8 +40,62 @@ class NormalForm:
 
     @cached_property
     def steps(self) -> list[fx.Node]:
-        """The nodes that count, in graph order."""
-        return [node for node in self.network.module.graph.nodes if self.counts(node)]
+        """The nodes that count and that the output depends on, in graph order."""
+        read: set[fx.Node] = set()
+        for node in reversed(self.network.module.graph.nodes):
+            if node.op in ("placeholder", "output") or node in read:
+                read |= {node, *node.all_input_nodes}
+        nodes = self.network.module.graph.nodes
+        return [node for node in nodes if node in read and self.counts(node)]
+
+    @cached_property
+    def given(self) -> frozenset[fx.Node]:
+        """The given nodes, see `given_nodes`."""
+        return given_nodes(self.network)
+
+    def hash_given(self, node: fx.Node) -> str:
+        """Return the hash of what is given; of any other value that it comes from outside."""
+        source = self.source(node)
+        return self.hashes.get(source, "given") if source in self.given else "outside"
+
+    @property
+    def streams(self) -> list[fx.Node]:
+        """The nodes that count and are not given."""
+        return [node for node in self.steps if node not in self.given]
+
+    @cached_property
+    def values(self) -> dict[fx.Node, str]:
+        """A hash of each given node, and of what it reads: equal hashes mean equal values."""
+        values: dict[fx.Node, str] = {}
+        for i, node in enumerate(self.network.module.graph.nodes):
+            if node in self.given:
+                placed = node.op == "placeholder"
+                values[node] = f"input {i}" if placed else self._value(node, values)
+        return values
+
+    @cached_property
+    def by_value(self) -> dict[str, fx.Node]:
+        """The first given node with each value."""
+        return {value: node for node, value in reversed(self.values.items())}
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, str]) -> str:
+        """Return the hash of a node from those of given nodes; others it asks for their size."""
+        if node in values:
+            return values[node]
+        if node.op in ("call_module", "get_attr"):
+            word = _state(part_at(self.network.module, str(node.target)))
+        else:
+            word = str(node.target)
+        read = fx.node.map_aggregate(
+            (node.args, node.kwargs),
+            lambda n: self._read(n, values) if isinstance(n, fx.Node) else n,
+        )
+        return _hash(f"{word}{read}")
+
+    def _read(self, node: fx.Node, values: dict[fx.Node, str]) -> str:
+        if node in values or not self.network.carries_data(node):
+            return self._value(node, values)
+        return f"of size {self.network.shapes[node.name]}"
 
     def counts(self, node: fx.Node) -> bool:
         """Tell whether a node counts; one that does not hands on its first input."""
@@ -66,9 +123,11 @@ class NormalForm:
         """Return what a node does, whatever its widths and its spelling."""
         if node.op in ("placeholder", "output"):
             return node.op
-        if node.target is operator.getitem and not self.network.steps(node):
-            return f"item {node.args[1]}"
-        return self.network.form(node)
+        if self.network.steps(node):
+            return self.network.form(node)
+        if not self.network.inputs_of(node):
+            return f"constant {node.target}"
+        return f"item {node.args[1]}" if node.target is operator.getitem else "[]"
 
     def hash_of(self, node: fx.Node, inputs: Iterable[str]) -> str:
         """Return the hash of a node, from those of what it reads."""
@@ -80,10 +139,19 @@ class NormalForm:
     @cached_property
     def hashes(self) -> dict[fx.Node, str]:
         """What each node that counts computes from the network's inputs."""
+        return self.hashes_past({})
+
+    def hashes_past(self, past: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, str]:
+        """Return what each node computes if some layers are passed by, from last node to entry."""
         hashes: dict[fx.Node, str] = {}
-        for i, node in enumerate(self.steps):
+        network_inputs = [n for n in self.steps if n.op == "placeholder"]
+        for node in self.steps:
             inputs = [hashes[n] for n in self.inputs_of(node)]
-            hashes[node] = self.hash_of(node, inputs or [str(i)] * (node.op == "placeholder"))
+            if node.op == "placeholder":
+                inputs = [str(network_inputs.index(node))]
+            hashes[node] = self.hash_of(node, inputs)
+            if node in past:
+                hashes[node] = hashes[self.source(past[node])]
         return hashes
 
     @cached_property
@@ -99,22 +167,67 @@ class NormalForm:
         return places
 
 
+def given_nodes(network: Network) -> frozenset[fx.Node]:
+    """Return the nodes whose values no parameter takes part in: inputs, masks, positions.
+
+    Layers may read them besides what the layer before them hands on.
+    """
+    given: set[fx.Node] = set()
+    for node in network.module.graph.nodes:
+        if network.carries_data(node) and given.issuperset(network.inputs_of(node)):
+            read = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
+            if not any(_has_parameters(network, n) for n in read):
+                given.add(node)
+    return frozenset(given)
+
+
+def _has_parameters(network: Network, node: fx.Node) -> bool:
+    if node.op not in ("call_module", "get_attr"):
+        return False
+    part = part_at(network.module, str(node.target))
+    if isinstance(part, nn.Module):
+        return next(part.parameters(), None) is not None
+    return isinstance(part, nn.Parameter)
+
+
 def correspondence(ours: NormalForm, theirs: NormalForm) -> dict[fx.Node, fx.Node] | None:
     """Return our node for each of their nodes that count; None if the structures differ.
 
-    Of nodes in the same place, as equal branches of a block, the first is the first's.
+    Of nodes in the same place, as equal branches of a block, the first is the first's. One given
+    node of ours may stand for several of theirs.
     """
+    places = [Counter(form.places[node] for node in form.streams) for form in (ours, theirs)]
+    if places[0] != places[1]:
+        return None
     by_place: dict[str, list[fx.Node]] = {}
     for node in ours.steps:
         by_place.setdefault(ours.places[node], []).append(node)
-    if Counter(ours.places.values()) != Counter(theirs.places.values()):
-        return None
-    return {node: by_place[theirs.places[node]].pop(0) for node in theirs.steps}
+    pairs: dict[fx.Node, fx.Node] = {}
+    for node in theirs.steps:
+        alike = by_place.get(theirs.places[node], [])
+        if node not in theirs.given:
+            pairs[node] = alike.pop(0)
+            continue
+        partner = alike.pop(0) if alike else given_partner(node, theirs, ours)
+        if partner is None:
+            return None
+        pairs[node] = partner
+    return pairs
+
+
+def given_partner(node: fx.Node, theirs: NormalForm, ours: NormalForm) -> fx.Node | None:
+    """Return our given node that has the value of one of theirs, or the only one of its kind."""
+    equal = ours.by_value.get(theirs.values[node])
+    if equal is not None or not theirs.counts(node):
+        return equal
+    alike = {ours.values[n]: n for n in ours.steps if ours.hashes[n] == theirs.hashes[node]}
+    return next(iter(alike.values())) if len(alike) == 1 else None
 
 
 def first_difference(ours: NormalForm, theirs: NormalForm) -> tuple[fx.Node | None, fx.Node | None]:
     """Return the first node that counts of each network for which the other has none."""
-    return _first_without(ours.hashes, theirs.hashes), _first_without(theirs.hashes, ours.hashes)
+    left, right = ({n: form.hashes[n] for n in form.streams} for form in (ours, theirs))
+    return _first_without(left, right), _first_without(right, left)
 
 
 def _first_without(ours: Mapping[fx.Node, str], theirs: Mapping[fx.Node, str]) -> fx.Node | None:
@@ -126,5 +239,19 @@ def _first_without(ours: Mapping[fx.Node, str], theirs: Mapping[fx.Node, str]) -
     return None
 
 
+def _state(part: nn.Module | Tensor | None) -> str:
+    """Return a hash of a buffer, or of a module and its buffers; of a parameter, of its shape."""
+    if isinstance(part, nn.Parameter):
+        return str(tuple(part.shape))
+    tensors = [part] if isinstance(part, Tensor) else list(part.buffers()) if part else []
+    flat = (t.detach().cpu().contiguous().reshape(-1) for t in tensors)
+    states = (_hash_of(t.view(torch.uint8).numpy().tobytes()) for t in flat)
+    return f"{'' if isinstance(part, Tensor) else part} {', '.join(states)}"
+
+
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _hash_of(text.encode())
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

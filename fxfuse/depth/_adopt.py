@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,14 @@ def adopt(
     match = _Match.of(network, shape)
     twins, tensors = _twins(match), _Tensors(match)
     members: dict[str, Any] = {}
+    taken: dict[int, Any] = {}  # ours that has a place already -> theirs there
     for node in shape.module.graph.nodes:
         path = str(node.target)
         if node.op in ("call_module", "get_attr") and path not in members:
             own = tensors.own_part(path, twins.get(node))
+            place = part_at(shape.module, path)
+            if own is not None and taken.setdefault(id(own), place) is not place:
+                own = copy.deepcopy(own)  # one constant where they have several
             members[path] = tensors.filled(path) if own is None else own
     graph = copy.deepcopy(shape.module.graph)
     _copy_sizes(match, twins, dict(zip(shape.module.graph.nodes, graph.nodes)))
@@ -160,6 +165,12 @@ class _Match:
                 nodes[shape.nodes[norm]] = network.nodes[norms.pop(partner)]
         return cls(ours, theirs, nodes, norms)
 
+    @cached_property
+    def copies(self) -> frozenset[fx.Node]:
+        """Given nodes of theirs that share one of ours with an earlier one."""
+        first = {ours: node for node, ours in reversed(self.nodes.items())}
+        return frozenset(n for n, ours in self.nodes.items() if first[ours] is not n)
+
     def contractions(self) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Yield pairs of nodes, theirs and ours, that contract one weight, with or without bias."""
         for node, ours in self.nodes.items():
@@ -244,7 +255,7 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
             carriers.append(node.name)
     source = match.ours.source(match.ours.network.nodes[layer.entry])
     read = (n for node in nodes for n in network.inputs_of(node) if n not in inside)
-    entry = next(n for n in read if match.nodes[form.source(n)] is source)
+    entry = next(n for n in read if match.nodes.get(form.source(n)) is source)
     return replace(
         layer,
         nodes=tuple(n.name for n in nodes),
@@ -304,7 +315,7 @@ class _Tensors:
         for node, ours in self.match.nodes.items():
             if node in contractions:
                 self._name_contraction(node, ours)
-            elif node.name not in self.match.theirs.folded:
+            elif node.name not in self.match.theirs.folded and node not in self.match.copies:
                 pair = [n.tensors.get(x.name, []) for n, x in self._both(node, ours)]
                 if len(pair[0]) != len(pair[1]):
                     raise _structures_differ(self.ours, self.theirs, ours, node)

@@ -8,7 +8,7 @@ behind it gets more units, and nothing reads those.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._progress import counted
+from ..alignment.normal_form import given_nodes
 from ..errors import PassError
 from ..graph.compare import same_chance
 from ..graph.passes import graph_pass
@@ -134,32 +135,35 @@ def insert_neutral_layers(
     last: dict[str, fx.Node] = {}  # by node: the end of what was inserted behind it
     streams = Streams(network)
     for insertion in counted(insertions):
-        after = last.get(insertion.after)
-        if after is None:
-            after = next(n for n in module.graph.nodes if n.name == insertion.after)
-        last[insertion.after] = _insert(module, insertion, after, streams, approximate, pass_by)
+        last[insertion.after] = _insert(module, insertion, last, streams, approximate, pass_by)
 
 
 def _insert(
     module: fx.GraphModule,
     insertion: Insertion,
-    after: fx.Node,
+    last: Mapping[str, fx.Node],
     streams: Streams,
     approximate: bool,
     pass_by: bool,
 ) -> fx.Node:
-    """Insert one layer behind a node; return its last node."""
-    layer, readers = insertion.layer, list(after.users)
-    copies, paths = {insertion.template.nodes[layer.entry]: after}, dict[str, str]()
-    width, templates = streams.width(insertion.after), _layer_nodes(insertion)
-    with module.graph.inserting_before(after.next):
+    """Insert one layer behind a node and what was inserted there; return its last node."""
+    after = _latest(module, last, insertion.after)
+    layer, paths = insertion.layer, dict[str, str]()
+    copies = {insertion.template.nodes[layer.entry]: after}
+    for node, value in insertion.beside.items():
+        copies[insertion.template.nodes[node]] = _latest(module, last, value)
+    width, templates = streams.width(insertion.after), _layer_nodes(insertion, copies)
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    place = max(copies.values(), key=order.__getitem__)
+    readers = [n for n in after.users if order[n] > order[place]]
+    with module.graph.inserting_before(place.next):
         for node in templates:
             copies[node] = _copy_node(module, node, copies, paths, insertion, width)
             copies[node].meta["origin"] = ("deepen", (after.name,))
-    last = copies[insertion.template.nodes[layer.nodes[-1]]]
+    end = copies[insertion.template.nodes[layer.nodes[-1]]]
     for reader in readers:
-        reader.replace_input_with(after, last)
-    last.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
+        reader.replace_input_with(after, end)
+    end.meta["neutral_to"] = after.meta.get("neutral_to", after.name)
     joins, zeroed, why = _joins_units(insertion), frozenset[str](), ""
     if joins:
         _leave_unread(module, insertion, streams)
@@ -170,10 +174,12 @@ def _insert(
             if not pass_by or not _may_be_passed_by(insertion):
                 raise
             why = error.why
+    given = given_nodes(insertion.template)
+    templates = [node for node in templates if node not in given]
     names = [copies[node].name for node in templates]
     first = 0  # index of the first node that holds the value
     if why:
-        first = names.index(last.name)
+        first = names.index(end.name)
     elif layer.branched or insertion.parts:
         first = names.index(copies[insertion.template.nodes[layer.merge]].name)
     stamp = AbsentLayer(
@@ -188,7 +194,13 @@ def _insert(
     )
     for node in templates:
         copies[node].meta[STAMP] = stamp
-    return last
+    return end
+
+
+def _latest(module: fx.GraphModule, last: Mapping[str, fx.Node], name: str) -> fx.Node:
+    """Return a node of a network, or the end of what was inserted behind it."""
+    node = last.get(name)
+    return next(n for n in module.graph.nodes if n.name == name) if node is None else node
 
 
 def _may_be_passed_by(insertion: Insertion) -> bool:
@@ -197,14 +209,19 @@ def _may_be_passed_by(insertion: Insertion) -> bool:
     return len(shapes[layer.entry]) == len(shapes[layer.nodes[-1]])
 
 
-def _layer_nodes(insertion: Insertion) -> list[fx.Node]:
-    """Return a layer's nodes and the parameters and sizes they read, in graph order."""
+def _layer_nodes(insertion: Insertion, known: Collection[fx.Node]) -> list[fx.Node]:
+    """Return a layer's nodes and what they read, parameters and sizes too, in graph order.
+
+    Args:
+        insertion: What is inserted where.
+        known: Nodes of the template whose values the other network has.
+    """
     layer = insertion.layer
     needed = {insertion.template.nodes[name] for name in layer.nodes}
     waiting = list(needed)
     while waiting:
         for node in waiting.pop().all_input_nodes:
-            if node in needed or node.name == layer.entry:
+            if node in needed or node in known:
                 continue
             if node.op == "placeholder":
                 raise no_neutral_form(layer.name, "it reads the network's input besides its entry")

@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Insertion:
         into: The network that lacks it.
         after: Node of that network behind which the copy goes.
         parts: The layers of a run that is neutral only as a whole; empty for a single layer.
+        beside: What the layer reads besides its entry -> the node of that network with this value.
     """
 
     template: Network
@@ -46,6 +47,7 @@ class Insertion:
     into: Network
     after: str
     parts: tuple[Layer, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

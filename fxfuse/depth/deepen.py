@@ -24,6 +24,7 @@ from ..graph.verify import require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
 from ._adopt import adopt, with_room_for_biases
+from ._beside import SharedValues
 from ._insert import AbsentLayer, bypass_of, insert_layers
 from ._nearly_neutral import make_nearly_neutral
 from ._neutral import Insertion, changes_nothing, no_neutral_form
@@ -144,10 +145,11 @@ def insert_missing_layers(
     """
     layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
     check_alignment(alignment, layers)
+    values = SharedValues(networks, layers, alignment)
     deepened: list[tuple[fx.GraphModule, tuple[AbsentLayer, ...]]] = []
     with part(0.0, 0.4):
         for k, network in counted(list(enumerate(networks))):
-            insertions = _insertions(k, networks, layers, alignment)
+            insertions = _insertions(k, networks, layers, alignment, values)
             deepened.append(insert_layers(network, insertions, approximate, pass_by=True))
     with part(0.4, 0.6):
         whole = [
@@ -236,13 +238,17 @@ def _require_one_kind(slot: Sequence[str | None], layers: Sequence[dict[str, Lay
 
 
 def _insertions(
-    k: int, networks: Sequence[Network], layers: Sequence[dict[str, Layer]], alignment: Alignment
+    k: int,
+    networks: Sequence[Network],
+    layers: Sequence[dict[str, Layer]],
+    alignment: Alignment,
+    values: SharedValues,
 ) -> list[Insertion]:
     """Return what network `k` lacks, segment by segment."""
     return [
         insertion
         for segment in alignment.segments
-        for insertion in _insertions_in(segment, k, networks, layers)
+        for insertion in _insertions_in(segment, k, networks, layers, values)
     ]
 
 
@@ -251,6 +257,7 @@ def _insertions_in(
     k: int,
     networks: Sequence[Network],
     layers: Sequence[dict[str, Layer]],
+    values: SharedValues,
 ) -> Iterator[Insertion]:
     """Yield what network `k` lacks in one segment, for each empty slot or run of them."""
     into, deep, row = networks[k], networks[segment.reference], segment.slots[k]
@@ -266,10 +273,13 @@ def _insertions_in(
         end = next((j for j in range(i, len(row)) if row[j] is not None), len(row))
         run = _neutral_run(Insertion(deep, wanted[i], into, after), wanted[i:end])
         if run:
-            yield Insertion(deep, _as_one_layer(run), into, after, run)
+            joined = _as_one_layer(run)
+            beside = values.beside(joined, segment.reference, k)
+            yield Insertion(deep, joined, into, after, run, beside)
         else:
             template, layer = _template(into, [*before, *behind], deep, wanted[i], after)
-            yield Insertion(template, layer, into, after)
+            beside = values.beside(layer, segment.reference if template is deep else k, k)
+            yield Insertion(template, layer, into, after, beside=beside)
         i += len(run) or 1
 
 

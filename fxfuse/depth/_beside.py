@@ -1,0 +1,104 @@
+"""Which values of two networks are the same, but for the layers that only one of them has.
+
+A layer may read values besides that of the layer before it: masks and positions, or what another
+part of the network computed, as the encoder's output. A copy of the layer in another network reads
+the value there that is computed in the same way. Layers that not all networks have do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx
+
+from ..alignment.normal_form import NormalForm, given_partner
+from ..ir import Alignment, Layer
+from ..spaces.network import Network
+from ._neutral import no_neutral_form
+
+
+class SharedValues:
+    """Values that networks have in common.
+
+    Args:
+        networks: The networks.
+        layers: Per network, its layers by name.
+        alignment: Which of them correspond.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        layers: Sequence[Mapping[str, Layer]],
+        alignment: Alignment,
+    ) -> None:
+        self.forms = [NormalForm(n) for n in networks]
+        self._hashes: list[dict[fx.Node, str]] = []
+        for k, form in enumerate(self.forms):
+            nodes, past = form.network.nodes, dict[fx.Node, fx.Node]()
+            for segment in alignment.segments:
+                for i, name in enumerate(segment.slots[k]):
+                    if name is not None and any(row[i] is None for row in segment.slots):
+                        layer = layers[k][name]
+                        past[form.source(nodes[layer.nodes[-1]])] = nodes[layer.entry]
+            self._hashes.append(form.hashes_past(past))
+        self._last = [{h: node for node, h in hashes.items()} for hashes in self._hashes]
+
+    def partner(self, node: fx.Node, of: int, into: int) -> fx.Node | None:
+        """Return the last node of a network that computes what a node of another does."""
+        if of == into:
+            return node
+        form = self.forms[of]
+        if node.op == "placeholder":
+            graphs = (self.forms[k].network.module.graph for k in (of, into))
+            theirs, ours = (graph.find_nodes(op="placeholder") for graph in graphs)
+            return ours[theirs.index(node)]
+        if node in form.given:
+            return given_partner(node, form, self.forms[into])
+        return self._last[into].get(self._hashes[of][node]) if form.counts(node) else None
+
+    def beside(self, layer: Layer, of: int, into: int) -> dict[str, str]:
+        """Return what a layer reads besides its entry, and the nodes with these values elsewhere.
+
+        Args:
+            layer: The layer.
+            of: The network that has it.
+            into: The network that gets a copy.
+
+        Raises:
+            PassError: If there is no such value.
+        """
+        form, partners = self.forms[of], dict[str, str]()
+        for node in self._outside(layer, form, partners):
+            partner = self.partner(node, of, into)
+            if partner is not None:
+                partners[node.name] = partner.name
+            elif node not in form.given and form.counts(node):
+                raise no_neutral_form(layer.name, f"it reads '{node.name}' besides its entry")
+        return partners
+
+    def _outside(
+        self, layer: Layer, form: NormalForm, partners: Mapping[str, str]
+    ) -> Iterator[fx.Node]:
+        """Yield values from outside that a layer reads, and those behind them without a partner.
+
+        What is made of parameters alone, and for this layer alone, is its own.
+        """
+        network, nodes = form.network, form.network.nodes
+        fed = network.fed()
+        inside = {nodes[name] for name in layer.nodes}
+        seen = {*inside, nodes[layer.entry]}
+        for node in reversed(network.module.graph.nodes):
+            if node.name not in fed and node not in seen and node.users and inside >= {*node.users}:
+                inside.add(node)
+        inside -= form.given
+        waiting = list(inside)
+        while waiting:
+            for node in waiting.pop().all_input_nodes:
+                if node in seen or node in inside:
+                    continue
+                seen.add(node)
+                if network.carries_data(node):
+                    yield node
+                if node.name not in partners:
+                    waiting.append(node)

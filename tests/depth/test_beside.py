@@ -1,0 +1,61 @@
+"""Layers that read values besides those of the layer before them."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from tests.support.nets import gap, randomise
+from tests.support.tolerances import FUNCTION, PERMUTATION
+
+TOKENS, WIDTH = 6, 8
+
+
+class Attending(nn.Module):
+    """Blocks of attention that read a mask and rotations, computed once or for each."""
+
+    def __init__(self, depth, once=True):
+        super().__init__()
+        self.inp, self.out = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(depth))
+        self.once = once
+        self.register_buffer("speeds", torch.tensor([1.0, 0.1, 0.5, 0.2, 0.3, 0.05, 0.4, 0.6]))
+
+    def beside(self, x):
+        places = torch.ones_like(x[..., :1]).cumsum(1)
+        return x[:, None, :, 0] < 1, (places * self.speeds).cos()
+
+    def forward(self, x):
+        mask, turn = self.beside(x)
+        h = self.inp(x)
+        for qkv in self.qkv:
+            if not self.once:
+                mask, turn = self.beside(x)
+            q, k, v = qkv(h).chunk(3, -1)
+            a = (q * turn) @ (k * turn).transpose(1, 2) / 4
+            h = h + a.masked_fill(~mask, -9.0).softmax(-1) @ v
+        return self.out(h)
+
+
+def attending(depth, seed=1, **options):
+    return randomise(Attending(depth, **options), seed)
+
+
+X = torch.randn(20, TOKENS, 3)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_layers_of_networks_of_other_depth_read_their_masks_and_positions(once):
+    deep, shallow = attending(3, once=once), attending(1, 2)
+    balanced = fxfuse.balance([deep, shallow], X)
+    assert all(gap(a, b, 2 * X) < FUNCTION for a, b in zip([deep, shallow], balanced))
+    fused = fxfuse.fuse([deep, shallow], X, weights=[1, 0])
+    assert gap(deep, fused, 2 * X) < FUNCTION
+
+
+def test_a_value_may_be_computed_once_or_for_each_layer():
+    net = attending(2)
+    each = attending(2, once=False)
+    each.load_state_dict(net.state_dict())
+    fused = fxfuse.fuse([net, fxfuse.permute(each, X, seed=1)], X)
+    assert gap(net, fused, 2 * X) < PERMUTATION
