@@ -45,6 +45,8 @@ class Aligner:
 class Monotone(Aligner):
     """The strictly increasing map of least total cost: the paper's cross-layer alignment.
 
+    A constraint that no map of possible pairs meets is dropped: the last one first.
+
     Attributes:
         first: Map the first column to the first row.
         last: Map the last column to the last row (a single column goes to the first).
@@ -65,7 +67,7 @@ class Monotone(Aligner):
             ArgumentError: If there are more columns than rows.
             PairingError: If every map has infinite cost.
         """
-        allowed = _constrained(costs, self.first, self.last)
+        allowed = _constrained(costs, *self._constraints(np.isfinite(costs)))
         m, n = allowed.shape
         table = np.full((n + 1, m + 1), np.inf)  # least cost of the first columns in the first rows
         table[0] = 0.0
@@ -85,7 +87,12 @@ class Monotone(Aligner):
 
     def needs_costs(self, possible: np.ndarray) -> bool:
         """Tell whether the constraints and the impossible pairs leave more than one map."""
-        return count_maps(possible, self.first, self.last) > 1
+        return count_maps(possible, *self._constraints(possible)) > 1
+
+    def _constraints(self, possible: np.ndarray) -> tuple[bool, bool]:
+        """Return which constraints hold: those asked for, as far as any map meets them."""
+        ways = [(self.first, self.last), (self.first, False), (False, self.last)]
+        return next((way for way in ways if count_maps(possible, *way)), (False, False))
 
 
 #: The optimum under both constraints, as the paper has it.

@@ -18,6 +18,7 @@ from ..graph.calls import Example, ToCall
 from ..graph.trace import without_autocast
 from ..ir import Axis, Frozen, Layer, Segment, Space, Spaces
 from .layers import chain_of, partition
+from .pairing import shorten
 
 _WIDTH = 80  # characters of a printed line
 
@@ -195,7 +196,7 @@ def inspect(
 
 def shortened(kind: str) -> str:
     """Return a kind; of a very long one, as recurrent layers have, without its middle."""
-    return kind if len(kind) <= 240 else f"{kind[:200]} ... {kind[-30:]}"
+    return shorten(kind, 240)
 
 
 def described(group: Sequence[Frozen]) -> str:

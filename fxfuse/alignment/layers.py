@@ -4,147 +4,107 @@ The nodes that every path from input to output passes through form the chain. Be
 neighbours on the chain lies either nothing or a region with parallel paths (a block). A layer is a
 step of the chain that contracts parameters, with the norm and activation behind it. A segment is a
 maximal run of layers on one kind of tensor at one output resolution. The layer that writes the
-output is a segment of its own.
+output is a segment of its own. Blocks can be taken apart into the layers of the chains inside them.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby, takewhile
 from typing import NamedTuple
 
-import networkx as nx
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
-from ..errors import ModelError
-from ..graph.modes import is_choice, only_in_training
 from ..ir import Layer, Segment
 from ..spaces.network import Network
+from .chain import SOURCE, Chain, End, Step, chain_steps, chains_inside
 from .normal_form import NormalForm
-
-
-class _Step(NamedTuple):
-    """A step of the chain: from one node to the next, and the nodes between them."""
-
-    entry: fx.Node
-    region: list[fx.Node]
-    exit: fx.Node
 
 
 def partition(network: Network) -> tuple[Segment, ...]:
     """Return the segments of a network in the order of its chain."""
-    layers = _layers(network)
-    if not layers:
-        return ()
-    runs = [list(g) for _, g in groupby(layers[:-1], key=lambda x: (x.layout, x.resolution))]
-    return tuple(Segment(tuple(run)) for run in [*runs, [layers[-1]]])
+    return Anatomy(network).segments
 
 
 def chain_of(network: Network) -> tuple[str, ...]:
     """Return the nodes that every path from input to output passes through, in order."""
-    steps = _chain(NormalForm(network))
-    return tuple(n.name for n in [*(s.entry for s in steps[:1]), *(s.exit for s in steps)])
+    return tuple(step.exit.name for step in chain_steps(NormalForm(network)))
 
 
-def data_graph(network: Network) -> nx.DiGraph:
-    """Return the nodes that carry data and their edges, from one source to the output.
+class Anatomy:
+    """The layers of a network, and on request those inside a block.
 
-    Heads that exist in training mode only are left out, as no path of eval mode ends in them.
+    Args:
+        network: The network; not modified.
+
+    Attributes:
+        segments: Its layers along its chain, see `partition`.
+        front: What lies in front of the chain, as of several inputs, as a block; None if nothing
+            there contracts parameters.
     """
-    graph, training_only = nx.DiGraph(), only_in_training(network.module)
-    for node in network.module.graph.nodes:
-        if node in training_only:
-            continue
-        if node.op == "placeholder":
-            graph.add_edge("source", node)
-        elif node.op == "output" or network.carries_data(node):
-            sources = [n for n in _evaluated(network, node) if n not in training_only]
-            graph.add_edges_from((n, node) for n in sources)
-    output = next(n for n in network.module.graph.nodes if n.op == "output")
-    if output not in graph or "source" not in nx.ancestors(graph, output):
-        raise ModelError(
-            "an output that does not depend on the input",
-            where=network.name,
-            expected="a network that computes what it returns from what it is given",
-            do="check what the forward returns, and with which options the model was built",
-        )
-    on_paths = nx.descendants(graph, "source") & (nx.ancestors(graph, output) | {output})
-    return graph.subgraph(on_paths | {"source"}).copy()
+
+    def __init__(self, network: Network) -> None:
+        self._form, self._names = NormalForm(network), set[str]()
+        self._parts: dict[tuple[str, ...], _Part] = {}
+        first, *steps = chain_steps(self._form)
+        layers = self._layers(steps)
+        self.segments = (*_runs(layers[:-1]), Segment((layers[-1],))) if layers else ()
+        self.front: Layer | None = None
+        if any(n.name in network.weights for n in first.region):
+            tail = [s.exit for s in takewhile(partial(_follows_layer, network), steps)]
+            self.front = self._layer(_Part(first, [*first.region, first.exit], tail))
+
+    def inside(self, block: Layer) -> Iterator[tuple[Segment, ...]]:
+        """Yield the segments inside a block, in each way to take it apart."""
+        names, part = set(self._names), self._parts[block.nodes]
+        ends = [part.step.exit, *part.tail]
+        tail = [Step(before, [], node) for before, node in zip(ends, ends[1:])]
+        for chains in chains_inside(self._form, part.step):
+            self._names = set(names)
+            chains[-1].extend(tail)
+            yield tuple(segment for c in chains for segment in _runs(self._layers(c)))
+
+    def output_past(self, layers: Sequence[Layer]) -> str:
+        """Return a hash of what the network computes if some layers are passed by."""
+        output = self._form.network.module.graph.output_node()
+        return self._form.hashes_past(entries_of(self._form, layers))[output]
+
+    def _layers(self, chain: Chain) -> list[Layer]:
+        parts = _parts(self._form, [step for step in chain if step.entry != SOURCE])
+        return [self._layer(part) for part in _without_norms_of_their_own(self._form, parts)]
+
+    def _layer(self, part: _Part) -> Layer:
+        layer = _layer(self._form, part, self._names)
+        self._names.add(layer.name)
+        self._parts[layer.nodes] = part
+        return layer
 
 
-def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
-    """Return the nodes whose data a node reads in eval mode."""
-    sources = []
-    for source in network.inputs_of(node):
-        if is_choice(network.module, source):
-            sources += [n for n in tree_leaves(source.args[0]) if isinstance(n, fx.Node)]
-        else:
-            sources.append(source)
-    return sources
+def entries_of(form: NormalForm, layers: Sequence[Layer]) -> dict[fx.Node, fx.Node]:
+    """Return the node that counts at the end of each layer -> the layer's entry."""
+    nodes = form.network.nodes
+    return {form.source(nodes[x.nodes[-1]]): nodes[x.entry] for x in layers}
 
 
-def _stream_graph(form: NormalForm) -> nx.DiGraph:
-    """Return the data graph, but for given values (masks, positions) beside those of other nodes.
-
-    What the first parameters read belongs to it wherever it is read again.
-    """
-    graph, given = data_graph(form.network), form.given
-    streams = set(graph) - {"source"} - given
-    first = {n for n in streams if given.issuperset(_nodes_before(graph, n))}
-    read_first = {source for n in first for source in nx.ancestors(graph, n)}
-    for node in streams - first:
-        sources = _nodes_before(graph, node)
-        beside = [(n, node) for n in sources if n in given and form.source(n) not in read_first]
-        graph.remove_edges_from(beside)
-    output = form.network.module.graph.output_node()
-    return graph.subgraph(nx.ancestors(graph, output) | {output}).copy()
-
-
-def _nodes_before(graph: nx.DiGraph, node: fx.Node) -> list[fx.Node]:
-    return [n for n in graph.predecessors(node) if n != "source"]
-
-
-def _chain(form: NormalForm) -> list[_Step]:
-    graph = _stream_graph(form)
-    dominator = nx.immediate_dominators(graph, "source")
-    output = next(n for n in graph if n != "source" and n.op == "output")
-    chain = [output]
-    while dominator[chain[-1]] != "source" and dominator[chain[-1]] is not None:
-        chain.append(dominator[chain[-1]])
-    chain.reverse()
-    on_chain = set(chain)
-    regions: dict[fx.Node, list[fx.Node]] = {n: [] for n in chain}
-    for node in form.network.module.graph.nodes:
-        if node in graph and node not in on_chain:
-            entry = dominator[node]
-            while entry not in on_chain and entry != "source":
-                entry = dominator[entry]
-            if entry != "source":
-                regions[entry].append(node)
-    return [_Step(a, regions[a], b) for a, b in zip(chain, chain[1:])]
-
-
-def _layers(network: Network) -> list[Layer]:
-    form, taken = NormalForm(network), set[str]()
-    layers: list[Layer] = []
-    for part in _without_norms_of_their_own(form, _parts(form)):
-        layers.append(_layer(form, part, taken))
-        taken.add(layers[-1].name)
-    return layers
+def _runs(layers: Sequence[Layer]) -> tuple[Segment, ...]:
+    """Cut layers where the form or the resolution of their outputs changes."""
+    runs = groupby(layers, key=lambda x: (x.layout, x.resolution))
+    return tuple(Segment(tuple(run)) for _, run in runs)
 
 
 class _Part(NamedTuple):
     """The nodes of a layer: its step of the chain, and what follows it there."""
 
-    step: _Step
+    step: Step
     nodes: list[fx.Node]
     tail: list[fx.Node]
 
 
-def _parts(form: NormalForm) -> list[_Part]:
+def _parts(form: NormalForm, steps: Chain) -> list[_Part]:
     """Return the steps that contract parameters, each with the norms and activations behind it."""
-    network, steps, i = form.network, _chain(form), 0
+    network, i = form.network, 0
     parts = []
     while i < len(steps):
         step = steps[i]
@@ -167,7 +127,7 @@ def _without_norms_of_their_own(form: NormalForm, parts: list[_Part]) -> list[_P
 
     It is one if layers that are the same but for it have none, or if the block has a norm in front.
     """
-    ends = [_second_norm(form.network, part) for part in parts]
+    ends = [_end_of_its_own(form, part) for part in parts]
     plain = {
         _kind(form, part.step.entry, [*part.nodes, *part.tail])
         for part, end in zip(parts, ends)
@@ -181,8 +141,14 @@ def _without_norms_of_their_own(form: NormalForm, parts: list[_Part]) -> list[_P
     return cut
 
 
-def _second_norm(network: Network, part: _Part) -> int | None:
-    """Return where in the tail there is a norm behind a block's join or behind an activation."""
+def _end_of_its_own(form: NormalForm, part: _Part) -> int | None:
+    """Return where in the tail there is a norm behind a block's join or behind an activation.
+
+    Behind a block with a norm in front, an activation is as much by itself.
+    """
+    network = form.network
+    if part.tail and part.step.region and _norm_in_front(form, part.step):
+        return 0
     for i, node in enumerate(part.tail):
         behind = part.step.region or any(map(network.is_activation, part.tail[:i]))
         if behind and network.is_norm(node):
@@ -190,26 +156,27 @@ def _second_norm(network: Network, part: _Part) -> int | None:
     return None
 
 
-def _norm_in_front(form: NormalForm, step: _Step) -> bool:
+def _norm_in_front(form: NormalForm, step: Step) -> bool:
     """Tell whether all that a block's branches read of the entry goes through norms."""
-    entry, network = form.source(step.entry), form.network
+    network = form.network
+    entry = form.source(step.entry) if isinstance(step.entry, fx.Node) else step.entry
     readers = [n for n in step.region if form.counts(n) and entry in form.inputs_of(n)]
     return bool(readers) and all(map(network.is_norm, readers))
 
 
-def _picks_output(network: Network, step: _Step) -> bool:
+def _picks_output(network: Network, step: Step) -> bool:
     """Tell whether a step picks one of several tensors that a module returns, as of an LSTM."""
-    returns_several = network.shapes.get(step.entry.name) == ()
+    returns_several = network.shapes.get(str(step.entry)) == ()
     return returns_several and not step.region and step.exit.target is operator.getitem
 
 
-def _follows_layer(network: Network, step: _Step) -> bool:
+def _follows_layer(network: Network, step: Step) -> bool:
     """Tell whether a step is the norm, activation or dropout behind a layer."""
     if step.region or step.exit.op == "output":
         return False
     node, shapes = step.exit, network.shapes
     belongs = network.is_norm(node) or network.is_activation(node) or network.is_idle(node)
-    return belongs and shapes.get(node.name) == shapes.get(step.entry.name)
+    return belongs and shapes.get(node.name) == shapes.get(str(step.entry))
 
 
 def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
@@ -223,7 +190,7 @@ def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
         name=_name(network, nodes, taken),
         kind=_kind(form, step.entry, nodes),
         nodes=tuple(n.name for n in nodes),
-        entry=step.entry.name,
+        entry=str(step.entry),
         merge=step.exit.name,
         pre_activation=pre_activation.name,
         producers=tuple(n.name for n in nodes if n.name in network.weights),
@@ -269,16 +236,16 @@ def describe(network: Network, node: fx.Node) -> str:
     return repr(network.steps(node))
 
 
-def _kind(form: NormalForm, entry: fx.Node, nodes: list[fx.Node]) -> str:
+def _kind(form: NormalForm, entry: End, nodes: list[fx.Node]) -> str:
     """Hash what a layer computes from its entry, so that equal structures have equal kinds."""
-    hashes = {entry: "entry"}
+    hashes: dict[End, str] = {entry: "entry"}
     for node in nodes:
         inputs = [hashes.get(n) or form.hash_given(n) for n in form.network.inputs_of(node)]
         hashes[node] = form.hash_of(node, inputs) if form.counts(node) else inputs[0]
     return f"{', '.join(_summary(form, nodes[-1], hashes))} [{hashes[nodes[-1]][:8]}]"
 
 
-def _summary(form: NormalForm, last: fx.Node, hashes: dict[fx.Node, str]) -> list[str]:
+def _summary(form: NormalForm, last: fx.Node, hashes: dict[End, str]) -> list[str]:
     """Name the operators up to a node, as "conv3x3, relu", branch by branch in a fixed order."""
     words: list[str] = []
     waiting, seen = [last], set[fx.Node]()

@@ -173,15 +173,30 @@ def given_nodes(network: Network) -> frozenset[fx.Node]:
     Layers may read them besides what the layer before them hands on.
     """
     given: set[fx.Node] = set()
+    written = _written(network)
     for node in network.module.graph.nodes:
         if network.carries_data(node) and given.issuperset(network.inputs_of(node)):
             read = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
-            if not any(_has_parameters(network, n) for n in read):
+            if node not in written and not any(has_parameters(network, n) for n in read):
                 given.add(node)
     return frozenset(given)
 
 
-def _has_parameters(network: Network, node: fx.Node) -> bool:
+def _written(network: Network) -> set[fx.Node]:
+    """Return the nodes whose values, or views of them, are written to later: no two are one."""
+    written: set[fx.Node] = set()
+    for node in reversed(network.module.graph.nodes):
+        word = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        writes = node.op in ("call_method", "call_function") and (
+            word.endswith("_") and not word.endswith("__") or node.target is operator.setitem
+        )
+        if writes or node in written and not network.steps(node):
+            written.update(node.all_input_nodes[:1])
+    return written
+
+
+def has_parameters(network: Network, node: fx.Node) -> bool:
+    """Tell whether a node calls a module with parameters, or is one."""
     if node.op not in ("call_module", "get_attr"):
         return False
     part = part_at(network.module, str(node.target))

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
-from ..alignment.normal_form import NormalForm, given_partner
+from ..alignment.layers import entries_of
+from ..alignment.normal_form import NormalForm, given_partner, has_parameters
 from ..ir import Alignment, Layer
 from ..spaces.network import Network
 from ._neutral import no_neutral_form
@@ -33,15 +34,16 @@ class SharedValues:
         alignment: Alignment,
     ) -> None:
         self.forms = [NormalForm(n) for n in networks]
+        self._layers, self._alignment = layers, alignment
         self._hashes: list[dict[fx.Node, str]] = []
         for k, form in enumerate(self.forms):
-            nodes, past = form.network.nodes, dict[fx.Node, fx.Node]()
-            for segment in alignment.segments:
-                for i, name in enumerate(segment.slots[k]):
-                    if name is not None and any(row[i] is None for row in segment.slots):
-                        layer = layers[k][name]
-                        past[form.source(nodes[layer.nodes[-1]])] = nodes[layer.entry]
-            self._hashes.append(form.hashes_past(past))
+            slots = [
+                (s.slots[k][i], slot)
+                for s in alignment.segments
+                for i, slot in enumerate(zip(*s.slots))
+            ]
+            absent = [layers[k][name] for name, slot in slots if name is not None and None in slot]
+            self._hashes.append(form.hashes_past(entries_of(form, absent)))
         self._last = [{h: node for node, h in hashes.items()} for hashes in self._hashes]
 
     def partner(self, node: fx.Node, of: int, into: int) -> fx.Node | None:
@@ -51,8 +53,9 @@ class SharedValues:
         form = self.forms[of]
         if node.op == "placeholder":
             graphs = (self.forms[k].network.module.graph for k in (of, into))
-            theirs, ours = (graph.find_nodes(op="placeholder") for graph in graphs)
-            return ours[theirs.index(node)]
+            theirs, ours = (list(graph.find_nodes(op="placeholder")) for graph in graphs)
+            partner: fx.Node = ours[theirs.index(node)]
+            return partner
         if node in form.given:
             return given_partner(node, form, self.forms[into])
         return self._last[into].get(self._hashes[of][node]) if form.counts(node) else None
@@ -76,6 +79,23 @@ class SharedValues:
             elif node not in form.given and form.counts(node):
                 raise no_neutral_form(layer.name, f"it reads '{node.name}' besides its entry")
         return partners
+
+    def shared(self, layer: Layer, of: int, into: int) -> dict[str, str]:
+        """Return the modules and tensors that a layer shares, and what they are elsewhere.
+
+        Left out are those of layers that the other network has not.
+        """
+        paths, pairs = shared_paths(self.forms[of].network, layer), dict[str, str]()
+        if of == into or not paths:
+            return pairs
+        for segment in self._alignment.segments:
+            for ours, theirs in zip(segment.slots[into], segment.slots[of]):
+                if ours is not None and theirs is not None:
+                    named = (self._layers[of][theirs], of), (self._layers[into][ours], into)
+                    both = [_paths(self.forms[k].network, x) for x, k in named]
+                    if len(both[0]) == len(both[1]):
+                        pairs |= {a: b for a, b in zip(*both) if a in paths}
+        return pairs
 
     def _outside(
         self, layer: Layer, form: NormalForm, partners: Mapping[str, str]
@@ -102,3 +122,26 @@ class SharedValues:
                     yield node
                 if node.name not in partners:
                     waiting.append(node)
+
+
+def shared_paths(network: Network, layer: Layer) -> set[str]:
+    """Return the modules with parameters, and the parameters, that a layer has with others."""
+    nodes = [n for n in network.module.graph.nodes if n.name not in layer.nodes]
+    inside = set(_paths(network, layer))
+    all_nodes = network.nodes
+    readers = {all_nodes[name] for name in layer.nodes}
+    others = {str(n.target) for n in nodes if n.op == "call_module"}
+    others |= {
+        str(n.target) for n in nodes if n.op == "get_attr" and not readers.issuperset(n.users)
+    }
+    return inside & others
+
+
+def _paths(network: Network, layer: Layer) -> list[str]:
+    """Return the modules and attributes of a layer that hold parameters, in order."""
+    nodes, paths = network.nodes, dict[str, None]()
+    for name in layer.nodes:
+        for node in (*nodes[name].all_input_nodes, nodes[name]):
+            if has_parameters(network, node):
+                paths[str(node.target)] = None
+    return list(paths)

@@ -32,6 +32,7 @@ from ..graph.state import (
     tensors_of,
 )
 from ..spaces.network import OPEN, Network
+from ._beside import shared_paths
 from ._neutral import (
     Insertion,
     LayerCopy,
@@ -133,25 +134,31 @@ def insert_neutral_layers(
 ) -> None:
     """Insert layers and stamp each of their nodes with its `AbsentLayer`; the body of the pass."""
     last: dict[str, fx.Node] = {}  # by node: the end of what was inserted behind it
+    copied: dict[str, dict[str, str]] = {}  # by template: where what its layers share has gone
     streams = Streams(network)
     for insertion in counted(insertions):
-        last[insertion.after] = _insert(module, insertion, last, streams, approximate, pass_by)
+        template, layer = insertion.template, insertion.layer
+        known = copied.setdefault(template.name, {})
+        paths = {**known, **insertion.shared} if template is not network else {}
+        choices = streams, approximate, pass_by
+        last[insertion.after] = _insert(module, insertion, last, paths, *choices)
+        known |= {path: paths[path] for path in shared_paths(template, layer) if path in paths}
 
 
 def _insert(
     module: fx.GraphModule,
     insertion: Insertion,
     last: Mapping[str, fx.Node],
+    paths: dict[str, str],
     streams: Streams,
     approximate: bool,
     pass_by: bool,
 ) -> fx.Node:
     """Insert one layer behind a node and what was inserted there; return its last node."""
-    after = _latest(module, last, insertion.after)
-    layer, paths = insertion.layer, dict[str, str]()
+    after, layer = _latest(module, last, insertion.after), insertion.layer
     copies = {insertion.template.nodes[layer.entry]: after}
-    for node, value in insertion.beside.items():
-        copies[insertion.template.nodes[node]] = _latest(module, last, value)
+    for read, value in insertion.beside.items():
+        copies[insertion.template.nodes[read]] = _latest(module, last, value)
     width, templates = streams.width(insertion.after), _layer_nodes(insertion, copies)
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     place = max(copies.values(), key=order.__getitem__)

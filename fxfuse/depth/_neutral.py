@@ -40,6 +40,7 @@ class Insertion:
         after: Node of that network behind which the copy goes.
         parts: The layers of a run that is neutral only as a whole; empty for a single layer.
         beside: What the layer reads besides its entry -> the node of that network with this value.
+        shared: Modules and tensors of the layer that others use too -> what they are there.
     """
 
     template: Network
@@ -48,6 +49,7 @@ class Insertion:
     after: str
     parts: tuple[Layer, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,8 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
     insertion = copied.insertion
     layer, template = insertion.layer, insertion.template
     zeroed: frozenset[str] = frozenset()
+    if insertion.shared:
+        raise no_neutral_form(layer.name, "it computes with a weight of another layer")
     if insertion.parts:
         _carry_through(copied)
         return zeroed
@@ -196,16 +200,33 @@ def fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: float
 
 
 def zero_branch(copied: LayerCopy) -> frozenset[str]:
-    """Set the last parameters of a block's branch to zero, and return their names.
+    """Set the last parameters of a block's branches to zero, and return their names.
 
     The block then adds nothing to its skip.
     """
     layer, template = copied.insertion.layer, copied.insertion.template
-    merge, node = copied.insertion.template.nodes[layer.merge], _branch(copied.insertion, layer)
-    if node is None or not template.adds(merge):
+    terms = _terms(template, template.nodes[layer.merge], layer)
+    branches = [n for n in terms if not is_skip(template, n, layer.entry)]
+    if not branches or len(terms) != len(branches) + 1:
         raise no_neutral_form(
-            layer.name, f"'{merge.name}' is not the sum of a branch and the entry"
+            layer.name, f"'{layer.merge}' is not the sum of branches and the entry"
         )
+    return frozenset(name for node in branches for name in _silenced(copied, node))
+
+
+def _terms(network: Network, node: fx.Node, layer: Layer) -> list[fx.Node]:
+    """Return what a node of a layer is the sum of."""
+    if node.name not in layer.nodes or not network.adds(node) or network.tensors.get(node.name):
+        return [node]
+    inputs = network.inputs_of(node)
+    if len(inputs) < 2:
+        return [node]
+    return [term for n in inputs for term in _terms(network, n, layer)]
+
+
+def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
+    """Set the last parameters that write a node's value to zero, and return their names."""
+    layer, template = copied.insertion.layer, copied.insertion.template
     while True:
         writers = _last_writers(template, node)
         parameters = [name for name in writers if isinstance(copied[name], nn.Parameter)]

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .._progress import counted, part
-from ..alignment.layers import partition
+from ..alignment.pairing import layers_paired
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..calibration.run import run_past
@@ -24,7 +24,7 @@ from ..graph.verify import require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
 from ._adopt import adopt, with_room_for_biases
-from ._beside import SharedValues
+from ._beside import SharedValues, shared_paths
 from ._insert import AbsentLayer, bypass_of, insert_layers
 from ._nearly_neutral import make_nearly_neutral
 from ._neutral import Insertion, changes_nothing, no_neutral_form
@@ -85,7 +85,11 @@ class Deepen:
             PairingError: If the structures differ outside of their layers.
             NotEquivalent: If a network's function changed.
         """
-        depths = [sum(len(s.layers) for s in partition(n)) for n in networks]
+        rows = [s.slots for s in alignment.segments if len(s.slots) == len(networks)]
+        depths = [
+            sum(name is not None for slots in rows for name in slots[k])
+            for k in range(len(networks))
+        ]
         deepest = depths.index(max(depths))
         balanced = insert_missing_layers(networks, alignment, deepest, self.approximate)
         if not self.approximate or data is None:
@@ -143,7 +147,7 @@ def insert_missing_layers(
         PairingError: If the structures differ outside of their layers.
         NotEquivalent: If a network's function changed.
     """
-    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
+    layers = layers_paired(networks, alignment)
     check_alignment(alignment, layers)
     values = SharedValues(networks, layers, alignment)
     deepened: list[tuple[fx.GraphModule, tuple[AbsentLayer, ...]]] = []
@@ -278,8 +282,9 @@ def _insertions_in(
             yield Insertion(deep, joined, into, after, run, beside)
         else:
             template, layer = _template(into, [*before, *behind], deep, wanted[i], after)
-            beside = values.beside(layer, segment.reference if template is deep else k, k)
-            yield Insertion(template, layer, into, after, beside=beside)
+            of = segment.reference if template is deep else k
+            facts = values.beside(layer, of, k), values.shared(layer, of, k)
+            yield Insertion(template, layer, into, after, (), *facts)
         i += len(run) or 1
 
 
@@ -331,7 +336,7 @@ def _template(
         if layer.kind == wanted.kind
         and shapes[layer.entry] == shapes[layer.nodes[-1]] == shapes[after]
     ]
-    if not candidates:
+    if not candidates or shared_paths(deep, wanted):
         return deep, wanted
     settings = _settings(deep, wanted)
     differing = [sum(a != b for a, b in zip(_settings(network, x), settings)) for x in candidates]

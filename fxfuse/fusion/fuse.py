@@ -104,7 +104,8 @@ class Method:
         widths = [0] * len(parts)
         if self.coupling.widest:
             widths = [sum(max(x.width for x in s.layers) for s in part) for part in parts]
-        order = list(zip(widths, depths))
+        inside = [len(n.weights) for n in networks]  # layers inside blocks, where depths are equal
+        order = list(zip(widths, depths, inside))
         return order.index(max(order))
 
 

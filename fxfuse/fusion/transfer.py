@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._checked import checked
-from ..alignment.layers import data_graph, module_path, partition
+from ..alignment.chain import data_graph
+from ..alignment.layers import module_path
+from ..alignment.pairing import layers_paired
 from ..calibration.data import Calibration, analyse_alike
 from ..depth.deepen import check_alignment
 from ..graph.state import tensors_of
@@ -137,7 +139,7 @@ def _pairs(
         yield from _in_order(networks, [chain[:-1] for chain in chains])
         yield from zip(*last) if output else ()
         return
-    layers = [{x.name: x for s in partition(n) for x in s.layers} for n in networks]
+    layers = layers_paired(networks, alignment)
     check_alignment(alignment, layers)
     for segment in alignment.segments:
         for names in zip(*segment.slots):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.alignment.align import align_networks, pair_segments
+from fxfuse.alignment.align import align_networks
 from fxfuse.alignment.aligners import (
     Aligner,
     Random,
@@ -24,6 +24,7 @@ from fxfuse.alignment.aligners import (
 )
 from fxfuse.alignment.layer_costs import neuron_counts
 from fxfuse.alignment.layers import partition
+from fxfuse.alignment.pairing import pair_segments
 from fxfuse.calibration.data import Calibration
 from fxfuse.errors import ArgumentError, DataError, PairingError
 from fxfuse.graph.trace import trace

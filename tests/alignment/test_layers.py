@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxfuse.alignment.layers import chain_of, data_graph, describe, module_path, partition
+from fxfuse.alignment.chain import data_graph
+from fxfuse.alignment.layers import chain_of, describe, module_path, partition
 from fxfuse.errors import ModelError
 from fxfuse.graph.trace import trace
 from fxfuse.spaces.network import Network

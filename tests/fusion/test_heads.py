@@ -193,16 +193,16 @@ def grafted_images(count=48):
 
 
 class Crosses(nn.Module):
-    """Cut behind `a`: what crosses is `a`'s output beside what `beside` makes of the input."""
+    """Cut behind `a`: what crosses is its output beside what `beside` makes of the scaled input."""
 
     def __init__(self, beside, width=6, others=3):
         super().__init__()
         self.a, self.b = conv(3, width, act=False), conv(width + others, 5)
-        self.fc = nn.Linear(5, 3)
+        self.fc, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(1))
         self.beside = beside
 
     def forward(self, x):
-        x = F.leaky_relu(self.beside(self.a(x), x), 0.1)
+        x = F.leaky_relu(self.beside(self.a(x), self.scale * x), 0.1)
         return self.fc(self.b(x).mean((2, 3)))
 
 

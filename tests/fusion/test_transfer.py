@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.alignment.layers import data_graph
+from fxfuse.alignment.chain import data_graph
 from fxfuse.calibration.data import analyse
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion.transfer import _fitted, longest_chain

@@ -1,0 +1,134 @@
+"""Blocks that keep segments from pairing are taken apart."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from tests.support.nets import gap, randomise
+from tests.support.tolerances import FUNCTION
+
+X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+
+
+def hidden(depth, act=nn.ReLU):
+    return nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(6, 6), act())])
+
+
+class Trunk(nn.Module):
+    """Layers with a skip around all of them."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.inp, self.body, self.out = nn.Linear(6, 6), hidden(depth), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.inp(x))
+        return self.out(x + self.body(x))
+
+
+class Towers(nn.Module):
+    """Two towers on the parts of the input, one of them deeper."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.a, self.b = hidden(depth), hidden(1, nn.Tanh)
+        self.left, self.right, self.out = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(12, 2)
+
+    def forward(self, x):
+        a, b = x[:, :3], x[:, 3:]
+        a, b = self.a(torch.relu(self.left(a))), self.b(self.right(b))
+        return self.out(torch.cat([a, b], 1))
+
+
+class Conditioned(nn.Module):
+    """Layers that read what a network beside them made of the input."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.beside = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), hidden(depth))
+        self.inp, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(depth))
+        self.shifts = nn.ModuleList(nn.Linear(6, 6) for _ in range(depth))
+
+    def forward(self, x):
+        memory, h = self.beside(x), torch.relu(self.inp(x))
+        for layer, shift in zip(self.layers, self.shifts):
+            h = h + torch.relu(layer(h)) * torch.sigmoid(shift(memory))
+        return self.out(h)
+
+
+class Levels(nn.Module):
+    """A network around a smaller one of its kind, as the levels of a U-Net are."""
+
+    def __init__(self, levels, depth):
+        super().__init__()
+        self.down, self.up = hidden(1), nn.Sequential(nn.Linear(12, 6), nn.ReLU())
+        self.inner = Levels(levels - 1, depth) if levels else hidden(depth)
+
+    def forward(self, x):
+        x = self.down(x)
+        return self.up(torch.cat([x, self.inner(x)], 1))
+
+
+PAIRS = {
+    "a skip around all layers": (lambda: Trunk(3), lambda: Trunk(1)),
+    "towers": (lambda: Towers(3), lambda: Towers(1)),
+    "a value that all layers read": (lambda: Conditioned(3), lambda: Conditioned(1)),
+    "levels": (
+        lambda: nn.Sequential(Levels(2, 3), nn.Linear(6, 2)),
+        lambda: nn.Sequential(Levels(2, 1), nn.Linear(6, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_networks_whose_blocks_differ_in_depth_pair_inside_them(name):
+    deep, shallow = (randomise(make(), seed) for seed, make in enumerate(PAIRS[name]))
+    fused = fxfuse.fuse([deep, shallow], X, weights=[1, 0])
+    assert gap(deep, fused, 2 * X) < FUNCTION
+
+
+@pytest.mark.parametrize("name", ["a skip around all layers", "towers", "levels"])
+def test_networks_that_are_deepened_inside_blocks_keep_their_functions(name):
+    nets = [randomise(make(), seed) for seed, make in enumerate(PAIRS[name])]
+    for net, balanced in zip(nets, fxfuse.balance(nets, X)):
+        assert gap(net, balanced, 2 * X) < FUNCTION
+    copy = fxfuse.balance(nets, X)[1]
+    fused = fxfuse.fuse([nets[1], fxfuse.permute(copy, X, seed=1)], X)
+    assert gap(nets[1], fused, 2 * X) < FUNCTION
+
+
+def stages(*acts, width=4):
+    parts = []
+    for i, act in enumerate(acts):
+        parts += [nn.Conv2d(width if i else 3, width, 3, padding=1), act(), nn.MaxPool2d(2)]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(width * (8 >> len(acts)) ** 2, 3))
+
+
+def test_a_refusal_says_what_differs_and_its_advice_works():
+    nets = [stages(nn.ReLU, nn.ReLU), stages(nn.ReLU, nn.GELU)]
+    x = torch.randn(40, 3, 8, 8)
+    with pytest.raises(fxfuse.FuseError) as caught:
+        fxfuse.fuse(nets, x)
+    assert caught.value.met.splitlines()[0].endswith(
+        "'3' of Sequential 0 has relu, '3' of Sequential 1 has gelu"
+    )
+    advice = caught.value.do.partition(": ")[2]
+    options = eval(f"dict({advice})", {"fxfuse": fxfuse})  # as a user would paste it
+    fused = fxfuse.fuse([nets[0], nets[0]], x, **options)
+    assert gap(nets[0], lambda x: fused(x)[0], x) < FUNCTION
+    assert len(fxfuse.fuse(nets, x, **options)(x)) == 2
+
+
+@pytest.mark.parametrize(
+    ("net", "line"),
+    [
+        (lambda: stages(nn.ReLU), "'3' of Sequential 0 has conv3x3, relu, '4' of Sequential 1 has"),
+        (lambda: stages(nn.ReLU, nn.ReLU, nn.ReLU), "has linear, '6' of Sequential 1 has conv3x3"),
+    ],
+)
+def test_the_first_line_of_a_refusal_names_two_layers(net, line):
+    with pytest.raises(fxfuse.FuseError) as caught:
+        fxfuse.align([stages(nn.ReLU, nn.ReLU), net()], torch.randn(4, 3, 8, 8))
+    assert line in caught.value.met.splitlines()[0]
