@@ -157,17 +157,15 @@ def test_the_same_call_in_another_process_writes_the_same_file(folder, monkeypat
 
 
 def test_weights_and_samples_reach_the_fusion(folder, monkeypatch):
-    heads, chosen = [], []
-    monkeypatch.setattr(
-        "fxfuse.fusion.assemble.nearest", lambda ways, *_: chosen.append(1) or (0, ways[0])
-    )
+    heads, saved = [], "out/fused.safetensors"
     options = ["--weights 0.9,0.1", "--width 1.5", "--samples 10", "--method clafusion"]
     for extra in ([], *(o.split() for o in options)):
         assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, *extra) == 0
-        heads.append(load_file("out/fused.safetensors")["6.weight"].clone())
+        heads.append(load_file(saved)["6.weight"].clone())
+        assert not fxfuse.load(saved).meta["fxfuse"].candidates
     assert all(x.shape != heads[0].shape or not torch.equal(x, heads[0]) for x in heads[1:])
-    assert not chosen
-    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--weights", "auto") == 0 and chosen
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--weights", "auto") == 0
+    assert "the fused network" in fxfuse.load(saved).meta["fxfuse"].candidates
 
 
 @pytest.mark.parametrize(
