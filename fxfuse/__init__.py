@@ -3,14 +3,25 @@
 from . import presets
 from .alignment import Inspection, inspect
 from .errors import FuseError, FusionWarning
-from .fusion import Method, align, balance, barrier, compare, fuse, heads, net2deeper, transfer
+from .fusion import (
+    Method,
+    align,
+    balance,
+    barrier,
+    compare,
+    fuse,
+    heads,
+    narrow,
+    net2deeper,
+    transfer,
+)
 from .graph import debug, verify
 from .io import load, save
 from .ir import Alignment, Space, Spaces
 from .report import Report, draw
 from .spaces import find_spaces, permute
 from .version import __version__
-from .width import narrow, net2wider
+from .width import net2wider
 
 __all__ = [
     "Alignment",

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from .._progress import heard_by
 from ..calibration.data import Calibration
 from ..fusion.barrier import barrier, labelled_part
+from ..fusion.narrow import narrow
 from ..graph.verify import verify
 from ..presets import method_named
 from ..report import PICTURE_ENDINGS
 from ..spaces.spaces import permute
-from ..width.net2net import WidthReport, narrow
+from ..width.importance import magnitude
+from ..width.narrower import Unit
+from ..width.net2net import WidthReport
 from .common import (
     ALIGNING,
     NETWORK,
@@ -33,6 +36,7 @@ from .common import (
     example_of,
     load_models,
     parsed_shares,
+    read_data,
     require_writable,
     say,
     write_network,
@@ -73,18 +77,26 @@ def barrier_command(
 def narrow_command(
     model: Model,
     output: Output,
-    share: Annotated[
-        float, typer.Option(help="Share of the units of each space to keep, up to 1.")
+    to: Annotated[
+        float, typer.Option(help="What to keep: a share, or a number of what --of says.")
     ] = 0.5,
+    of: Annotated[str, typer.Option(help=", ".join(get_args(Unit)))] = "width",
     data: DataOrNone = None,
     inputs: Inputs = None,
+    samples: Samples = 1000,
+    seed: Seed = 0,
 ) -> None:
-    """Keep the strongest units of a model; fuse the model into the result to mend it."""
+    """Make a model smaller; with data, refit it to compute what it did as far as it can."""
     require_writable(output, "--output", NETWORK)
     with stages(err) as progress:
         (network,) = load_models([model], progress)
-        example = example_of(data, inputs, [model], [network], progress)
-        small = narrow(network, example, share=share)
+        known: Any = {"to": to, "of": of, "progress": progress}
+        if data is None:
+            example = example_of(data, inputs, [model], [network], progress)
+            small = narrow(network, example, importance=magnitude, refit=None, **known)
+        else:
+            read = read_data(data, [model], [network], samples, seed, progress)
+            small = narrow(network, read, **known)
         write_network(small, output, progress)
     report: WidthReport = small.meta["fxfuse"]
     before, after = (sum(sizes[k] for sizes in report.sizes.values()) for k in (0, 1))

@@ -3,6 +3,7 @@
 from .barrier import Barrier, barrier, compare
 from .fuse import FAIR, Method, align, balance, fuse, fuse_along, net2deeper
 from .heads import Separate, Union
+from .narrow import narrow
 from .transfer import transfer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "compare",
     "fuse",
     "fuse_along",
+    "narrow",
     "net2deeper",
     "transfer",
 ]

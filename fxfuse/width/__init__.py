@@ -1,6 +1,17 @@
 """Networks of other widths."""
 
 from .budget import Room, deepest_first, evenly
-from .net2net import WidthReport, narrow, net2wider
+from .importance import Importance, activation, magnitude, taylor
+from .net2net import WidthReport, net2wider
 
-__all__ = ["Room", "WidthReport", "deepest_first", "evenly", "narrow", "net2wider"]
+__all__ = [
+    "Importance",
+    "Room",
+    "WidthReport",
+    "activation",
+    "deepest_first",
+    "evenly",
+    "magnitude",
+    "net2wider",
+    "taylor",
+]

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
-from ..calibration.norms import fold_norms, foldable_norms
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
+from ..depth import adopt
 from ..errors import DataError, NotEquivalent, PairingError
 from ..graph.compare import TOLERANCE, relative_error
 from ..graph.state import device_of, floats_of, tensors_of
@@ -74,7 +74,10 @@ class CopyPlan:
 
 
 def plan_copies(
-    network: Network, like: Network, choose: Chooser, by_strength: bool = False
+    network: Network,
+    like: Network,
+    choose: Chooser,
+    scores: Mapping[str, np.ndarray] | None = None,
 ) -> CopyPlan:
     """Choose the source of each unit of a network of other widths.
 
@@ -84,20 +87,26 @@ def plan_copies(
         network: The network whose units are copied.
         like: The network of the wanted widths, equal to it node for node and name for name.
         choose: Takes the units to copy, given the scores of all.
-        by_strength: Score units by the norm of what writes them; if not, all score 0.
+        scores: By space of the network, the scores `(units,)`; if not given, all score 0.
 
     Raises:
         PairingError: If units do not lie in the same places in both networks.
     """
     problem = Problem.between(network, like)
     sources: dict[str, np.ndarray] = {}
-    scores = strengths(network) if by_strength else {}
+    scores = scores or {}
     for name, (old, new) in problem.spaces.items():
         if not old.size:
             raise _not_in_the_same_places(new)
         blocks = sources.get(new.parent or "")
         sources[name] = _sources(old, new, blocks, scores.get(old.name, np.zeros(old.size)), choose)
     return CopyPlan(problem, sources)
+
+
+def with_graph_of(other: Network, network: Network) -> Network:
+    """Return a network with the graph and the names of another one of its structure."""
+    names = [[(n.name, n.target) for n in x.module.graph.nodes] for x in (network, other)]
+    return network if names[0] == names[1] else adopt(network, other)[0]
 
 
 def _sources(
@@ -143,30 +152,6 @@ def strongest(scores: np.ndarray, count: int) -> np.ndarray:
     if count >= len(scores):
         return np.arange(count) % len(scores)
     return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def strengths(network: Network) -> dict[str, np.ndarray]:
-    """Return, per space, the norm of the weights that write each unit, with norms folded in.
-
-    Heads have no weights of their own; they are as strong as the units inside them together.
-    """
-    state = fold_norms(network, foldable_norms(network))
-    contracted = {t for names in network.weights.values() for t in names}
-    strength = {}
-    for space in network.spaces:
-        total = np.zeros(space.size)
-        for axis in space.axes:
-            if not axis.reads and axis.tensor in contracted:
-                rows = np.moveaxis(state[axis.tensor].astype(float), axis.dim, 0)
-                squares = (rows.reshape(len(rows), -1) ** 2).sum(1)
-                total += squares[axis.index].sum(1) / max(squares.sum(), 1e-30)
-        strength[space.name] = np.sqrt(total)
-    for inner in network.spaces:
-        parent = inner.parent
-        if parent is not None and inner.blocks is not None and not strength[parent].any():
-            size = network.spaces[parent].size
-            strength[parent] = np.bincount(inner.blocks, strength[inner.name] ** 2, size)
-    return strength
 
 
 def copy_counts(plan: CopyPlan, name: str) -> list[np.ndarray]:

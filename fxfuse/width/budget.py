@@ -96,7 +96,7 @@ def deepest_first(
         if owner[0] == k
     ]
     most = max((1 + len(owners) / sizes[n] for n, owners in candidates.items()), default=1.0)
-    work = _MultiplyAdds(base)
+    work = MultiplyAdds(base)
     even = {name: sizes[name] + round(sizes[name] * (min(width, most) - 1)) for name in candidates}
     limit = work.at(sizes | even)
 
@@ -122,8 +122,8 @@ def _depths(base: Network) -> dict[str, float]:
     return {name: fmean(found) if found else 0.0 for name, found in positions.items()}
 
 
-class _MultiplyAdds:
-    """The multiply-adds of a network by the numbers of its units."""
+class MultiplyAdds:
+    """The operations of a network by the numbers of its units, two for each multiply-add."""
 
     def __init__(self, base: Network) -> None:
         self.base = base
@@ -300,7 +300,7 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
     kept = dict.fromkeys((name for name, gained in more.items() if gained), "")
 
     def widened_by(names: set[str]) -> Network:
-        return _sized(base, sizes | {name: old[name] + more[name] for name in names})
+        return sized(base, sizes | {name: old[name] + more[name] for name in names})
 
     for multiple in MULTIPLES:
         more |= {name: more[name] - more[name] % multiple for name in kept}
@@ -312,7 +312,7 @@ def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]
     return host, kept
 
 
-def _sized(base: Network, sizes: dict[str, int]) -> Network:
+def sized(base: Network, sizes: dict[str, int]) -> Network:
     """Return a network of other widths, if its spaces come out as they should."""
     wide = Network.of(base.name, reshaped(base, sizes), base.example)
     for name, (new, old) in Problem.between(wide, base).spaces.items():

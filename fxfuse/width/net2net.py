@@ -1,6 +1,4 @@
-"""Copies of one network that are wider or narrower.
-
-A wider copy keeps the function; a narrower one is a start for fusing a network into a smaller one.
+"""Copies of one network that are wider and compute the same.
 
 References:
     Chen et al. 2016 (Net2Net). Its deeper copies are `fxfuse.net2deeper`.
@@ -15,19 +13,18 @@ from torch import fx, nn
 
 from .._checked import checked
 from ..calibration.data import analyse_alike
-from ..depth import adopt
 from ..errors import ArgumentError
 from ..graph.calls import Example
 from ..graph.trace import as_given, without_autocast
+from ..ir import LayerFit
 from ..spaces.network import Network
 from ._carry import (
     ResizedCopy,
     add_noise,
-    closest_copy,
     exact_copy,
     in_turn,
     plan_copies,
-    strongest,
+    with_graph_of,
 )
 from .reshape import change_most, reshaped, scaled_sizes, spaces_under_norms
 
@@ -40,11 +37,13 @@ class WidthReport:
         sizes: Space name -> number of units before and after.
         kept: Space name -> why its width could not be changed.
         error: Largest difference of the outputs, relative to the largest output.
+        layers: What was refitted, in order.
     """
 
     sizes: dict[str, tuple[int, int]]
     kept: dict[str, str]
     error: float
+    layers: tuple[LayerFit, ...] = ()
 
 
 @checked()
@@ -98,7 +97,7 @@ def net2wider(
     network, *wider = _analysed(model, like, example, "the wider model")
 
     def widen(wide: Network) -> ResizedCopy:
-        return exact_copy(plan_copies(_with_graph_of(wide, network), wide, in_turn(seed)))
+        return exact_copy(plan_copies(with_graph_of(wide, network), wide, in_turn(seed)))
 
     kept: dict[str, str] = {}
     if wider:
@@ -110,74 +109,12 @@ def net2wider(
     return _reported(model, copied, kept)
 
 
-@checked()
-@without_autocast()
-def narrow(
-    model: nn.Module, example: Example, *, share: float = 0.5, like: nn.Module | None = None
-) -> fx.GraphModule:
-    """Return a narrower network with the strongest units of each space: structured pruning.
-
-    It does not compute what the model does. Fuse the model into it to carry over what the other
-    units do.
-
-    Args:
-        model: The network; not modified.
-        example: One batch as the network takes it.
-        share: Share of the units of each space to keep, above 0 and at most 1. Groups and heads
-            stay as many as they are and lose units inside. What cannot be made narrower keeps its
-            width; the report says what and why.
-        like: A narrower network of the same structure, whose widths are taken instead. This is the
-            surest way, and the result's state loads into its class.
-
-    Returns:
-        A `GraphModule`; its `meta["fxfuse"]` holds a `WidthReport`.
-
-    Raises:
-        ArgumentError: If an argument is out of range, or nothing can be made narrower.
-        PairingError: If `like` is of another structure.
-
-    Example:
-        >>> import torch, fxfuse
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
-        >>> data = torch.randn(64, 4)
-        >>> small = narrow(net, data)
-        >>> fused = fxfuse.fuse([net, small], data, weights=[1, 0], anchor=1)
-        >>> [tuple(p.shape) for p in fused.parameters() if p.dim() == 2]
-        [(4, 4), (6, 4)]
-
-    References:
-        Singh and Jaggi 2020 (OTFusion), who fuse a network into its pruned self.
-        Li et al. 2017, pruning by the norms of filters.
-    """
-    if not 0 < share <= 1:
-        raise _out_of_range("share", "above 0 and at most 1")
-    network, *narrower = _analysed(model, like, example, "the narrower model")
-
-    def prune(small: Network) -> ResizedCopy:
-        original = _with_graph_of(small, network)
-        plan = plan_copies(original, small, strongest, by_strength=True)
-        return closest_copy(plan, original.module, original.example, enough=0.0)
-
-    kept: dict[str, str] = {}
-    if narrower:
-        copied = prune(*narrower)
-    else:
-        copied, kept = _with_scaled_widths(network, share, prune)
-    return _reported(model, copied, kept)
-
-
 def _analysed(
     model: nn.Module, like: nn.Module | None, example: Example, name: str
 ) -> list[Network]:
     """Analyse a model, and the one whose widths it is to have, if there is one."""
     models = [model] if like is None else [model, like]
     return analyse_alike(models, example, ["the model", name][: len(models)])
-
-
-def _with_graph_of(other: Network, network: Network) -> Network:
-    """Return a network with the graph and the names of another one of its structure."""
-    names = [[(n.name, n.target) for n in x.module.graph.nodes] for x in (network, other)]
-    return network if names[0] == names[1] else adopt(network, other)[0]
 
 
 def _with_scaled_widths(
@@ -196,10 +133,11 @@ def _with_scaled_widths(
     whole = spaces_under_norms(network)
 
     def change(names: set[str]) -> ResizedCopy:
-        module = reshaped(network, scaled_sizes(network, factor, names, whole))
+        module = reshaped(network, scaled_sizes(network, dict.fromkeys(names, factor), whole))
         return copy_into(Network.of(network.name, module, network.example))
 
-    wanted = scaled_sizes(network, factor, {s.name for s in network.spaces}, whole)
+    every = [s.name for s in network.spaces]
+    wanted = scaled_sizes(network, dict.fromkeys(every, factor), whole)
     changing = [s.name for s in network.spaces if wanted[s.name] != s.size]
     copied, kept = change_most(changing, change)
     if copied is None:

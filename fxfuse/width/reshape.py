@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations, product
 from typing import Any, TypeVar
@@ -39,9 +39,7 @@ def spaces_under_norms(network: Network) -> set[str]:
     return {s.name for s in network.spaces if any(f.tensor in nodes for f in s.features)}
 
 
-def scaled_sizes(
-    network: Network, factor: float, chosen: set[str], whole: set[str]
-) -> dict[str, int]:
+def scaled_sizes(network: Network, factors: Mapping[str, float], whole: set[str]) -> dict[str, int]:
     """Return the number of units of every space once the widths of some are multiplied.
 
     Groups and heads stay as many as they are, and the units inside them change. The exception is a
@@ -50,15 +48,14 @@ def scaled_sizes(
 
     Args:
         network: The network.
-        factor: What the widths are multiplied by.
-        chosen: The spaces to change.
-        whole: Spaces that grow by whole factors only; `factor` is rounded down for them.
+        factors: Space name -> what its width is multiplied by; others stay as they are.
+        whole: Spaces that grow by whole factors only; theirs are rounded down.
     """
     parents = {s.parent for s in network.spaces}
     sizes: dict[str, int] = {}
     for space in network.spaces:
-        ratio = int(factor) if space.name in whole and factor > 1 else factor
-        ratio = ratio if space.name in chosen else 1
+        ratio = factors.get(space.name, 1)
+        ratio = int(ratio) if space.name in whole and ratio > 1 else ratio
         if space.blocks is not None:
             old_count = int(space.blocks.max()) + 1
             inside, count = space.size // old_count, sizes.get(space.parent or "", old_count)
@@ -66,14 +63,14 @@ def scaled_sizes(
                 # a block of one unit would be no block: the unit would be the block itself
                 inside = max(round(inside * ratio), min(inside, 2))
             sizes[space.name] = inside * count
-        elif space.name in parents and not _are_all_groups(network, space.name):
+        elif space.name in parents and not are_all_groups(network, space.name):
             sizes[space.name] = space.size
         else:
             sizes[space.name] = max(round(space.size * ratio), 1)
     return sizes
 
 
-def _are_all_groups(network: Network, name: str) -> bool:
+def are_all_groups(network: Network, name: str) -> bool:
     """Tell whether each unit of a space is a group of some grouped convolution."""
     space = network.spaces[name]
     return any(axis.groups == space.size for axis in space.axes)

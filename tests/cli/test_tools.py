@@ -59,9 +59,17 @@ def test_networks_that_differ_are_told(run):
 
 
 def test_narrow_says_how_many_units_are_left(run):
-    status, out, _ = run("narrow", A, "--output", "n.safetensors", *SHAPE, "--share", "0.5")
+    status, out, _ = run("narrow", A, "--output", "n.safetensors", *SHAPE, "--to", "0.5")
     assert status == 0 and "units instead of 15: n.safetensors" in out
     assert load_model("n.safetensors").state_dict()["0.weight"].shape == (4, 6)
+
+
+def test_narrow_refits_on_data(run):
+    options = ["--output", "n.safetensors", "--of", "parameters", "--to", "60"]
+    status, out, _ = run("narrow", A, *options, "--data", "some_nets:data")
+    assert status == 0 and "units instead of 15" in out
+    small = load_model("n.safetensors")
+    assert sum(p.numel() for p in small.parameters()) <= 60
 
 
 @pytest.mark.parametrize("command", ["narrow", "permute"])

@@ -25,7 +25,6 @@ from fxfuse.width._carry import (
     exact_copy,
     in_turn,
     plan_copies,
-    strengths,
     strongest,
 )
 from fxfuse.width.reshape import spaces_under_norms
@@ -53,26 +52,6 @@ def test_the_strongest_units_are_kept_in_their_order(scores, count):
     if count < len(scores):
         assert (np.diff(kept) > 0).all()
         assert scores[kept].min() >= np.delete(scores, kept).max()
-
-
-def test_strengths_are_the_norms_of_weight_rows_with_batch_norms_folded_in():
-    net, x = build("batch norm")
-    network = analyse(net, x, "net")
-    strength = strengths(network)["0.0.0"]
-    first, norm = net[0][0][0], net[0][0][1]
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    rows = (first.weight * scale[:, None, None, None]).flatten(1).norm(dim=1).detach().numpy()
-    bias = network.spaces["0.0.0"].axes
-    assert all(a.tensor != "0.0.0.bias" for a in bias)
-    assert np.allclose(strength / strength.sum(), rows / rows.sum(), atol=1e-6)
-
-
-def test_heads_are_as_strong_as_the_units_in_them():
-    net, x = build("tokens")
-    network = analyse(net, x, "net")
-    heads = next(s for s in network.spaces if not s.axes)
-    strength = strengths(network)[heads.name]
-    assert strength.shape == (2,) and (strength > 0).all()
 
 
 def test_spaces_under_norms_over_units_are_found():
@@ -258,7 +237,7 @@ def test_the_closest_copy_is_taken_where_none_is_exact():
     net, small = randomise(Products(6, "by the size")), randomise(Products(3, "by the size"), 1)
     x = torch.randn(2, 4, 5)
     original, other = analyse(net, x, "a"), analyse(small, x, "b")
-    plan = plan_copies(original, other, strongest, by_strength=True)
+    plan = plan_copies(original, other, strongest)
     closest = closest_copy(plan, original.module, original.example, 0.0)
     errors = []
     for scaling in ("by the block", "by the width", "fixed", "normalised"):

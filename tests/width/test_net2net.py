@@ -1,4 +1,4 @@
-"""Wider copies, which compute the same, and narrower ones, which keep the strongest units."""
+"""Wider copies, which compute the same."""
 
 import copy
 
@@ -22,7 +22,6 @@ from tests.support.nets import (
     data_shape,
     gap,
     mlp,
-    outputs,
     random_nets,
     randomise,
     residual,
@@ -198,65 +197,6 @@ def test_a_network_and_its_wider_copy_fuse_into_the_same_function():
     net, x = build("batch norm")
     wide, data = fxfuse.net2wider(net, x, seed=0), torch.randn(40, 3, 8, 8)
     assert gap(net, fxfuse.fuse([net, wide], data, anchor=1), data) <= 1e-3
-
-
-# --- narrower ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "depthwise", "tokens", "concat"])
-def test_a_network_is_fused_into_its_narrower_self(name):
-    net, x = build(name)
-    data = torch.randn(40, *data_shape(name))
-    small = fxfuse.narrow(net, x)
-    report = small.meta["fxfuse"]
-    assert all(new <= old for old, new in report.sizes.values())
-    assert any(new < old for old, new in report.sizes.values())
-    fused = fxfuse.fuse([net, small], data, weights=[1, 0], anchor=1)
-    state = fused.state_dict()
-    assert {n: t.shape for n, t in small.state_dict().items()} == {n: state[n].shape for n in state}
-    assert outputs(fused, data).isfinite().all()
-
-
-def test_the_strongest_units_are_kept_with_what_they_read():
-    net = randomise(mlp(6, 5, 3))
-    with torch.no_grad():
-        net[0].weight[1] *= 5
-        net[0].weight[3] *= 5
-    small = fxfuse.narrow(net, torch.randn(2, 6), share=0.4)
-    assert torch.equal(small.get_submodule("0").weight, net[0].weight[[1, 3]])
-    assert torch.equal(small.get_submodule("2").weight, net[2].weight[:, [1, 3]])
-
-
-@settings(max_examples=8)
-@given(random_nets(), st.sampled_from([0.4, 0.5]))
-def test_random_networks_get_narrower(net, share):
-    small = fxfuse.narrow(net, IMAGES, share=share)
-    assert outputs(small, OTHER).shape == (3, 3)
-    lint(small)
-
-
-def test_dead_units_are_left_out_first_so_nothing_is_lost():
-    net = randomise(mlp(6, 8, 3))
-    with torch.no_grad():
-        net[0].weight[::2], net[0].bias[::2] = 0.0, 0.0
-    x = torch.randn(4, 6)
-    assert gap(net, fxfuse.narrow(net, x), x) <= 1e-6
-    assert fxfuse.narrow(net, x).meta["fxfuse"].error <= 1e-6
-
-
-def test_a_copy_like_a_narrower_network_loads_into_its_class():
-    net, small = randomise(Tokens(16, 4, 12)), randomise(Tokens(8, 2, 7), 1)
-    result = fxfuse.narrow(net, IMAGES, like=small)
-    small.load_state_dict(result.state_dict())
-    assert outputs(small, IMAGES).shape == (2, 3)
-
-
-def test_shares_out_of_range_and_nothing_to_narrow_are_refused():
-    for share in (0, 1.2):
-        with pytest.raises(ArgumentError, match="out of range"):
-            fxfuse.narrow(*build("plain"), share=share)
-    with pytest.raises(ArgumentError, match="no space"):
-        fxfuse.narrow(*build("plain"), share=1.0)
 
 
 # --- torchvision ------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ IMAGES = torch.randn(2, 3, 8, 8)
 
 
 def sizes_of(network, factor):
-    every = {s.name for s in network.spaces}
-    return scaled_sizes(network, factor, every, spaces_under_norms(network))
+    every = dict.fromkeys((s.name for s in network.spaces), factor)
+    return scaled_sizes(network, every, spaces_under_norms(network))
 
 
 def grown(net, x=IMAGES, factor=2):
