@@ -13,8 +13,9 @@ rows' products with each other. Both give the same; the dual form suits fewer ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -165,13 +166,13 @@ def _factor(system: Tensor, power: Tensor, ridge: float) -> Tensor | None:
     """Return the Cholesky factor of a system with a ridge on its diagonal; None if singular.
 
     Args:
-        system: `(groups, n, n)`.
+        system: `(groups, n, n)`; written to.
         power: `(groups,)` what the ridge is relative to, in each group.
         ridge: How strong it is.
     """
     power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # some groups hardly vary
-    added = (ridge * power)[:, None].expand(system.shape[:2])
-    factor, failed = torch.linalg.cholesky_ex(system + torch.diag_embed(added))
+    system.diagonal(dim1=1, dim2=2).add_(ridge * power[:, None])
+    factor, failed = torch.linalg.cholesky_ex(system)
     return None if bool(failed.any()) else factor
 
 
@@ -216,7 +217,7 @@ class InputSums:
             xx = self.xx / self.count
             if self.centred:
                 x = self.x / self.count
-                xx = xx - x.mT @ x
+                xx.sub_(x.mT @ x)
             power = xx.diagonal(dim1=1, dim2=2).mean(1)
             self._factors[ridge] = _factor(xx, power, ridge)
         return self._factors[ridge]
@@ -363,6 +364,30 @@ class Correction:
     error: float
 
 
+def best_ridge(error: Callable[[float], float], ridges: Sequence[float]) -> tuple[float, float]:
+    """Return the least error that is found, and its ridge; infinite for no correction.
+
+    With a stronger ridge the error falls, then rises. So it is followed downhill from the middle of
+    the ridges, and the systems of the others are not solved. No correction is compared in any case.
+
+    Args:
+        error: Of a ridge, on rows held out; infinite where the system is singular.
+        ridges: The ridges to choose from.
+    """
+    choices = sorted({*ridges, math.inf})
+    known = {math.inf: error(math.inf)}
+    at, best = -1, (len(choices) - 1) // 2
+    while at != best:
+        at = best
+        near = range(max(at - 1, 0), min(at + 2, len(choices)))
+        for ridge in (choices[i] for i in near):
+            if ridge not in known:
+                known[ridge] = error(ridge)
+        best = min(near, key=lambda i: (known[choices[i]], -i))
+    ridge = min((math.inf, choices[best]), key=lambda r: known[r])
+    return known[ridge], ridge
+
+
 def best_correction(fit: Sums, held: Sums, every: Sums, ridges: Sequence[float]) -> Correction:
     """Choose the ridge by the error on held-out rows, then fit to all rows with it.
 
@@ -377,12 +402,12 @@ def best_correction(fit: Sums, held: Sums, every: Sums, ridges: Sequence[float])
         return Correction(None, infinite, 0.0)
     if not fit.inputs.count or not held.inputs.count:
         return Correction(None, infinite, every.error(every, None))
-    errors = [(held.error(fit, None), infinite)]
-    for ridge in ridges:
-        weight = fit.solve(ridge)
-        if weight is not None:
-            errors.append((held.error(fit, weight), ridge))
-    error, ridge = min(errors)
+
+    def error_with(ridge: float) -> float:
+        weight = None if ridge == infinite else fit.solve(ridge)
+        return infinite if weight is None and ridge < infinite else held.error(fit, weight)
+
+    error, ridge = best_ridge(error_with, ridges)
     return Correction(None if ridge == infinite else every.solve(ridge), ridge, error)
 
 
@@ -406,11 +431,10 @@ def best_correction_dual(
     """
     row_products = (x @ x.mT).double() if row_products is None else row_products
     infinite = float("inf")
-    errors = [(float(r.double().square().sum()) / max(len(held), 1), infinite)]
+    error, ridge = float(r.double().square().sum()) / max(len(held), 1), infinite
     if held.any() and not held.all():
         fit = _Dual(row_products, r.double(), ~held, centred, x.shape[2])
-        errors = [(fit.error(held, ridge), ridge) for ridge in (*ridges, infinite)]
-    error, ridge = min(errors)
+        error, ridge = best_ridge(partial(fit.error, held), ridges)
     if ridge == infinite:
         return Correction(None, ridge, error)
     return Correction(solve_dual(x, r, centred, ridge, row_products), ridge, error)

@@ -8,6 +8,7 @@ it to stay. A second sweep lets all other layers follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from ..calibration.least_squares import (
     Correction,
     InputSums,
     Sums,
+    best_ridge,
     in_groups,
     rows_as_weight,
     weight_as_rows,
@@ -61,18 +63,16 @@ def best_joint_correction(uses: Sequence[Use], stay: float, ridges: Sequence[flo
         eye = torch.eye(xx.shape[1]).to(xx)
         return Sums(InputSums(False, 1, xx + stay * eye), xr)
 
-    def error(correction: Tensor | None) -> float:
+    def error(ridge: float) -> float:
+        correction = None if ridge == math.inf else fit.solve(ridge)
+        if correction is None and ridge < math.inf:
+            return math.inf
         moved = 0.0 if correction is None else stay * float(correction.square().sum())
         return moved + sum(use.held.error(use.fit, correction) / use.power for use in uses)
 
-    choices: list[tuple[float, float]] = [(error(None), float("inf"))]
     fit = joint([(use.fit, use.power) for use in uses])
-    for ridge in ridges:
-        correction = fit.solve(ridge)
-        if correction is not None:
-            choices.append((error(correction), ridge))
-    least, ridge = min(choices)
-    weight = None if ridge == float("inf") else fit.solve(ridge)
+    least, ridge = best_ridge(error, ridges)
+    weight = None if ridge == math.inf else fit.solve(ridge)
     return Correction(weight, ridge, least)
 
 

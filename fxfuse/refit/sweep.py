@@ -238,8 +238,8 @@ class LeastSquares(Refit):
 
     Attributes:
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
-            variance of what they read. A held-out quarter of the samples chooses, and may choose
-            to leave the coupled weights as they are.
+            variance of what they read. A held-out quarter of the samples chooses, downhill from the
+            middle one, and may choose to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time, and help where one
             network is to hold what several do. Beyond 16, no more than are quickly worked on.
         steps: Corrections by the results of an activation, where one reads the values.

@@ -17,6 +17,7 @@ from fxfuse.calibration.least_squares import (
     Sums,
     best_correction,
     best_correction_dual,
+    best_ridge,
     draw_positions,
     in_groups,
     input_rows,
@@ -163,6 +164,21 @@ def test_noise_is_not_fitted_and_a_signal_is():
     signal = best_of(x, x @ truth, held)
     assert signal.ridge == 1e-4 and close(signal.weight, truth, 1e-2)
     assert signal.error < 0.01 * noise.error
+
+
+@given(st.integers(1, 7), st.integers(0, 7), st.integers(0, 3))
+def test_the_best_ridge_is_found_downhill(count, least, singular):
+    ridges = [10.0**-i for i in range(count)]
+    errors = dict(zip(sorted([*ridges, math.inf]), (abs(i - least) + 1.0 for i in range(8))))
+    errors |= dict.fromkeys(sorted(ridges)[:singular], math.inf)
+    error, ridge = best_ridge(errors.__getitem__, ridges)
+    assert error == errors[ridge] == min(errors.values())
+
+
+def test_ridges_far_from_the_best_are_not_tried():
+    tried = []
+    best_ridge(lambda ridge: tried.append(ridge) or abs(ridge - 4), range(1, 8))
+    assert sorted(tried) == [3, 4, 5, math.inf]
 
 
 def test_without_held_out_rows_nothing_is_corrected():
