@@ -147,6 +147,7 @@ def in_groups(rows: Tensor, groups: int) -> Tensor:
 
 STRETCH = 4096  # rows whose products are summed in their own precision
 BLOCK = 128  # columns of a symmetric product that are formed at a time
+ROUNDING = 1e-6  # of a mean square: a variance no larger is that of rounded products
 
 
 def products(x: Tensor) -> Tensor:
@@ -174,6 +175,11 @@ def _factor(system: Tensor, power: Tensor, ridge: float) -> Tensor | None:
     system.diagonal(dim1=1, dim2=2).add_(ridge * power[:, None])
     factor, failed = torch.linalg.cholesky_ex(system)
     return None if bool(failed.any()) else factor
+
+
+def _vary(power: Tensor, squares: Tensor) -> bool:
+    """Tell whether variances `(groups,)` are more than rounding, beside the mean squares."""
+    return bool((power > ROUNDING * squares).any())
 
 
 # --- primal: products of inputs -------------------------------------------------------------------
@@ -222,6 +228,12 @@ class InputSums:
             self._factors[ridge] = _factor(xx, power, ridge)
         return self._factors[ridge]
 
+    def constant(self) -> bool:
+        """Tell whether the inputs are constant but for rounding."""
+        squares = self.xx.diagonal(dim1=1, dim2=2) / self.count
+        means = self.x[:, 0] / self.count * self.centred
+        return not _vary((squares - means.square()).mean(1), squares.mean(1))
+
 
 @dataclass(eq=False)
 class Sums:
@@ -257,6 +269,8 @@ class Sums:
             ridge: Relative to the mean variance of the inputs (mean square, without a bias).
         """
         count, x = self.inputs.count, self.inputs.x
+        if self.inputs.constant():  # they explain nothing
+            return torch.zeros_like(self.xr)
         factor, xr = self.inputs.factor(ridge), self.xr / count
         if factor is None:
             return None
@@ -302,6 +316,7 @@ class _Dual:
         self, products: Tensor, r: Tensor, fit: Tensor, centred: bool, inputs: int
     ) -> None:
         self.products, self.r, self.fit, self.inputs = products, r, fit, inputs
+        self.squares = products.diagonal(dim1=1, dim2=2).mean(1)
         if centred:
             mean = products[:, :, fit].mean(2, keepdim=True)
             self.products = products - mean - mean.mT + mean[:, fit].mean(1, keepdim=True)
@@ -310,8 +325,10 @@ class _Dual:
     def shares(self, ridge: float) -> Tensor | None:
         """Return how much of each row is in the correction, `(groups, rows to fit to, out)`."""
         system = self.products[:, self.fit][:, :, self.fit]
-        power = system.diagonal(dim1=1, dim2=2).sum(1) / self.inputs
-        factor = _factor(system, power, ridge)
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        if not _vary(diagonal.mean(1), self.squares):  # constant inputs explain nothing
+            return torch.zeros_like(self.r[:, self.fit])
+        factor = _factor(system, diagonal.sum(1) / self.inputs, ridge)
         return None if factor is None else torch.cholesky_solve(self.r[:, self.fit], factor)
 
     def error(self, rows: Tensor, ridge: float) -> float:

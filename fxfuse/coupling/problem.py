@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
 from ..calibration.norms import foldable_norms
 from ..depth import AbsentLayer
@@ -68,7 +68,7 @@ class Problem:
         Raises:
             PairingError: If a network lacks a space, or two fixed axes differ in size.
         """
-        networks = balanced.networks
+        networks = _with_single_units(balanced.networks)
         spaces, present, base = _corresponding(networks, balanced.absent, anchor)
         shares = tuple(weights)
         return cls(
@@ -149,6 +149,11 @@ class Problem:
     def lacking(self) -> tuple[set[str], ...]:
         """Per network, the tensors of layers that it has in name only (see `absent_tensors`)."""
         return tuple(absent_tensors(n, a) for n, a in zip(self.networks, self.absent))
+
+
+def _with_single_units(networks: Sequence[Network]) -> tuple[Network, ...]:
+    """Return networks with a space of one unit in the places where another has several."""
+    return tuple(reduce(Network.with_single_units, networks, network) for network in networks)
 
 
 def _corresponding(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,7 @@ from ..graph.modes import eval_mode, is_choice, is_leaf
 from ..graph.state import movable_of, state_values_of, tensor_at, tensors_of
 from ..graph.structures import tensors_in
 from ..graph.trace import Interpreter, without_autocast
-from ..ir import Spaces
+from ..ir import Space, Spaces
 from ._confirm import confirmed
 from ._labels import LabelRun, Ledger, Property, Step, varying
 from ._values import Exits
@@ -241,6 +242,47 @@ class Network:
             ledger.steps,
             ledger.updated,
         )
+
+    def with_single_units(self, other: Network) -> Network:
+        """Return this network with a space of one unit where another has several.
+
+        Along an axis of one position, labels do not show whether a unit lies there or what is to
+        stay; a network of the same structure and another width does.
+
+        Args:
+            other: A network of the same structure.
+        """
+        had = {s.signature for s in self.spaces}
+        single = [
+            alone
+            for space in other.spaces
+            if space.signature not in had and (alone := self._single_unit(space)) is not None
+        ]
+        if not single:
+            return self
+        free = {(axis.tensor, axis.dim) for space in single for axis in space.axes}
+        frozen = tuple(f for f in self.spaces.frozen if (f.tensor, f.dim) not in free)
+        beside = (s for s in self.spaces if not free.issuperset((a.tensor, a.dim) for a in s.axes))
+        spaces = Spaces((*beside, *single), frozen, self.spaces.sizes)
+        features = dict(self.features)
+        for axis in (axis for space in single for axis in space.features):
+            features[axis.tensor] = other.features[axis.tensor]
+        return replace(self, spaces=spaces, features=features)
+
+    def _single_unit(self, space: Space) -> Space | None:
+        """Return the space of one unit in the places of another network's space, if it fits."""
+        sizes = [self.spaces.sizes.get((a.tensor, a.dim)) for a in space.axes]
+        shapes = [self.shapes.get(a.tensor, ()) for a in space.features]
+        sizes += [s[a.dim] if a.dim < len(s) else None for a, s in zip(space.features, shapes)]
+        places = (*space.axes, *space.features)
+        alone = all(n == axis.index.shape[1] for axis, n in zip(places, sizes))
+        if not space.axes or not alone or space.parent is not None or space.blocks is not None:
+            return None
+        axes, features = (
+            tuple(replace(a, index=np.arange(a.index.shape[1])[None]) for a in part)
+            for part in (space.axes, space.features)
+        )
+        return Space(space.name, 1, axes, features)
 
     @property
     def nodes(self) -> dict[str, fx.Node]:

@@ -330,3 +330,14 @@ def test_what_cannot_be_solved_is_refused():
     fit.add(torch.full((4, 2), float("inf")), torch.randn(4, 2))
     with pytest.raises(DataError, match="not finite"):
         fit.solve()
+
+
+@pytest.mark.parametrize("dual_every", [0, 1])
+def test_constant_inputs_explain_nothing(dual_every):
+    """Their products vary by rounding, which a small ridge would divide by."""
+    x, r = torch.full((1, 120, 3), 1.3), torch.randn(1, 120, 2)
+    correction = Regression(x, 90, True, dual_every).correct(r, (1e-6, 1e-2), 0.0)
+    assert correction.weight is None or not correction.weight.any()
+    x[..., 0] += torch.randn(1, 120)
+    correction = Regression(x, 90, True, dual_every).correct(r + x[..., :1], (1e-6, 1e-2), 0.0)
+    assert correction.weight is not None and float(correction.weight.abs().max()) < 1.5

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
 
+from fxfuse import fuse
 from fxfuse.coupling.problem import Problem, absent_tensors, foreign_tensors
 from fxfuse.depth.deepen import Balanced
 from fxfuse.errors import PairingError
+from fxfuse.graph.compare import relative_error
 from tests.support.nets import mlp, randomise, residual
 from tests.support.problems import images, network, problem_of
+from tests.support.tolerances import FUNCTION
 
 
 def test_a_network_without_a_block_adds_nothing_to_the_stream_and_has_no_share_inside():
@@ -69,3 +73,41 @@ def test_networks_whose_fixed_axes_differ_are_refused():
     both = network(randomise(mlp(6, 8, 3)), x), network(randomise(mlp(6, 8, 4)), x)
     with pytest.raises(PairingError, match="stay in place, of size 3 and 4"):
         Problem.between(both[1], both[0])
+
+
+class Stream(nn.Module):
+    """A residual stream with a branch, both of a given width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, width), nn.Linear(width, 3)
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        """Add the branch."""
+        x = self.stem(x)
+        return self.head(x + self.branch(x))
+
+
+class Recurrent(nn.Module):
+    """The last state of a recurrent layer of a given width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.cell, self.head = nn.LSTM(2, width, batch_first=True), nn.Linear(width, 3)
+
+    def forward(self, x):
+        """Read six numbers as three steps of two."""
+        return self.head(self.cell(x.unflatten(1, (3, 2)))[0][:, -1])
+
+
+@pytest.mark.parametrize("make", [lambda w: mlp(6, w, 4, 3), Stream, Recurrent])
+def test_a_layer_of_one_unit_meets_a_wider_one(make):
+    """Along an axis of one position there are no labels; the other network shows what it is."""
+    nets, x, other = [randomise(make(w), w) for w in (1, 5)], torch.randn(40, 6), torch.randn(9, 6)
+    for k, net in enumerate(nets):
+        alone = fuse(nets, x, weights=[1.0 - k, float(k)], anchor=k)
+        assert relative_error([alone(other)], [net(other)]) <= FUNCTION
+        whole = fuse(nets, x, width=float("inf"), anchor=k)
+        mean = torch.stack([n(other) for n in nets]).mean(0)
+        assert relative_error([whole(other)], [mean]) <= FUNCTION
