@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .._progress import tell
 from ..calibration.affine import Producer
 from ..calibration.data import Calibration
-from ..calibration.least_squares import Positions, input_rows, output_rows
+from ..calibration.rows import Positions, input_rows, output_rows
 from ..calibration.run import Track, working_batch
 from ..calibration.spill import SpillStore
 from ..coupling.mixing import Couplings

@@ -16,15 +16,8 @@ import torch
 from torch import Tensor
 
 from ..calibration.affine import users_of
-from ..calibration.least_squares import (
-    Correction,
-    InputSums,
-    Sums,
-    best_ridge,
-    in_groups,
-    rows_as_weight,
-    weight_as_rows,
-)
+from ..calibration.least_squares import Correction, InputSums, Sums, best_ridge
+from ..calibration.rows import in_groups, rows_as_weight, weight_as_rows
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import Network

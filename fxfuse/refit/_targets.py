@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from ..calibration.affine import Producer, identify, users_of
 from ..calibration.data import Calibration
-from ..calibration.least_squares import Positions, output_rows
 from ..calibration.norms import foldable_norms
+from ..calibration.rows import Positions, output_rows
 from ..calibration.run import Run, Track
 from ..calibration.spill import SpillStore
 from ..coupling.measure import bypasses

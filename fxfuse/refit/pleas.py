@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..calibration.data import Calibration
-from ..calibration.least_squares import (
-    Correction,
-    Regression,
-    in_groups,
-    rows_as_weight,
-    weight_as_rows,
-)
+from ..calibration.least_squares import Correction, Regression
+from ..calibration.rows import in_groups, rows_as_weight, weight_as_rows
 from ..coupling.mixing import Couplings
 from ..graph.state import tensor_at
 from ..ir import LayerFit

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..calibration.data import Calibration
-from ..calibration.least_squares import STRETCH, products, rows_as_weight, weight_as_rows
+from ..calibration.least_squares import STRETCH, products
 from ..calibration.norms import fold_norms, foldable_norms
+from ..calibration.rows import rows_as_weight, weight_as_rows
 from ..coupling.mixing import Couplings
 from ..errors import ArgumentError
 from ..graph.state import tensor_at

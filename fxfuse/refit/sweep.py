@@ -29,11 +29,11 @@ from .._progress import part, tell
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.distance import divergence, is_logits
-from ..calibration.least_squares import (
-    STRETCH,
-    Correction,
+from ..calibration.least_squares import STRETCH, Correction, Regression
+from ..calibration.moments import Moments
+from ..calibration.norms import write_norm, write_statistics
+from ..calibration.rows import (
     Positions,
-    Regression,
     draw_positions,
     in_groups,
     input_rows,
@@ -41,8 +41,6 @@ from ..calibration.least_squares import (
     rows_as_weight,
     weight_as_rows,
 )
-from ..calibration.moments import Moments
-from ..calibration.norms import write_norm, write_statistics
 from ..calibration.run import Run, Track, working_batch
 from ..calibration.spill import SpillStore
 from ..coupling.mixing import Couplings

@@ -18,11 +18,13 @@ from fxfuse.calibration.least_squares import (
     best_correction,
     best_correction_dual,
     best_ridge,
+    products,
+)
+from fxfuse.calibration.rows import (
     draw_positions,
     in_groups,
     input_rows,
     output_rows,
-    products,
     rows_as_weight,
     weight_as_rows,
 )

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.calibration.least_squares import Positions, input_rows, output_rows
 from fxfuse.calibration.moments import Moments
+from fxfuse.calibration.rows import Positions, input_rows, output_rows
 from fxfuse.calibration.spill import SpillStore, _memory_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.graph.trace import trace
