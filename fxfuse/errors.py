@@ -63,6 +63,10 @@ class DataError(FuseError, ValueError):
     """Calibration data are missing, refused by a model, or not finite."""
 
 
+class ProcessError(FuseError):
+    """Processes that fuse together do not work on the same, or one of them has ended."""
+
+
 class PairingError(FuseError, ValueError):
     """The structures of the networks do not correspond."""
 

@@ -19,7 +19,7 @@ LEVELS = {
     for level, names in enumerate(
         [
             "errors version",
-            "ir solvers _checked _files _progress _schema",
+            "ir solvers _checked _files _progress _ranks _schema",
             "graph",
             "spaces report",
             "calibration io",

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from .._progress import tell
 from ..calibration.counted import Counted
-from ..calibration.data import Batch, Calibration
+from ..calibration.data import Calibration
 from ..calibration.norms import fold_norms, foldable_norms
 from ..calibration.run import batch_size, record
+from ..calibration.shares import Batch
 from ..errors import ArgumentError, DataError
 from ..ir import Alignment, Layer, LayerFacts, Segment, SegmentAlignment
 from ..spaces.network import Network
@@ -322,14 +323,18 @@ def _show_data(
     """Show meters the pre-activations of their layers, until they have seen enough."""
     meter, seen = comparisons[0].meter, 0
     layers = _compared_layers(len(networks), comparisons)
-    for batch in data.chunks(_samples_at_a_time(networks, layers, meter)):
+    size = _samples_at_a_time(networks, layers, meter)
+    if meter.samples is not None:
+        data = data.first(-(-meter.samples // size) * size)
+    for batch in data.dealt(size) if meter.adds_up else data.chunks(size):
         reduced = [_reduced(n, batch, x, meter) for n, x in zip(networks, layers)]
         for comparison in comparisons:
             comparison.show(reduced)
         seen += len(batch[0])
         tell(seen / data.samples)
-        if meter.samples is not None and seen >= meter.samples:
-            break
+    with data.summed():
+        for comparison in comparisons:
+            comparison.meter.summed()
 
 
 def _samples_at_a_time(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ranks import total
 from ..calibration.least_squares import products
 from ..calibration.moments import Moments, PairMoments, euclidean
 from ..errors import DataError
@@ -38,11 +39,14 @@ class Meter:
         of_weights: Whether it is shown the weights of the layers, once, and no data.
         batch: Samples of one batch, if its size matters; None if samples count one by one.
         samples: Number of samples after which it needs no more; None for all.
+        adds_up: Whether several processes may show it different batches, which `summed` adds up;
+            if not, each process shows it all.
     """
 
     of_weights: bool = False
     batch: int | None = None
     samples: int | None = None
+    adds_up: bool = False
 
     def reduce(self, x: Any) -> Any:
         """Return what `add` needs of one layer.
@@ -58,6 +62,9 @@ class Meter:
     def add(self, rows: Sequence[Any], columns: Sequence[Any]) -> None:
         """Add one batch, or the weights: what `reduce` returned for each layer of both networks."""
         raise NotImplementedError
+
+    def summed(self) -> None:
+        """Add what the meters of the other processes have seen, if it adds up."""
 
     def costs(self) -> np.ndarray:
         """Return the costs `(rows, columns)`."""
@@ -178,6 +185,8 @@ def unbiased_gram(x: Tensor) -> Tensor:
 class _Kernels(Meter):
     """Inner products of the Gram matrices of every layer of one network and of another."""
 
+    adds_up = True
+
     def __init__(self, rows: int, columns: int, cost: LinearCKA) -> None:
         self.cross = np.zeros((rows, columns))
         self.squares = np.zeros(rows), np.zeros(columns)
@@ -197,6 +206,12 @@ class _Kernels(Meter):
         for squares, grams in zip(self.squares, (left, right)):
             squares += grams.square().sum(1).cpu().numpy()
         self.largest = max(self.largest, len(rows[0]))
+
+    def summed(self) -> None:
+        sums = (self.cross, *self.squares, self.largest)
+        cross, left, right, largest = total(*(torch.as_tensor(s) for s in sums))
+        self.cross, self.squares = cross.numpy(), (left.numpy(), right.numpy())
+        self.largest = int(largest)  # of one process at least
 
     def costs(self) -> np.ndarray:
         """Return one minus CKA; a layer that never varies is unlike everything."""

@@ -28,6 +28,11 @@ class Served(tuple[Tensor, ...]):
         batch.masks = masks
         return batch
 
+    @staticmethod
+    def masks_of(batch: Sequence[Tensor]) -> Mapping[int, bool]:
+        """Return the masks of a batch; none, if it is no batch of the data."""
+        return batch.masks if isinstance(batch, Served) else {}
+
 
 @dataclass(frozen=True, eq=False)
 class Counted:
@@ -42,7 +47,7 @@ class Counted:
     @classmethod
     def of(cls, batch: Sequence[Tensor]) -> Counted:
         """Return what the masks of a batch say; nothing, if it is no batch of the data."""
-        masks = batch.masks if isinstance(batch, Served) else {}
+        masks = Served.masks_of(batch)
         kept = [(batch[i] != 0) == counts for i, counts in masks.items()]
         return cls(tuple(mask for mask in kept if not bool(mask.all())))
 

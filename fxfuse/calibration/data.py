@@ -2,19 +2,22 @@
 
 Models are traced, checked for having the same outputs, and run once to find their spaces. Inputs
 are read once and kept as batches of tensors, so that every stage sees the same samples even of a
-loader that shuffles or augments; what exceeds a memory budget is kept in a temporary file.
+loader that shuffles or augments; what exceeds a memory budget is kept in a temporary file. Of
+several processes, each keeps its share (see `shares`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .._progress import Clock, counted, part, tell
+from .._ranks import gathered, rank, require_alike, summing, world
 from ..errors import ArgumentError, DataError, FuseError, ModelError, line_of
 from ..graph.calls import Call, Example, Reader, ToCall, require_readable
 from ..graph.inputs import Inputs
@@ -25,9 +28,9 @@ from ..graph.trace import at_least_single, run_once, trace_alike
 from ..graph.wrappers import unwrapped
 from ..spaces.network import Network
 from .counted import MASKS, Served
+from .shares import Batch, Dealing, checksum
 from .spill import SpillStore, Waiting
 
-Batch = tuple[Tensor, ...]
 MEMORY = 1 << 30  # bytes of inputs that are kept in memory
 
 
@@ -42,6 +45,9 @@ class Calibration:
         limit: Read at most this many samples.
         models: Those that will take the inputs; they tell how many they need, and by which names.
         to_call: From a batch to args, kwargs, where the usual ways do not fit.
+
+    Attributes:
+        samples: How many there are, of all processes together.
 
     Raises:
         DataError: If there are no data, or they hold NaN, or are of another form.
@@ -61,27 +67,26 @@ class Calibration:
         self._left = False  # whether the padding stands before the sequences
         self._store = SpillStore(MEMORY)
         self._batches: list[tuple[Waiting, Tensor]] = []  # each with its rows that count
-        self.samples = 0
+        self._owners: Tensor | None = None  # the process of each sample, if there are several
+        self._everywhere = False  # whether all processes work on all samples in any case
+        self.samples, dealing = 0, Dealing()
         if isinstance(data, Tensor):
             require_readable((data,), "the argument `data`")
         is_tensor = isinstance(data, Tensor)  # then all of it is in memory in any case
         elsewhere = {data.untyped_storage().data_ptr()} if is_tensor else set()
         for batch in read(self._batches_of(data)):
-            inputs = self._inputs(batch)
-            require_readable(inputs, f"the batch that starts at sample {self.samples} of `data`")
+            inputs, before = self._inputs(batch), self.samples
+            require_readable(inputs, f"the batch that starts at sample {before} of `data`")
             if limit is not None:
-                inputs = tuple(t[: limit - self.samples] for t in inputs)
+                inputs = tuple(t[: limit - before] for t in inputs)
             if not len(inputs[0]):
-                if self.samples == limit:
+                if before == limit:
                     break
                 continue
-            if not is_tensor:  # a loader may use its buffers again
-                inputs = tuple(t.clone() for t in inputs)
-            _require_finite(inputs, self.samples)
+            _require_finite(inputs, before)
             self._measure(inputs)
-            rows = torch.arange(len(inputs[0]))
-            self._batches.append((self._store.put(inputs, elsewhere), rows))
-            self.samples += len(inputs[0])
+            self._keep(dealing.own(inputs), elsewhere, copied=not is_tensor)
+            self.samples = len(dealing.read)
             if limit is not None:
                 tell(self.samples / limit)
         if not self.samples:
@@ -91,10 +96,32 @@ class Calibration:
                 expected="at least one batch; a few hundred unlabelled samples are usual",
                 do="check the path or the loader; an iterator that was read before is empty",
             )
+        self._owners = dealing.owners()
+        if self._owners is not None:
+            self._agree(limit)
+
+    def _agree(self, limit: int | None) -> None:
+        """Let all processes know how many samples there are, and pad them to one length."""
+        assert self._owners is not None, "there are several processes"
+        sizes = torch.tensor([[self._left, *sum(self._longest, ())]], dtype=torch.long)
+        left, *most = torch.cat(gathered(sizes)).amax(0).tolist()
+        self._left = bool(left)
+        self._longest = [tuple(most.pop(0) for _ in size) for size in self._longest]
+        self.samples = len(self._owners)
+        part = self.first(self.samples if limit is None else limit)
+        self.samples, self._owners, self._batches = part.samples, part._owners, part._batches
+
+    def _keep(self, inputs: Batch, elsewhere: set[int], copied: bool) -> None:
+        """Keep a batch, as a copy if a loader may use its buffers again."""
+        if len(inputs[0]):
+            inputs = tuple(t.clone() for t in inputs) if copied else inputs
+            rows = torch.arange(len(inputs[0]))
+            self._batches.append((self._store.put(inputs, elsewhere), rows))
 
     def example(self, samples: int = 2) -> Batch:
         """Return the first few inputs, as one batch."""
-        return Served.of([t[:samples] for t in self._batch(0)], self._masks)
+        batch = self._batch(0) if self._owners is None else next(self.chunks(samples))
+        return Served.of([t[:samples] for t in batch], self._masks)
 
     def as_call(self, tensors: Batch) -> Call:
         """Return inputs as models are called with them: by name, if the data name them."""
@@ -103,30 +130,106 @@ class Calibration:
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
         """Return all inputs but each `every`-th one, and each `every`-th one; nothing is copied."""
-        rest, taken = copy.copy(self), copy.copy(self)
-        for half in (rest, taken):
-            half._batches, half.samples = [], 0
-        start = 0
-        for waiting, rows in self._batches:
-            take = torch.arange(start, start + len(rows)) % every == every - 1
-            start += len(rows)
-            for half, chosen in ((rest, rows[~take]), (taken, rows[take])):
-                if len(chosen):
-                    half._batches.append((waiting, chosen))
-                    half.samples += len(chosen)
-        return rest, taken
+        taken = torch.arange(self.samples) % every == every - 1
+        return self._part(~taken), self._part(taken)
+
+    def first(self, samples: int) -> Calibration:
+        """Return the first inputs; nothing is copied."""
+        return self._part(torch.arange(self.samples) < samples)
+
+    def of_same_samples(self, batches: Iterable[Batch]) -> Calibration:
+        """Return other inputs for the same samples.
+
+        Args:
+            batches: Batches that have a row for each sample that `own` yields, in order.
+        """
+        other = Calibration.__new__(Calibration)
+        vars(other).update(vars(self), _store=SpillStore(MEMORY), _batches=[], _masks={})
+        other._longest, other._owners = [], self._owners if self.spread else None
+        for inputs in batches:
+            inputs = tuple(at_least_single(t.detach()) for t in inputs)
+            _require_finite(inputs, 0)
+            other._measure(inputs)
+            other._keep(inputs, set(), copied=True)
+        return other
+
+    def everywhere(self) -> Calibration:
+        """Return the inputs such that every process has all of them as its own."""
+        other = copy.copy(self)
+        other._everywhere = True
+        return other
+
+    @property
+    def spread(self) -> bool:
+        """Whether the samples lie in several processes, each with some of them."""
+        if self._owners is None or self._everywhere:
+            return False
+        return len(self._owners.unique()) == world()
+
+    @property
+    def numbers(self) -> Tensor:
+        """The numbers, among all samples, of those that `own` yields."""
+        if not self.spread or self._owners is None:
+            return torch.arange(self.samples)
+        return (self._owners == rank()).nonzero().flatten()
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """Yield all inputs in order, in batches of `size` samples, the last one shorter."""
-        pending: list[Batch] = []
-        for i in range(len(self._batches)):
-            pending.append(self._batch(i))
-            while sum(len(b[0]) for b in pending) >= size:
-                joined = tuple(torch.cat(parts) for parts in zip(*pending))
-                yield Served.of([t[:size] for t in joined], self._masks)
-                pending = [tuple(t[size:] for t in joined)]
-        if sum(len(b[0]) for b in pending):
-            yield Served.of([torch.cat(parts) for parts in zip(*pending)], self._masks)
+        """Yield all inputs in order, in batches of `size` samples, the last one shorter.
+
+        Every process gets all of them, and has to ask for as many batches.
+        """
+        if self._owners is None:
+            yield from self._cut(_sizes(self.samples, size))
+            return
+        parts = self._owners.split(size)
+        for owners, inputs in zip(parts, self._cut([int((p == rank()).sum()) for p in parts])):
+            parts_of_all = [_joined(gathered(t), owners) for t in inputs]
+            yield Served.of(parts_of_all, self._masks)
+
+    def own(self, size: int) -> Iterator[Batch]:
+        """Yield the inputs that are this process's share, in batches of `size` samples.
+
+        What is made of them has to be summed over processes, by `_ranks.total` inside `summed`.
+        If not every process has a share, all get all, and nothing is summed.
+        """
+        return self._cut(_sizes(len(self.numbers), size)) if self.spread else self.chunks(size)
+
+    def dealt(self, size: int) -> Iterator[Batch]:
+        """Yield the batches of `chunks` that this process is to work on, whole, as `own` does."""
+        for number, batch in enumerate(self.chunks(size)):
+            if not self.spread or number % world() == rank():
+                yield batch
+
+    @contextmanager
+    def summed(self) -> Iterator[None]:
+        """Let `_ranks.total` sum what processes make of their shares of these data."""
+        with summing(self.spread):
+            yield
+
+    def _part(self, chosen: Tensor) -> Calibration:
+        """Return some of the inputs; `chosen` tells for each sample whether it is one of them."""
+        part = copy.copy(self)
+        part.samples, part._batches = int(chosen.sum()), []
+        if self._owners is not None:
+            part._owners, chosen = self._owners[chosen], chosen[self._owners == rank()]
+        for waiting, rows in self._batches:
+            mine, chosen = chosen[: len(rows)], chosen[len(rows) :]
+            if mine.any():
+                part._batches.append((waiting, rows[mine]))
+        return part
+
+    def _cut(self, sizes: Sequence[int]) -> Iterator[Batch]:
+        """Yield the inputs that lie in this process, in batches of some sizes."""
+        waiting = (self._batch(i) for i in range(len(self._batches)))
+        lengths = zip(self._longest, self._kinds)
+        none = tuple(torch.empty(0, *n, dtype=kind) for n, kind in lengths)
+        pending: list[Batch] = [tuple(t[:0] for t in self._batch(0)) if self._batches else none]
+        for size in sizes:
+            while sum(len(b[0]) for b in pending) < size:
+                pending.append(next(waiting))
+            joined = tuple(torch.cat(parts) for parts in zip(*pending))
+            yield Served.of([t[:size] for t in joined], self._masks)
+            pending = [tuple(t[size:] for t in joined)]
 
     def _batch(self, i: int) -> Batch:
         """Return one batch as it was read, or the part of it that belongs here."""
@@ -204,6 +307,19 @@ class Calibration:
         return tuple(at_least_single(t.detach()) for t in tensors)
 
 
+def _sizes(samples: int, size: int) -> list[int]:
+    """Return the sizes of batches of so many samples, the last one smaller."""
+    return [min(size, samples - start) for start in range(0, samples, size)]
+
+
+def _joined(parts: Sequence[Tensor], owners: Tensor) -> Tensor:
+    """Return the samples of all processes in order."""
+    whole = parts[0].new_empty(len(owners), *parts[0].shape[1:])
+    for k, samples in enumerate(parts):
+        whole[(owners == k).to(whole.device)] = samples
+    return whole
+
+
 def read(batches: Iterable[Any], where: str = "the argument `data`") -> Iterator[Any]:
     """Yield batches; what the caller's own loader raises becomes an error of the library."""
     end = object()
@@ -279,6 +395,7 @@ def prepare(
         TraceError: If a model cannot be traced.
         ModelError: If weights are not finite, or outputs differ in shape.
         DataError: If the data are empty or refused by a model.
+        ProcessError: If several processes have different models.
     """
     if not isinstance(models, Sequence) or not len(models):
         raise ArgumentError(
@@ -290,6 +407,9 @@ def prepare(
     with clock.stage("read data"):
         known = isinstance(data, Calibration)
         calibration = data if known else Calibration(data, models=models, to_call=to_call)
+    if world() > 1:
+        tensors = (t for m in models for t in (*m.parameters(), *m.buffers()))
+        require_alike([checksum(t) for t in tensors], "models")
     with clock.stage("trace and find spaces"):
         return _analyse_all(models, calibration, outputs_may_differ), calibration
 

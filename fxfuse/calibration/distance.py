@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .._ranks import total_of
 from ..errors import ModelError
 from ..graph.structures import tensors_in
 from ..spaces.network import Network
@@ -87,8 +88,8 @@ class SquaredError:
 
     @property
     def relative(self) -> float:
-        """The error of all batches so far."""
-        return self._error / max(self._power, 1e-300)
+        """The error of all batches so far, of all processes inside `Calibration.summed`."""
+        return total_of(self._error) / max(total_of(self._power), 1e-300)
 
 
 class Distance:
@@ -121,6 +122,13 @@ class Distance:
         both.total, both.scale = self.total + other.total, self.scale + other.scale
         return both
 
+    def summed(self) -> Distance:
+        """Return the distance over the batches of all processes, inside `Calibration.summed`."""
+        every = Distance()
+        every.in_nats = not total_of(not self.in_nats)
+        every.total, every.scale = total_of(self.total), total_of(self.scale)
+        return every
+
     @property
     def mean(self) -> float:
         """The mean divergence of a sample (nats), or the squared error relative to the values."""
@@ -144,6 +152,7 @@ def relative_error_on(
         bypass: Nodes of this network that are not run.
     """
     error = SquaredError()
-    for batch in data.chunks(working_batch([model, other])):
+    for batch in data.own(working_batch([model, other])):
         error.add(run_past(model, batch, {}), run_past(other, batch, bypass or {}))
-    return float(error.relative**0.5)
+    with data.summed():
+        return float(error.relative**0.5)

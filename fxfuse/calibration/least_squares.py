@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._ranks import gathered, sums_up, total, total_of
 from ..errors import ArgumentError, DataError, SolverError
 from .affine import Affine
 from .rows import in_groups, input_rows, output_rows, rows_as_weight, weight_as_rows
@@ -84,10 +85,17 @@ class InputSums:
     def add(self, x: Tensor) -> None:
         """Add inputs `(groups, rows, inputs)`."""
         self._factors = {}
-        for part in x.split(STRETCH, 1) if x.shape[1] else ():
+        for part in x.split(STRETCH, 1):
             self.count += part.shape[1]
             self.xx = self.xx + products(part).double()
             self.x = self.x + part.sum(1, keepdim=True).double()
+
+    def summed(self) -> InputSums:
+        """Return the sums over the inputs of all processes, inside `Calibration.summed`."""
+        if not sums_up():
+            return self
+        xx, x = total(self.xx, self.x)
+        return InputSums(self.centred, int(total_of(self.count)), xx, x)
 
     def __add__(self, other: InputSums) -> InputSums:
         """Return the sums over both sets of rows."""
@@ -130,10 +138,14 @@ class Sums:
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add the residuals `(groups, rows, out)` of inputs that `self.inputs` has already."""
-        for a, b in zip(x.split(STRETCH, 1), r.split(STRETCH, 1)) if x.shape[1] else ():
+        for a, b in zip(x.split(STRETCH, 1), r.split(STRETCH, 1)):
             self.xr = self.xr + (a.mT @ b).double()
             self.rr = self.rr + (b * b).sum(1).double()
             self.r = self.r + b.sum(1, keepdim=True).double()
+
+    def summed(self, inputs: InputSums) -> Sums:
+        """Return the sums of all processes, `inputs` those over what they read."""
+        return Sums(inputs, *total(self.xr, self.rr, self.r)) if sums_up() else self
 
     def joined(self, other: Sums, inputs: InputSums) -> Sums:
         """Return the sums over both sets of rows; `inputs` has those over their inputs."""
@@ -343,20 +355,32 @@ class Regression:
         centred: Whether there is a bias.
         dual_every: With 0, solve the primal form with all rows. With a number `n` above 0, solve
             the dual form with every `n`-th row only.
+        order: Where the rows stand among those of all processes, see `Positions.order`.
     """
 
-    def __init__(self, x: Tensor, fit: int, centred: bool, dual_every: int = 0) -> None:
-        self.centred, self.dual_every = centred, dual_every
+    def __init__(
+        self, x: Tensor, fit: int, centred: bool, dual_every: int = 0, order: Tensor | None = None
+    ) -> None:
+        self.centred, self.dual_every, self.order = centred, dual_every, order
         self.x, self.parts = x, (slice(fit), slice(fit, None))
         if dual_every:
-            self.x = x[:, ::dual_every]
-            self.held = (torch.arange(x.shape[1]) >= fit)[::dual_every]
+            self.x = self._of_all(x)[:, ::dual_every]
+            held = torch.arange(x.shape[1]) >= fit
+            self.held = self._of_all(held[None])[0, ::dual_every]
             self.row_products = (self.x @ self.x.mT).double()
             return
-        self.inputs = InputSums(centred), InputSums(centred)
-        for sums, part in zip(self.inputs, self.parts):
+        own = InputSums(centred), InputSums(centred)
+        for sums, part in zip(own, self.parts):
             sums.add(x[:, part])
+        self.inputs = own[0].summed(), own[1].summed()
         self.every_input = self.inputs[0] + self.inputs[1]
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """Return the rows `(groups, rows, ...)` of all processes, in their order."""
+        if not sums_up() or self.order is None:
+            return rows
+        order = torch.cat(gathered(self.order)).argsort().to(rows.device)
+        return torch.cat(gathered(rows.transpose(0, 1)))[order].transpose(0, 1)
 
     def correct(self, residuals: Tensor, ridges: Sequence[float], least: float) -> Correction:
         """Return the correction that explains the residuals best.
@@ -367,16 +391,18 @@ class Regression:
             least: Residuals whose mean square, summed over the units, is no larger are not
                 corrected.
         """
-        power = float(residuals.double().square().sum()) / max(residuals.shape[1], 1)
+        power = total_of(float(residuals.double().square().sum()))
+        power /= max(total_of(residuals.shape[1]), 1)
         if power <= least:
             return Correction(None, float("inf"), power)
         if self.dual_every:
-            r = residuals[:, :: self.dual_every]
+            r = self._of_all(residuals)[:, :: self.dual_every]
             given = self.x, r, self.held, self.centred, ridges, self.row_products
             return best_correction_dual(*given)
-        fit, held = (Sums(inputs) for inputs in self.inputs)
-        for sums, part in zip((fit, held), self.parts):
+        own = [Sums(inputs) for inputs in self.inputs]
+        for sums, part in zip(own, self.parts):
             sums.add(self.x[:, part], residuals[:, part])
+        fit, held = (sums.summed(inputs) for sums, inputs in zip(own, self.inputs))
         return best_correction(fit, held, fit.joined(held, self.every_input), ridges)
 
 

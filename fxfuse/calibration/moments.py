@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._ranks import sums_up, total, total_of
+
 
 class Moments:
     """First and second moments of units, summed up batch by batch.
@@ -54,6 +56,18 @@ class Moments:
         self.squares.add_(torch.linalg.vector_norm(flat, dim=1).double().square())
         return flat
 
+    def summed(self) -> Moments:
+        """Return the moments of the values of all processes, inside `Calibration.summed`."""
+        if not sums_up():
+            return self
+        every, count = Moments(), self.count
+        every.count = int(total_of(count))
+        every.shift = (total(self.shift.double() * count)[0] / every.count).to(self.shift)
+        away = (self.shift - every.shift).double()
+        squares = self.squares + 2 * away * self.total + count * away.square()
+        every.total, every.squares = total(self.total + count * away, squares)
+        return every
+
     def take(self, index: np.ndarray) -> Moments:
         """Return the moments of some units, by their numbers."""
         taken, rows = Moments(), torch.as_tensor(index, device=self.total.device)
@@ -85,6 +99,27 @@ class Moments:
         return rms
 
 
+SHIFTING = 4096  # rows whose mean all values are shifted by
+
+
+def moments_of_rows(rows: Tensor) -> Moments:
+    """Return the moments of units `(positions, units)`, over the rows of all processes."""
+    moments = Moments()
+    moments.count = int(total_of(len(rows)))
+    moments.shift = mean_of_rows(rows[:SHIFTING].float(), 0)[0]
+    shifted = rows - moments.shift
+    sums = shifted.sum(0).double(), shifted.square_().sum(0).double()
+    moments.total, moments.squares = total(*sums)
+    return moments
+
+
+def mean_of_rows(rows: Tensor, dim: int) -> Tensor:
+    """Return the mean over the rows of all processes, which lie along an axis; keep the axis."""
+    count = rows.shape[dim]
+    sums = rows.mean(dim, keepdim=True).double() * count if count else rows.sum(dim, keepdim=True)
+    return (total(sums.double())[0] / max(total_of(count), 1)).to(rows)
+
+
 class PairMoments:
     """Moments of units on two sides, such as two networks, and their cross moments.
 
@@ -105,6 +140,22 @@ class PairMoments:
     def add_shifted(self, a: Tensor, b: Tensor) -> None:
         """Add what `Moments.add` of both sides returned, where it is called from outside."""
         self.cross = self.cross.to(a.device) + (a @ b.T).double()
+
+    def summed(self, a: Moments, b: Moments) -> PairMoments:
+        """Return the moments of the values of all processes, inside `Calibration.summed`.
+
+        Args:
+            a: What `summed` returned for the moments of the first side.
+            b: The same for the second side.
+        """
+        if not sums_up():
+            return self
+        away_a, away_b = (self.a.shift - a.shift).double(), (self.b.shift - b.shift).double()
+        moved = torch.outer(away_a, self.b.total) + torch.outer(self.a.total, away_b)
+        moved += self.a.count * torch.outer(away_a, away_b)
+        every = PairMoments(a, b)
+        (every.cross,) = total(self.cross + moved)
+        return every
 
     def take(self, rows: np.ndarray, columns: np.ndarray) -> PairMoments:
         """Return the moments of some units of each side, by their numbers."""

@@ -9,71 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .affine import Affine
-
-HELD_OUT = 4  # every fourth sample is held out of fits, to choose the ridge
-
-
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """Positions that were drawn, numbered within each batch: sample by sample, place by place.
-
-    Attributes:
-        at: The positions of each batch: first those to fit to, then those held out.
-        fit: How many of each batch are to fit to.
-        dual_every: How the fit is to be solved, see `least_squares.Regression`.
-    """
-
-    at: list[Tensor]
-    fit: list[int]
-    dual_every: int = 0
-
-    def keep(self, batch: int, which: Tensor | None) -> None:
-        """Leave out, in place, the positions of a batch that do not count.
-
-        Args:
-            batch: Which batch.
-            which: Whether each of its positions counts; None if all do.
-        """
-        if which is not None:
-            kept = which.to(self.at[batch].device)[self.at[batch]]
-            self.at[batch], fit = self.at[batch][kept], kept[: self.fit[batch]]
-            self.fit[batch] = int(fit.sum())
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Join the rows `(..., rows, units)` of all batches: first those to fit to."""
-        pairs = list(zip(parts, self.fit))
-        return torch.cat([p[..., :n, :] for p, n in pairs] + [p[..., n:, :] for p, n in pairs], -2)
-
-
-def draw_positions(places: int, sizes: Sequence[int], count: int, dual_every: int = 0) -> Positions:
-    """Draw positions evenly; those of every fourth sample are held out.
-
-    Args:
-        places: Number of places in one sample.
-        sizes: Number of samples of each batch.
-        count: Number of positions to draw, up to rounding; all if there are no more.
-        dual_every: See `Positions`.
-    """
-    generator, seen, at, fit = torch.Generator().manual_seed(0), 0, [], []
-    share = min(count / max(places * sum(sizes), 1), 1.0)
-    for size in sizes:
-        of_batch = round(places * size * share)
-        shifts = torch.rand(of_batch, generator=generator, dtype=torch.float64)
-        stretch = places * size / max(of_batch, 1)
-        drawn = ((torch.arange(of_batch) + shifts * (share < 1)) * stretch + 1e-9).long()
-        drawn = drawn.clamp(max=places * size - 1)
-        held = (seen + drawn // max(places, 1)) % HELD_OUT == HELD_OUT - 1
-        at.append(torch.cat([drawn[~held], drawn[held]]))
-        fit.append(int((~held).sum()))
-        seen += size
-    return Positions(at, fit, dual_every)
 
 
 def output_rows(y: Tensor, axis: int, at: Tensor | None = None) -> Tensor:

@@ -22,7 +22,8 @@ from ..graph.structures import tensors_in
 from ..graph.trace import Interpreter
 from ..spaces.network import Network
 from .counted import Counted, Served
-from .data import Batch, Calibration
+from .data import Calibration
+from .shares import Batch
 from .spill import SpillStore, Waiting, addresses_of
 
 # Nodes that are not run, because the network does not have their layer -> the entry of this layer,
@@ -254,14 +255,16 @@ class Track:
     Args:
         network: The network to run.
         data: Calibration inputs.
-        samples: How many of the first ones.
+        samples: How many of the first ones; each process takes its own of them.
         size: How many of them are one batch.
         order: The order in which its nodes are run.
         store: Where its values wait between stops.
         bypass: Nodes that are not run, see `Run`.
 
     Attributes:
-        sizes: Samples of each batch.
+        samples: How many samples there are, of all processes together.
+        numbers: Those of the samples of each batch, among them.
+        sizes: How many samples each batch has.
     """
 
     def __init__(
@@ -275,8 +278,9 @@ class Track:
         bypass: Bypass | None = None,
     ) -> None:
         self.network, self.order, self.store = network, order, store
-        self.bypass, self.data = bypass, data
-        self.sizes = [min(size, samples - start) for start in range(0, samples, size)]
+        self.bypass, self.data = bypass, data.first(samples)
+        self.samples, self.numbers = self.data.samples, self.data.numbers.split(size)
+        self.sizes = [len(numbers) for numbers in self.numbers]
         self._size = size
         self._runs: list[Run] = []
         self._passed: list[int] = []  # number of nodes that each batch has passed
@@ -316,9 +320,9 @@ class Track:
 
     def _set_out(self) -> None:
         """Start a run for the next batch."""
-        self._batches = self._batches or self.data.chunks(self._size)
-        inputs, count = next(self._batches), self.sizes[len(self._runs)]
-        copies = [t[:count].clone() for t in inputs]  # batches may be parts of one tensor
+        self._batches = self._batches or self.data.own(self._size)
+        inputs = next(self._batches)
+        copies = [t.clone() for t in inputs]  # batches may be parts of one tensor
         copied = Served.of(copies, inputs.masks) if isinstance(inputs, Served) else tuple(copies)
         self._runs.append(Run(self.network, copied, self.bypass, self.order))
         self._passed.append(0)

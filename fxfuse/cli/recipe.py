@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from .._files import write_text
 from .._progress import Progress, heard_by
+from .._ranks import rank
 from .._schema import read, written
 from ..calibration.data import Calibration
 from ..errors import ArgumentError, FusionWarning
@@ -224,6 +225,8 @@ def carry_out(recipe: Recipe) -> None:
         if isinstance(record, Report):
             record = replace(record, files=hashes, seeds=record.seeds | {"data": recipe.seed})
             fused.meta["fxfuse"] = record
+        if rank():
+            return  # the first process writes, and says what was done
         write_network(fused, output, progress)
         scores: dict[str, tuple[float, float]] = {}
         if isinstance(record, Report):

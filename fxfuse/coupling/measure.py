@@ -8,16 +8,19 @@ nor more samples than it takes to tell how alike units are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from .._progress import tell
-from ..calibration.counted import Counted
+from .._ranks import total
+from ..calibration.counted import Counted, Served
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
@@ -118,8 +121,7 @@ def measure(
         data: Calibration inputs.
         view: How units are compared; None if they are not.
         outputs: Nodes whose output moments are wanted, with their feature axis.
-        samples: How many of the first samples count for these: a multiple of
-            `calibration.run.working_batch`, or all.
+        samples: How many of the first samples count for these.
 
     Raises:
         DataError: If activations are not finite.
@@ -132,8 +134,7 @@ def measure(
     by_node: dict[str, list[Key]] = {}
     for key in meters:
         by_node.setdefault(key[0], []).append(key)
-    kept: dict[str, list[Moments | None]] = {}
-    seen, counted = 0, Counted()
+    counted = Counted()
 
     def visit(node: fx.Node, values: list[Any]) -> None:
         for key in by_node.get(node.name, ()):
@@ -149,21 +150,60 @@ def measure(
                         moved[k] = _unit_by_unit(values[k], axis, pair.across, counted)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
+    kept = None
     bypassed = bypasses(problem)
-    for batch in data.chunks(working_batch(networks)):
+    for batch, late, told in _until_enough(networks, data, meters, samples if outputs else 0):
+        if late and kept is None:
+            kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
         counted = Counted.of(batch)
         walk(networks, batch, visit, bypassed)
-        seen += len(batch[0])
-        tell(seen / data.samples)
-        if seen == samples:
-            kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
-        fewest = min((m.positions for m in meters.values()), default=0)
-        enough = seen >= ENOUGH_SAMPLES and fewest >= ENOUGH_POSITIONS
-        if enough and (seen >= samples or not outputs):
-            break
-    pairs = _pairs(visits, meters)
+        tell(told)
+    kept = kept or {node: meters[node, None].moments for node in outputs}
+    with data.summed():
+        moments = {n: [m and m.summed() for m in ms] for n, ms in kept.items()}
+        pairs = _pairs(visits, {key: meter.summed() for key, meter in meters.items()})
     _require_finite(pairs, networks)
-    return Evidence(pairs, kept)
+    return Evidence(pairs, moments)
+
+
+def _until_enough(
+    networks: Sequence[Network], data: Calibration, meters: Mapping[Key, _Meter], samples: int
+) -> Iterator[tuple[Served, bool, float]]:
+    """Yield batches of the first samples, until meters have seen what tells how alike units are.
+
+    Args:
+        networks: The networks.
+        data: Calibration inputs.
+        meters: They say how many positions they have seen.
+        samples: How many of the first samples are wanted in any case.
+
+    Yields:
+        A batch, whether it lies behind these samples, and the share of the work done with it.
+    """
+    size, fewest = working_batch(networks), None
+    enough = _whole(ENOUGH_SAMPLES, size)
+    step = max(min(size, ENOUGH_SAMPLES * len(data.numbers) // data.samples), 1)
+    for inputs, numbers in zip(data.own(step), data.numbers.split(step)):
+        early = numbers < samples
+        for late, chosen in ((False, early), (True, ~early & (numbers < enough))):
+            if chosen.any():
+                most = min(max(enough, samples), data.samples)
+                parts = Served.of([t[chosen] for t in inputs], Served.masks_of(inputs))
+                yield parts, late, int(numbers[chosen][-1] + 1) / most
+                if fewest is None:
+                    counts = [int(chosen.sum()), *(m.positions for m in meters.values())]
+                    with data.summed():  # so that all processes decide alike
+                        (sums,) = total(torch.tensor(counts, dtype=torch.float64))
+                    seen, *positions = sums.tolist()
+                    fewest = min(positions) / seen
+                    enough = max(enough, _whole(ENOUGH_POSITIONS / max(fewest, 1e-9), size))
+        if numbers[-1] >= max(enough, samples):
+            break
+
+
+def _whole(count: float, size: int) -> int:
+    """Return a number of samples in whole batches."""
+    return math.ceil(count / size) * size
 
 
 class _Meter:
@@ -190,6 +230,16 @@ class _Meter:
             if (i, k) not in self.pairs:
                 self.pairs[i, k] = PairMoments(a, b)
             self.pairs[i, k].add_shifted(x, y)
+
+    def summed(self) -> _Meter:
+        """Return what the meters of all processes have seen together."""
+        every = _Meter(0)
+        every.moments = [m and m.summed() for m in self.moments]
+        for (i, k), pair in sorted(self.pairs.items()):
+            a, b = every.moments[i], every.moments[k]
+            assert a and b, "both networks have values here"
+            every.pairs[i, k] = pair.summed(a, b)
+        return every
 
 
 @dataclass(frozen=True, eq=False)

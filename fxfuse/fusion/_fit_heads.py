@@ -18,8 +18,9 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
-from ..calibration.data import Batch, Calibration
+from ..calibration.data import Calibration
 from ..calibration.run import working_batch
+from ..calibration.shares import Batch
 from ..coupling.measure import Evidence, measure
 from ..coupling.mixing import apply_along
 from ..coupling.problem import Problem
@@ -82,7 +83,7 @@ def refitted(
     Returns:
         The refitted module, and how near it came to its network.
     """
-    pairs = Calibration((batch,) for batch in _pairs(graft, trunk, own, data))
+    pairs = data.of_same_samples(_pairs(graft, trunk, own, data))
     example = as_example(pairs.example(), device_of(trunk.module))
     reading = _network(graft, graft.module, example, apart=False)
     knowing = _network(graft, graft.twin, example, apart=True)
@@ -104,7 +105,7 @@ def refitted(
 
 def _pairs(graft: Graft, trunk: Network, own: Network, data: Calibration) -> Iterator[Batch]:
     """Yield what the fused trunk and the head's own one make of each batch, with its inputs."""
-    for batch in data.chunks(working_batch([trunk, own])):
+    for batch in data.own(working_batch([trunk, own])):
         inputs = as_example(batch, device_of(trunk.module))
         value, theirs = (run_once(n.module, inputs, n.name)[0] for n in (trunk, own))
         yield (value, graft.own(theirs), *(batch[i] for i in graft.inputs))

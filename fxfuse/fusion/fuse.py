@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
+from zlib import crc32
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._checked import checked
 from .._progress import Clock, Progress
+from .._ranks import require_alike, taken_from_first
 from ..alignment.align import Pairs, align_networks
 from ..alignment.aligners import Aligner, monotone
 from ..alignment.layer_costs import LayerCost, linear_cka
@@ -249,9 +251,18 @@ def fuse(
                 after = choose_cut(*facts[1:], most, lambda a: quietly(Separate(a))[0], held)
             heads = replace(heads, after=after)
         fused, report = apart(heads, data=calibration, clock=clock)
+    _require_one_result(fused)
     advice = advice_for(automatic, width, method == Method(), calibration.samples)
     fused.meta["fxfuse"] = warned(report, repeated, width, models, fused, advice)
     return fused
+
+
+def _require_one_result(fused: fx.GraphModule) -> None:
+    """Give all processes the same network; refuse those that came to different structures."""
+    state = fused.state_dict()
+    text = str([(name, tuple(t.shape)) for name, t in state.items() if isinstance(t, Tensor)])
+    require_alike([crc32(text.encode())], "fused networks")
+    taken_from_first([t for t in state.values() if isinstance(t, Tensor)])
 
 
 def _fuse_networks(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.counted import Counted
-from ..calibration.data import Batch, Calibration
+from ..calibration.data import Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
+from ..calibration.shares import Batch
 from ..coupling.measure import Evidence
 from ..coupling.mixing import Couplings
 from ..coupling.plans import alone
@@ -107,8 +108,10 @@ class Choice:
     def _far(self, ensemble: Ensemble, networks: Sequence[Network]) -> list[float]:
         """Return how far networks are from the ensemble; infinitely if that is no number."""
         size = working_batch([*self.networks, *networks])
-        found = distances(ensemble, networks, self.judge.chunks(size))
-        return [d.shown if math.isfinite(d.shown) else math.inf for d in found]
+        found = distances(ensemble, networks, self.judge.own(size))
+        with self.judge.summed():
+            shown = [distance.summed().shown for distance in found]
+        return [far if math.isfinite(far) else math.inf for far in shown]
 
 
 # --- the candidates -------------------------------------------------------------------------------

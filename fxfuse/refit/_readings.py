@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from .._progress import tell
 from ..calibration.affine import Producer
 from ..calibration.data import Calibration
-from ..calibration.rows import Positions, input_rows, output_rows
+from ..calibration.positions import Positions
+from ..calibration.rows import input_rows, output_rows
 from ..calibration.run import Track, working_batch
 from ..calibration.spill import SpillStore
 from ..coupling.mixing import Couplings
@@ -80,7 +81,7 @@ def readings(
     targets = Targets(couplings)
     order, aims = aims_of(fused)
     place = {node.name: i for i, node in enumerate(order)}
-    given = data, samples, working_batch([fused, *targets.problem.networks])
+    given = data.everywhere(), samples, working_batch([fused, *targets.problem.networks])
     with torch.no_grad(), SpillStore(FRONTIER) as store:
         tracks = []
         for network, bypass in zip(targets.problem.networks, targets.bypasses):
@@ -129,7 +130,7 @@ class _Spot:
                 if not shares[k] or x is None or z is None:
                     continue
                 if sample is None:
-                    sample = draw(self.aim, z.numel() // (z.shape[self.gives] * size), sizes)
+                    sample = draw(self.aim, z.numel() // (z.shape[self.gives] * size), tracks[0])
                 x, z = in_units(maps[0][k], x, self.reads), in_units(maps[1][k], z, self.gives)
                 inputs[k].append(input_rows(x, producer.affine, sample.at[batch]))
                 outputs[k].append(output_rows(z, self.gives, sample.at[batch]))

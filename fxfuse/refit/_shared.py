@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..calibration.affine import users_of
 from ..calibration.least_squares import Correction, InputSums, Sums, best_ridge
+from ..calibration.moments import moments_of_rows
 from ..calibration.rows import in_groups, rows_as_weight, weight_as_rows
 from ..graph.state import tensor_at
 from ..ir import LayerFit
@@ -111,8 +112,8 @@ class SharedFits:
         left = wanted - (x @ rows.to(x)).transpose(0, 1).flatten(1)
         if producer.bias is not None:
             left = left - tensor_at(module, producer.bias).detach().to(left)
-        spread = wanted - wanted.mean(0) * producer.biased
-        power = float(spread.double().square().sum()) / len(wanted)
+        moments = moments_of_rows(wanted)
+        power = float((moments.variance if producer.biased else moments.rms**2).sum())
         if not power:
             return
         fit, parts = sum(goal.sample.fit), []
@@ -120,7 +121,7 @@ class SharedFits:
             sums = Sums(InputSums(producer.biased))
             sums.inputs.add(x[:, part])
             sums.add(x[:, part], in_groups(left, producer.affine.groups)[:, part])
-            parts.append(sums)
+            parts.append(sums.summed(sums.inputs.summed()))
         if all(sums.inputs.count for sums in parts):
             self.uses.setdefault(producer.weight, []).append((aim, Use(parts[0], parts[1], power)))
 

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from ..calibration.affine import Producer, identify, users_of
 from ..calibration.data import Calibration
 from ..calibration.norms import foldable_norms
-from ..calibration.rows import Positions, output_rows
+from ..calibration.positions import Positions
+from ..calibration.rows import output_rows
 from ..calibration.run import Run, Track
 from ..calibration.spill import SpillStore
 from ..coupling.measure import bypasses
@@ -62,7 +63,7 @@ class Parents:
         size: How many of them are one batch.
         store: Where their values wait between stops.
         draw: Chooses positions of a contraction from the number of positions in one sample and
-            the number of samples in each batch.
+            the way over the samples.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Parents:
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             given = network, data, samples, size, nodes, store, bypass
             self.tracks.append(Track(*given) if _contributes(couplings, k) else None)
-        self.sizes = next(track.sizes for track in self.tracks if track is not None)
+        self.track = next(track for track in self.tracks if track is not None)
         self.place = place
         self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
         self.goals: dict[str, Goal] = {}  # those that lie before the one asked for last
@@ -105,14 +106,14 @@ class Parents:
         sample: Positions | None = None
         shapes: list[tuple[int, ...]] = []
         axis = aim.axis_in(self.targets.problem.networks[0])
-        for batch, size in enumerate(self.sizes):
+        for batch, size in enumerate(self.track.sizes):
             stops = [
                 (None, None) if t is None else t.go(batch, self.place[aim.at] + 1)
                 for t in self.tracks
             ]
             one = next(value for _, value in stops if value is not None)
             if sample is None:
-                sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.sizes)
+                sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.track)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
             sample.keep(batch, next(run for run, _ in stops if run).counted.among(shapes[-1]))
             at = sample.at[batch]
@@ -177,7 +178,7 @@ class Aim:
         return self.producer.axis % len(network.shapes[self.producer.node])
 
 
-Draw = Callable[[Aim, int, Sequence[int]], Positions]
+Draw = Callable[[Aim, int, Track], Positions]
 
 
 def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .._progress import tell
-from ..calibration.counted import Served
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm
@@ -111,9 +110,9 @@ class _Settle(Refit):
         samples: int,
     ) -> Outcome:
         """Settle the norms, and the contractions whose moments were asked for; see `Refit`."""
-        by_node = {plan.node: plan for plan in plans}
-        runs, settled = _runs(fused, data, samples), 0
-        with torch.no_grad():
+        data, by_node = data.first(samples), {plan.node: plan for plan in plans}
+        runs, settled = [Run(fused, batch) for batch in data.own(working_batch([fused]))], 0
+        with torch.no_grad(), data.summed():
             for node in fused.module.graph.nodes:
                 if settled == len(by_node):
                     break
@@ -167,18 +166,6 @@ class MatchMoments(_Settle):
         return outputs_to_settle(problem.structure)
 
 
-def _runs(network: Network, data: Calibration, samples: int) -> list[Run]:
-    """Start a run for each batch of the first samples."""
-    runs, count = [], 0
-    for batch in data.chunks(working_batch([network])):
-        if count < samples:
-            first = [t[: samples - count] for t in batch]
-            masks = batch.masks if isinstance(batch, Served) else {}
-            runs.append(Run(network, Served.of(first, masks)))
-            count += len(batch[0])
-    return runs
-
-
 def settle_norm(network: Network, plan: NormPlan, inputs: Moments) -> None:
     """Let a norm that reads values of some moments compute what its plan says.
 
@@ -225,8 +212,8 @@ def gain_of(wanted: np.ndarray, spread: np.ndarray, default: np.ndarray) -> np.n
 
 
 def moments_of(runs: Sequence[Run], values: Sequence[Tensor], axis: int) -> Moments:
-    """Return the moments of the units along an axis of the value of each run."""
+    """Return the moments of the units along an axis of the value of each run, of all processes."""
     moments = Moments()
     for run, value in zip(runs, values):
         moments.add(run.counted.of_units(value, axis))
-    return moments
+    return moments.summed()

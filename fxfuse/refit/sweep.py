@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, fx
 
 from .._progress import part, tell
+from .._ranks import total_of
 from ..calibration.affine import Affine
 from ..calibration.data import Calibration
 from ..calibration.distance import divergence, is_logits
-from ..calibration.least_squares import STRETCH, Correction, Regression
-from ..calibration.moments import Moments
+from ..calibration.least_squares import Correction, Regression
+from ..calibration.moments import Moments, mean_of_rows, moments_of_rows
 from ..calibration.norms import write_norm, write_statistics
+from ..calibration.positions import Positions, draw_positions
 from ..calibration.rows import (
-    Positions,
-    draw_positions,
     in_groups,
     input_rows,
     output_rows,
@@ -86,9 +86,11 @@ class Fit:
         self.network, self.aim, self.goal, self.ridges = network, aim, goal, ridges
         self.x, self.added, self.activation = x, added, activation
         self.producer, self.biased = aim.producer, aim.producer.biased
-        self.origin = x.mean(1, keepdim=True) * self.biased
+        self.origin = mean_of_rows(x, 1) * self.biased
         x.sub_(self.origin)
-        self.regression = Regression(x, sum(goal.sample.fit), self.biased, goal.sample.dual_every)
+        sample = goal.sample
+        facts = sum(sample.fit), self.biased, sample.dual_every, sample.order
+        self.regression = Regression(x, *facts)
         self.values = self._given(self._weight())  # but for a constant
 
     def __call__(self, steps: int) -> Correction:
@@ -212,16 +214,6 @@ class Fit:
         return gain_of(wanted.rms, given.rms, one)
 
 
-def moments_of_rows(rows: Tensor) -> Moments:
-    """Return the moments of units `(positions, units)`."""
-    moments = Moments()
-    moments.count, moments.shift = len(rows), rows[:STRETCH].float().mean(0)
-    shifted = rows - moments.shift
-    moments.total = shifted.sum(0).double()
-    moments.squares = shifted.square_().sum(0).double()
-    return moments
-
-
 def _row(units: np.ndarray, rows: Tensor) -> Tensor:
     return torch.as_tensor(units).to(rows)
 
@@ -285,6 +277,17 @@ class LeastSquares(Refit):
         """Refit in place; see `Refit`."""
         if couplings.siblings and OPEN not in fused.module.graph.output_node().meta:
             return _left_at_mean(fused, couplings, plans, data, samples)
+        with data.first(samples).summed():
+            return self._refit(fused, couplings, plans, data, samples)
+
+    def _refit(
+        self,
+        fused: Network,
+        couplings: Couplings,
+        plans: Sequence[NormPlan | WeightPlan],
+        data: Calibration,
+        samples: int,
+    ) -> Outcome:
         targets = Targets(couplings)
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
@@ -323,10 +326,10 @@ class LeastSquares(Refit):
         order, aims = aims_of(network)
         return order, {name: aim for name, aim in aims.items() if can(aim)}
 
-    def draw(self, aim: Aim, places: int, sizes: Sequence[int]) -> Positions:
+    def draw(self, aim: Aim, places: int, track: Track) -> Positions:
         """Choose the positions at which a contraction is fitted."""
-        budget = self.rows_for(aim.producer.affine, places * sum(sizes))
-        return draw_positions(places, sizes, *budget)
+        budget = self.rows_for(aim.producer.affine, places * track.samples)
+        return draw_positions(places, track.numbers, track.samples, *budget)
 
     def rows_for(self, affine: Affine, positions: int) -> tuple[int, int]:
         """Return how many positions to draw, and `dual_every` of their `Regression`.
@@ -400,7 +403,7 @@ class _Sweep:
             show(batch, run)
             self.track.rest(batch)
         for aim, moments in self.read.values():
-            write_statistics(self.fused.module, aim.producer.roles, moments)
+            write_statistics(self.fused.module, aim.producer.roles, moments.summed())
         self.read = {}
 
     def _watch(self, run: Run, node: fx.Node, value: Any) -> None:
@@ -420,7 +423,7 @@ class _Sweep:
                 moments.add(run.counted.of_units(run.peek(node), plan.axis))
 
         self._go(place, show)
-        return moments
+        return moments.summed()
 
     def _refit(self, place: int, node: fx.Node, aim: Aim) -> bool:
         """Refit one contraction; tell whether that could be done."""
@@ -476,18 +479,19 @@ class _Sweep:
 
     def finish(self) -> float | None:
         """Go to the end; return the mean divergence from the ensemble, if outputs can be logits."""
-        end, total = len(self.track.order) - 1, [0.0]
+        end, apart = len(self.track.order) - 1, [0.0]
         output, shares = self.track.order[end], self.parents.targets.problem.output_weights
         closed = OPEN not in self.fused.module.graph.output_node().meta
 
         def show(batch: int, run: Run) -> None:
             logits = run.peek(output)
-            if not closed or not is_logits(logits) or math.isnan(total[0]):
-                total[0] = math.nan
+            if not closed or not is_logits(logits) or math.isnan(apart[0]):
+                apart[0] = math.nan
                 return
             outputs = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
             mean: Tensor = sum(w * t.double() for w, t in outputs)
-            total[0] += divergence(mean, logits)
+            apart[0] += divergence(mean, logits)
 
         self._go(end, show)
-        return None if math.isnan(total[0]) else total[0] / sum(self.track.sizes)
+        missed = total_of(apart[0])
+        return None if math.isnan(missed) else missed / self.track.samples

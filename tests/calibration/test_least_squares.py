@@ -21,7 +21,6 @@ from fxfuse.calibration.least_squares import (
     products,
 )
 from fxfuse.calibration.rows import (
-    draw_positions,
     in_groups,
     input_rows,
     output_rows,
@@ -31,35 +30,6 @@ from fxfuse.calibration.rows import (
 from fxfuse.errors import ArgumentError, DataError
 from tests.support.maps import maps
 from tests.support.tolerances import EXACT
-
-
-@given(
-    st.integers(1, 50), st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 900)
-)
-def test_positions_are_drawn_evenly_and_samples_are_held_out_whole(places, sizes, wanted):
-    drawn, seen = draw_positions(places, sizes, wanted), 0
-    total, count = places * sum(sizes), sum(map(len, drawn.at))
-    assert abs(count - min(wanted, total)) <= len(sizes)
-    for size, at, fit in zip(sizes, drawn.at, drawn.fit):
-        assert at.numel() == 0 or (int(at.min()) >= 0 and int(at.max()) < places * size)
-        held = (seen + at // places) % 4 == 3
-        assert not held[:fit].any() and held[fit:].all()
-        order = at.sort()[0]
-        if len(at) > 1:  # neighbours are at most two stretches apart
-            assert int(order.diff().max()) <= 2 * places * size / len(at) + 1
-        seen += size
-    if wanted >= total:
-        assert all(len(set(at.tolist())) == places * size for at, size in zip(drawn.at, sizes))
-
-
-def test_rows_of_batches_are_joined_with_those_to_fit_to_first():
-    drawn = draw_positions(2, [4, 3, 5], 24)
-    rows = [at[:, None] + 100 * i for i, at in enumerate(drawn.at)]
-    joined = drawn.joined(rows)
-    fit = sum(drawn.fit)
-    assert torch.equal(joined[:fit], torch.cat([r[:n] for r, n in zip(rows, drawn.fit)]))
-    assert torch.equal(joined[fit:], torch.cat([r[n:] for r, n in zip(rows, drawn.fit)]))
-    assert torch.equal(drawn.joined([r[None] for r in rows])[0], joined)
 
 
 @given(maps())

@@ -17,7 +17,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse.calibration.moments import Moments
-from fxfuse.calibration.rows import Positions, input_rows, output_rows
+from fxfuse.calibration.positions import Positions
+from fxfuse.calibration.rows import input_rows, output_rows
 from fxfuse.calibration.spill import SpillStore, _memory_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.graph.trace import trace
@@ -79,7 +80,7 @@ def value_at(network, x, name):
 def fit_of(network, aim, x, wanted, activated=None):
     at = torch.arange(len(x) * 36)
     rows = [None if t is None else output_rows(t, 1, at) for t in (wanted, activated)]
-    goal = Goal(Positions([at], [len(at) * 3 // 4]), [], *rows)
+    goal = Goal(Positions([at], [len(at) * 3 // 4], 0, [at]), [], *rows)
     return Fit(network, aim, goal, input_rows(x, aim.producer.affine, at), None, torch.relu, RIDGES)
 
 
