@@ -94,11 +94,11 @@ class _Trial:
         error = _error(self.module, spaces, order, *self.run)
         if error <= TOLERANCE:
             return False
-        exact, inputs = copy.deepcopy(self.module).double(), _doubled(self.run[0])
-        outputs = _run(exact, inputs)
+        inputs = _doubled(self.run[0])
+        outputs = _run(copy.deepcopy(self.module).double(), inputs)  # one such copy at a time
         if outputs is None:
             return error > ROUGH
-        return _error(exact, spaces, order, inputs, outputs) > EXACT
+        return _error(self.module, spaces, order, inputs, outputs, exact=True) > EXACT
 
 
 def _error(
@@ -107,14 +107,17 @@ def _error(
     order: dict[str, np.ndarray],
     inputs: Tensors,
     outputs: Named,
+    exact: bool = False,
 ) -> float:
     """Return the largest relative difference of a rearranged copy from a run on some inputs.
 
-    Where a network is cut, units of what it reads or returns change places, too.
+    Where a network is cut, units of what it reads or returns change places, too. With `exact`, the
+    copy runs in double precision.
     """
     names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     given = tuple(_moved(t, spaces, order, name) for name, t in zip(names, inputs))
-    moved = _run(rearrange(module, spaces, order), given)
+    copied = rearrange(module, spaces, order)
+    moved = _run(copied.double() if exact else copied, given)
     if moved is None or len(moved) != len(outputs):
         return float("inf")
     pairs = [(_moved(a, spaces, order, name), b) for (name, a), (_, b) in zip(outputs, moved)]
