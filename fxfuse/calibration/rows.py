@@ -1,8 +1,7 @@
 """What a contraction reads and gives, as rows.
 
 A row is a position: a sample and a place in it, such as a pixel or a token. A convolution reads the
-patch under its kernel. Where there are more positions than needed, some are drawn, one from each of
-as many equal stretches.
+patch under its kernel.
 """
 
 from __future__ import annotations
