@@ -116,8 +116,10 @@ class InputSums:
     def constant(self) -> bool:
         """Tell whether the inputs are constant but for rounding."""
         squares = self.xx.diagonal(dim1=1, dim2=2) / self.count
-        means = self.x[:, 0] / self.count * self.centred
-        return not _vary((squares - means.square()).mean(1), squares.mean(1))
+        variances = squares
+        if self.centred:
+            variances = squares - (self.x[:, 0] / self.count).square()
+        return not _vary(variances.mean(1), squares.mean(1))
 
 
 @dataclass(eq=False)
