@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .._ranks import total_of
 from ..errors import ModelError
 from ..graph.structures import tensors_in
-from ..spaces.network import Network
+from ..spaces.network import OPEN, Network
 from .data import Calibration
 from .run import Bypass, run_past, working_batch
 
@@ -24,6 +24,16 @@ from .run import Bypass, run_past, working_batch
 def is_logits(value: Any) -> TypeGuard[Tensor]:
     """Tell whether an output can be logits: `(samples, classes)` of at least two classes."""
     return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1
+
+
+def scores_node(network: Network) -> str | None:
+    """Return the contraction whose value is all that a network returns, if that can be logits."""
+    output = network.module.graph.output_node()
+    node = output.args[0]
+    if OPEN in output.meta or not isinstance(node, fx.Node) or node.name not in network.weights:
+        return None
+    shape = network.shapes.get(node.name, ())
+    return node.name if len(shape) == 2 and shape[1] > 1 else None
 
 
 SCORES = "logits"  # the name that people give to scores among several outputs

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
+import numpy as np
+
 from ..calibration.norms import foldable_norms
 from ..depth import AbsentLayer
 from ..depth.deepen import Balanced
 from ..errors import PairingError
 from ..ir import Signature, Space
 from ..spaces.network import Network
+
+FAR_WIDER = 3.0  # times the units of the anchor
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,17 @@ class Problem:
             and not parents.intersection(s.name for s in spaces)
             and not any(axis.reads for s in spaces for axis in s.axes)
         }
+
+    @cached_property
+    def far_wider(self) -> tuple[bool, ...]:
+        """Whether each network has at least `FAR_WIDER` times the anchor's units.
+
+        As a geometric mean over the spaces: the mean of so many units is none of them.
+        """
+        sizes = [[max(s.size, 1) for s in spaces] for spaces in self.spaces.values()]
+        logs = np.log(np.array(sizes, dtype=float).reshape(-1, len(self.networks)))
+        wider = (logs - logs[:, [self.anchor]]).sum(0)
+        return tuple(bool(w >= len(sizes) * np.log(FAR_WIDER) > 0) for w in wider)
 
     def base_space(self, name: str) -> Space:
         """Return a space of the network whose units the fused units are."""

@@ -26,6 +26,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from .._progress import counted, part
+from ..calibration.distance import scores_node
 from ..calibration.moments import PairMoments, correlation
 from ..errors import ArgumentError, PairingError
 from ..ir import OUTPUTS, Coupling, Space
@@ -53,8 +54,9 @@ class Transport(CouplingMethod):
         view: Where units are compared.
         agreement: Power of the agreement (see `plans.agreements`) that a network's weight in a
             fused unit is multiplied by: the less its unit agrees with the base network's, the less
-            it counts, and the less what reads it in that network reads the fused unit. With 0,
-            every network counts fully in every unit.
+            it counts, and the less what reads it in that network reads the fused unit. One whose
+            layers are far wider has no share in units at all. With 0, every network counts fully
+            in every unit.
         by_index: Where all networks agree with the base network unit by unit, by index, as those
             that were tuned from one checkpoint do, match them so, every network counting fully.
             `LeastSquares` then leaves the fused network at their mean.
@@ -84,7 +86,23 @@ class Transport(CouplingMethod):
         siblings = self.by_index and plans.are_siblings()
         for key in plans.costs if siblings else ():
             plans.keep(*key)
-        return Couplings(problem, plans.couplings, siblings=siblings)
+        counted_in = without_far_wider(problem) if self.agreement else problem
+        return Couplings(counted_in, plans.couplings, siblings=siblings)
+
+
+def without_far_wider(problem: Problem) -> Problem:
+    """Return the problem without a share in units for networks much wider than the anchor.
+
+    The mean of many units is none of them. Such networks count in what the outputs should be. All
+    keep their share if that is not class scores of one layer, which can be fitted to the mean by
+    itself; if none would be left; or if the anchor lacks layers, which others define.
+    """
+    shares = [0.0 if far else w for w, far in zip(problem.weights, problem.far_wider)]
+    if not shares[problem.anchor] or shares == list(problem.weights):
+        return problem
+    if scores_node(problem.structure) is None or problem.absent[problem.anchor]:
+        return problem
+    return problem.weighted([w / sum(shares) for w in shares])
 
 
 class GroundCosts(Mapping[tuple[str, int], np.ndarray]):

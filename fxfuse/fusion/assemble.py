@@ -69,6 +69,7 @@ def couple(
         couplings = replace(sized_alike(coupling(problem, evidence)), mixer=mixer)
     if width == 1:
         return couplings, evidence.outputs, {}
+    couplings = couplings.weighted(problem.weights)  # where there is room, all have a share
     with clock.stage("make room"):
         costs = GroundCosts(problem, evidence, correlation)
         couplings, narrow = with_room(couplings, width, costs, room)

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ..calibration.affine import Producer, identify, users_of
 from ..calibration.data import Calibration
+from ..calibration.distance import scores_node
 from ..calibration.norms import foldable_norms
 from ..calibration.positions import Positions
 from ..calibration.rows import output_rows
@@ -351,6 +352,9 @@ class Targets:
         self.mute = [{n for a in absent for n in a.mute} for absent in problem.absent]
         self.bypasses = bypasses(problem)
         self.outputs = behind_contractions(problem.structure)
+        shares = zip(problem.weights, problem.output_weights, problem.far_wider)
+        apart = any(far and out and not w for w, out, far in shares)
+        self.scores = {scores_node(problem.structure)} if apart else set()
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 
     def fits(self, node: str, dim: int) -> bool:

@@ -48,6 +48,7 @@ from ..coupling.problem import Problem
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
+from ._scores import Scores
 from ._shared import SharedFits
 from ._targets import Aim, Goal, Parents, Targets, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
@@ -56,6 +57,7 @@ from .moments import AsMixed, Outcome, Refit, gain_of, settle_norm, settle_weigh
 ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
 USUAL_ROWS = 16  # positions per weight of a unit that any contraction may have
+ROWS_OF_SCORES = 256  # the same, where class scores are fitted by their divergence
 QUICK = 1 << 34  # multiply-adds that the products of inputs may take where there are more positions
 FEWEST_POSITIONS = 256  # to take moments of, where there is memory for few products only
 
@@ -207,6 +209,26 @@ class Fit:
             offset = offset + tensor_at(self.network.module, self.producer.bias).detach().double()
         return offset
 
+    @property
+    def affine_map(self) -> Tensor:
+        """The weight of one group, and the bias as its last row, if there is one."""
+        weight = self._weight()[0].double()
+        bias = self.producer.bias
+        if bias is None:
+            return weight
+        shift = tensor_at(self.network.module, bias).detach().double()
+        return torch.cat([weight, shift[None]])
+
+    @affine_map.setter
+    def affine_map(self, value: Tensor) -> None:
+        producer, module = self.producer, self.network.module
+        inputs = len(value) - (producer.bias is not None)
+        weight = tensor_at(module, producer.weight)
+        rows = rows_as_weight(value[None, :inputs], producer.affine.kernel)
+        weight.data.copy_(rows.T if producer.transposed else rows)
+        if producer.bias is not None:
+            tensor_at(module, producer.bias).data.copy_(value[inputs])
+
     def _gain(self, wanted: Moments, given: Moments) -> np.ndarray:
         one = np.ones_like(given.mean)
         if self.biased:
@@ -223,6 +245,7 @@ class LeastSquares(Refit):
     """Refit every contraction by ridge least squares while sweeping forward.
 
     Siblings (`Transport(by_index=True)`) stay at their mean, and only norms are measured anew.
+    Class scores that a far wider network has a share in alone are fitted by their divergence.
     What is not one contraction of one weight (attention in one module) gets the parents' moments as
     in `MatchMoments`. A weight used in several places gets one fit for all (see `_shared`).
 
@@ -292,10 +315,16 @@ class LeastSquares(Refit):
         order, aims = self._aims(fused, targets)
         size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
+        many = replace(self, rows=max(self.rows, ROWS_OF_SCORES))
+
+        def draw(aim: Aim, places: int, track: Track) -> Positions:
+            method = many if aim.producer.node in targets.scores else self
+            return method.draw(aim, places, track)
+
         shared = SharedFits(fused, self.ridges)
 
         def once(wanted: dict[str, Aim]) -> _Sweep:
-            parents = Parents(targets, order, wanted, *given, store, self.draw)
+            parents = Parents(targets, order, wanted, *given, store, draw)
             track = Track(fused, *given, order, store)
             sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans}, shared)
             for done, node in enumerate(order):
@@ -360,6 +389,13 @@ def _left_at_mean(
     norms = [replace(plan, target=None) for plan in plans if isinstance(plan, NormPlan)]
     live = min(samples, keep.samples(couplings.problem.networks))
     return keep(fused, couplings, norms, data, live)
+
+
+def _scores_of(aim: Aim, goal: Goal, x: Tensor) -> Scores:
+    """Return copies of what a layer reads, `(1, rows, inputs)`, and of the scores wanted."""
+    biased = aim.producer.bias is not None
+    rows = torch.cat([x[0].double(), x.new_ones(x.shape[1], int(biased)).double()], 1)
+    return Scores(rows, goal.values.double().clone(), sum(goal.sample.fit), biased)
 
 
 @dataclass(eq=False)
@@ -434,8 +470,12 @@ class _Sweep:
         if aim.shared:
             self.shared.add(aim, goal, *read)
             return False
+        scores = _scores_of(aim, goal, read[0]) if self._gives_scores(aim) else None
         fit = Fit(self.fused, aim, goal, *read, partial(self._act, place, aim), self.method.ridges)
+        own = fit.affine_map if scores else None
         correction = fit(self.method.steps)
+        if scores and own is not None:
+            fit.affine_map = scores.nearest((own, fit.affine_map), self.method.ridges)
         power = fit.whole.variance if aim.producer.biased else fit.whole.rms**2
         if power.sum() > 0:
             explained = 1 - correction.error / float(power.sum())
@@ -443,6 +483,11 @@ class _Sweep:
         if aim.producer.norm is not None:
             self.read[node.name] = aim, Moments()
         return True
+
+    def _gives_scores(self, aim: Aim) -> bool:
+        """Tell whether a layer gives class scores that are to be fitted by their divergence."""
+        node, plain = aim.producer.node, aim.added is None and aim.producer.affine.groups == 1
+        return node == aim.at and node in self.parents.targets.scores and plain
 
     def _read_at(
         self, place: int, node: fx.Node, aim: Aim, goal: Goal

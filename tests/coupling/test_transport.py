@@ -10,12 +10,13 @@ from torch import nn
 import fxfuse
 from fxfuse.calibration.moments import euclidean
 from fxfuse.coupling.measure import View, points_of
-from fxfuse.coupling.transport import InPlace, LayerByLayer, Transport
+from fxfuse.coupling.transport import InPlace, LayerByLayer, Transport, without_far_wider
 from fxfuse.errors import PairingError
 from fxfuse.graph.trace import trace
 from fxfuse.refit.moments import AsMixed
 from fxfuse.spaces.network import Network
 from tests.support.nets import build, conv, data_shape, gap, mlp, outputs, randomise, residual
+from tests.support.problems import problem_of
 
 
 def method(kind):
@@ -131,3 +132,15 @@ def test_networks_of_unequal_width_are_refused_with_the_reason():
     with pytest.raises(PairingError, match="in place") as caught:
         NAIVE(pair, torch.randn(8, 3, 8, 8))
     assert "equal widths" in caught.value.expected
+
+
+@pytest.mark.parametrize("width, share", [(20, 0.0), (13, 0.7)])
+def test_a_much_wider_network_has_no_share_in_the_units(width, share):
+    nets = [randomise(mlp(6, w, w, 3), w) for w in (5, width)]
+    given, x = [0.3, 0.7], torch.randn(20, 6)
+    near = without_far_wider(problem_of(nets, x, weights=given))
+    assert near.weights == pytest.approx((1 - share, share))
+    assert near.output_weights == pytest.approx(given)
+    assert without_far_wider(problem_of(nets, x, 1, given)).weights == pytest.approx(given)
+    alone = problem_of(nets, x, weights=[0.0, 1.0])
+    assert without_far_wider(alone) is alone
