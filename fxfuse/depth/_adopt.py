@@ -82,11 +82,9 @@ def adopt(
 
 def _spelled(network: Network) -> list[str]:
     """Return the graph word by word, with the settings of its modules and the names of tensors."""
-    graph, words = network.module, list(tensors_of(network.module))
-    for node in graph.graph.nodes:
-        words.append(str(node.format_node()))
-        if node.op == "call_module":
-            words.append(repr(graph.get_submodule(str(node.target))))
+    words = list(tensors_of(network.module))
+    for node in network.module.graph.nodes:
+        words += [str(node.format_node()), network.form(node)]
     return words
 
 
