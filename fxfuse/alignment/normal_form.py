@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ..calibration.norms import foldable_norms
 from ..graph.state import part_at
+from ..graph.writes import writes
 from ..spaces.network import Network
 
 
@@ -173,7 +174,7 @@ def given_nodes(network: Network) -> frozenset[fx.Node]:
     Layers may read them besides what the layer before them hands on.
     """
     given: set[fx.Node] = set()
-    written = _written(network)
+    written = writers_of(network)
     for node in network.module.graph.nodes:
         if network.carries_data(node) and given.issuperset(network.inputs_of(node)):
             read = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
@@ -182,17 +183,16 @@ def given_nodes(network: Network) -> frozenset[fx.Node]:
     return frozenset(given)
 
 
-def _written(network: Network) -> set[fx.Node]:
-    """Return the nodes whose values, or views of them, are written to later: no two are one."""
-    written: set[fx.Node] = set()
+def writers_of(network: Network) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes whose values, or views of them, are written to, and what writes to each."""
+    writers: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(network.module.graph.nodes):
-        word = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        writes = node.op in ("call_method", "call_function") and (
-            word.endswith("_") and not word.endswith("__") or node.target is operator.setitem
-        )
-        if writes or node in written and not network.steps(node):
-            written.update(node.all_input_nodes[:1])
-    return written
+        own = [node] if writes(node) else []
+        if node in writers and network.may_be_view(node):
+            own += writers[node]
+        if own and node.all_input_nodes:
+            writers.setdefault(node.all_input_nodes[0], []).extend(own)
+    return writers
 
 
 def has_parameters(network: Network, node: fx.Node) -> bool:

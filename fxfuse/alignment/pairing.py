@@ -82,17 +82,17 @@ def pair_segments(
         PairingError: With the lists side by side, at the first pair that differs.
     """
     if segments is not None:
-        paired = _paired(segments)
+        lanes = list(segments)
+        paired = _paired(lanes)
     else:
         bodies = [Anatomy(n) for n in networks]
-        segments = [body.segments for body in bodies]
         fronts = [body.front for body in bodies]
-        lanes = list(segments)
+        lanes = [body.segments for body in bodies]
         if None not in fronts and len({x.kind for x in fronts if x is not None}) > 1:
             lanes = [(Segment((x,)), *lane) for x, lane in zip(fronts, lanes) if x is not None]
         paired = _opened(bodies, lanes, [MOST_WAYS])
     if isinstance(paired, int):
-        raise _mismatch(networks, segments, min(paired, max(map(len, segments)) - 1))
+        raise _mismatch(networks, lanes, min(paired, max(map(len, lanes)) - 1))
     return paired
 
 

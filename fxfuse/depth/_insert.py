@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._progress import counted
-from ..alignment.normal_form import given_nodes
+from ..alignment.normal_form import given_nodes, writers_of
 from ..errors import PassError
 from ..graph.compare import same_chance
 from ..graph.passes import graph_pass
@@ -234,7 +234,15 @@ def _layer_nodes(insertion: Insertion, known: Collection[fx.Node]) -> list[fx.No
                 raise no_neutral_form(layer.name, "it reads the network's input besides its entry")
             needed.add(node)
             waiting.append(node)
-    return [n for n in insertion.template.nodes.values() if n in needed]
+    order = list(insertion.template.nodes.values())
+    before = set(order[: order.index(insertion.template.nodes[layer.nodes[-1]])])
+    writers = writers_of(insertion.template)
+    written_by = {w for node in needed for w in writers.get(node, ())}
+    if not needed >= written_by & before:
+        raise no_neutral_form(
+            layer.name, "it writes into its values in place, by a step whose result nobody reads"
+        )
+    return [n for n in order if n in needed]
 
 
 def _copy_node(

@@ -227,17 +227,17 @@ def _terms(network: Network, node: fx.Node, layer: Layer) -> list[fx.Node]:
 def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
     """Set the last parameters that write a node's value to zero, and return their names."""
     layer, template = copied.insertion.layer, copied.insertion.template
-    while True:
+    behind = [node]
+    while behind and behind[0].name != layer.entry:
+        node = behind[0]
         writers = _last_writers(template, node)
         parameters = [name for name in writers if isinstance(copied[name], nn.Parameter)]
         for name in parameters:
             copied.fill(name, 0.0)
         if parameters:
             return frozenset(copied.name_of(name) for name in parameters)
-        before = template.inputs_of(node)
-        if not before or node.name == layer.entry:
-            raise no_neutral_form(layer.name, "its branch ends in nothing that can be set to zero")
-        node = before[0]
+        behind = template.inputs_of(node)
+    raise no_neutral_form(layer.name, "its branch ends in nothing that can be set to zero")
 
 
 def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:

@@ -16,7 +16,7 @@ from .._progress import counted, part
 from ..alignment.pairing import layers_paired
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
-from ..calibration.run import run_past
+from ..calibration.run import run_past, working_batch
 from ..errors import ArgumentError, NotEquivalent
 from ..graph.compare import TOLERANCE, relative_error
 from ..graph.trace import run_once
@@ -104,11 +104,12 @@ class Deepen:
 deepen = Deepen()
 
 
-def made_neutral(balanced: Balanced) -> Balanced:
+def made_neutral(balanced: Balanced, data: Calibration | None = None) -> Balanced:
     """Return networks whose layers that were to be passed by compute next to nothing instead.
 
     Args:
         balanced: Networks of one structure; not modified.
+        data: Inputs on which they have to; if not given, those that they were analysed on.
 
     Raises:
         PassError: If a layer has no form that is near enough.
@@ -117,10 +118,10 @@ def made_neutral(balanced: Balanced) -> Balanced:
     for network, absent in zip(balanced.networks, balanced.absent):
         neutral = make_nearly_neutral(network, absent)
         passed = [x for x in absent if x.passed]
-        if passed:
-            wanted = run_past(network, network.example, bypass_of(passed))
-            given = run_once(neutral.module, network.example, network.name)
-            if relative_error(wanted, given) > TOLERANCE:
+        examples = [network.example] if data is None else data.chunks(working_batch([network]))
+        for batch in examples if passed else ():
+            wanted = run_past(network, batch, bypass_of(passed))
+            if relative_error(wanted, run_past(neutral, batch, {})) > TOLERANCE:
                 raise no_neutral_form(passed[0].name, passed[0].passed)
         networks.append(neutral)
     all_absent = (tuple(replace(x, passed="") for x in of_one) for of_one in balanced.absent)

@@ -470,7 +470,8 @@ def balance(
     method, clock = _chosen(method), Clock(progress)
     networks, calibration = prepare(models, data, clock, to_call=inputs)
     alignment = alignment or _aligned(networks, calibration, method, clock)
-    balanced = made_neutral(_balanced(networks, alignment, calibration, method, clock))
+    balanced = _balanced(networks, alignment, calibration, method, clock)
+    balanced = made_neutral(balanced, calibration)
     pairs = zip(balanced.networks, models)
     return [as_given(model, n.module) for n, model in pairs]
 

@@ -40,10 +40,10 @@ from torch.utils._pytree import tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from ._writes import require_nothing_drawn, write_assigned
 from .inputs import Inputs
 from .modes import is_leaf
 from .structures import tensors_in
+from .writes import require_nothing_drawn, write_assigned
 
 METHODS = {getattr(Tensor, n): n for n in reversed(dir(Tensor)) if callable(getattr(Tensor, n))}
 SWAPPED = {"__rdiv__": operator.truediv}  # whose operator has another name

@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError
-from ._writes import (
+from .inputs import Inputs
+from .modes import is_leaf
+from .state import tensors_of
+from .writes import (
     assigned,
     make_constants_anew,
     random_states,
@@ -16,9 +19,6 @@ from ._writes import (
     state_kept,
     write_assigned,
 )
-from .inputs import Inputs
-from .modes import is_leaf
-from .state import tensors_of
 
 
 class _Tracer(fx.Tracer):

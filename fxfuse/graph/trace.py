@@ -42,6 +42,7 @@ from .state import (
 from .structures import tensors_in
 from .symbolic import trace_symbolically
 from .wrappers import unwrapped
+from .writes import read_what_is_written
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -212,6 +213,7 @@ def _captured(
     """Return what a front-end finds; some parts become one node each."""
     shell = _shell(model)
     graph = _live_graph(shell, inputs, front_end, whole)
+    read_what_is_written(graph)
     rename_parts(shell, graph)
     graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
     module = fx.GraphModule(shell, graph, type(model).__name__)

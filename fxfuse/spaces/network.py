@@ -345,6 +345,10 @@ class Network:
         """Tell whether a node only puts tensors side by side."""
         return self._only(node, Property.JOINS)
 
+    def may_be_view(self, node: fx.Node | str) -> bool:
+        """Tell whether a node hands on its input's values, elsewhere or as they are."""
+        return not self.steps(node) or self._only(node, Property.MOVES)
+
     def moves_or_resamples(self, node: fx.Node | str) -> bool:
         """Tell whether a node hands on its input's values elsewhere, or pooled, or interpolated."""
         return self._only(node, Property.MOVES | Property.RESAMPLES)

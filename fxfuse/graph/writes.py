@@ -6,6 +6,7 @@ is assigned (`self.steps += 1`) is no step that fx knows: it would hold a proxy 
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,3 +108,25 @@ def make_constants_anew(shell: nn.Module, graph: fx.Graph, known: set[str]) -> N
             copy = own[name] = graph.call_method("clone", (node,))
         copy.meta["nn_module_stack"] = dict(node.meta.get("nn_module_stack") or {})
         node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def read_what_is_written(graph: fx.Graph) -> None:
+    """Let what is read of a tensor after a write in place be read from the write, in place.
+
+    `y.add_(1)` returns `y`. If the graph reads `y` itself, it does not show what comes after what.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if writes(node) and node.op == "call_method":
+            for reader in list(node.args[0].users) if isinstance(node.args[0], fx.Node) else ():
+                if order[reader] > order[node]:
+                    reader.replace_input_with(node.args[0], node)
+
+
+def writes(node: fx.Node) -> bool:
+    """Tell whether a node writes to its first input: methods such as `add_`, and assigned items."""
+    target = node.target
+    word = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    return word.endswith("_") and not word.endswith("__") or target is operator.setitem
