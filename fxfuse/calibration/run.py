@@ -155,14 +155,24 @@ class Run(Interpreter):
         self._entries: dict[str, Any] = {}  # values that bypassed nodes will have
         self._updated: dict[str, Tensor] = {}  # buffers that the run may write to
         self._users = Counter(entry for entry, _ in self.bypass.values())
+        self._missing: set[fx.Node] = set()  # nodes without a value
         device = device_of(network.module)
         self.args_iter = iter([t.to(device) for t in batch])
         self.samples, self.counted = len(batch[0]), Counted.of(batch)
         network.module.eval()
 
     def step(self, node: fx.Node) -> Any:
-        """Run the next node, free what is read no more, and return the node's value."""
-        value = self._passed_by(node) if node.name in self.bypass else self.peek(node)
+        """Run the next node, free what is read no more, and return the node's value.
+
+        What is made of a value inside a layer that is passed by, as its size, has no value either.
+        """
+        if node.name in self.bypass:
+            value = self._passed_by(node)
+        elif self._missing.isdisjoint(node.all_input_nodes):
+            value = self.peek(node)
+        else:
+            value = None
+            self._missing.add(node)
         self.env[node] = value
         for unread in self.user_to_last_uses.get(node, []):
             self.env.pop(unread, None)
@@ -181,6 +191,8 @@ class Run(Interpreter):
         if entry not in self._entries and any(n.name == entry for n in self.env):
             self._entries[entry] = self.value_of(entry)
         value = self._entries[entry] if has_value else None
+        if not has_value:
+            self._missing.add(node)
         self._users[entry] -= 1
         if not self._users[entry]:
             self._entries.pop(entry, None)

@@ -244,7 +244,8 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     form, network = match.theirs, match.theirs.network
     there = {ours.name: node for node, ours in match.nodes.items()}
     counting = [there[n] for n in layer.nodes if n in there]
-    carrying = {there[n] for n in layer.carriers if n in there}
+    holding = (match.ours.source(match.ours.network.nodes[n]).name for n in layer.carriers)
+    carrying = {there[n] for n in holding if n in there}
     inside, carriers = dict.fromkeys([*counting, *_between(form, counting)]), []
     nodes = [n for n in network.module.graph.nodes if n in inside]
     for node in nodes:
