@@ -123,6 +123,27 @@ def test_bypassed_layers_may_follow_each_other():
         assert torch.equal(seen["_6"], traced.module.get_submodule("6")(seen["_1"]))
 
 
+class Sized(nn.Module):
+    """Reads a size of a value inside a layer, for what comes behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        inside = self.b(torch.relu(self.a(x)))
+        count = inside.size(0)
+        return self.c(x + inside).view(-1, 3)[: count + 0]
+
+
+def test_what_is_made_of_a_value_that_is_not_computed_is_not_run_either():
+    traced, x, seen = network(randomise(Sized()), torch.randn(2, 6)), torch.randn(2, 6), {}
+    bypass = {n: ("x", n == "add") for n in ("a", "relu", "b", "add")}
+    walk([traced], (x,), lambda n, values: seen.update({n.name: values[0]}), [bypass])
+    assert seen["size"] is None and seen["c"] is not None
+    assert seen["output"] is None
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 
