@@ -11,6 +11,7 @@ import fxfuse
 from fxfuse.errors import PairingError
 from fxfuse.refit.moments import MatchMoments
 from tests.support.coverage import coverage
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION, PERMUTATION
 
 # Units that can be exchanged, at least. For googlenet and inception_v3 these are all there are:
@@ -48,9 +49,7 @@ QUICK = {
     "mobilenet_v3_small",  # depthwise convolutions, gates
     "shufflenet_v2_x1_0",  # interleaved streams
     "regnet_y_400mf",  # groups
-    "googlenet",  # heads of training mode only
-    "convnext_tiny",  # layer norm, layer scale
-    "swin_t",  # shifted windows, heads, tables of relative positions
+    "swin_t",  # layer norm, shifted windows, heads, tables of relative positions
 }
 
 
@@ -69,14 +68,8 @@ DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 QUICK_PAIRS = {
     "resnet18+resnet34",
     "mobilenet_v2?width_mult=0.5+mobilenet_v2?width_mult=1.0",
-    "resnet18+vgg11",
     "mobilenet_v3_small+mobilenet_v3_large",
 }
-
-
-def names(found, quick):
-    slow = pytest.mark.sweep
-    return [name if name in quick else pytest.param(name, marks=slow) for name in found]
 
 
 def method_for(name, quick):
@@ -88,7 +81,7 @@ def all_names():
     return [n for n in coverage.names_in("torchvision") if n not in coverage.GIANTS]
 
 
-@pytest.mark.parametrize("name", names(all_names(), QUICK))
+@pytest.mark.parametrize("name", some(all_names(), *QUICK))
 def test_all_units_of_a_network_can_be_permuted(name):
     net = coverage.build(name)
     x = coverage.example(name, net, 2)
@@ -98,7 +91,7 @@ def test_all_units_of_a_network_can_be_permuted(name):
     net.load_state_dict(shuffled.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("name", names(all_names(), QUICK_FUSED))
+@pytest.mark.parametrize("name", some(all_names(), *QUICK_FUSED))
 def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
     net = coverage.build(name)
     x = coverage.example(name, net, 8, small=True)
@@ -108,7 +101,7 @@ def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
     net.load_state_dict(fused.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("pair", names(sorted(set(coverage.PAIRS) - REFUSED), QUICK_PAIRS))
+@pytest.mark.parametrize("pair", some(sorted(set(coverage.PAIRS) - REFUSED), *QUICK_PAIRS))
 def test_pairs_of_a_family_balance_exactly_and_fuse_into_the_deeper_class(pair):
     both = pair.split("+")
     nets = [coverage.build(name, seed) for seed, name in enumerate(both)]
@@ -121,7 +114,7 @@ def test_pairs_of_a_family_balance_exactly_and_fuse_into_the_deeper_class(pair):
         nets[1].load_state_dict(fused.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("pair", names(sorted(REFUSED), QUICK_PAIRS))
+@pytest.mark.parametrize("pair", some(sorted(REFUSED), *QUICK_PAIRS))
 def test_networks_of_other_families_are_refused_with_both_lists_of_segments(pair):
     both = pair.split("+")
     nets = [coverage.build(name) for name in both]

@@ -306,8 +306,8 @@ def copies_of_unequal_depth_and_width(count, data):
     ("count", "coupling"),
     [
         (3, fxfuse.Method().coupling),
-        (4, fxfuse.Method().coupling),
-        (6, fxfuse.Method().coupling),
+        pytest.param(4, fxfuse.Method().coupling, marks=pytest.mark.sweep),
+        pytest.param(6, fxfuse.Method().coupling, marks=pytest.mark.sweep),
         (4, WeightTransport()),
     ],
 )

@@ -28,6 +28,7 @@ from tests.support.nets import (
     outputs,
     randomise,
 )
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION
 
 VECTORS, IMAGES = torch.randn(4, 6), torch.randn(4, 3, 8, 8)
@@ -409,7 +410,7 @@ def pair(act, gate=False, norm=True, inner=11, deep=9):
     return [randomise(first, 1), randomise(second, 2)]
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", some(ACTS, nn.ReLU, nn.ReLU6, nn.SiLU, nn.ELU))
 @pytest.mark.parametrize("gate", [False, True])
 def test_a_run_that_one_network_lacks_passes_on_its_input(act, gate):
     nets = pair(act, gate)

@@ -53,6 +53,7 @@ from tests.support.nets import (
     residual,
     stages,
 )
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
@@ -435,7 +436,7 @@ UNEQUAL = {  # networks, and layers of the first and the second that are aligned
 }
 
 
-@pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.parametrize("name", some(UNEQUAL, "plain", "heads of other depths", "tokens"))
 def test_all_weight_on_one_network_gives_it_from_its_head(name):
     make, places = UNEQUAL[name]
     nets, x = [randomise(n, s) for s, n in enumerate(make(), 1)], images()
