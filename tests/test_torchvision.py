@@ -67,7 +67,6 @@ DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 
 QUICK_PAIRS = {
     "resnet18+resnet34",
-    "mobilenet_v2?width_mult=0.5+mobilenet_v2?width_mult=1.0",
     "mobilenet_v3_small+mobilenet_v3_large",
 }
 

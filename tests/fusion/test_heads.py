@@ -367,7 +367,7 @@ SAME_TRUNK = {  # a network, its last layer, and a layer inside
 }
 
 
-@pytest.mark.parametrize("name", SAME_TRUNK)
+@pytest.mark.parametrize("name", some(SAME_TRUNK, "residual, inside a stage", "linear", "tokens"))
 def test_different_heads_on_the_same_permuted_trunk_both_come_back(name):
     make, last, inside = SAME_TRUNK[name]
     net, x = randomise(make()), images()
@@ -456,7 +456,7 @@ WIDE = {  # networks of unlike units, and layers of the first to cut behind
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("name", some(WIDE, "plain", "linear"))
 def test_with_places_for_all_units_every_head_gives_what_its_network_gives(name):
     make, cuts = WIDE[name]
     nets, x = [randomise(n, s) for s, n in enumerate(make(), 1)], images()
