@@ -109,7 +109,8 @@ def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
     """Return one figure of every preset, a column for each situation of `examples/methods.py`."""
     found = [[row for record in records(f"methods-{n}-") for row in record["rows"]] for n in names]
     rows = []
-    for row in dict.fromkeys(r["name"] for column in found for r in column):
+    every = dict.fromkeys(r["name"] for column in found for r in column)
+    for row in sorted(every, key=lambda name: not name.startswith("parent")):  # these come first
         of_row = [[r[key] for r in column if r["name"] == row and key in r] for column in found]
         if any(of_row):
             rows.append([row, *(f"{statistics.mean(v):.{digits}f}" if v else "" for v in of_row)])

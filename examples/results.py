@@ -134,6 +134,11 @@ def _read(path: Path) -> Record:
         ) from error
 
 
+def plain(name: str) -> str:
+    """Return the name of a row as it stands in a picture."""
+    return name.replace("`", "")
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draw accuracy against epochs from each start, means over the seeds."""
     import matplotlib
@@ -150,10 +155,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
         curves = [[r["before"], *(e["test"] for e in r["epochs"])] for r in rows if r.get("epochs")]
         if curves:
             means = [statistics.mean(at) for at in zip(*curves)]
-            axes.plot(range(len(means)), means, marker="o", markersize=3, label=name)
+            axes.plot(range(len(means)), means, marker="o", markersize=3, label=plain(name))
         elif rows and rows[0].get("before") is not None:
             level = statistics.mean(r["before"] for r in rows)
-            axes.axhline(level, linestyle=next(dashes), color="grey", label=name)
+            axes.axhline(level, linestyle=next(dashes), color="grey", label=plain(name))
     axes.set(xlabel="epochs after the start", ylabel="test accuracy in %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -163,16 +168,20 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 
 def render(
-    folder: Path, question: str, title: str, table: Table, picture: Picture = draw
+    folder: Path,
+    question: str,
+    title: str,
+    table: Table,
+    picture: Picture = draw,
 ) -> list[Path]:
-    """Write a table, and where runs have epochs a plot, for every group of records."""
+    """Write a table, and where runs have epochs a picture, for every group of records."""
     written = []
     for name, records in groups(folder, question).items():
         curves = any(row.get("epochs") for record in records for row in record["rows"])
         lines = [f"# {title}", stated(records), table(records)]
         if curves:
             picture(records, folder / f"{name}.png")
-            lines.append(f"![accuracy against epochs]({name}.png)")
+            lines.append(f"![{title}]({name}.png)")
             written.append(folder / f"{name}.png")
         write_text(folder / f"{name}.md", "\n\n".join(lines) + "\n")
         written.append(folder / f"{name}.md")

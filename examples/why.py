@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from experiment import FEW, Lab, Question, main, row
 from headline import PROBED, runs
-from results import Record, cells, found, names_of
+from results import Record, cells, found, names_of, plain
 from torch import Tensor, nn
 
 from fxfuse._files import write_atomically
@@ -119,7 +119,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
         marker = {"marker": next(markers), "markersize": 4}
         for key, axes in panels.items():
             curves = [[r["start"].get(key), *(e.get(key) for e in r["epochs"])] for r in rows]
-            axes.plot(*_mean_curve(curves), label=name, **marker)
+            axes.plot(*_mean_curve(curves), label=plain(name), **marker)
         lines = _mean_curve([r["line"] for r in rows])[1]
         grid.flat[4].plot([i / (POINTS - 1) for i in range(len(lines))], lines, **marker)
     for key, axes in panels.items():
