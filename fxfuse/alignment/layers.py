@@ -5,6 +5,9 @@ neighbours on the chain lies either nothing or a region with parallel paths (a b
 step of the chain that contracts parameters, with the norm and activation behind it. A segment is a
 maximal run of layers on one kind of tensor at one output resolution. The layer that writes the
 output is a segment of its own. Blocks can be taken apart into the layers of the chains inside them.
+
+Other steps (a pad, a shuffle, a product with an input) belong to no layer, as a pooling does, or,
+where each layer has its own, to the layer in front of them or behind them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby, takewhile
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import fx
 
@@ -21,6 +24,9 @@ from ..ir import Layer, Segment
 from ..spaces.network import Network
 from .chain import SOURCE, Chain, End, Step, chain_steps, chains_inside
 from .normal_form import NormalForm
+
+Owner = Literal["none", "in front", "behind"]  # the layer that steps between layers belong to
+OWNERS: tuple[Owner, ...] = ("none", "in front", "behind")
 
 
 def partition(network: Network) -> tuple[Segment, ...]:
@@ -38,6 +44,7 @@ class Anatomy:
 
     Args:
         network: The network; not modified.
+        owner: Which layer steps belong to that contract nothing.
 
     Attributes:
         segments: Its layers along its chain, see `partition`.
@@ -45,8 +52,8 @@ class Anatomy:
             there contracts parameters.
     """
 
-    def __init__(self, network: Network) -> None:
-        self._form, self._names = NormalForm(network), set[str]()
+    def __init__(self, network: Network, owner: Owner = "none") -> None:
+        self._form, self._names, self._owner = NormalForm(network), set[str](), owner
         self._parts: dict[tuple[str, ...], _Part] = {}
         first, *steps = chain_steps(self._form)
         layers = self._layers(steps)
@@ -72,7 +79,8 @@ class Anatomy:
         return self._form.hashes_past(entries_of(self._form, layers))[output]
 
     def _layers(self, chain: Chain) -> list[Layer]:
-        parts = _parts(self._form, [step for step in chain if step.entry != SOURCE])
+        steps = [step for step in chain if step.entry != SOURCE]
+        parts = _with_other_steps(self._form.network, *_parts(self._form, steps), self._owner)
         return [self._layer(part) for part in _without_norms_of_their_own(self._form, parts)]
 
     def _layer(self, part: _Part) -> Layer:
@@ -95,21 +103,49 @@ def _runs(layers: Sequence[Layer]) -> tuple[Segment, ...]:
 
 
 class _Part(NamedTuple):
-    """The nodes of a layer: its step of the chain, and what follows it there."""
+    """The nodes of a layer: its step of the chain, and what belongs to it there.
+
+    Attributes:
+        step: The step that contracts parameters.
+        nodes: Its nodes, and those that pick one of several outputs.
+        tail: The norms and activations behind it.
+        lead: Other steps in front of it.
+        rest: Other steps behind it.
+    """
 
     step: Step
     nodes: list[fx.Node]
     tail: list[fx.Node]
+    lead: Sequence[Step] = ()
+    rest: Sequence[Step] = ()
+
+    @property
+    def entry(self) -> End:
+        return self.lead[0].entry if self.lead else self.step.entry
+
+    @property
+    def all_nodes(self) -> list[fx.Node]:
+        """All its nodes, in order."""
+        return [*_nodes_of(self.lead), *self.nodes, *self.tail, *_nodes_of(self.rest)]
 
 
-def _parts(form: NormalForm, steps: Chain) -> list[_Part]:
-    """Return the steps that contract parameters, each with the norms and activations behind it."""
+def _nodes_of(steps: Sequence[Step]) -> list[fx.Node]:
+    return [node for step in steps for node in (*step.region, step.exit)]
+
+
+def _parts(form: NormalForm, steps: Chain) -> tuple[list[_Part], list[Chain]]:
+    """Return the steps that contract parameters, each with the norms and activations behind it.
+
+    And other steps: in front of the first of these, between two of them, behind the last.
+    """
     network, i = form.network, 0
-    parts = []
+    parts: list[_Part] = []
+    gaps: list[Chain] = [[]]
     while i < len(steps):
         step = steps[i]
         i += 1
         if not any(n.name in network.weights for n in [*step.region, step.exit]):
+            gaps[-1].append(step)
             continue
         part = _Part(step, [*step.region, step.exit], [])
         while i < len(steps) and _picks_output(network, steps[i]):
@@ -119,7 +155,42 @@ def _parts(form: NormalForm, steps: Chain) -> list[_Part]:
             part.tail.append(steps[i].exit)
             i += 1
         parts.append(part)
-    return parts
+        gaps.append([])
+    return parts, gaps
+
+
+def _with_other_steps(
+    network: Network, parts: Sequence[_Part], gaps: Sequence[Chain], owner: Owner
+) -> list[_Part]:
+    """Give layers the steps between them that keep, or restore, the form of what they hand on."""
+    if owner == "none":
+        return list(parts)
+    owning = []
+    for part, gap in zip(parts, gaps if owner == "behind" else gaps[1:]):
+        form = _form_of(network, part.nodes[-1])[:2]
+        step_ends = [s.entry if owner == "behind" else s.exit for s in gap]
+        alike = [
+            i
+            for i, end in enumerate(step_ends)
+            if isinstance(end, fx.Node)
+            and end.op != "output"
+            and _form_of(network, end)[:2] == form
+        ]
+        if alike and owner == "behind":
+            part = part._replace(lead=gap[alike[0] :])
+        elif alike:
+            part = part._replace(rest=gap[: alike[-1] + 1])
+        owning.append(part)
+    return owning
+
+
+def _form_of(network: Network, node: fx.Node) -> tuple[tuple[int, int], tuple[int, ...], int]:
+    """Return the layout of a value, its resolution and its width."""
+    shape = network.shapes.get(node.name, ())
+    dim = _feature_axis(network, node, len(shape))
+    samples = [axis for axis in network.samples_axes(node) if axis != dim] or [0]
+    resolution = tuple(n for d, n in enumerate(shape) if d not in (samples[0], dim))
+    return (len(shape), dim), resolution, shape[dim] if shape else 0
 
 
 def _without_norms_of_their_own(form: NormalForm, parts: list[_Part]) -> list[_Part]:
@@ -127,7 +198,7 @@ def _without_norms_of_their_own(form: NormalForm, parts: list[_Part]) -> list[_P
 
     It is one if layers that are the same but for it have none, or if the block has a norm in front.
     """
-    ends = [_end_of_its_own(form, part) for part in parts]
+    ends = [None if part.rest else _end_of_its_own(form, part) for part in parts]
     plain = {
         _kind(form, part.step.entry, [*part.nodes, *part.tail])
         for part, end in zip(parts, ends)
@@ -180,24 +251,22 @@ def _follows_layer(network: Network, step: Step) -> bool:
 
 
 def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
-    network, step, nodes = form.network, part.step, [*part.nodes, *part.tail]
+    network, step, nodes = form.network, part.step, part.all_nodes
     firsts = takewhile(lambda n: not network.is_activation(n), part.tail)
     pre_activation = [part.nodes[-1], *firsts][-1]
-    shape = network.shapes.get(nodes[-1].name, ())
-    dim = _feature_axis(network, nodes[-1], len(shape))
-    samples = [axis for axis in network.samples_axes(nodes[-1]) if axis != dim] or [0]
+    layout, resolution, width = _form_of(network, nodes[-1])
     return Layer(
         name=_name(network, nodes, taken),
-        kind=_kind(form, step.entry, nodes),
+        kind=_kind(form, part.entry, nodes),
         nodes=tuple(n.name for n in nodes),
-        entry=str(step.entry),
+        entry=str(part.entry),
         merge=step.exit.name,
         pre_activation=pre_activation.name,
         producers=tuple(n.name for n in nodes if n.name in network.weights),
         branched=bool(step.region),
-        resolution=tuple(n for d, n in enumerate(shape) if d not in (samples[0], dim)),
-        layout=(len(shape), dim),
-        width=shape[dim] if shape else 0,
+        resolution=resolution,
+        layout=layout,
+        width=width,
     )
 
 

@@ -14,7 +14,7 @@ from ..errors import PairingError
 from ..ir import Alignment, Layer, Segment
 from ..spaces.network import Network
 from .aligners import Monotone, count_maps
-from .layers import Anatomy, partition
+from .layers import OWNERS, Anatomy, partition
 
 MOST_WAYS = 64  # to take blocks apart that are tried
 
@@ -85,15 +85,32 @@ def pair_segments(
         lanes = list(segments)
         paired = _paired(lanes)
     else:
-        bodies = [Anatomy(n) for n in networks]
+        lanes, paired = _pair_all(networks)
+    if isinstance(paired, int):
+        raise _mismatch(networks, lanes, min(paired, max(map(len, lanes)) - 1))
+    return paired
+
+
+def _pair_all(
+    networks: Sequence[Network],
+) -> tuple[list[tuple[Segment, ...]], list[SegmentGroup] | int]:
+    """Return all segments, and how they pair; steps between layers belong to these if need be.
+
+    They need to where networks differ in such steps once what not all of them have is passed by.
+    """
+    usual: tuple[list[tuple[Segment, ...]], list[SegmentGroup] | int] | None = None
+    for owner in OWNERS:
+        bodies = [Anatomy(n, owner) for n in networks]
         fronts = [body.front for body in bodies]
         lanes = [body.segments for body in bodies]
         if None not in fronts and len({x.kind for x in fronts if x is not None}) > 1:
             lanes = [(Segment((x,)), *lane) for x, lane in zip(fronts, lanes) if x is not None]
         paired = _opened(bodies, lanes, [MOST_WAYS])
-    if isinstance(paired, int):
-        raise _mismatch(networks, lanes, min(paired, max(map(len, lanes)) - 1))
-    return paired
+        if not isinstance(paired, int) and _agree(bodies, paired):
+            return lanes, paired
+        usual = usual or (lanes, paired)
+    assert usual is not None
+    return usual
 
 
 def layers_paired(networks: Sequence[Network], alignment: Alignment) -> list[dict[str, Layer]]:
@@ -103,13 +120,12 @@ def layers_paired(networks: Sequence[Network], alignment: Alignment) -> list[dic
         networks: The networks.
         alignment: Of their layers, with blocks taken apart if need be.
     """
-    plain = [[x for s in partition(n) for x in s.layers] for n in networks]
-    layers = plain
-    if not _names(alignment, plain):
-        with suppress(PairingError):
-            groups = pair_segments(networks)
-            apart = [[x for g in groups for x in g.segments[k].layers] for k in range(len(plain))]
-            layers = apart if _names(alignment, apart) else plain
+    layers = [[x for s in partition(n) for x in s.layers] for n in networks]
+    with suppress(PairingError):
+        groups = pair_segments(networks)
+        paired = [[x for g in groups for x in g.segments[k].layers] for k in range(len(networks))]
+        if _names(alignment, paired):
+            layers = paired
     return [{x.name: x for x in of_one} for of_one in layers]
 
 

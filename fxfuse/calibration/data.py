@@ -23,6 +23,7 @@ from ..graph.calls import Call, Example, Reader, ToCall, require_readable
 from ..graph.inputs import Inputs
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
+from ..graph.recurrent import depths_of, take_apart
 from ..graph.state import device_of, ties_of, untie
 from ..graph.trace import at_least_single, run_once, trace_alike
 from ..graph.wrappers import unwrapped
@@ -425,6 +426,9 @@ def _analyse_all(
         for graph in graphs:
             untie(graph)
     inputs = [tuple(t.to(device_of(g)) for t in example) for g in graphs]
+    if len({tuple(depths_of(g)) for g in graphs}) > 1:
+        for graph, x in zip(graphs, inputs):
+            take_apart(graph, x)
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     if not outputs_may_differ:
         _require_same_outputs(outputs, names)

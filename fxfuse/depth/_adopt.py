@@ -246,13 +246,14 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     counting = [there[n] for n in layer.nodes if n in there]
     holding = (match.ours.source(match.ours.network.nodes[n]).name for n in layer.carriers)
     carrying = {there[n] for n in holding if n in there}
+    source = match.ours.source(match.ours.network.nodes[layer.entry])
     inside, carriers = dict.fromkeys([*counting, *_between(form, counting)]), []
+    inside |= dict.fromkeys(_reshaped_at_end(match, layer, there))
     nodes = [n for n in network.module.graph.nodes if n in inside]
     for node in nodes:
         data = network.carries_data(node)
         if node in carrying or data and not form.counts(node) and form.source(node) in carrying:
             carriers.append(node.name)
-    source = match.ours.source(match.ours.network.nodes[layer.entry])
     read = (n for node in nodes for n in network.inputs_of(node) if n not in inside)
     entry = next(n for n in read if match.nodes.get(form.source(n)) is source)
     return replace(
@@ -262,6 +263,28 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
         carriers=tuple(carriers),
         zeroed=tensors.silent(counting, layer.zeroed),
     )
+
+
+def _reshaped_at_end(match: _Match, layer: AbsentLayer, there: dict[str, fx.Node]) -> list[fx.Node]:
+    """Return what gives the value of a layer, in the other graph, the form that it had in ours."""
+    network, form = match.ours.network, match.theirs
+    end = network.nodes[layer.nodes[-1]]
+    source, shapes = match.ours.source(end), form.network.shapes
+    rank = len(network.shapes[end.name])
+    if source is end or len(network.shapes[source.name]) == rank:
+        return []
+    for node in form.network.module.graph.nodes:
+        of_it = form.network.carries_data(node) and form.source(node) is there[source.name]
+        if of_it and not form.counts(node) and len(shapes[node.name]) == rank:
+            return list(_handed_on(form, node))
+    return []
+
+
+def _handed_on(form: NormalForm, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node that does not count, and those that handed its value on to it."""
+    while not form.counts(node):
+        yield node
+        node = form.network.inputs_of(node)[0]
 
 
 def _between(form: NormalForm, counting: Sequence[fx.Node]) -> Iterator[fx.Node]:

@@ -160,6 +160,7 @@ def _insert(
     for read, value in insertion.beside.items():
         copies[insertion.template.nodes[read]] = _latest(module, last, value)
     width, templates = streams.width(insertion.after), _layer_nodes(insertion, copies)
+    _compute_early(insertion, copies, after)
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     place = max(copies.values(), key=order.__getitem__)
     readers = [n for n in after.users if order[n] > order[place]]
@@ -202,6 +203,24 @@ def _insert(
     for node in templates:
         copies[node].meta[STAMP] = stamp
     return end
+
+
+def _compute_early(insertion: Insertion, copies: Mapping[fx.Node, fx.Node], after: fx.Node) -> None:
+    """Move given values that a layer reads in front of everything that reads its entry."""
+    given = given_nodes(insertion.template)
+    needed = {value for node, value in copies.items() if node in given}
+    waiting = list(needed)
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in needed:
+                needed.add(node)
+                waiting.append(node)
+    at, behind = after, False
+    for node in list(after.graph.nodes):
+        if behind and node in needed and node.op != "placeholder":
+            at.append(node)
+            at = node
+        behind = behind or node is after
 
 
 def _latest(module: fx.GraphModule, last: Mapping[str, fx.Node], name: str) -> fx.Node:

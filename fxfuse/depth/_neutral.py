@@ -106,6 +106,7 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
     insertion = copied.insertion
     layer, template = insertion.layer, insertion.template
     zeroed: frozenset[str] = frozenset()
+    _require_no_other_steps(insertion)
     if insertion.shared:
         raise no_neutral_form(layer.name, "it computes with a weight of another layer")
     if insertion.parts:
@@ -124,6 +125,18 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
         if template.is_norm(node):
             fill_norm(copied, node)
     return zeroed
+
+
+def _require_no_other_steps(insertion: Insertion) -> None:
+    """Refuse layers with other steps than norms and activations in front of them or behind."""
+    layer, template = insertion.layer, insertion.template
+    at = layer.nodes.index(layer.merge)
+    in_front = () if layer.branched or insertion.parts else layer.nodes[:at]
+    beside = [template.nodes[name] for name in (*in_front, *layer.nodes[at + 1 :])]
+    for node in beside:
+        usual = template.is_norm(node) or template.is_activation(node) or template.is_idle(node)
+        if not usual:
+            raise no_neutral_form(layer.name, f"'{node.name}' belongs to it")
 
 
 class NoNeutralForm(PassError):

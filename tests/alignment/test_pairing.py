@@ -1,5 +1,7 @@
 """Blocks that keep segments from pairing are taken apart."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -71,7 +73,35 @@ class Levels(nn.Module):
         return self.up(torch.cat([x, self.inner(x)], 1))
 
 
+class Stepping(nn.Module):
+    """Layers that each have a step of their own, in front or behind."""
+
+    def __init__(self, depth, inputs=6, front=lambda x: x, behind=lambda x: x):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(inputs, 6) for _ in range(depth))
+        self.out, self.front, self.behind = nn.Linear(6, 2), front, behind
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.behind(torch.relu(layer(self.front(x))))
+        return self.out(x)
+
+
+def shuffled(x):
+    return x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6)
+
+
+def padded(x):
+    return nn.functional.pad(x, (0, 2), value=0.5)
+
+
 PAIRS = {
+    "a shuffle behind each layer": tuple(
+        partial(Stepping, depth, behind=shuffled) for depth in (3, 1)
+    ),
+    "a pad in front of each layer": tuple(
+        partial(Stepping, depth, 8, front=padded) for depth in (3, 1)
+    ),
     "a skip around all layers": (lambda: Trunk(3), lambda: Trunk(1)),
     "towers": (lambda: Towers(3), lambda: Towers(1)),
     "a value that all layers read": (lambda: Conditioned(3), lambda: Conditioned(1)),
