@@ -19,6 +19,7 @@ from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
 from .coupling.cca import CanonicalCorrelation
 from .coupling.dual_space import DualSpace
+from .coupling.matched_averaging import MatchedAveraging
 from .coupling.measure import View
 from .coupling.plans import one_map
 from .coupling.transport import InPlace, LayerByLayer, Transport
@@ -157,6 +158,10 @@ mudsc = Method(coupling=DualSpace(), refit=ResetNorms())
 #: CCA-Merge (Horoi et al.): features turned onto each other by canonical correlations.
 cca_merge = Method(coupling=CanonicalCorrelation(), refit=ResetNorms())
 
+#: FedMA (Wang et al.): units matched by their weights into layers that grow, in one shot. Give the
+#: clients' sample counts as `weights=`.
+fedma = Method(coupling=MatchedAveraging(), refit=ResetNorms())
+
 #: REPAIR (Jordan et al.): permutations by correlation, then the moments of each unit.
 repair = Method(coupling=Transport(view=View(activated=True)), refit=MatchMoments())
 
@@ -180,6 +185,7 @@ NAMED: dict[str, Method | Transfer] = {
     "mudsc": mudsc,
     "cca_merge": cca_merge,
     "repair": repair,
+    "fedma": fedma,
 }
 
 

@@ -3,6 +3,7 @@
 from .c2m3 import CycleConsistent
 from .cca import CanonicalCorrelation
 from .dual_space import DualSpace
+from .matched_averaging import MatchedAveraging
 from .measure import View
 from .plans import one_map, two_maps
 from .transport import InPlace, LayerByLayer, Transport
@@ -15,6 +16,7 @@ __all__ = [
     "DualSpace",
     "InPlace",
     "LayerByLayer",
+    "MatchedAveraging",
     "MergeMany",
     "Transport",
     "View",

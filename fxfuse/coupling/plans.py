@@ -52,6 +52,15 @@ class CouplingMethod(Protocol):
     widest: ClassVar[bool] = False
 
     @property
+    def room(self) -> float | None:
+        """How many units it may give the fused network, relative to the widest of the networks.
+
+        It is then called with a problem that has a host for them (`width.growth`). None, the
+        default, if it gives it those of the anchor.
+        """
+        return None
+
+    @property
     def view(self) -> View | None:
         """What is to be measured of the units; None, the default, if only weights count."""
         return None

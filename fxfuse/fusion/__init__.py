@@ -1,12 +1,14 @@
 """The way of the data from networks to a network: fuse, heads, choice of weights, barrier."""
 
 from .barrier import Barrier, barrier, compare
+from .federated import Aggregation
 from .fuse import FAIR, Method, align, balance, fuse, fuse_along, net2deeper
 from .heads import Separate, Union
 from .narrow import narrow
 from .transfer import transfer
 
 __all__ = [
+    "Aggregation",
     "Barrier",
     "FAIR",
     "Method",

@@ -15,14 +15,14 @@ from scipy.sparse import csr_array
 from .._progress import Clock
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, correlation
-from ..coupling.measure import measure
+from ..coupling.measure import Evidence, measure
 from ..coupling.mixing import Couplings, Mixer
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.sizes import sized_alike
 from ..coupling.transport import GroundCosts
 from ..depth.deepen import Balanced
-from ..errors import ModelError
+from ..errors import ArgumentError, ModelError
 from ..graph.state import not_finite
 from ..graph.trace import run_once
 from ..graph.verify import lint
@@ -32,6 +32,7 @@ from ..refit.moments import Outcome, Refit
 from ..report.report import CouplingReport, Report, SpaceReport
 from ..spaces.network import Network
 from ..width.budget import Room, with_room
+from ..width.growth import with_host, without_spare_units
 
 OutputMoments = dict[str, list[Moments | None]]  # by node, of each network that has it
 
@@ -61,12 +62,22 @@ def couple(
     Returns:
         The couplings; the moments of the networks' outputs at the nodes that the refit names;
         and the spaces that kept their width though more was asked for, with the reason.
+
+    Raises:
+        ArgumentError: If a width is given and the coupling chooses it.
     """
+    if coupling.room is not None and width != 1:
+        raise ArgumentError(
+            f"width {width} and a coupling that says itself how many units there are",
+            where="the argument `width`",
+            expected="one of the two",
+            do="leave the width out, and set the coupling's own limit",
+        )
     with clock.stage("measure units"):
         samples = min(data.samples, refit.samples(problem.networks))
         evidence = measure(problem, data, coupling.view, refit.settles(problem), samples)
     with clock.stage("couple units"):
-        couplings = replace(sized_alike(coupling(problem, evidence)), mixer=mixer)
+        couplings = replace(_coupled(problem, evidence, coupling), mixer=mixer)
     if width == 1:
         return couplings, evidence.outputs, {}
     couplings = couplings.weighted(problem.weights)  # where there is room, all have a share
@@ -74,6 +85,14 @@ def couple(
         costs = GroundCosts(problem, evidence, correlation)
         couplings, narrow = with_room(couplings, width, costs, room)
     return couplings, evidence.outputs, narrow
+
+
+def _coupled(problem: Problem, evidence: Evidence, coupling: CouplingMethod) -> Couplings:
+    """Couple the units, in a wider network if the coupling asks for room."""
+    if coupling.room is None:
+        return sized_alike(coupling(problem, evidence))
+    couplings = sized_alike(coupling(with_host(problem, coupling.room), evidence))
+    return without_spare_units(couplings, problem)
 
 
 def make(

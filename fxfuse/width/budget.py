@@ -218,11 +218,11 @@ def with_room(
         )
     problem = couplings.problem
     base = problem.structure
-    fixed = _fixed(base)
+    fixed = fixed_spaces(base)
     free = [space.name for space in base.spaces if space.name not in fixed]
     chosen = room(base, width, {name: _candidates(couplings, name, costs) for name in free})
-    host, kept = _host(base, {name: len(owners) for name, owners in chosen.items()})
-    wider = _hosted(problem, host)
+    host, kept = host_of(base, {name: len(owners) for name, owners in chosen.items()})
+    wider = hosted(problem, host)
     maps = {}
     for name, spaces in wider.spaces.items():
         before, after = spaces[problem.anchor], spaces[wider.anchor]
@@ -234,7 +234,7 @@ def with_room(
     return Couplings(wider, maps), fixed | kept
 
 
-def _hosted(problem: Problem, host: Network) -> Problem:
+def hosted(problem: Problem, host: Network) -> Problem:
     """Return the problem with one more network, which gives the structure and has no weight."""
     # a network that counts in the outputs needs its own units, even if its weight is zero
     outputs = problem.output_weights
@@ -250,7 +250,7 @@ def _hosted(problem: Problem, host: Network) -> Problem:
     )
 
 
-def _fixed(base: Network) -> dict[str, str]:
+def fixed_spaces(base: Network) -> dict[str, str]:
     """Return the spaces that cannot have any number of units, each with the reason."""
     parents, under_norms = {s.parent for s in base.spaces}, spaces_under_norms(base)
     output = base.module.graph.output_node()
@@ -285,7 +285,7 @@ def _candidates(couplings: Couplings, name: str, costs: Costs) -> list[Owner]:
     return [owner for _, owner in sorted(candidates)]
 
 
-def _host(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
+def host_of(base: Network, more: dict[str, int]) -> tuple[Network, dict[str, str]]:
     """Return a network of the anchor's structure with more units, and what could not have more.
 
     Not every number of units can be had where sizes come in equal parts. A space that cannot have
