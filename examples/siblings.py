@@ -3,16 +3,21 @@
 Small networks are trained on CIFAR-10 images of ../shared, and two copies are tuned: on halves of
 other images, on noise against low contrast, or on labels 0 to 4 against 5 to 9 (tested on all ten).
 
-    python examples/siblings.py [--images FOLDER] [--cache FOLDER] [--networks resnet vgg vit]
-                                [--tunings halves corruptions labels] [--seeds 3]
+    python examples/siblings.py [FOLDER] [--images FOLDER] [--cache FOLDER] [--seeds 3]
+                                [--networks resnet vgg vit] [--tunings halves corruptions labels]
                                 [--train 6000] [--tune 3000] [--test-images 3000]
+
+One record for each kind of network and tuning goes to FOLDER (`examples/results` if not given).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,13 +25,17 @@ from pathlib import Path
 import cifar_resnet as cifar
 import torch
 import torch.nn.functional as F
+from experiment import hardware
 from networks import CifarResNet, Vgg, accuracy, predict
 from one_shot import lines, words
 from torch import Tensor, nn
-from training import cached
+from training import cached, distil
 
 import fxfuse
+from fxfuse._files import write_text
 from fxfuse.coupling import Transport
+from fxfuse.errors import FusionWarning
+from fxfuse.version import versions
 
 
 class Block(nn.Module):
@@ -130,7 +139,7 @@ def train(
 
 
 def siblings(name: str, tuning: str, seed: int, args: argparse.Namespace) -> list[nn.Module]:
-    """Return two networks tuned from one checkpoint; kept in the cache."""
+    """Return a checkpoint and two networks tuned from it; kept in the cache."""
     make, rate, epochs = NETWORKS[name]
     x, y = args.training
     first, rest = slice(args.train), slice(args.train, args.train + args.tune)
@@ -140,14 +149,14 @@ def siblings(name: str, tuning: str, seed: int, args: argparse.Namespace) -> lis
         return train(make(), x[first], y[first], epochs, rate, seed)
 
     start = cached(args.cache / f"{name}-{seed}.safetensors", make(), base)
-    tuned = []
+    found = [start]
     for k, change in enumerate(TUNINGS[tuning]):
         own = part(tuning, k, x[rest], y[rest])
         copied = copy.deepcopy(start)
         further = partial(train, copied, *own, 2, rate / 5, 10 * seed + k, change)
         path = args.cache / f"{name}-{seed}-{tuning}{k}.safetensors"
-        tuned.append(cached(path, make(), further))
-    return tuned
+        found.append(cached(path, make(), further))
+    return found
 
 
 def tested(nets: Sequence[nn.Module], tuning: str, x: Tensor, y: Tensor) -> float:
@@ -172,31 +181,59 @@ def calibration(tuning: str, seed: int, args: argparse.Namespace) -> Tensor:
     return torch.cat(parts)[torch.randperm(len(rows), generator=generator)]
 
 
-METHODS = {
+METHODS: dict[str, Callable[..., nn.Module]] = {
     "average": fxfuse.presets.average,
     "default": fxfuse.presets.best,
+    "default, auto": partial(fxfuse.presets.best, weights="auto"),
     "default, fitted": fxfuse.Method(coupling=Transport(agreement=4.0)),
 }
+#: These are told the checkpoint, as the first of the networks.
+OF_CHANGES = {
+    "task arithmetic": fxfuse.presets.task_arithmetic,
+    "TIES": fxfuse.presets.ties,
+}
+DISTILLED = "average, distilled"
+COLUMNS = ("checkpoint", "better parent", "ensemble", *METHODS, *OF_CHANGES, DISTILLED)
 
 
-def row(name: str, tuning: str, args: argparse.Namespace) -> list[str]:
-    """Return the figures of one kind of network and tuning."""
-    columns: dict[str, list[float]] = {}
-    x, y = args.test
-    for seed in range(args.seeds):
-        nets = siblings(name, tuning, seed, args)
-        alone = [tested([n], tuning, x, y) for n in nets]
-        columns.setdefault("better parent", []).append(max(alone))
-        columns.setdefault("ensemble", []).append(tested(nets, tuning, x, y))
-        data = calibration(tuning, seed, args)
-        for label, method in METHODS.items():
-            score = tested([method(nets, data)], tuning, x, y)
-            columns.setdefault(label, []).append(score)
+def scored(name: str, tuning: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return the accuracies of one checkpoint, its siblings, and what is made of them."""
+    start, *nets = siblings(name, tuning, seed, args)
+    test = partial(tested, tuning=tuning, x=args.test[0], y=args.test[1])
+    found = {"checkpoint": test([start]), "better parent": max(test([net]) for net in nets)}
+    found["ensemble"] = test(nets)
+    data = calibration(tuning, seed, args)
+    for label, method in METHODS.items():
+        begin = time.perf_counter()
+        found[label] = test([method(nets, data)])
+        if label == "default":
+            seconds = time.perf_counter() - begin
+    for label, method in OF_CHANGES.items():
+        found[label] = test([method([start, *nets], data)])
+    averaged = METHODS["average"](nets, data)
+    found[DISTILLED] = test([distil(nets, averaged, data, seconds, flips=True, seed=seed)])
+    return found
+
+
+def record(name: str, tuning: str, args: argparse.Namespace) -> list[str]:
+    """Write the record of one kind of network and tuning; return a row of the table."""
+    draws = [scored(name, tuning, seed, args) for seed in range(args.seeds)]
+    columns = {label: [round(draw[label], 2) for draw in draws] for label in draws[0]}
+    known = {
+        "question": "siblings", "network": name, "tuning": tuning, "draws": args.seeds,
+        "rows": [{"name": label, "values": values} for label, values in columns.items()],
+        "test_images": args.test_images, "samples": args.samples,
+        "versions": versions(), "hardware": hardware(),
+    }  # fmt: skip
+    path = args.folder / f"siblings-{name.replace(' ', '_')}-{tuning}.json"
+    write_text(path, json.dumps(known, indent=1) + "\n")
     return [f"{name}, {tuning}", *(words(values) for values in columns.values())]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    results = Path(__file__).parent / "results"
+    parser.add_argument("folder", type=Path, nargs="?", default=results)
     parser.add_argument("--images", type=Path, help="where train/ and test/ are, or are to go")
     parser.add_argument("--cache", type=Path, help="where trained networks are kept")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
@@ -207,6 +244,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=3000)
     args = parser.parse_args()
+    warnings.simplefilter("ignore", FusionWarning)
     with tempfile.TemporaryDirectory() as temporary:
         folder = cifar.unpacked(args.images or Path(temporary))
         args.cache = args.cache or Path(temporary) / "trained"
@@ -216,10 +254,10 @@ def main() -> None:
         rows = []
         for name in args.networks:
             for tuning in args.tunings:
-                rows.append(row(name, tuning, args))
+                rows.append(record(name, tuning, args))
                 print(*rows[-1], sep="  ", flush=True)
     print(f"\nAccuracy in %, {args.test_images:,} test images, {args.seeds} seeds\n")
-    print(lines(["", "better parent", "ensemble", *METHODS], rows))
+    print(lines(["", *COLUMNS], rows))
 
 
 if __name__ == "__main__":
