@@ -3,7 +3,8 @@
 One sweep over the data gives the fused network. The others cost little beside it: the same with its
 outputs as they were mixed, the plain average where shapes allow it, and the best network of the
 result's size, as it is and with its outputs fitted to the ensemble's. Which is nearest shows on
-samples that nothing is fitted to.
+samples that nothing is fitted to. Of siblings nothing is fitted: their average is compared with
+each of them as they are, since outputs fitted on one side only look nearer than they are.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def _of_one(
     k = [n.name for n in problem.networks].index(parent.name)
     couplings = alone(problem, k)
     whole = replace(parent, name=fused.network.name)
-    if refit.of_outputs is not None:
+    if refit.of_outputs is not None and not fused.couplings.siblings:
         network = replace(whole, module=copy.deepcopy(parent.module))
         samples = min(data.samples, refit.samples(problem.networks))
         outcome = refit.of_outputs(network, couplings, (), data, samples)

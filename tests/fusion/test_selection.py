@@ -1,5 +1,7 @@
 """What `weights="auto"` chooses from, by how near it comes to the ensemble on samples held out."""
 
+import copy
+
 import pytest
 import torch
 
@@ -126,6 +128,17 @@ def test_only_the_fit_of_the_outputs_is_left_out(monkeypatch):
             made.append(fxfuse.fuse(nets, X, weights="auto", anchor=0).state_dict())
     differ = {name for name in made[0] if not torch.equal(made[0][name], made[1][name])}
     assert differ == {"4.weight", "4.bias"}
+
+
+def test_of_siblings_no_candidate_is_fitted():
+    net = randomise(mlp(6, 9, 9, 4), 1)
+    nets = [copy.deepcopy(net), copy.deepcopy(net)]
+    with torch.no_grad():
+        nets[1][-1].weight.add_(torch.randn(4, 9, generator=torch.Generator().manual_seed(2)))
+    fused = fxfuse.fuse(nets, X, weights="auto", anchor=0)
+    report = fused.meta["fxfuse"]
+    assert tuple(report.candidates) == (NAMES[0], NAMES[4]) and not report.layers
+    assert gap(presets.average(nets, X), fused, X) < 1e-5
 
 
 def test_networks_that_agree_come_back():
