@@ -74,7 +74,7 @@ def require_same(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> No
         NotEquivalent: If outputs differ.
     """
     pair = None  # copies that have run on the same inputs, so that their buffers agree
-    for kind, tensors in _kinds(inputs) if inputs.tensors else ():
+    for kind, tensors, do in _kinds(inputs) if inputs.tensors else ():
         original, graph = pair or (_copied(model), _evaluating(_copied(module)))
         pair = None
         try:
@@ -89,7 +89,7 @@ def require_same(model: nn.Module, module: fx.GraphModule, inputs: Inputs) -> No
                 f"a graph whose outputs differ by {error:.2e} relative on {kind}",
                 where=type(model).__name__,
                 expected=f"at most {TOLERANCE:.0e}",
-                do="look for a branch on the values or the type of a tensor",
+                do=do,
             )
         pair = original, graph
 
@@ -99,14 +99,25 @@ def _evaluating(graph: fx.GraphModule) -> fx.GraphModule:
     return evaluating_part(graph) or graph
 
 
-def _kinds(inputs: Inputs) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """Yield the example, and inputs like it: mirrored and smaller ones, in batches of two sizes."""
-    yield "the example", inputs.tensors
+VALUES = "look for a branch on the values or the type of a tensor"
+SAMPLES = (
+    "look for a loop over the samples or a branch on how many there are, and write it for a whole "
+    "batch"
+)
+
+
+def _kinds(inputs: Inputs) -> Iterator[tuple[str, tuple[Tensor, ...], str]]:
+    """Yield the example and inputs like it, and what to do where a graph is wrong on them.
+
+    These are mirrored and smaller inputs, in batches of two more sizes.
+    """
+    yield "the example", inputs.tensors, VALUES
     mirrored = tuple(_scaled(t.flip(-1) if t.dim() > 1 else t) for t in inputs.tensors)
     mirrored = tuple(t.roll(i, 0) if t.dim() else t for i, t in enumerate(mirrored))
-    yield "mirrored inputs", mirrored
+    yield "mirrored inputs", mirrored, VALUES
     longer = tuple(torch.cat([t, t[:1], t[:1]]) if t.dim() else t for t in mirrored)
-    yield "a batch of another size", longer
+    yield "a batch of another size", longer, SAMPLES
+    yield "a batch of one sample", tuple(t[:1] if t.dim() else t for t in mirrored), SAMPLES
 
 
 def _scaled(tensor: Tensor) -> Tensor:

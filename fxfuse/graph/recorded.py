@@ -9,6 +9,7 @@ the inputs. Sizes that the forward branches on become numbers.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import logging
 import operator
@@ -66,7 +67,8 @@ def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
     recorder = _Recorder(copied, leaves)
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
-    with _as_for_export(), enable_python_dispatcher(), fake, recorder, _calls_seen_by(recorder):
+    seen = _lengths_as_sizes(), _calls_seen_by(recorder)
+    with _as_for_export(), enable_python_dispatcher(), fake, recorder, seen[0], seen[1]:
         out = inputs.call(copied, values)
     require_nothing_drawn(recorder.drawn, random.getstate(), root)
     recorder.graph.output(recorder.described(out))
@@ -112,6 +114,21 @@ def _calls_seen_by(recorder: _Recorder) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
+@contextmanager
+def _lengths_as_sizes() -> Iterator[None]:
+    """Let the length of a stand-in be a symbol: of what `__len__` returns Python makes a number."""
+    count = builtins.len
+
+    def length(value: Any, /) -> Any:
+        return value.shape[0] if isinstance(value, FakeTensor) and value.dim() else count(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = count
 
 
 _ON_VALUES = DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ..errors import DataError, FuseError, ModelError, TraceError, line_of
+from ..errors import DataError, FuseError, ModelError, NotEquivalent, TraceError, line_of
 from ._merge import merge
 from .compare import require_same
 from .inputs import Inputs, take_arguments
@@ -175,10 +175,12 @@ def trace_sharing(
 def _culprit(failures: Mapping[str, Exception]) -> str:
     """Return the smallest part of a model in which a front-end failed; empty if it was in none.
 
-    A recording knows it best, since it stops at the step that is at fault. What it refuses by
-    itself, as random numbers that would be constants, is no part to be kept.
+    A recording knows it best, since it stops at the step that is at fault. Where it came to an end
+    and is another function, the others tell where they stopped. What a front-end refuses by itself,
+    as random numbers that would be constants, is no part to be kept.
     """
-    door = next((d for d in ("recorded", *failures) if d in failures), "")
+    doors = [d for d in ("recorded", *failures) if d in failures]
+    door = next((d for d in doors if not isinstance(failures[d], NotEquivalent)), "")
     error = failures.get(door)
     return "" if isinstance(error, FuseError) else str(getattr(error, "module_path", ""))
 
@@ -431,12 +433,15 @@ def _untraceable(model: nn.Module, name: str, failures: Mapping[str, Exception])
             break
         if isinstance(error := failures.get(door), FuseError):
             where = f"{error.where} in {name}"
+    expected = "a forward whose steps do not depend on the values of tensors"
+    do = "move that branch out of forward, or into a module of its own that is called on both ways"
+    if isinstance(error := failures.get("recorded"), NotEquivalent):
+        expected, do = "a forward that is the same function of all inputs", error.do
     return TraceError(
         "\n".join(["a forward that cannot be written as a graph", *said]),
         where=where,
-        expected="a forward whose steps do not depend on the values of tensors",
-        do="move that branch out of forward, or into a module of its own that is called on both "
-        "ways; torch.fx.wrap keeps a function whole",
+        expected=expected,
+        do=f"{do}; torch.fx.wrap keeps a function whole",
     )
 
 

@@ -315,17 +315,50 @@ def test_a_part_that_no_front_end_can_look_into_stays_and_the_rest_works(kind):
         assert gap(net, fused, given) < 10 * FUNCTION
 
 
-def test_what_is_another_function_of_each_batch_is_refused():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(6, 3)
+class OfBatch(nn.Module):
+    """Looks at how many samples there are."""
 
-        def forward(self, x):
-            return self.a(x) * (1 + len(x))
+    def __init__(self, step):
+        super().__init__()
+        self.a, self.b, self.step = nn.Linear(6, 8), nn.Linear(8, 3), step
 
-    with pytest.raises(TraceError, match="on a batch of another size"):
-        trace(Counts(), torch.randn(2, 6))
+    def forward(self, x):
+        return self.b(self.step(torch.relu(self.a(x))))
+
+
+class Rows(nn.Module):
+    def forward(self, h):
+        return torch.stack([row / (1 + row.sum()) for row in h])
+
+
+OF_BATCH = {
+    "their number": lambda h: h * (1 + len(h)),
+    "their share": lambda h: h / len(h) + h.shape[0] * torch.ones(len(h), 1),
+    "places among them": lambda h: h + torch.arange(len(h))[:, None] / len(h),
+    "a loop in a part": Rows(),
+}
+
+
+@pytest.mark.parametrize("case", OF_BATCH)
+def test_the_number_of_samples_is_read_from_each_batch(case):
+    net, x = randomise(OfBatch(OF_BATCH[case])), torch.randn(4, 6)
+    moved = fxfuse.permute(net, x, seed=1)
+    assert not torch.equal(moved.state_dict()["a.weight"], net.a.weight)
+    for samples in (1, 4, 7):
+        assert gap(net, moved, torch.randn(samples, 6)) < PERMUTATION
+
+
+WRONG_BATCH = {
+    "another size": lambda h: torch.stack([h[i] * (1 + i) for i in range(len(h))]),
+    "one sample": lambda h: h if len(h) > 1 else 2 * h,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_BATCH)
+def test_what_is_another_function_of_each_batch_is_refused(kind):
+    with pytest.raises(TraceError, match=f"on a batch of {kind}") as caught:
+        trace(OfBatch(WRONG_BATCH[kind]), torch.randn(2, 6))
+    assert "len(h)" in caught.value.where and "loop over the samples" in caught.value.do
 
 
 class Padded(nn.Module):
