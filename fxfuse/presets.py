@@ -19,6 +19,7 @@ from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
 from .coupling.cca import CanonicalCorrelation
 from .coupling.dual_space import DualSpace
+from .coupling.flow import TransportFlow
 from .coupling.matched_averaging import MatchedAveraging
 from .coupling.measure import View
 from .coupling.plans import one_map
@@ -115,6 +116,9 @@ clafusion = Method(
     anchor=shallowest,
 )
 
+#: Transformer Fusion (Imfeld et al.): soft plans of single layers, whose mean is handed on at sums.
+transformer_ot = Method(coupling=TransportFlow(), refit=AsMixed())
+
 #: Heterogeneous model transfer (Wang et al.) alone; see `Transfer` for what may follow.
 hmt = Transfer()
 
@@ -171,6 +175,7 @@ NAMED: dict[str, Method | Transfer] = {
     "average": average,
     "otfusion": otfusion,
     "clafusion": clafusion,
+    "transformer_ot": transformer_ot,
     "hmt": hmt,
     "git_rebasin": git_rebasin,
     "zipit": zipit,

@@ -1,19 +1,23 @@
 """Which positions of a batch count: those that no attention mask among the inputs leaves out.
 
 Sequences of different lengths are padded to one length. What a network computes at the padding says
-nothing of its units.
+nothing of its units. Units may also be compared at some of the positions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # In the names of inputs `(samples, positions)`: what their ones say of a position.
 MASKS = {"attention_mask": True, "padding_mask": False}
+
+Tokens = Callable[[int], np.ndarray]  # number of positions in a sample -> those that count
 
 
 class Served(tuple[Tensor, ...]):
@@ -40,16 +44,25 @@ class Counted:
 
     Attributes:
         masks: `(samples, positions)` each, of those that leave anything out.
+        tokens: Which positions of every sample count, besides; None for all.
+        samples: How many samples the batch has.
     """
 
     masks: tuple[Tensor, ...] = ()
+    tokens: Tokens | None = None
+    samples: int = 0
 
     @classmethod
-    def of(cls, batch: Sequence[Tensor]) -> Counted:
-        """Return what the masks of a batch say; nothing, if it is no batch of the data."""
+    def of(cls, batch: Sequence[Tensor], tokens: Tokens | None = None) -> Counted:
+        """Return what the masks of a batch say; nothing, if it is no batch of the data.
+
+        Args:
+            batch: The inputs.
+            tokens: Which positions of every sample count, besides.
+        """
         masks = Served.masks_of(batch)
         kept = [(batch[i] != 0) == counts for i, counts in masks.items()]
-        return cls(tuple(mask for mask in kept if not bool(mask.all())))
+        return cls(tuple(mask for mask in kept if not bool(mask.all())), tokens, len(batch[0]))
 
     def among(self, shape: Sequence[int]) -> Tensor | None:
         """Return which places of a value count, `(places,)`; None if all do.
@@ -60,14 +73,24 @@ class Counted:
             shape: Of the value, without the axis of its units.
         """
         found = [mask for mask in map(lambda m: _spread(m, shape), self.masks) if mask is not None]
+        chosen = self._chosen(shape)
         if not found or any(not torch.equal(mask, found[0]) for mask in found):
+            return chosen
+        return found[0] if chosen is None else found[0] & chosen.to(found[0].device)
+
+    def _chosen(self, shape: Sequence[int]) -> Tensor | None:
+        """Return which places of a value are among the tokens that count, `(places,)`."""
+        places = math.prod(shape[1:])
+        if self.tokens is None or places < 2 or not shape or shape[0] != self.samples:
             return None
-        return found[0]
+        chosen = torch.zeros(self.samples, places, dtype=torch.bool)
+        chosen[:, torch.as_tensor(self.tokens(places))] = True
+        return chosen.flatten()
 
     def of_units(self, value: Tensor, axis: int) -> Tensor:
         """Return values with their units first, and only the positions that count."""
         moved = value.movedim(axis, 0)
-        kept = self.among(moved.shape[1:]) if self.masks else None
+        kept = self.among(moved.shape[1:]) if self.masks or self.tokens else None
         return moved if kept is None else moved.flatten(1)[:, kept.to(moved.device)]
 
     def filled(self, value: Tensor, axis: int) -> Tensor:

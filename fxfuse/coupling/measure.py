@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .._progress import tell
 from .._ranks import total
-from ..calibration.counted import Counted, Served
+from ..calibration.counted import Counted, Served, Tokens
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, PairMoments
 from ..calibration.run import Bypass, walk, working_batch
@@ -47,12 +47,18 @@ class View:
         singly: Where several contractions are added up, only the one in the first operand is
             compared behind the sum, the others before it.
         outputs: Compare the network's outputs too, as a space called `OUTPUTS`.
+        summands: Compare every contraction before it is added to anything, and measure how large
+            the values are that are added up.
+        tokens: Which positions of a sample count, from how many there are, such as `Window(6)`;
+            None for all.
     """
 
     activated: bool = False
     everything: bool = False
     singly: bool = False
     outputs: bool = False
+    summands: bool = False
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +69,13 @@ class Evidence:
         pairs: `(space, one network, the other)` -> moments of both, per node.
         outputs: Node whose output is to keep its moments -> those of each network, None where
             the network has no such layer.
+        sizes: Node whose output is added to others, and its axis of units -> mean absolute values
+            along it, of each network.
     """
 
     pairs: dict[Pair, dict[str, PairMoments]]
     outputs: dict[str, list[Moments | None]]
+    sizes: dict[tuple[str, int], list[np.ndarray | None]] = field(default_factory=dict)
 
 
 def points_of(network: Network, view: View) -> dict[str, str]:
@@ -80,6 +89,8 @@ def points_of(network: Network, view: View) -> dict[str, str]:
             user = next(iter(point.users))
             adds = network.adds(user)
             if adds and view.singly and _second_operand(network, point, user):
+                break
+            if adds and view.summands and len(network.inputs_of(user)) > 1:
                 break
             passed = network.is_norm(user) or adds or network.is_idle(user)
             passed = passed or view.activated and network.is_activation(user)
@@ -129,14 +140,20 @@ def measure(
     networks = problem.networks
     visits = {} if view is None else _visits(problem, view)
     meters = {key: _Meter(len(networks)) for key in [*visits, *((n, None) for n in outputs)]}
+    summands = _summands(problem) if view is not None and view.summands else []
+    sizes = {place: [Moments() for _ in networks] for place in summands}
     if not meters:
         return Evidence({}, {})
     by_node: dict[str, list[Key]] = {}
     for key in meters:
         by_node.setdefault(key[0], []).append(key)
-    counted = Counted()
+    counted = chosen = Counted()
 
     def visit(node: fx.Node, values: list[Any]) -> None:
+        for place in (p for p in summands if p[0] == node.name):
+            for moments, value in zip(sizes[place], values):
+                if value is not None:
+                    moments.add(chosen.of_units(value.abs(), place[1]))
         for key in by_node.get(node.name, ()):
             measured = visits.get(key, ())
             moved: list[Tensor | None]
@@ -147,7 +164,7 @@ def measure(
                 moved = [None] * len(values)
                 for pair in measured:
                     for k, axis in zip((pair.base, pair.network), pair.axes):
-                        moved[k] = _unit_by_unit(values[k], axis, pair.across, counted)
+                        moved[k] = _unit_by_unit(values[k], axis, pair.across, chosen)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     kept = None
@@ -156,14 +173,29 @@ def measure(
         if late and kept is None:
             kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
         counted = Counted.of(batch)
+        chosen = Counted.of(batch, view.tokens) if view is not None else counted
         walk(networks, batch, visit, bypassed)
         tell(told)
     kept = kept or {node: meters[node, None].moments for node in outputs}
     with data.summed():
         moments = {n: [m and m.summed() for m in ms] for n, ms in kept.items()}
         pairs = _pairs(visits, {key: meter.summed() for key, meter in meters.items()})
+        large = {place: [m.summed() for m in ms] for place, ms in sizes.items()}
     _require_finite(pairs, networks)
-    return Evidence(pairs, moments)
+    means = {place: [m.mean if m.count else None for m in ms] for place, ms in large.items()}
+    return Evidence(pairs, moments, means)
+
+
+def _summands(problem: Problem) -> list[tuple[str, int]]:
+    """Return the nodes whose outputs are added to others, each with its axes of units."""
+    network = problem.networks[0]
+    nodes = [
+        [n for n in node.all_input_nodes if network.features.get(n.name)]
+        for node in network.module.graph.nodes
+        if network.adds(node)
+    ]
+    added = dict.fromkeys(n.name for summands in nodes if len(summands) > 1 for n in summands)
+    return [(name, dim) for name in added for dim in network.features[name]]
 
 
 def _until_enough(
@@ -284,7 +316,8 @@ def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
                 for p in [p for p in both if p[0].tensor in points] or both[:1]
             ]
             for visit in [v for v in places if not v.across] or places:
-                key = (visit.axes[0].tensor, None if visit.plain else name)
+                whole = visit.plain and view.tokens is None  # else apart from the outputs' moments
+                key = (visit.axes[0].tensor, None if whole else name)
                 visits.setdefault(key, []).append(visit)
     first, pairs = problem.networks[0], list(permutations(range(len(bypassed)), 2))
     closed = OPEN not in first.module.graph.output_node().meta

@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -85,12 +85,36 @@ def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
     return project, csr_array(project.T)
 
 
+def reading_map(plan: csr_array) -> tuple[csr_array, csr_array]:
+    """Use what is read on both sides, as the code of Transformer Fusion does.
+
+    Rows of what is written sum to the width ratio: each layer is scaled by it.
+    """
+    unproject = _rows_to_one(plan.T)
+    return csr_array(unproject.T), unproject
+
+
 def _rows_to_one(matrix: csr_array, floor: float = 0.0) -> csr_array:
     """Divide each row by its sum; a permutation gets ones exactly, which mixes without sums."""
     scaled = csr_array(matrix, copy=True)
     scaled.eliminate_zeros()  # a row of zeros stays: the unit is matched with nothing
     scaled.data = scaled.data / (scaled.sum(1) + floor)[coo_array(scaled).row]
     return scaled
+
+
+def coupled(plan: csr_array, maps: ToMaps, cost: float | None = None) -> Coupling:
+    """Return the coupling of a plan; rows of what is written that sum to more or less are scaled.
+
+    Args:
+        plan: `(fused, own)`.
+        maps: Plan to project and unproject.
+        cost: Mean ground cost per unit of mass.
+    """
+    project, unproject = maps(plan)
+    sums = np.asarray(project.sum(1)).ravel()
+    scaled = maps is reading_map and bool(np.abs(sums - 1.0).max(initial=0.0) > SAME)
+    gains = np.where(sums > 0, sums, 1.0) if scaled else None
+    return Coupling(project, unproject, cost, gains)
 
 
 def agreements(cost: np.ndarray, project: csr_array, blocks: np.ndarray | None) -> np.ndarray:
@@ -179,12 +203,13 @@ class Plans:
         square = base.size == space.size
         by_index = float(np.trace(cost)) / len(cost) if square else np.inf
         self.costs[name, k] = base.size * np.array([by_index, total, float(cost.mean())])
-        project, unproject = self.maps(plan)
+        coupling = coupled(plan, self.maps, total)
         if self.agreement:
-            agreed = agreements(cost, project, base.blocks)
-            project = csr_array(project.multiply((agreed**self.agreement)[:, None]))
-            unproject = csr_array(unproject.multiply(agreed[None]))
-        self.couplings[name, k] = Coupling(project, unproject, total)
+            agreed = agreements(cost, coupling.project, base.blocks)
+            project = csr_array(coupling.project.multiply((agreed**self.agreement)[:, None]))
+            unproject = csr_array(coupling.unproject.multiply(agreed[None]))
+            coupling = replace(coupling, project=project, unproject=unproject)
+        self.couplings[name, k] = coupling
 
     def are_siblings(self) -> bool:
         """Tell whether the units of all networks agree with the base networks' by index.
@@ -271,7 +296,7 @@ def _least(cost: np.ndarray, solver: Solver) -> float:
     """Return the cost of the best plan; the many small assignments take a shortcut."""
     if cost.shape[0] == cost.shape[1] and isinstance(solver, (Exact, Assignment)):
         return float(cost[linear_sum_assignment(cost)].mean())
-    return float(_plan(cost, solver).multiply(cost).sum())
+    return float(plan_between(cost, solver).multiply(cost).sum())
 
 
 def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -280,9 +305,12 @@ def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-def _plan(cost: np.ndarray, solver: Solver) -> csr_array:
-    """Return a plan; between copies of units, however many each has, of each with its original."""
-    if cost.shape[0] == cost.shape[1]:
+def plan_between(cost: np.ndarray, solver: Solver) -> csr_array:
+    """Return a plan; between copies of units, however many each has, of each with its original.
+
+    A soft plan has nothing to spread where every unit has a partner that is the same.
+    """
+    if cost.shape[0] == cost.shape[1] and not solver.soft:
         return solver(cost, *uniform(cost))
     partners = one_partner(cost)
     missed = float(partners.multiply(cost).max())
@@ -331,7 +359,7 @@ def _solve(
 ) -> csr_array:
     """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place)."""
     if base.blocks is None:
-        return _plan(cost, solver)
+        return plan_between(cost, solver)
     ours, theirs = _members(base), _members(space)
     if outer is None:
         outer = csr_array(eye_array(len(ours)) / len(ours))
@@ -339,7 +367,7 @@ def _solve(
     data, rows, columns = [], [], []
     for i, j, mass in zip(outer.row, outer.col, outer.data):
         part = cost[np.ix_(ours[i], theirs[j])]
-        plan = coo_array(_plan(part, solver))
+        plan = coo_array(plan_between(part, solver))
         rows.append(ours[i][plan.row])
         columns.append(theirs[j][plan.col])
         data.append(plan.data * mass)
