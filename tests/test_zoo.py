@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fxfuse
+from fxfuse.errors import PassError
 from tests.support.nets import randomise
 from tests.support.zoo import ZOO
 
@@ -69,8 +70,14 @@ def test_the_class_loads_what_is_fused_and_computes_the_same(name):
     assert gap(fused, again, name) < 1e-4
 
 
-# Layers of these are one module, or hand on two values, or their "depth" is a number of experts.
-OF_ONE_DEPTH = {"WaveNet", "GRUHidden", "LSTMClassifier", "MixtureOfExperts"}
+# The layers of one hand on two values; the "depth" of the other is a number of experts.
+OF_ONE_DEPTH = {"WaveNet", "MixtureOfExperts"}
+NOT_BALANCED = {  # a layer more has no values with which it would do nothing
+    *("FourierMixer", "Generator", "GraphAttention", "GraphConvolution", "GroupNormNet"),
+    *("GRUHidden", "Inception", "LSTMClassifier", "Maxout", "NamedMLP", "SharedLayerApplied"),
+    *("ShuffleGroups", "TemporalConvolution"),
+}
+NOT_SHORTENED = {"Generator"}
 QUICK = ["BagOfWords", "DeepSupervision", "GraphAttention", "MobileNet", "RotaryLanguageModel"]
 QUICK += ["ShuffleGroups", "SmallResNet", "TemporalConvolution"]
 
@@ -89,6 +96,30 @@ def test_the_deeper_of_two_comes_back_when_it_has_all_weight(name):
     assert gap(deep, fused, name) < 1e-4
     mixed = fxfuse.fuse([deep, shallow], data)
     assert all(torch.isfinite(t).all() for t in mixed.state_dict().values())
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - OF_ONE_DEPTH))
+def test_networks_are_balanced_exactly_or_the_advice_of_the_refusal_works(name):
+    nets, data = [built(name), built(name, depth=1, seed=2)], inputs(name, 40, 3)
+    data = [(data,)] if isinstance(data, tuple) else data
+    try:
+        balanced = fxfuse.balance(nets, data)
+    except PassError as refusal:
+        assert name in NOT_BALANCED and "Shorten()" in refusal.do
+        if name in NOT_SHORTENED:
+            with pytest.raises(PassError, match="fuse without Shorten"):
+                shortened(nets, data)
+        else:
+            assert gap(nets[1], shortened(nets, data)[1], name) < 1e-4
+    else:
+        assert name not in NOT_BALANCED
+        assert max(gap(net, same, name) for net, same in zip(nets, balanced)) < 1e-4
+
+
+def shortened(nets, data):
+    method = fxfuse.Method(balancing=fxfuse.depth.Shorten())
+    return fxfuse.balance(nets, data, method=method)
 
 
 @pytest.mark.sweep

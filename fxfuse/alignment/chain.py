@@ -7,7 +7,7 @@ value is taken for granted that many nodes read, such as the output of an encode
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +107,12 @@ def chain_steps(form: NormalForm) -> Chain:
     return _steps(form, _stream_graph(form), SOURCE, output)
 
 
+def chain_between(form: NormalForm, entry: fx.Node, nodes: Collection[fx.Node]) -> Chain:
+    """Return the steps of the chain from a node to the last of some nodes behind it."""
+    end = [n for n in form.network.module.graph.nodes if n in nodes and n.users][-1]
+    return _steps(form, _stream_graph(form).subgraph([entry, *nodes]), entry, end)
+
+
 def chains_inside(form: NormalForm, step: Step) -> Iterator[list[Chain]]:
     """Yield the chains inside a step, in each way to take it apart; the most layers first."""
     graph = _stream_graph(form).subgraph([step.entry, *step.region, step.exit]).copy()
@@ -135,7 +141,7 @@ def _past_a_value(form: NormalForm, graph: nx.DiGraph, step: Step) -> Iterator[l
         if step.exit not in nx.descendants(past, step.entry):
             continue
         main = _steps(form, past, step.entry, step.exit)
-        if sum(_contracts(form, s) for s in main) > 1:
+        if len(main) > 1 and any(_contracts(form, s) for s in main):
             main = _with_branches(form, graph, value, main)
             inside = {node for s in main for node in (*s.region, s.exit)}
             side = [s for s in _steps(form, graph, step.entry, value) if s.exit not in inside]

@@ -13,7 +13,7 @@ where each layer has its own, to the layer in front of them or behind them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import groupby, takewhile
 from typing import Literal, NamedTuple
@@ -22,7 +22,7 @@ from torch import fx
 
 from ..ir import Layer, Segment
 from ..spaces.network import Network
-from .chain import SOURCE, Chain, End, Step, chain_steps, chains_inside
+from .chain import SOURCE, Chain, End, Step, chain_between, chain_steps, chains_inside
 from .normal_form import NormalForm
 
 Owner = Literal["none", "in front", "behind"]  # the layer that steps between layers belong to
@@ -88,6 +88,13 @@ class Anatomy:
         self._names.add(layer.name)
         self._parts[layer.nodes] = part
         return layer
+
+
+def layers_between(network: Network, entry: str, nodes: Collection[str]) -> list[Layer]:
+    """Return the layers that some nodes behind a node are, wherever in the network these lie."""
+    anatomy, named = Anatomy(network), network.nodes
+    chain = chain_between(anatomy._form, named[entry], {named[n] for n in nodes})
+    return anatomy._layers(chain)
 
 
 def entries_of(form: NormalForm, layers: Sequence[Layer]) -> dict[fx.Node, fx.Node]:

@@ -188,11 +188,16 @@ def writers_of(network: Network) -> dict[fx.Node, list[fx.Node]]:
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(network.module.graph.nodes):
         own = [node] if writes(node) else []
-        if node in writers and network.may_be_view(node):
-            own += writers[node]
+        if node in writers and (own or network.may_be_view(node)):
+            own += writers[node]  # what writes in place hands on what it wrote to
         if own and node.all_input_nodes:
             writers.setdefault(node.all_input_nodes[0], []).extend(own)
     return writers
+
+
+def unread_writers(writers: Mapping[fx.Node, list[fx.Node]], node: fx.Node) -> list[fx.Node]:
+    """Return what writes to a node's value and is read by nothing, as an assignment to a part."""
+    return [w for w in writers.get(node, ()) if not w.users]
 
 
 def has_parameters(network: Network, node: fx.Node) -> bool:

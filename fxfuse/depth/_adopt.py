@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..alignment.normal_form import NormalForm, correspondence, first_difference
+from ..alignment.normal_form import (
+    NormalForm,
+    correspondence,
+    first_difference,
+    unread_writers,
+    writers_of,
+)
 from ..calibration.norms import Roles, scale_and_shift, single_weights, tensors_for
 from ..errors import PairingError
 from ..graph.state import (
@@ -244,11 +250,13 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     form, network = match.theirs, match.theirs.network
     there = {ours.name: node for node, ours in match.nodes.items()}
     counting = [there[n] for n in layer.nodes if n in there]
-    holding = (match.ours.source(match.ours.network.nodes[n]).name for n in layer.carriers)
+    carried = (match.ours.network.nodes[n] for n in layer.carriers)
+    holding = (match.ours.source(n).name for n in carried if match.ours.network.carries_data(n))
     carrying = {there[n] for n in holding if n in there}
     source = match.ours.source(match.ours.network.nodes[layer.entry])
     inside, carriers = dict.fromkeys([*counting, *_between(form, counting)]), []
     inside |= dict.fromkeys(_reshaped_at_end(match, layer, there))
+    inside |= dict.fromkeys(_writing_into(network, list(inside)))
     nodes = [n for n in network.module.graph.nodes if n in inside]
     for node in nodes:
         data = network.carries_data(node)
@@ -265,10 +273,30 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     )
 
 
+def _writing_into(network: Network, inside: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return what writes into some nodes and is read by nothing, and what leads there from them."""
+    writers = writers_of(network)
+    waiting = [w for n in inside for w in unread_writers(writers, n)]
+    if not waiting:
+        return set()
+    made = set(inside)
+    for node in network.module.graph.nodes:
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    made -= {*inside}
+    found = set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in made and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
 def _reshaped_at_end(match: _Match, layer: AbsentLayer, there: dict[str, fx.Node]) -> list[fx.Node]:
     """Return what gives the value of a layer, in the other graph, the form that it had in ours."""
     network, form = match.ours.network, match.theirs
-    end = network.nodes[layer.nodes[-1]]
+    end = network.nodes[layer.carriers[-1]]
     source, shapes = match.ours.source(end), form.network.shapes
     rank = len(network.shapes[end.name])
     if source is end or len(network.shapes[source.name]) == rank:

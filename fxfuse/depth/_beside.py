@@ -137,11 +137,19 @@ def shared_paths(network: Network, layer: Layer) -> set[str]:
     return inside & others
 
 
+def reads_a_table(network: Network, layer: Layer) -> bool:
+    """Tell whether a layer computes with rows of a table that was looked up in front of it."""
+    own = _paths(network, layer)
+    tensors = {t for name in layer.nodes for t in network.tensors.get(name, ())}
+    return any(not any(t == p or t.startswith(f"{p}.") for p in own) for t in tensors)
+
+
 def _paths(network: Network, layer: Layer) -> list[str]:
     """Return the modules and attributes of a layer that hold parameters, in order."""
     nodes, paths = network.nodes, dict[str, None]()
     for name in layer.nodes:
-        for node in (*nodes[name].all_input_nodes, nodes[name]):
+        read = [n for n in nodes[name].all_input_nodes if n.op == "get_attr"]
+        for node in (*read, nodes[name]):
             if has_parameters(network, node):
                 paths[str(node.target)] = None
     return list(paths)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._progress import counted
-from ..alignment.normal_form import given_nodes, writers_of
+from ..alignment.normal_form import given_nodes, unread_writers, writers_of
 from ..errors import PassError
 from ..graph.compare import same_chance
 from ..graph.passes import graph_pass
@@ -193,7 +193,7 @@ def _insert(
     stamp = AbsentLayer(
         nodes=tuple(names),
         entry=after.name,
-        carriers=tuple(names[first:]),
+        carriers=tuple(c.name for c in (copies[n] for n in templates[first:]) if c.users),
         joins=joins,
         whole=bool(insertion.parts),
         zeroed=zeroed,
@@ -242,26 +242,19 @@ def _layer_nodes(insertion: Insertion, known: Collection[fx.Node]) -> list[fx.No
         insertion: What is inserted where.
         known: Nodes of the template whose values the other network has.
     """
-    layer = insertion.layer
+    layer, writers = insertion.layer, writers_of(insertion.template)
     needed = {insertion.template.nodes[name] for name in layer.nodes}
     waiting = list(needed)
     while waiting:
-        for node in waiting.pop().all_input_nodes:
-            if node in needed or node in known:
+        node = waiting.pop()
+        for other in (*node.all_input_nodes, *unread_writers(writers, node)):
+            if other in needed or other in known:
                 continue
-            if node.op == "placeholder":
+            if other.op == "placeholder":
                 raise no_neutral_form(layer.name, "it reads the network's input besides its entry")
-            needed.add(node)
-            waiting.append(node)
-    order = list(insertion.template.nodes.values())
-    before = set(order[: order.index(insertion.template.nodes[layer.nodes[-1]])])
-    writers = writers_of(insertion.template)
-    written_by = {w for node in needed for w in writers.get(node, ())}
-    if not needed >= written_by & before:
-        raise no_neutral_form(
-            layer.name, "it writes into its values in place, by a step whose result nobody reads"
-        )
-    return [n for n in order if n in needed]
+            needed.add(other)
+            waiting.append(other)
+    return [n for n in insertion.template.nodes.values() if n in needed]
 
 
 def _copy_node(

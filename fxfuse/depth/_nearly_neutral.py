@@ -5,6 +5,7 @@
    this and by the slope of the activation.
 2. A residual block with a norm behind its sum gets a branch that writes zero, and the affine part
    of the norm in front of it, which then only standardises what is standardised.
+3. A layer of any other form gets values that are found by trying (`_measured`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from ..alignment.layers import partition
+from ..alignment.layers import layers_between
 from ..calibration.run import record
 from ..graph.compare import TOLERANCE
 from ..graph.state import fill, tensor_at, tensors_of
 from ..ir import Layer
 from ..spaces.network import Network
 from ._insert import AbsentLayer
+from ._measured import settle
 from ._neutral import (
     Insertion,
     LayerCopy,
@@ -50,7 +52,8 @@ def make_nearly_neutral(network: Network, absent: tuple[AbsentLayer, ...]) -> Ne
     if not passed:
         return network
     network = replace(network, module=copy.deepcopy(network.module))
-    pairs = [(x, part) for x in passed for part in _layers_of(network, x)]
+    passed = [x for x in passed if not settle(network, x)]
+    pairs = [(x, part) for x in passed for part in layers_between(network, x.entry, x.nodes)]
     for inserted, layer in pairs:
         if layer.branched:
             _move_affine_part(network, inserted, layer)
@@ -58,12 +61,6 @@ def make_nearly_neutral(network: Network, absent: tuple[AbsentLayer, ...]) -> Ne
         if not layer.branched:
             _pass_small_signal(network, inserted, layer)
     return network
-
-
-def _layers_of(network: Network, inserted: AbsentLayer) -> list[Layer]:
-    """Return the layers that were inserted as one."""
-    layers = [x for segment in partition(network) for x in segment.layers]
-    return [x for x in layers if set(x.nodes) <= {*inserted.nodes}]
 
 
 def _copy_of(network: Network, layer: Layer) -> LayerCopy:

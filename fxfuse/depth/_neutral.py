@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..alignment.normal_form import unread_writers, writers_of
 from ..calibration.norms import tensors_for
 from ..calibration.run import record
 from ..errors import PassError
@@ -133,6 +134,9 @@ def _require_no_other_steps(insertion: Insertion) -> None:
     at = layer.nodes.index(layer.merge)
     in_front = () if layer.branched or insertion.parts else layer.nodes[:at]
     beside = [template.nodes[name] for name in (*in_front, *layer.nodes[at + 1 :])]
+    writers = writers_of(template)
+    if any(unread_writers(writers, template.nodes[n]) for n in layer.nodes):
+        raise no_neutral_form(layer.name, "it writes into its values in place")
     for node in beside:
         usual = template.is_norm(node) or template.is_activation(node) or template.is_idle(node)
         if not usual:
@@ -243,14 +247,26 @@ def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
     behind = [node]
     while behind and behind[0].name != layer.entry:
         node = behind[0]
-        writers = _last_writers(template, node)
+        writers = last_writers(template, node)
         parameters = [name for name in writers if isinstance(copied[name], nn.Parameter)]
-        for name in parameters:
-            copied.fill(name, 0.0)
-        if parameters:
+        if parameters and not template.adds(node):
+            for name in parameters:
+                copied.fill(name, 0.0)
             return frozenset(copied.name_of(name) for name in parameters)
+        if not _keeps_zeros(template, node):
+            raise no_neutral_form(layer.name, f"'{node.name}' makes something else of zeros")
         behind = template.inputs_of(node)
     raise no_neutral_form(layer.name, "its branch ends in nothing that can be set to zero")
+
+
+def _keeps_zeros(network: Network, node: fx.Node) -> bool:
+    """Tell whether a node without weights is known to give zeros if it first reads zeros."""
+    if network.is_idle(node) or network.moves_or_resamples(node) or network.multiplies(node):
+        return True
+    if not network.is_activation(node):
+        return False
+    zero = torch.zeros(1, device=next(network.module.parameters()).device)
+    return not apply_activation(network, node, zero).any()
 
 
 def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
@@ -261,7 +277,7 @@ def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
     return branches[0] if len(inputs) == 2 and len(branches) == 1 else None
 
 
-def _last_writers(network: Network, node: fx.Node) -> list[str]:
+def last_writers(network: Network, node: fx.Node) -> list[str]:
     """Return the tensors of a node's last contraction; all of a node that contracts nothing."""
     names = network.tensors.get(node.name, [])
     earlier = network.weights.get(node.name, [])[:-1]
@@ -355,7 +371,7 @@ def _open_gate(copied: LayerCopy, layer: Layer) -> None:
         raise no_neutral_form(insertion.layer.name, f"'{layer.name}' is neither plain nor a gate")
     while not template.weights.get(node.name):
         node = template.inputs_of(node)[0]
-    writers = _last_writers(template, node)
+    writers = last_writers(template, node)
     if len(writers) != 2:
         raise no_neutral_form(
             insertion.layer.name, f"the gate '{layer.name}' has no bias to open it"
@@ -390,12 +406,13 @@ def changes_nothing(insertion: Insertion, node: fx.Node) -> bool:
 
 def apply_activation(network: Network, node: fx.Node, values: Tensor) -> Tensor:
     """Apply the activation at a node to some values."""
-    args = tuple(values if isinstance(a, fx.Node) else a for a in node.args)
+    read = values.clone()  # the activation may write to it
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: read)
     result: Tensor
     if node.op == "call_module":
-        result = network.module.get_submodule(str(node.target))(values.clone())
+        result = network.module.get_submodule(str(node.target))(*args, **kwargs)
     elif isinstance(node.target, str):
-        result = getattr(values.clone(), node.target)(*args[1:], **node.kwargs)
+        result = getattr(read, node.target)(*args[1:], **kwargs)
     else:
-        result = node.target(values.clone(), *args[1:], **node.kwargs)
+        result = node.target(*args, **kwargs)
     return result

@@ -83,7 +83,7 @@ class RefitNeighbour:
                 with suppress(Unsuitable):
                     self._correct(network, layer)
             return
-        do = "give an alignment in which they are matched, or balance by deepening"
+        do = "give an alignment in which they are matched, or fuse without Shorten()"
         raise cannot_remove(network.original, removal, reasons, do)
 
     def _refit_next(self, network: WorkingCopy, removal: Removal) -> None:

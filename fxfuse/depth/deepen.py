@@ -24,7 +24,7 @@ from ..graph.verify import require_equal
 from ..ir import Alignment, Layer, SegmentAlignment
 from ..spaces.network import Network
 from ._adopt import adopt, with_room_for_biases
-from ._beside import SharedValues, shared_paths
+from ._beside import SharedValues, reads_a_table, shared_paths
 from ._insert import AbsentLayer, bypass_of, insert_layers
 from ._nearly_neutral import make_nearly_neutral
 from ._neutral import Insertion, changes_nothing, no_neutral_form
@@ -336,6 +336,7 @@ def _template(
         for layer in layers
         if layer.kind == wanted.kind
         and shapes[layer.entry] == shapes[layer.nodes[-1]] == shapes[after]
+        and not reads_a_table(network, layer)
     ]
     if not candidates or shared_paths(deep, wanted):
         return deep, wanted

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from .._progress import counted, part
 from ..alignment.layers import partition
+from ..alignment.pairing import layers_paired, pair_segments
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..errors import ArgumentError, PassError
@@ -61,8 +62,9 @@ class Shorten:
             PassError: If nothing can take over the work of a layer.
             PairingError: If the structures differ outside of their layers.
         """
-        layers = [[x for s in partition(n) for x in s.layers] for n in networks]
-        check_alignment(alignment, [{x.name: x for x in of_network} for of_network in layers])
+        by_name = layers_paired(networks, alignment)
+        check_alignment(alignment, by_name)
+        layers = [list(of_network.values()) for of_network in by_name]
         kept = [self._kept_slots(s, len(networks)) for s in alignment.segments]
         removed = [_layers_outside(alignment, kept, k) for k in range(len(networks))]
         with part(0.0, 0.8):
@@ -106,13 +108,13 @@ class Shorten:
             module = remove_layers(network.module, network.example, network, removals, strategy)
         with part(0.8, 1.0):
             shorter = Network.of(network.name, module, network.example)
-        left = [x.kind for s in partition(shorter) for x in s.layers]
-        if left != [x.kind for x in layers if x.name not in names]:
+        left = [x.kind for x in _along(shorter)]
+        if layers == _along(network) and left != [x.kind for x in layers if x.name not in names]:
             raise PassError(
                 f"layers that others depend on: without them there are {len(left)}, of other kinds",
                 where=f"{', '.join(sorted(names))} of {network.name}",
                 expected="layers whose removal does not change the kinds of the others",
-                do="give an alignment in which they are matched, or balance by deepening",
+                do="give an alignment in which they are matched, or fuse without Shorten()",
             )
         return shorter
 
@@ -120,16 +122,26 @@ class Shorten:
         self, alignment: Alignment, kept: Sequence[list[int]], shorter: Sequence[Network]
     ) -> Alignment:
         """Return the alignment of the layers that stay, by the names they have now."""
-        names = [iter([x.name for s in partition(n) for x in s.layers]) for n in shorter]
+        no_costs = (None,) * len(shorter)
+        if self.to is None:  # all have all of them
+            groups = [[x.layers for x in group.segments] for group in pair_segments(shorter)]
+            names = [tuple(tuple(x.name for x in ls) for ls in group) for group in groups]
+            rows = [SegmentAlignment("", 0, of_group, no_costs) for of_group in names]
+            return Alignment(tuple(rows), alignment.names)
+        left = [iter([x.name for x in _along(n)]) for n in shorter]
         segments = []
         for segment, slots in zip(alignment.segments, kept):
-            rows = tuple(
+            slots_left = tuple(
                 tuple(None if row[i] is None else next(of_network) for i in slots)
-                for row, of_network in zip(segment.slots, names)
+                for row, of_network in zip(segment.slots, left)
             )
-            no_costs = (None,) * len(rows)
-            segments.append(SegmentAlignment(segment.label, self.to or 0, rows, no_costs))
+            segments.append(SegmentAlignment(segment.label, self.to, slots_left, no_costs))
         return Alignment(tuple(segments), alignment.names)
+
+
+def _along(network: Network) -> list[Layer]:
+    """Return the layers of a network's chain."""
+    return [x for segment in partition(network) for x in segment.layers]
 
 
 def _layers_outside(alignment: Alignment, kept: Sequence[list[int]], k: int) -> set[str]:
