@@ -328,11 +328,16 @@ class Alignment:
         for s in self.segments:
             rows.append(f"-- {s.label}")
             for i in range(len(s.slots[0])):
-                cells = "".join((row[i] or "+").ljust(width) for row in s.slots)
+                names = [row[i] or "+" * self.takes_part(k) for k, row in enumerate(s.slots)]
+                cells = "".join(name.ljust(width) for name in names)
                 costs = [s.cost_of(k, i) for k in range(len(self.names)) if k != s.reference]
                 shown = " ".join("" if c is None else f"{c:.4f}" for c in costs)
                 rows.append((cells + shown).rstrip())
         return "\n".join(rows)
+
+    def takes_part(self, network: int) -> bool:
+        """Tell whether any layer of a network is aligned; of one that is only heard, none is."""
+        return any(name is not None for s in self.segments for name in s.slots[network])
 
     def _layers(self) -> Iterator[str | None]:
         for s in self.segments:

@@ -259,11 +259,12 @@ def _mismatch(
         if at < len(listed):
             kinds = dict.fromkeys(layer.kind for layer in listed[at].layers)
             lines += [f"           made of {shorten(kind, 240)}" for kind in kinds]
-    advice = "fuse networks of one family; check that the same input size is right for both"
+    heard = "take what the others compute as targets (across=True)"
+    advice = f"check that the same input size is right for both, or {heard}"
     if at > 0:
         before = segments[0][min(at, len(segments[0])) - 1].layers[-1].name
         advice = (
-            "fuse what is in front of it and keep a head for each: "
+            f"{heard}, or fuse what is in front of it and keep a head for each: "
             f"anchor=0, heads=fxfuse.heads.Separate(after={before!r})"
         )
     return PairingError(

@@ -18,6 +18,7 @@ from ..depth.deepen import Balanced
 from ..errors import PairingError
 from ..ir import Signature, Space
 from ..spaces.network import Network
+from .guests import Guest
 
 FAR_WIDER = 3.0  # times the units of the anchor
 
@@ -40,6 +41,7 @@ class Problem:
             to return, sum 1.
         absent_as_zero: Whether layers that a network has only as neutral ones count as zeros; if
             not, the other networks share these layers out among themselves.
+        guests: Networks of another structure; what they count, the others count less.
     """
 
     networks: tuple[Network, ...]
@@ -52,6 +54,7 @@ class Problem:
     weights: tuple[float, ...]
     output_weights: tuple[float, ...]
     absent_as_zero: bool = False
+    guests: tuple[Guest, ...] = ()
 
     @classmethod
     def of(

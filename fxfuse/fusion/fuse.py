@@ -36,12 +36,13 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
+from ._across import Company, company_of, require_hearing
 from ._apart import fuse_apart
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import Cost, choose_cut
 from ._configuration import changed_configuration
 from ._cut import AUTO, trunk_segments
-from ._guard import HELD_OUT, advice_for, nearness, split_to_judge, warned, without_repeats
+from ._guard import HELD_OUT, Split, advice_for, nearness, split_to_judge, warned, without_repeats
 from .assemble import couple, make, report_on, require_sound
 from .heads import Heads, Separate, require_heads
 from .selection import Candidate, Choice
@@ -148,6 +149,7 @@ def fuse(
     anchor: int | None = None,
     method: Method | str | None = None,
     heads: Heads | None = None,
+    across: bool = False,
     inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> fx.GraphModule:
@@ -178,6 +180,9 @@ def fuse(
             the best one known (with heads, `FAIR`).
         heads: For networks of different tasks: fuse them up to a layer, and keep a head for each
             (`fxfuse.heads.Separate`) or one for the labels of all (`fxfuse.heads.Union`).
+        across: Take networks of other kinds than the anchor's, too, if their outputs are the same.
+            They give no weights: their outputs, and their features at the last resolution that both
+            have, are targets that the anchor's layers are refitted to.
         inputs: From a batch to args, kwargs of forward, where batches are none of these.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
@@ -196,7 +201,8 @@ def fuse(
         TraceError: If a model cannot be traced.
         ModelError: If weights are not finite, or outputs differ in shape and no heads are chosen.
         DataError: If the data are empty, refused by a model, or not finite.
-        PairingError: If the networks do not belong to one family, or cannot be cut where asked.
+        PairingError: If the networks do not belong to one family (without `across`), or cannot be
+            cut where asked.
         PassError: If a layer that one network lacks can be neither neutral nor passed by, or
             nothing can take the place of one that is to be removed.
 
@@ -212,10 +218,12 @@ def fuse(
     """
     if isinstance(method, str) and not isinstance(preset := _preset(method), Method):
         options = {"alignment": alignment, "weights": weights, "anchor": anchor, "heads": heads}
+        require_hearing(across, heads, method)
         data = data if inputs is None else Calibration(data, models=models, to_call=inputs)
         wider = None if width == 1 else width
         return preset(models, data, **options, width=wider, progress=progress)
     method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
+    require_hearing(across, heads, method.refit)
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width)
@@ -224,17 +232,13 @@ def fuse(
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
     split = split_to_judge(calibration, method.refit.fits and heads is None, automatic)
-    way: Callable[..., Any] = partial(
-        _fuse_networks, anchor=index, shares=shares, width=width, method=method
-    )
+    company = company_of(networks, shares, index, calibration, method.balancing, across)
+    way: Callable[..., Any] = partial(_fuse_networks, company=company, width=width, method=method)
     if heads is None:
-        alignment = alignment or _aligned(networks, calibration, method, clock)
-        others = [k for k in range(len(models)) if k != index and anchor is None]
-        choice = Choice(networks, split.judge, [index, *others]) if automatic else None
-        network, _, report = way(networks, alignment, data=split.fit, clock=clock, choice=choice)
-        with clock.stage("compare with the ensemble"):
-            near = nearness(network, networks, shares, split)
-        report = replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
+        alignment = alignment or _aligned(company.family, calibration, method, clock)
+        leads = company.leads if anchor is None else company.leads[:1]
+        choice = Choice(networks, shares, split.judge, leads) if automatic else None
+        network, report = _fuse_and_judge(company, alignment, split, choice, way, clock)
         fused = as_given(models[index], network.module)
         report = replace(report, configuration=changed_configuration(models[index], fused))
     else:
@@ -257,6 +261,23 @@ def fuse(
     return fused
 
 
+def _fuse_and_judge(
+    company: Company,
+    alignment: Alignment,
+    split: Split,
+    choice: Choice | None,
+    way: Callable[..., Any],
+    clock: Clock,
+) -> tuple[Network, Report]:
+    """Fuse networks of one task, and measure how far the result is from their ensemble."""
+    given = company.family, alignment, split.fit
+    network, couplings, report = way(*given, clock=clock, choice=choice)
+    report = company.reported(report, couplings.problem.guests)
+    with clock.stage("compare with the ensemble"):
+        near = nearness(network, company.networks, company.shares, split)
+    return network, replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)
+
+
 def _require_one_result(fused: fx.GraphModule) -> None:
     """Give all processes the same network; refuse those that came to different structures."""
     state = fused.state_dict()
@@ -270,8 +291,7 @@ def _fuse_networks(
     alignment: Alignment,
     data: Calibration,
     *,
-    anchor: int,
-    shares: Sequence[float],
+    company: Company,
     width: float,
     method: Method,
     clock: Clock,
@@ -280,18 +300,19 @@ def _fuse_networks(
     """Balance, couple, emit and refit; take another network if it is to be chosen, and is nearer.
 
     Args:
-        networks: The traced networks.
+        networks: The traced networks of the family.
         alignment: Which of their layers correspond.
         data: Calibration inputs.
-        anchor: Index of the network whose structure the result takes.
-        shares: Of each network, sum 1.
+        company: Says which of them is the anchor, what each counts, and who else is heard.
         width: Of the result, relative to the anchor's.
         method: The choices along the way.
         clock: Times the stages.
         choice: What to choose by; None to take the fused network.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
+    anchor, shares = company.anchor, company.shares_inside
     problem = Problem.of(balanced, anchor, shares, method.absent_as_zero)
+    problem = replace(problem, guests=company.guests_of(problem.structure))
     given = data, method.coupling, method.mixer, method.refit, clock
     couplings, moments, narrow = couple(problem, *given, width=width, room=method.room)
     fused, outcome = make(couplings, moments, method.refit, data, clock)
@@ -300,7 +321,7 @@ def _fuse_networks(
     if choice is not None:
         usual = Candidate("the fused network", fused, couplings, outcome)
         with clock.stage("choose"):
-            best, candidates = choice(usual, balanced, shares, method.refit, data)
+            best, candidates = choice(usual, balanced, method.refit, data)
         fused, couplings, outcome = best.network, best.couplings, best.outcome
     require_sound(fused)
     facts = alignment, balanced, anchor, couplings, outcome, clock, method.seeds, narrow

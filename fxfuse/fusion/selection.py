@@ -64,11 +64,13 @@ class Choice:
 
     Attributes:
         networks: The networks that are fused.
+        shares: Of each of them in the ensemble.
         judge: Samples that nothing is fitted to.
-        leads: Indices of those whose units the result may have.
+        leads: Indices, among the balanced networks, of those whose units the result may have.
     """
 
     networks: Sequence[Network]
+    shares: Sequence[float]
     judge: Calibration
     leads: Sequence[int]
 
@@ -76,7 +78,6 @@ class Choice:
         self,
         fused: Candidate,
         balanced: Balanced,
-        shares: Sequence[float],
         refit: Refit,
         data: Calibration,
     ) -> tuple[Candidate, dict[str, float]]:
@@ -85,7 +86,6 @@ class Choice:
         Args:
             fused: The fused network.
             balanced: The networks once their depths were equal.
-            shares: Of the networks in the ensemble.
             refit: How the fused network was corrected.
             data: Calibration inputs that it was fitted to.
 
@@ -93,7 +93,7 @@ class Choice:
             The candidate, the first of those that only rounding tells apart; and how far each is
             from the ensemble, by its name.
         """
-        ensemble = [(w, n) for w, n in zip(shares, self.networks) if w]
+        ensemble = [(w, n) for w, n in zip(self.shares, self.networks) if w]
         found = [fused, *_mixed(fused, refit), *_averaged(fused, data)]
         parents = parents_in(fused.couplings.problem, balanced, self.leads)
         if parents:
@@ -160,7 +160,8 @@ def _averaged(fused: Candidate, data: Calibration) -> Iterator[Candidate]:
     """Yield the average of the weights, name by name, if all networks have the same units."""
     problem = fused.couplings.problem
     sizes = [{s.size for s in spaces} for spaces in problem.spaces.values()]
-    if fused.couplings.siblings or any(problem.absent) or any(len(s) > 1 for s in sizes):
+    several = len(problem.networks) > 1 and not fused.couplings.siblings
+    if not several or any(problem.absent) or any(len(s) > 1 for s in sizes):
         return
     couplings, keep = InPlace()(problem, Evidence({}, {})), AsMixed()
     module, plans = emit(couplings, {})

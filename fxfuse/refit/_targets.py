@@ -31,6 +31,7 @@ from ..coupling.measure import bypasses
 from ..coupling.mixing import Couplings
 from ..graph.compare import TOLERANCE
 from ..spaces.network import Network
+from ._guests import Visits, among
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,7 @@ class Parents:
             given = network, data, samples, size, nodes, store, bypass
             self.tracks.append(Track(*given) if _contributes(couplings, k) else None)
         self.track = next(track for track in self.tracks if track is not None)
+        self.visits = Visits(couplings.problem.guests, data, samples, size, store)
         self.place = place
         self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
         self.goals: dict[str, Goal] = {}  # those that lie before the one asked for last
@@ -128,7 +130,21 @@ class Parents:
                     track.rest(batch)
         assert sample is not None, "there is a batch"
         joined = sample.joined
-        return Goal(sample, shapes, joined(means), joined(activated) if activated else None)
+        goal = Goal(sample, shapes, joined(means), joined(activated) if activated else None)
+        told = self.visits.said(aim.at, axis, sample, goal.values)
+        among(goal.values, told)
+        if goal.activated is not None:
+            among(goal.activated, [(share, self._act(aim, said)) for share, said in told])
+        return goal
+
+    def _act(self, aim: Aim, rows: Tensor) -> Tensor:
+        """Return what the activation behind a contraction makes of values in fused units."""
+        track = self.tracks[self.targets.problem.anchor] or self.track
+        run, _ = track.go(0, self.place[aim.at] + 1)
+        activated = self._activated(aim, run, rows)
+        track.rest(0)
+        assert activated is not None, "there is an activation"
+        return activated
 
     def _mixed(self, aim: Aim, rows: Sequence[Tensor | None]) -> Tensor:
         axis = aim.axis_in(self.targets.problem.networks[0])
@@ -141,9 +157,13 @@ class Parents:
         node = run.network.nodes[aim.activation]
         return run.apply(node, run.network.inputs_of(node)[0], rows)
 
-    def outputs(self, batch: int) -> list[Any]:
-        """Take a batch to the end; return each network's output, None where none contributes."""
-        return [None if t is None else t.go(batch, len(t.order))[1] for t in self.tracks]
+    def outputs(self, batch: int) -> list[tuple[float, Any]]:
+        """Take a batch to the end; return the shares and outputs of all that have a share."""
+        problem, guests = self.targets.problem, self.visits.outputs(batch)
+        left = 1 - sum(share for share, _ in guests)
+        pairs = list(zip(problem.output_weights, self.tracks))
+        own = [(left * w, t.go(batch, len(t.order))[1]) for w, t in pairs if t is not None]
+        return [(share, value) for share, value in (*own, *guests) if share]
 
 
 def _contributes(couplings: Couplings, k: int) -> bool:
@@ -353,7 +373,7 @@ class Targets:
         self.bypasses = bypasses(problem)
         self.outputs = behind_contractions(problem.structure)
         shares = zip(problem.weights, problem.output_weights, problem.far_wider)
-        apart = any(far and out and not w for w, out, far in shares)
+        apart = any(far and out and not w for w, out, far in shares) or bool(problem.guests)
         self.scores = {scores_node(problem.structure)} if apart else set()
         self.maps: dict[tuple[str, int, int], Tensor] = {}  # of the last node only
 

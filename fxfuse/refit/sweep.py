@@ -298,7 +298,8 @@ class LeastSquares(Refit):
         samples: int,
     ) -> Outcome:
         """Refit in place; see `Refit`."""
-        if couplings.siblings and OPEN not in fused.module.graph.output_node().meta:
+        apart = OPEN in fused.module.graph.output_node().meta or couplings.problem.guests
+        if couplings.siblings and not apart:
             return _left_at_mean(fused, couplings, plans, data, samples)
         with data.first(samples).summed():
             return self._refit(fused, couplings, plans, data, samples)
@@ -525,7 +526,7 @@ class _Sweep:
     def finish(self) -> float | None:
         """Go to the end; return the mean divergence from the ensemble, if outputs can be logits."""
         end, apart = len(self.track.order) - 1, [0.0]
-        output, shares = self.track.order[end], self.parents.targets.problem.output_weights
+        output = self.track.order[end]
         closed = OPEN not in self.fused.module.graph.output_node().meta
 
         def show(batch: int, run: Run) -> None:
@@ -533,8 +534,7 @@ class _Sweep:
             if not closed or not is_logits(logits) or math.isnan(apart[0]):
                 apart[0] = math.nan
                 return
-            outputs = [(w, t) for w, t in zip(shares, self.parents.outputs(batch)) if w]
-            mean: Tensor = sum(w * t.double() for w, t in outputs)
+            mean: Tensor = sum(w * t.double() for w, t in self.parents.outputs(batch))
             apart[0] += divergence(mean, logits)
 
         self._go(end, show)

@@ -3,11 +3,12 @@
 from ._shared import PICTURE_ENDINGS, amount
 from .alignment_picture import draw
 from .card import card_of
-from .report import CouplingReport, Report, SpaceReport
+from .report import CouplingReport, Heard, Report, SpaceReport
 
 __all__ = [
     "PICTURE_ENDINGS",
     "CouplingReport",
+    "Heard",
     "Report",
     "SpaceReport",
     "amount",

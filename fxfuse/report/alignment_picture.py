@@ -247,7 +247,7 @@ class _Layout:
         for k, row in enumerate(segment.slots):
             name = row[i]
             if name is None:
-                if kept:
+                if kept and self.alignment.takes_part(k):
                     beside = segment.slots[kept[0]][i]
                     facts = (f"neutral layer, inserted beside {beside}", self.alignment.names[k])
                     self._layer_box(k, y, "inserted", "inserted", facts)
@@ -315,9 +315,9 @@ class _Layout:
 def inserted_layers(alignment: Alignment, removed: Removed, network: int) -> int:
     """Return how many neutral layers a network gets: one beside each layer that only others have.
 
-    Layers that the others lose need none.
+    Layers that the others lose need none, nor does a network that is only heard.
     """
-    return sum(
+    return alignment.takes_part(network) * sum(
         name is None and bool(_kept(segment, i, removed))
         for segment in alignment.segments
         for i, name in enumerate(segment.slots[network])

@@ -59,6 +59,19 @@ class SpaceReport:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """A network of another kind, which gave targets and no weights.
+
+    Attributes:
+        name: The network.
+        features: By a node of the fused network, the node of this one whose features counted there.
+    """
+
+    name: str
+    features: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Nearness:
     """How far the outputs of the fused network, and of each network, are from their ensemble's.
 
@@ -128,6 +141,7 @@ class Report:
         warnings: What was warned of, a sentence each.
         configuration: Where widths differ from the anchor's, the numbers of its `config` with which
             its class has those of the fused network: by name, before and after.
+        guests: With `across=True`, the networks that gave targets and no weights.
         maps: By `(space, network)`, what its units give, `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
     """
@@ -155,6 +169,7 @@ class Report:
     candidates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     configuration: dict[str, tuple[int, int]] = field(default_factory=dict)
+    guests: tuple[Heard, ...] = ()
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
     )
@@ -269,6 +284,9 @@ class Report:
         if self.configuration:
             changes = (f"{key} {old} -> {new}" for key, (old, new) in self.configuration.items())
             lines.append(f"configuration: {', '.join(changes)}")
+        for guest in self.guests:
+            places = ", ".join(guest.features) or "no features"
+            lines.append(f"{guest.name} is of another kind: heard at {places}, and in the outputs")
         if self.layers:
             mean = sum(layer.explained for layer in self.layers) / len(self.layers)
             refitted = f"{amount(len(self.layers), 'layer')} refitted"

@@ -247,6 +247,7 @@ def hosted(problem: Problem, host: Network) -> Problem:
         lead=problem.lead,
         present={name: (*having[:-1], False) for name, having in wider.present.items()},
         output_weights=(*outputs, 0.0),
+        guests=problem.guests,
     )
 
 
