@@ -1,6 +1,6 @@
-"""Every preset in five situations: accuracy, how far from the ensemble, seconds.
+"""Every preset in seven situations: accuracy, how far from the ensemble, seconds.
 
-    python examples/methods.py [FOLDER] [--seeds 3] [--situations tuned apart disjoint depth three]
+    python examples/methods.py [FOLDER] [--seeds 3] [--situations tuned apart ...]
                                [--cifar [--images FOLDER] [--samples 500] [--test-images 2000]]
 
 The images are scikit-learn's 8x8 digits, split as `fxfuse demo` splits them; networks are trained
@@ -16,8 +16,8 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,26 @@ from networks import cifar_resnet, predict
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse import Method, solvers
 from fxfuse._files import write_text
 from fxfuse.calibration.distance import divergence
 from fxfuse.cli.demo import CALIBRATION, CHOICE, TEST, DigitNet, digits, percent_right, train
+from fxfuse.coupling import View, Window, reading_map, weighted_matrix, weighted_scalar
 from fxfuse.errors import FuseError, FusionWarning
-from fxfuse.presets import NAMED
+from fxfuse.presets import NAMED, transformer_ot
 from fxfuse.version import versions
 
+STEPS, BATCH, RATE = 800, 50, 2e-3  # of training a transformer
 TUNED_ONLY = ("task_arithmetic", "ties", "dare")  # the first network is the checkpoint
 WIDER = {"pleas": 1.5}  # partial merging: also with so much width
+
+FLOWS = {  # the paper's other choices, for transformers
+    "weighted scalar": {"residual": weighted_scalar},
+    "weighted matrix": {"residual": weighted_matrix},
+    "centre patches": {"view": View(summands=True, tokens=Window(2))},
+    "hard": {"solver": solvers.Exact()},
+    "one map": {"maps": reading_map},
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Situation:
         y: Their labels.
         checkpoint: What the networks were tuned from, if anything.
         heads: Options of `fuse` for networks of different labels.
+        flows: Other choices for `transformer_ot`, by name.
     """
 
     nets: Sequence[nn.Module]
@@ -59,6 +71,65 @@ class Situation:
     y: Tensor
     checkpoint: nn.Module | None = None
     heads: bool = False
+    flows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Attention(nn.Module):
+    """Attention of four heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(n, length, width))
+
+
+class Layer(nn.Module):
+    """Attention and a perceptron, each behind a norm and beside a skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width)
+        self.norm2, self.up = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class DigitTransformer(nn.Module):
+    """A vision transformer for 8x8 digits: a class token, 4 x 4 patches, three layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(1, width, 2, 2), nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 17, width))
+        self.layers = nn.Sequential(*(Layer(width) for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.layers(x))[:, 0])
+
+
+def transformer(seed: int, width: int, x: Tensor, y: Tensor) -> nn.Module:
+    torch.manual_seed(seed)
+    net = DigitTransformer(width).train()
+    optimiser = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, STEPS)
+    for _ in range(STEPS):
+        rows = torch.randint(len(x), (BATCH,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+        optimiser.step()
+        rate.step()
+    return net.eval()
 
 
 def trained(seed: int, depth: int, x: Tensor, y: Tensor) -> nn.Module:
@@ -88,12 +159,18 @@ def situations(seed: int) -> dict[str, Callable[[], Situation]]:
         nets = [trained(first + i, 2, x[p], y[p]) for i, p in enumerate((low, ~low))]
         return Situation(nets, *rest)
 
+    def transformers(*widths: int) -> Situation:
+        nets = [transformer(first + i, width, x, y) for i, width in enumerate(widths)]
+        return Situation(nets, *rest, flows=FLOWS)
+
     return {
         "tuned": tuned,
         "apart": lambda: alike(2, 2),
         "disjoint": disjoint,
         "depth": lambda: alike(3, 2),
         "three": lambda: alike(2, 2, 2),
+        "vit": lambda: transformers(32, 32),
+        "vit-widths": lambda: transformers(32, 48),
     }
 
 
@@ -121,9 +198,12 @@ def rows(given: Situation) -> Iterator[dict[str, Any]]:
         for width in (1.0, WIDER.get(name, 1.0)) if name in WIDER else (1.0,):
             label = name if width == 1 else f"{name}, width {width:g}"
             yield {"name": label, **fused_by(name, width, given, wanted)}
+    for name, choices in given.flows.items():
+        method = replace(transformer_ot, coupling=replace(transformer_ot.coupling, **choices))
+        yield {"name": f"transformer_ot, {name}", **fused_by(method, 1.0, given, wanted)}
 
 
-def fused_by(name: str, width: float, given: Situation, wanted: Tensor) -> dict[str, Any]:
+def fused_by(name: str | Method, width: float, given: Situation, wanted: Tensor) -> dict[str, Any]:
     """Fuse by a preset and measure; what it refuses is named."""
     nets, options = list(given.nets), {} if width == 1 else {"width": width}
     if name in TUNED_ONLY:

@@ -1,10 +1,10 @@
 """Couple units by soft plans of single layers, which flow through the network and meet at sums.
 
 What a layer writes takes the layer's own plan, from what it computes before anything is added. A
-table of learnt vectors (of words, of positions) takes the plan between its own rows, a single
-learnt vector that of what it is joined to. At a sum, the plans of its summands become one: what
-reads the sum, norms included, takes that one. Heads are matched as wholes, queries and keys one to
-one; values are transported within matched heads.
+table of learnt vectors (of words, of positions) takes the plan between its own vectors; a few such
+vectors (a class token, kinds of segments) take that of what they are joined to. At a sum, the plans
+of its summands become one: what reads the sum, norms included, takes that one. Heads are matched as
+wholes, queries and keys one to one; values are transported within matched heads.
 
 References:
     Imfeld et al. 2024, Transformer fusion with optimal transport: standardised activations, the
@@ -39,6 +39,7 @@ from .transport import AxisMaps, GroundCost, GroundCosts, Transport, solve_all
 Ways = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 ROUNDING = 1e-5  # squared distance of standardised units that differ by rounding only
+VECTORS = 8  # a table of fewer does not tell its units apart
 TIE_BREAK = 1e-3  # weight of means where neither of two units varies
 
 
@@ -205,7 +206,7 @@ class _Flow:
         touched += self.network.tensors.get(node.name, [])
         for tensor in (t for t in touched if t in self.written):
             rows = [self._vectors(j, tensor) for j in (self.base, self.k)]
-            if rows[0].shape[1] == rows[1].shape[1] > 1:
+            if rows[0].shape[1] == rows[1].shape[1] >= VECTORS:
                 moments = PairMoments()
                 moments.add(*rows)
                 return self._solved(moments)
@@ -217,7 +218,7 @@ class _Flow:
         axes = [axis for _, axis in network.spaces.on(tensor)]
         if len(axes) != 1 or tensor in self.problem.lacking[k]:
             return torch.empty(0, 0)
-        moved = floats_of(network.module)[tensor].detach().movedim(axes[0].dim, 0).flatten(1)
+        moved = floats_of(network.module)[tensor].detach().movedim(axes[0].dim, 0)
         return moved[axes[0].index].flatten(1)
 
     def _of_axis(self, axis: Axis) -> csr_array | None:

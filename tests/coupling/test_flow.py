@@ -19,6 +19,7 @@ from fxfuse.coupling import (
 )
 from fxfuse.refit.moments import AsMixed
 from tests.support.nets import build, data_shape, gap, randomise
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION
 
 
@@ -99,7 +100,7 @@ def test_a_plan_behind_a_sum_depends_on_the_way(way):
     assert not torch.allclose(*heads, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "tokens"])
+@pytest.mark.parametrize("name", some(["plain", "residual", "grouped", "tokens"], "tokens"))
 def test_a_shuffled_copy_comes_back(name):
     """Soft as the solver is: a unit that has a partner that is the same gives it everything."""
     net, x = build(name)
@@ -163,3 +164,73 @@ def test_a_wider_copy_comes_back_by_two_maps_and_halved_by_the_reading_map():
     )
     assert gap(net, two, x) < FUNCTION
     assert torch.allclose(one.stem.weight, two.stem.weight / 2)
+
+
+class Segments(Patches):
+    """With two kinds of segments, whose vectors are too few to tell units apart."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.kinds = nn.Parameter(torch.zeros(1, 2, width))
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([x, self.cls.expand(x.shape[0], -1, -1)], 1) + self.table
+        x = x + self.kinds.repeat(1, 5, 1)
+        return self.head(self.norm(x)[:, 0])
+
+
+def test_a_small_table_takes_the_plan_of_what_it_is_added_to():
+    net, x = randomise(Segments(6), 1), patches()[1]
+    again = fxfuse.presets.transformer_ot([net, fxfuse.permute(net, x, seed=2)], x)
+    assert gap(net, again, x) < FUNCTION
+
+
+def torchvision_vit(width, heads):
+    models = pytest.importorskip("torchvision.models")
+    return models.VisionTransformer(16, 4, 2, heads, width, 2 * width, num_classes=3)
+
+
+def timm_vit(width, heads):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    sizes = {"img_size": 16, "patch_size": 4, "depth": 2, "num_classes": 3}
+    return timm.VisionTransformer(embed_dim=width, num_heads=heads, mlp_ratio=2, **sizes)
+
+
+SIZES = {"num_hidden_layers": 2, "image_size": 16, "patch_size": 4, "vocab_size": 50}
+
+
+def hf(name):
+    def made(width, heads):
+        package = pytest.importorskip("transformers")
+        sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 2 * width}
+        config = getattr(package, f"{name}Config")(**sizes, **SIZES)
+        return getattr(package, f"{name}Model")(config, add_pooling_layer=False)
+
+    return made
+
+
+LIBRARIES = {"torchvision": torchvision_vit, "timm": timm_vit, "ViT": hf("ViT"), "BERT": hf("Bert")}
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+
+@pytest.mark.parametrize("library", some(LIBRARIES))
+def test_transformers_of_libraries_come_back_from_other_widths(library):
+    """All weight on a copy of twice the width: by two maps, it is itself at either width."""
+    net = randomise(LIBRARIES[library](16, 2), 1)
+    x = torch.randn(30, 3, 16, 16)
+    x = {"input_ids": torch.randint(0, 50, (30, 9))} if library == "BERT" else x
+    x = {"pixel_values": x} if library == "ViT" else x
+
+    def run(net):
+        with torch.no_grad():
+            return first(net(**x) if isinstance(x, dict) else net(x))
+
+    wide = fxfuse.net2wider(net, x)
+    flow = fxfuse.presets.transformer_ot
+    for nets in ([net, fxfuse.permute(net, x, seed=1)], [net, wide], [wide, net]):
+        again = flow(nets, x, weights=[0, 1], anchor=0)
+        assert float((run(again) - run(net)).abs().max() / run(net).abs().max()) < 1e-4
