@@ -1,18 +1,19 @@
 """Ridge regression of a contraction's weight on rows of what it reads and gives.
 
-What is fitted is a correction of the weight to the residuals. The ridge draws it to zero, so that
-the weight hardly changes where there are few data; the ridge that does best on samples held out of
-the fit is chosen.
+What is fitted corrects the weight. The ridge draws it to zero where there are few data; the one
+that does best on samples held out is chosen. The primal form solves a system of the inputs'
+products, the dual form, for fewer rows than inputs, one of the rows' products.
 
-The primal form solves a system of the inputs' products with each other, the dual form one of the
-rows' products with each other. Both give the same; the dual form suits fewer rows than inputs.
+Of many units, ridges are tried on mixtures with random signs, which have their squares on average
+(Hutchinson 1989), and in float32. The choice is compared with no correction on the units
+themselves, and solved in float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,6 +27,8 @@ from .rows import in_groups, input_rows, output_rows, rows_as_weight, weight_as_
 STRETCH = 4096  # rows whose products are summed in their own precision
 BLOCK = 128  # columns of a symmetric product that are formed at a time
 ROUNDING = 1e-6  # of a mean square: a variance no larger is that of rounded products
+MIXTURES = 32  # of the units, on which ridges are tried where there are more than twice as many
+ROUGH_FROM = 512  # equations of a system that is factorised in float32 while ridges are tried
 
 
 def products(x: Tensor) -> Tensor:
@@ -41,18 +44,39 @@ def products(x: Tensor) -> Tensor:
     return product[None]
 
 
-def _factor(system: Tensor, power: Tensor, ridge: float) -> Tensor | None:
-    """Return the Cholesky factor of a system with a ridge on its diagonal; None if singular.
+class _System:
+    """A symmetric system, factorised with one ridge after the other.
 
     Args:
-        system: `(groups, n, n)`; written to.
-        power: `(groups,)` what the ridge is relative to, in each group.
-        ridge: How strong it is.
+        matrix: `(groups, n, n)`, in float64.
+        power: `(groups,)` what ridges are relative to, in each group.
     """
-    power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # some groups hardly vary
-    system.diagonal(dim1=1, dim2=2).add_(ridge * power[:, None])
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return None if bool(failed.any()) else factor
+
+    def __init__(self, matrix: Tensor, power: Tensor) -> None:
+        self.matrix = matrix
+        self.power = power.clamp(min=max(1e-3 * float(power.mean()), 1e-30))  # some hardly vary
+        self._factors: dict[tuple[float, torch.dtype], Tensor | None] = {}
+
+    def factor(self, ridge: float, rough: bool = False) -> Tensor | None:
+        """Return the Cholesky factor `(groups, n, n)`; see `InputSums.factor`."""
+        if rough and self.matrix.shape[1] >= ROUGH_FROM:
+            factor = self._factor(ridge, torch.float32)
+            if factor is not None:
+                return factor
+        return self._factor(ridge, self.matrix.dtype)
+
+    def _factor(self, ridge: float, dtype: torch.dtype) -> Tensor | None:
+        if (ridge, dtype) not in self._factors:
+            matrix = self.matrix.to(dtype, copy=True)
+            matrix.diagonal(dim1=1, dim2=2).add_((ridge * self.power)[:, None].to(dtype))
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            self._factors[ridge, dtype] = None if bool(failed.any()) else factor
+        return self._factors[ridge, dtype]
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """Return the solution for right sides in their own precision, from a Cholesky factor."""
+    return torch.cholesky_solve(right.to(factor), factor).to(right)
 
 
 def _vary(power: Tensor, squares: Tensor) -> bool:
@@ -80,11 +104,11 @@ class InputSums:
     count: int = 0
     xx: Tensor = torch.zeros(())
     x: Tensor = torch.zeros(())
-    _factors: dict[float, Tensor | None] = field(default_factory=dict)  # by ridge
+    _system: _System | None = None
 
     def add(self, x: Tensor) -> None:
         """Add inputs `(groups, rows, inputs)`."""
-        self._factors = {}
+        self._system = None
         for part in x.split(STRETCH, 1):
             self.count += part.shape[1]
             self.xx = self.xx + products(part).double()
@@ -102,16 +126,21 @@ class InputSums:
         count, xx, x = self.count + other.count, self.xx + other.xx, self.x + other.x
         return InputSums(self.centred, count, xx, x)
 
-    def factor(self, ridge: float) -> Tensor | None:
-        """Return the Cholesky factor of the second moments with a ridge; None if singular."""
-        if ridge not in self._factors:
+    def factor(self, ridge: float, rough: bool = False) -> Tensor | None:
+        """Return the Cholesky factor of the second moments with a ridge; None if singular.
+
+        Args:
+            ridge: Relative to the mean variance.
+            rough: Float32 will do, if the system is large and not singular in that.
+        """
+        if self._system is None:
             xx = self.xx / self.count
             if self.centred:
                 x = self.x / self.count
                 xx.sub_(x.mT @ x)
             power = xx.diagonal(dim1=1, dim2=2).mean(1)
-            self._factors[ridge] = _factor(xx, power, ridge)
-        return self._factors[ridge]
+            self._system = _System(xx, power)
+        return self._system.factor(ridge, rough)
 
     def constant(self) -> bool:
         """Tell whether the inputs are constant but for rounding."""
@@ -153,21 +182,44 @@ class Sums:
         """Return the sums over both sets of rows; `inputs` has those over their inputs."""
         return Sums(inputs, self.xr + other.xr, self.rr + other.rr, self.r + other.r)
 
-    def solve(self, ridge: float) -> Tensor | None:
+    def mixed(self, mixtures: Tensor | None) -> Sums:
+        """Return the sums for mixtures `(out, mixtures)` of the units; no squares."""
+        if mixtures is None:
+            return self
+        mixtures = mixtures.to(self.xr)
+        return Sums(self.inputs, self.xr @ mixtures, r=self.r @ mixtures)
+
+    def solve(self, ridge: float, rough: bool = False) -> Tensor | None:
         """Return the correction `(groups, inputs, out)`; None if the system is singular.
 
         Args:
             ridge: Relative to the mean variance of the inputs (mean square, without a bias).
+            rough: See `InputSums.factor`.
         """
         count, x = self.inputs.count, self.inputs.x
         if self.inputs.constant():  # they explain nothing
             return torch.zeros_like(self.xr)
-        factor, xr = self.inputs.factor(ridge), self.xr / count
+        factor, xr = self.inputs.factor(ridge, rough), self.xr / count
         if factor is None:
             return None
         if self.inputs.centred:
             xr = xr - (x / count).mT @ (self.r / count)
-        return torch.cholesky_solve(xr, factor)
+        return _solved(factor, xr)
+
+    def squared(self, x: Tensor, r: Tensor, correction: Tensor | None) -> float:
+        """Return the squared error on other rows of a correction fitted to these.
+
+        Args:
+            x: Their inputs `(groups, rows, inputs)`.
+            r: Their residuals `(groups, rows, out)`.
+            correction: `(groups, inputs, out)`; none if None.
+        """
+        bias = self.r / self.inputs.count if self.inputs.centred else torch.zeros_like(self.r)
+        if correction is not None:
+            if self.inputs.centred:
+                bias = bias - self.inputs.x / self.inputs.count @ correction
+            r = r - x @ correction.to(x)
+        return float((r - bias.to(r)).double().square().sum())
 
     def error(self, fit: Sums, correction: Tensor | None) -> float:
         """Return the mean squared error on these rows of a correction fitted to others.
@@ -193,65 +245,80 @@ class Sums:
 
 
 class _Dual:
-    """A regression on some rows, by the products of all rows with each other.
+    """Regressions on some rows, by the products of all rows with each other.
 
     Args:
-        products: `(groups, rows, rows)` of the inputs.
-        r: Residuals `(groups, rows, out)`.
+        products: `(groups, rows, rows)` of the inputs, in float64.
         fit: `(rows,)` which rows to fit to.
         centred: Whether there is a bias.
         inputs: Number of inputs.
     """
 
-    def __init__(
-        self, products: Tensor, r: Tensor, fit: Tensor, centred: bool, inputs: int
-    ) -> None:
-        self.products, self.r, self.fit, self.inputs = products, r, fit, inputs
-        self.squares = products.diagonal(dim1=1, dim2=2).mean(1)
+    def __init__(self, products: Tensor, fit: Tensor, centred: bool, inputs: int) -> None:
+        self.fit, self.centred = fit, centred
+        squares = products.diagonal(dim1=1, dim2=2).mean(1)
         if centred:
             mean = products[:, :, fit].mean(2, keepdim=True)
-            self.products = products - mean - mean.mT + mean[:, fit].mean(1, keepdim=True)
-            self.r = r - r[:, fit].mean(1, keepdim=True)
+            products = products - mean - mean.mT + mean[:, fit].mean(1, keepdim=True)
+        columns = products[:, :, fit]
+        matrix, self.across = columns[:, fit], columns[:, ~fit]
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        self.system = _System(matrix, diagonal.sum(1) / inputs)
+        self.varies = _vary(diagonal.mean(1), squares)
 
-    def shares(self, ridge: float) -> Tensor | None:
-        """Return how much of each row is in the correction, `(groups, rows to fit to, out)`."""
-        system = self.products[:, self.fit][:, :, self.fit]
-        diagonal = system.diagonal(dim1=1, dim2=2)
-        if not _vary(diagonal.mean(1), self.squares):  # constant inputs explain nothing
-            return torch.zeros_like(self.r[:, self.fit])
-        factor = _factor(system, diagonal.sum(1) / self.inputs, ridge)
-        return None if factor is None else torch.cholesky_solve(self.r[:, self.fit], factor)
+    def centre(self, r: Tensor) -> Tensor:
+        """Return residuals `(groups, rows, out)` about their means over the rows to fit to."""
+        return r - r[:, self.fit].mean(1, keepdim=True) if self.centred else r
 
-    def error(self, rows: Tensor, ridge: float) -> float:
-        """Return the mean squared error on other rows; with an infinite ridge, uncorrected."""
-        left, shares = self.r[:, rows], None
-        if ridge != float("inf"):
-            shares = self.shares(ridge)
+    def shares(self, r: Tensor, ridge: float, rough: bool = False) -> Tensor | None:
+        """Return how much of each row is in the correction, `(groups, rows to fit to, out)`.
+
+        Args:
+            r: Centred residuals of all rows.
+            ridge: Relative to the mean variance of the inputs.
+            rough: See `InputSums.factor`.
+        """
+        if not self.varies:  # constant inputs explain nothing
+            return torch.zeros_like(r[:, self.fit])
+        factor = self.system.factor(ridge, rough)
+        return None if factor is None else _solved(factor, r[:, self.fit])
+
+    def error(self, r: Tensor, mixtures: Tensor | None, ridge: float) -> float:
+        """Return the mean squared error on the other rows; with an infinite ridge, uncorrected."""
+        r = self.centre(r if mixtures is None else r @ mixtures.to(r))
+        left = r[:, ~self.fit]
+        if ridge != math.inf:
+            shares = self.shares(r, ridge, rough=True)
             if shares is None:
-                return float("inf")
-            left = left - self.products[:, rows][:, :, self.fit] @ shares
-        return float(left.square().sum()) / int(rows.sum())
+                return math.inf
+            left = left - self.across @ shares
+        return float(left.square().sum()) / max(left.shape[1], 1)
 
 
 def solve_dual(
-    x: Tensor, r: Tensor, centred: bool, ridge: float, row_products: Tensor | None = None
+    x: Tensor, r: Tensor, ridge: float, centred: bool, system: _Dual | None = None
 ) -> Tensor | None:
     """Return the correction `(groups, inputs, out)`, None if the system is singular.
 
     Args:
         x: Inputs `(groups, rows, inputs)`.
         r: Residuals `(groups, rows, out)`.
-        centred: Whether there is a bias.
         ridge: Relative to the mean variance of the inputs (mean square, without a bias).
-        row_products: `(groups, rows, rows)` of the inputs, if they are known.
+        centred: Whether there is a bias.
+        system: That of all rows, if it is known.
     """
-    row_products = (x @ x.mT).double() if row_products is None else row_products
-    every = torch.ones(x.shape[1], dtype=torch.bool)
-    shares = _Dual(row_products, r.double(), every, centred, x.shape[2]).shares(ridge)
+    system = system or _dual_of(x, centred)
+    shares = system.shares(system.centre(r.double()), ridge)
     if shares is None:
         return None
     x = x - x.mean(1, keepdim=True) if centred else x
     return x.mT @ shares.to(x)
+
+
+def _dual_of(x: Tensor, centred: bool) -> _Dual:
+    """Return the system of all rows `(groups, rows, inputs)`."""
+    every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    return _Dual(products(x.mT).double(), every, centred, x.shape[2])
 
 
 # --- which ridge ----------------------------------------------------------------------------------
@@ -296,56 +363,35 @@ def best_ridge(error: Callable[[float], float], ridges: Sequence[float]) -> tupl
     return known[ridge], ridge
 
 
-def best_correction(fit: Sums, held: Sums, every: Sums, ridges: Sequence[float]) -> Correction:
-    """Choose the ridge by the error on held-out rows, then fit to all rows with it.
+def mixtures_of(units: int) -> Tensor | None:
+    """Return mixtures `(units, mixtures)` with random signs; None where there are few units.
+
+    The squares of what is mixed sum up to those of the units, on average.
+    """
+    if units <= 2 * MIXTURES:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (units, MIXTURES), generator=generator)
+    return (2.0 * signs - 1) / math.sqrt(MIXTURES)
+
+
+def best_ridge_of_units(
+    error: Callable[[Tensor | None, float], float], units: int, ridges: Sequence[float]
+) -> tuple[float, float]:
+    """Do what `best_ridge` does, on mixtures of the units where there are many.
 
     Args:
-        fit: Sums over the rows to fit to, while the ridge is chosen.
-        held: Sums over the others; if there are none, the weight stays.
-        every: Sums over both.
-        ridges: The ridges to choose from; no correction at all is a choice, too.
+        error: Of mixtures (None for the units themselves) and a ridge, on rows held out.
+        units: How many there are.
+        ridges: The ridges to choose from.
     """
-    infinite = float("inf")
-    if not every.inputs.count:
-        return Correction(None, infinite, 0.0)
-    if not fit.inputs.count or not held.inputs.count:
-        return Correction(None, infinite, every.error(every, None))
-
-    def error_with(ridge: float) -> float:
-        weight = None if ridge == infinite else fit.solve(ridge)
-        return infinite if weight is None and ridge < infinite else held.error(fit, weight)
-
-    error, ridge = best_ridge(error_with, ridges)
-    return Correction(None if ridge == infinite else every.solve(ridge), ridge, error)
-
-
-def best_correction_dual(
-    x: Tensor,
-    r: Tensor,
-    held: Tensor,
-    centred: bool,
-    ridges: Sequence[float],
-    row_products: Tensor | None = None,
-) -> Correction:
-    """Do what `best_correction` does, in the dual form: for more inputs than there are rows.
-
-    Args:
-        x: Inputs `(groups, rows, inputs)`.
-        r: Residuals `(groups, rows, out)`.
-        held: `(rows,)` which rows are held out, while the ridge is chosen.
-        centred: Whether there is a bias.
-        ridges: The ridges to choose from; no correction at all is a choice, too.
-        row_products: `(groups, rows, rows)` of the inputs, if they are known.
-    """
-    row_products = (x @ x.mT).double() if row_products is None else row_products
-    infinite = float("inf")
-    error, ridge = float(r.double().square().sum()) / max(len(held), 1), infinite
-    if held.any() and not held.all():
-        fit = _Dual(row_products, r.double(), ~held, centred, x.shape[2])
-        error, ridge = best_ridge(partial(fit.error, held), ridges)
-    if ridge == infinite:
-        return Correction(None, ridge, error)
-    return Correction(solve_dual(x, r, centred, ridge, row_products), ridge, error)
+    mixtures = mixtures_of(units)
+    least, ridge = best_ridge(partial(error, mixtures), ridges)
+    if mixtures is None:
+        return least, ridge
+    exact = {choice: error(None, choice) for choice in (math.inf, ridge)}
+    ridge = min(exact, key=exact.__getitem__)
+    return exact[ridge], ridge
 
 
 class Regression:
@@ -367,9 +413,10 @@ class Regression:
         self.x, self.parts = x, (slice(fit), slice(fit, None))
         if dual_every:
             self.x = self._of_all(x)[:, ::dual_every]
-            held = torch.arange(x.shape[1]) >= fit
-            self.held = self._of_all(held[None])[0, ::dual_every]
-            self.row_products = (self.x @ self.x.mT).double()
+            held = torch.arange(x.shape[1], device=x.device) >= fit
+            held = self._of_all(held[None])[0, ::dual_every]
+            self.fit = _Dual(products(self.x.mT).double(), ~held, centred, self.x.shape[2])
+            self.every: _Dual | None = None  # of all rows
             return
         own = InputSums(centred), InputSums(centred)
         for sums, part in zip(own, self.parts):
@@ -397,15 +444,39 @@ class Regression:
         power /= max(total_of(residuals.shape[1]), 1)
         if power <= least:
             return Correction(None, float("inf"), power)
-        if self.dual_every:
-            r = self._of_all(residuals)[:, :: self.dual_every]
-            given = self.x, r, self.held, self.centred, ridges, self.row_products
-            return best_correction_dual(*given)
+        correct = self._correct_dual if self.dual_every else self._correct_primal
+        return correct(residuals, ridges, power)
+
+    def _correct_primal(self, r: Tensor, ridges: Sequence[float], power: float) -> Correction:
         own = [Sums(inputs) for inputs in self.inputs]
         for sums, part in zip(own, self.parts):
-            sums.add(self.x[:, part], residuals[:, part])
+            sums.add(self.x[:, part], r[:, part])
         fit, held = (sums.summed(inputs) for sums, inputs in zip(own, self.inputs))
-        return best_correction(fit, held, fit.joined(held, self.every_input), ridges)
+        if not fit.inputs.count or not held.inputs.count:
+            return Correction(None, math.inf, power)
+        x, left = (rows[:, self.parts[1]] for rows in (self.x, r))
+
+        def error(mixtures: Tensor | None, ridge: float) -> float:
+            some = fit.mixed(mixtures)
+            correction = None if ridge == math.inf else some.solve(ridge, rough=True)
+            if correction is None and ridge < math.inf:
+                return math.inf
+            wanted = left if mixtures is None else left @ mixtures.to(left)
+            return total_of(some.squared(x, wanted, correction)) / held.inputs.count
+
+        least, ridge = best_ridge_of_units(error, r.shape[2], ridges)
+        every = fit.joined(held, self.every_input)
+        return Correction(None if ridge == math.inf else every.solve(ridge), ridge, least)
+
+    def _correct_dual(self, r: Tensor, ridges: Sequence[float], power: float) -> Correction:
+        r = self._of_all(r)[:, :: self.dual_every]
+        if not self.fit.fit.any() or self.fit.fit.all():
+            return Correction(None, math.inf, power)
+        least, ridge = best_ridge_of_units(partial(self.fit.error, r.double()), r.shape[2], ridges)
+        if ridge == math.inf:
+            return Correction(None, ridge, least)
+        self.every = self.every or _dual_of(self.x, self.centred)
+        return Correction(solve_dual(self.x, r, ridge, self.centred, self.every), ridge, least)
 
 
 # --- a map from batches of what it reads and what it should give ----------------------------------
@@ -466,7 +537,7 @@ class AffineFit:
         _require_finite(tensors, self.count)
         if self._rows:
             x, r = (torch.cat(parts, 1) for parts in zip(*self._rows))
-            correction = solve_dual(x, r, self.biased, ridge)
+            correction = solve_dual(x, r, ridge, self.biased)
             means = x.mean(1, keepdim=True), r.mean(1, keepdim=True)
         else:
             correction = self.sums.solve(ridge)

@@ -58,7 +58,8 @@ ROUNDING = 1e-5  # share of its root mean square by which a target that is met m
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
 USUAL_ROWS = 16  # positions per weight of a unit that any contraction may have
 ROWS_OF_SCORES = 256  # the same, where class scores are fitted by their divergence
-QUICK = 1 << 34  # multiply-adds that the products of inputs may take where there are more positions
+FEWEST_ROWS = 2  # the same, however long their products take
+QUICK = 3 << 30  # multiply-adds that the products of inputs may take where there are more positions
 FEWEST_POSITIONS = 256  # to take moments of, where there is memory for few products only
 
 
@@ -254,13 +255,13 @@ class LeastSquares(Refit):
             variance of what they read. A held-out quarter of the samples chooses, downhill from the
             middle one, and may choose to leave the coupled weights as they are.
         rows: Positions used per weight of a unit, at most; more cost time, and help where one
-            network is to hold what several do. Beyond 16, no more than are quickly worked on.
+            network is to hold what several do. Beyond 2, no more than are quickly worked on.
         steps: Corrections by the results of an activation, where one reads the values.
         frontier: Bytes of memory for the values of all networks and samples that are still to be
             read; what exceeds them lies in a temporary file.
         gram: Bytes for the products of a contraction's inputs with each other; the default is
-            enough for 2,896 inputs. Where there are more inputs, or more than positions, the
-            products of as many positions are taken instead. The inputs themselves may take eight
+            enough for 1,448 inputs. Where there are more inputs, or more than positions, the
+            products of as many positions are taken instead. The inputs themselves may take 32
             times as much.
         only_outputs: Fit the contractions that write the outputs, and leave all else as it is.
     """
@@ -270,7 +271,7 @@ class LeastSquares(Refit):
     rows: int = USUAL_ROWS
     steps: int = 1
     frontier: int = 1 << 29
-    gram: int = 1 << 26
+    gram: int = 1 << 24
     only_outputs: bool = False
 
     @property
@@ -369,12 +370,12 @@ class LeastSquares(Refit):
             positions: How many there are.
         """
         inputs, budget = affine.weight.shape[1:].numel(), self.gram // affine.groups
-        affordable = 8 * budget // (4 * inputs)  # positions whose inputs can be held
+        affordable = 32 * budget // (4 * inputs)  # positions whose inputs can be held
         if 8 * inputs**2 <= budget and inputs <= positions:
-            quick = max(USUAL_ROWS * inputs, QUICK // (affine.groups * inputs**2))
+            quick = max(FEWEST_ROWS * inputs, QUICK // (affine.groups * inputs**2))
             return min(self.rows * inputs, quick, affordable, positions), 0
         equations = max(min(math.isqrt(budget // 8), affordable, positions), 1)
-        count = min(max(min(4 * equations, affordable), FEWEST_POSITIONS), positions)
+        count = min(max(min(2 * equations, affordable), FEWEST_POSITIONS), positions)
         return count, -(-count // equations)
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from fxfuse.calibration.affine import Affine
 from fxfuse.calibration.least_squares import (
     AffineFit,
+    Correction,
     InputSums,
     Regression,
     Sums,
-    best_correction,
-    best_correction_dual,
     best_ridge,
+    mixtures_of,
     products,
 )
 from fxfuse.calibration.rows import (
@@ -84,10 +84,27 @@ def sums_of(x, r, centred=True):
     return sums
 
 
+def solved(x, r, ridge, centred=True):
+    """Return the ridge regression by its definition: the weight and the bias."""
+    x_mean, r_mean = (t.mean(1, keepdim=True) * centred for t in (x, r))
+    x, r = x - x_mean, r - r_mean
+    power = (x * x).mean((1, 2))
+    power = power.clamp(min=1e-3 * float(power.mean()))
+    hold = torch.eye(x.shape[2], dtype=x.dtype) * power[:, None, None] * ridge * x.shape[1]
+    weight = torch.linalg.solve(x.mT @ x + hold, x.mT @ r)
+    return weight, r_mean - x_mean @ weight
+
+
 def best_of(x, r, held, centred=True, ridges=RIDGES):
-    """Return the best correction by the primal form."""
-    fit, other = (sums_of(x[:, part], r[:, part], centred) for part in (~held, held))
-    return best_correction(fit, other, fit.joined(other, fit.inputs + other.inputs), ridges)
+    """Return the best correction by its definition: all ridges are tried, on all units."""
+    known = {}
+    for ridge in (math.inf, *ridges):
+        weight, bias = solved(x[:, ~held], r[:, ~held], min(ridge, 1e15), centred)
+        left = r[:, held] - x[:, held] @ weight - bias
+        known[ridge] = float(left.square().sum()) / max(int(held.sum()), 1)
+    ridge = min(known, key=known.get)
+    weight = None if ridge == math.inf else solved(x, r, ridge, centred)[0]
+    return Correction(weight, ridge, known[ridge])
 
 
 def close(a, b, tolerance=EXACT):
@@ -127,13 +144,14 @@ def test_the_error_is_that_of_the_corrected_rows(centred, with_weight, seed):
     assert held.error(fit, weight if with_weight else None) == pytest.approx(float(expected))
 
 
-def test_noise_is_not_fitted_and_a_signal_is():
+@pytest.mark.parametrize("dual", [0, 1])
+def test_noise_is_not_fitted_and_a_signal_is(dual):
     x, r = random_rows(1, 60, 40, 2)
-    held = torch.arange(60) >= 45
-    noise = best_of(x, r, held, ridges=(1e-6, 1e-4))
+    regression = Regression(x, 45, True, dual)
+    noise = regression.correct(r, (1e-6, 1e-4), 0.0)
     assert noise.weight is None and math.isinf(noise.ridge)
     truth = torch.randn(1, 40, 2, dtype=F64)
-    signal = best_of(x, x @ truth, held)
+    signal = regression.correct(x @ truth, RIDGES, 0.0)
     assert signal.ridge == 1e-4 and close(signal.weight, truth, 1e-2)
     assert signal.error < 0.01 * noise.error
 
@@ -153,9 +171,11 @@ def test_ridges_far_from_the_best_are_not_tried():
     assert sorted(tried) == [3, 4, 5, math.inf]
 
 
-def test_without_held_out_rows_nothing_is_corrected():
+@pytest.mark.parametrize("dual", [0, 1])
+@pytest.mark.parametrize("fit", [0, 20])
+def test_without_held_out_rows_nothing_is_corrected(dual, fit):
     x, _ = random_rows(1, 20, 3, 2)
-    assert best_of(x, x[..., :2], torch.zeros(20, dtype=torch.bool)).weight is None
+    assert Regression(x, fit, True, dual).correct(x[..., :2], RIDGES, 0.0).weight is None
 
 
 def test_inputs_that_never_vary_get_no_weight():
@@ -176,15 +196,40 @@ def test_inputs_that_never_vary_get_no_weight():
 def test_both_forms_give_the_same(groups, count, inputs, centred, signal, seed):
     x, r = random_rows(groups, count, inputs, 3, seed)
     r = r + signal * x @ torch.randn(groups, inputs, 3, dtype=F64)
-    held = torch.arange(count) % 4 == 3
-    primal = best_of(x, r, held, centred)
-    dual = best_correction_dual(x, r, held, centred, RIDGES)
+    fit = count - count // 4
+    expected = best_of(x, r, torch.arange(count) >= fit, centred)
+    primal, dual = (Regression(x, fit, centred, n).correct(r, RIDGES, 0.0) for n in (0, 1))
     assert dual.ridge == primal.ridge
-    assert (dual.weight is None) == (primal.weight is None)
-    if primal.weight is not None:
-        assert close(dual.weight, primal.weight, 1e-6)
-    if held.any():
-        assert dual.error == pytest.approx(primal.error, rel=1e-6)
+    for found in (primal, dual):
+        if fit < count:
+            assert expected.error <= found.error * (1 + 1e-6)
+        if found.ridge == expected.ridge < math.inf:
+            assert close(found.weight, expected.weight, 1e-6)
+            assert found.error == pytest.approx(expected.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("dual", [0, 1])
+@pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
+def test_of_many_units_and_equations_the_same_ridge_is_chosen(dual, noise):
+    x, r = random_rows(1, 800, 520, 200, 1)
+    x = (x @ torch.randn(520, 520, dtype=F64)).float() / 20  # directions of unlike variance
+    r = (x.double() @ torch.randn(1, 520, 200, dtype=F64) / 5 + noise * r).float()
+    ridges = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    expected = best_of(x.double(), r.double(), torch.arange(800) >= 600, True, ridges)
+    found = Regression(x, 600, True, dual).correct(r, ridges, 0.0)
+    assert found.ridge == expected.ridge
+    assert found.error == pytest.approx(expected.error, rel=1e-3)
+    assert (found.weight is None) == (expected.weight is None)
+    assert expected.weight is None or close(found.weight.double(), expected.weight, 1e-3)
+
+
+def test_mixtures_have_the_squares_of_the_units():
+    assert mixtures_of(64) is None
+    mixtures = mixtures_of(500)
+    values = torch.randn(50, 500, generator=torch.Generator().manual_seed(0))
+    assert float((values @ mixtures).square().sum() / values.square().sum()) == pytest.approx(
+        1, abs=0.1
+    )
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
@@ -204,8 +249,8 @@ def test_one_regression_corrects_several_residuals_in_turn(groups, batches, cent
 @given(st.integers(1, 4), st.integers(1, 30))
 def test_the_dual_form_may_use_every_nth_row_only(n, seed):
     x, r = random_rows(1, 40, 6, 3, seed)
-    held = torch.arange(40) >= 30
-    expected = best_correction_dual(x[:, ::n], r[:, ::n], held[::n], True, RIDGES)
+    fit = len(range(0, 30, n))
+    expected = Regression(x[:, ::n], fit, True, 1).correct(r[:, ::n], RIDGES, 0.0)
     correction = Regression(x, 30, True, n).correct(r, RIDGES, 0.0)
     assert correction.ridge == expected.ridge
     assert correction.error == pytest.approx(expected.error)
