@@ -110,11 +110,13 @@ class LayerFit:
         explained: Share of its target's variance that it explains (R squared), on samples that the
             fit did not see.
         ridge: How strongly the fit was drawn to the weights before it; infinite if these stayed.
+        seconds: Wall time that it took, the networks' way to it included.
     """
 
     node: str
     explained: float
     ridge: float
+    seconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.node}: {self.explained:.2f} of the target's variance, ridge {self.ridge:g}"

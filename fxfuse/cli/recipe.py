@@ -46,6 +46,7 @@ from .references import file_hashes, load_data
 from .terminal import show_alignment, show_scores, stages
 
 FUSED = "fused"
+LONG = 10.0  # seconds: what took longer is told how to be faster
 EXAMPLE = """\
 # What `fxfuse run recipe.yaml` fuses. Paths and modules are those of the folder of this file.
 models:  # package.module:factory[?key=value][@checkpoint], hf:PATH, timm:NAME, or what fxfuse wrote
@@ -310,3 +311,15 @@ def _show(
         f"fused {amount(len(report.alignment.names), 'model')} on {amount(samples, 'sample')} in "
         f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}"
     )
+    if sum(report.seconds.values()) > LONG:
+        say(_faster(report))
+
+
+def _faster(report: Report) -> str:
+    """Say what took longest, and what would make it faster."""
+    stage = max(report.seconds, key=report.seconds.__getitem__)
+    share = report.seconds[stage] / sum(report.seconds.values())
+    layers = ", ".join(f"{layer.node} {layer.seconds:.1f} s" for layer in report.dearest[:3])
+    dearest = f" (of it {layers})" if layers and stage == "refit" else ""
+    moments = ", or --method clafusion, which fits moments only" if layers else ""
+    return f"{share:.0%} of this in '{stage}'{dearest}; faster: fewer --samples{moments}"

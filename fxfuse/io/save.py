@@ -138,7 +138,8 @@ def load(path: str | os.PathLike[str]) -> fx.GraphModule:
 
 def _reproducible(report: Report) -> Report:
     """Return a report without what differs from run to run."""
-    return replace(report, seconds={}, memory={})
+    layers = tuple(replace(layer, seconds=0.0) for layer in report.layers)
+    return replace(report, seconds={}, memory={}, layers=layers)
 
 
 def _require_format(header: Any, where: str) -> None:

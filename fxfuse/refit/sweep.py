@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -465,6 +466,7 @@ class _Sweep:
 
     def _refit(self, place: int, node: fx.Node, aim: Aim) -> bool:
         """Refit one contraction; tell whether that could be done."""
+        start = time.perf_counter()
         goal = self.parents.goal(aim)
         read = self._read_at(place, node, aim, goal)
         if read is None:
@@ -481,7 +483,8 @@ class _Sweep:
         power = fit.whole.variance if aim.producer.biased else fit.whole.rms**2
         if power.sum() > 0:
             explained = 1 - correction.error / float(power.sum())
-            self.layers.append(LayerFit(node.name, explained, correction.ridge))
+            took = time.perf_counter() - start
+            self.layers.append(LayerFit(node.name, explained, correction.ridge, took))
         if aim.producer.norm is not None:
             self.read[node.name] = aim, Moments()
         return True

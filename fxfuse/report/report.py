@@ -17,6 +17,7 @@ from ._shared import amount
 
 Accuracy = float | tuple[float, float]  # in percent; or that and the loss
 SHOWN = 5  # poor layers at most, in print
+DEAREST = 10  # layers that are named as those that took longest, at most
 POOR = 0.5  # a layer that explains a smaller share of its target is named in the report
 
 
@@ -178,6 +179,12 @@ class Report:
     def poor(self) -> tuple[LayerFit, ...]:
         """The layers that explain less than half of their target."""
         return tuple(layer for layer in self.layers if layer.explained < POOR)
+
+    @property
+    def dearest(self) -> tuple[LayerFit, ...]:
+        """The layers whose refit took longest, ten at most."""
+        timed = (layer for layer in self.layers if layer.seconds)
+        return tuple(sorted(timed, key=lambda layer: -layer.seconds)[:DEAREST])
 
     @property
     def advice(self) -> str:

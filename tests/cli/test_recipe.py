@@ -50,12 +50,14 @@ def run(folder, call):
     return call
 
 
-def test_a_recipe_is_carried_out_in_its_own_folder(run, folder):
+def test_a_recipe_is_carried_out_in_its_own_folder(run, folder, monkeypatch):
     more = "weights: [0.7, 0.3]\nsamples: 40\nseed: 2\n"
     more += "report: r.html\npicture: a.svg\ncard: README.md\n"
     (folder / "recipe.yaml").write_text(RECIPE + more)
+    monkeypatch.setattr("fxfuse.cli.recipe.LONG", 0.0)
     status, out, err = run("run", "there/recipe.yaml")
     assert (status, err) == (0, "") or "warning" in err
+    assert "faster: fewer --samples" in out
     report = fxfuse.load(folder / "fused.safetensors").meta["fxfuse"]
     assert report.weights == (0.7, 0.3) and report.seeds["data"] == 2 and "40 samples" in out
     assert (folder / "a.svg").stat().st_size and "ensemble" in out

@@ -69,7 +69,7 @@ def report_of(alignment, word):
         errors=(0.1,) * count,
         seconds={word: 1.0},
         heads=(word,),
-        layers=(LayerFit(word, 0.25, float("inf")),),
+        layers=(LayerFit(word, 0.25, float("inf"), 0.5),),
         divergence=0.5,
     )
 

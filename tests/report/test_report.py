@@ -118,6 +118,14 @@ def test_the_text_fits_a_screen_and_ends_with_what_to_do(report):
     assert "more samples" in text and "warning says" in str(replace(report, warnings=("a",)))
 
 
+def test_the_dearest_layers_come_first_and_those_not_timed_do_not_count(report):
+    assert report.dearest and all(layer.seconds > 0 for layer in report.layers)
+    timed = [LayerFit(f"layer{i}", 0.9, 1.0, seconds=float(i % 7)) for i in range(20)]
+    dearest = replace(report, layers=tuple(timed)).dearest
+    assert len(dearest) == 10 and [layer.seconds for layer in dearest[:4]] == [6, 6, 5, 5]
+    assert timed[0] == replace(timed[0], seconds=9.0)
+
+
 def test_the_verdict_counts_the_networks_that_are_farther_away(report):
     near = Nearness(True, 9, True, 0.1, (0.2, 0.05), (False, True))
     assert replace(report, nearness=None).verdict == ""
