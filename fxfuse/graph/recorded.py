@@ -5,6 +5,9 @@ are symbols. What is recorded are calls of the modules of `torch.nn`, of the fun
 of the methods of tensors, as symbolic tracing finds them. So names, states and modes live on, and
 a graph looks the same whichever front-end found it. A size is read from a tensor at hand, not from
 the inputs. Sizes that the forward branches on become numbers.
+
+Whole numbers that are read from tensors, as the number of graphs in a batch, have stand-ins. The
+model runs with several, and must do the same with each.
 """
 
 from __future__ import annotations
@@ -52,6 +55,11 @@ LITERALS: tuple[type, ...] = (str, int, float, complex, bool, type(None), type(.
 LITERALS += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+READS = {Tensor.__int__, Tensor.__index__, Tensor.item}
+STAND_INS = (1, 18, 40009)  # the last one is told from numbers that mean something else
+APART, NEAR = 10007, 64  # of the stand-ins of two numbers; of a number from the stand-in it is from
+
+
 def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
     """Return the graph of a model in the mode that it is in.
 
@@ -63,19 +71,53 @@ def record(root: nn.Module, inputs: Inputs, leaves: frozenset[str]) -> fx.Graph:
     Raises:
         Exception: Whatever the forward raises, with the module in its attribute `module_path`.
     """
+    finish, steps = _run(root, inputs, leaves, STAND_INS[0])
+    for stand_in in STAND_INS[1:] if steps else ():
+        finish, others = _run(root, inputs, leaves, stand_in)
+        if others[1:] != steps[1:]:
+            error = TypeError("steps that depend on a number which is read from a tensor")
+            error.module_path = steps[0]  # type: ignore[attr-defined]
+            raise error
+    return finish()
+
+
+def _run(
+    root: nn.Module, inputs: Inputs, leaves: frozenset[str], stand_in: int
+) -> tuple[Callable[[], fx.Graph], list[Any]]:
+    """Run a model once on tensors without data.
+
+    Args:
+        root: The model.
+        inputs: The arguments of one call.
+        leaves: Modules that become one node each, besides those of `torch.nn`.
+        stand_in: What the first number that is read from a tensor is taken to be.
+
+    Returns:
+        What completes the graph, gives the model its constants and returns the graph; and, if any
+        number was read, the module that read the first one and all steps.
+    """
     copied = copy.deepcopy(root, {id(p): p for p in root.parameters()})
-    recorder = _Recorder(copied, leaves)
+    recorder = _Recorder(copied, leaves, stand_in)
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
     seen = _lengths_as_sizes(), _calls_seen_by(recorder)
     with _as_for_export(), enable_python_dispatcher(), fake, recorder, seen[0], seen[1]:
         out = inputs.call(copied, values)
     require_nothing_drawn(recorder.drawn, random.getstate(), root)
-    recorder.graph.output(recorder.described(out))
-    write_assigned(root, recorder.graph, recorder.assigned(root, copied))
-    for name, value in recorder.constants.items():
-        setattr(root, name, value)
-    return recorder.graph
+
+    def finish() -> fx.Graph:
+        recorder.graph.output(recorder.described(out))
+        write_assigned(root, recorder.graph, recorder.assigned(root, copied))
+        for name, value in recorder.constants.items():
+            setattr(root, name, value)
+        return recorder.graph
+
+    if not recorder.numbers:
+        return finish, []
+    made = [n for n in recorder.graph.nodes if n not in recorder.computed]
+    stack = next(iter(recorder.numbers.values())).meta["nn_module_stack"]
+    reader = [path for path, _ in stack.values()][-1:] or [""]
+    return finish, [*reader, *((n.op, n.target) for n in made)]
 
 
 @contextmanager
@@ -137,8 +179,11 @@ _ON_VALUES = DataDependentOutputException, DynamicOutputShapeException, GuardOnD
 class _Recorder(TorchFunctionMode):
     """Sees each call of torch, and writes it into a graph."""
 
-    def __init__(self, root: nn.Module, leaves: frozenset[str]) -> None:
+    def __init__(self, root: nn.Module, leaves: frozenset[str], stand_in: int) -> None:
         super().__init__()
+        self.stand_in = stand_in
+        self.numbers: dict[int, fx.Node] = {}  # those that were read, by their stand-ins
+        self.computed: set[fx.Node] = set()  # nodes that compute numbers from them
         self.graph = fx.Graph()
         self.root, self.leaves = root, leaves
         self.constants: dict[str, Tensor] = {}
@@ -162,6 +207,8 @@ class _Recorder(TorchFunctionMode):
                 return iter(args[0].unbind(0))
         if self.inside_leaf:
             return func(*args, **kwargs)
+        if func in READS and isinstance(args[0], FakeTensor) and _is_whole_number(args[0]):
+            return self._number_read(args[0])
         try:
             out = func(*args, **kwargs)
         except _ON_VALUES:
@@ -266,6 +313,8 @@ class _Recorder(TorchFunctionMode):
             return self._node_of(value)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self._size(value.node.expr, near)
+        if type(value) is int and self.numbers and abs(value) > STAND_INS[-1] - NEAR:
+            return self._computed(value)
         if isinstance(value, slice):
             return slice(*(self._written(v, near) for v in (value.start, value.stop, value.step)))
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -313,6 +362,27 @@ class _Recorder(TorchFunctionMode):
         kept = {self.attributes.get(id(t)) for t in after.values()}
         return {name: self.nodes[id(after[name])] for name in own - kept}
 
+    # --- numbers that are read from tensors ------------------------------------------------------
+
+    def _number_read(self, tensor: Tensor) -> int:
+        """Note that the model reads a number from a tensor; return what stands in for it."""
+        number = self.stand_in + APART * len(self.numbers)
+        self.numbers[number] = self._create("call_function", int, (self._node_of(tensor),), {})
+        return number
+
+    def _computed(self, value: int) -> Any:
+        """Write a number that may be computed from one that was read: a multiple, and some more."""
+        for number, node in self.numbers.items():
+            times = round(value / number)
+            more = value - times * number
+            if self.stand_in == STAND_INS[-1] and 0 < times <= 4 and abs(more) <= NEAR:
+                for step, by in ((operator.mul, times), (operator.add, more)):
+                    if by != (step is operator.mul):
+                        node = self._create("call_function", step, (node, by), {})
+                        self.computed.add(node)
+                return node
+        return value
+
     # --- sizes ----------------------------------------------------------------------------------
 
     def _size(self, expression: Any, near: list[Tensor]) -> Any:
@@ -322,6 +392,8 @@ class _Recorder(TorchFunctionMode):
             expression: The size in symbols.
             near: Tensors that the step reads, whose sizes are at hand.
         """
+        if self.numbers and any(abs(n) > STAND_INS[-1] - NEAR for n in _integers(expression)):
+            raise TypeError("a size that depends on a number which is read from a tensor")
         if expression.is_number:
             return int(expression) if expression.is_integer else float(expression)
         if (found := self._read(expression, near)) is not None:
@@ -438,6 +510,17 @@ def _symbol(size: Any) -> Any:
 def _number(size: Any) -> Any:
     """Return what a size is in the example."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _is_whole_number(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one number, and that a whole one."""
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return whole and not tensor.dim()
+
+
+def _integers(expression: Any) -> list[int]:
+    """Return the whole numbers in an expression of sizes."""
+    return [int(part) for part in expression.atoms() if part.is_Integer]
 
 
 def _tensors_by_id(root: nn.Module) -> dict[int, str]:

@@ -14,6 +14,7 @@ from fxfuse.graph.inputs import Inputs
 from fxfuse.graph.recorded import record
 from fxfuse.graph.trace import trace, trace_alike
 from tests.support.nets import gap, outputs, randomise
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION, PERMUTATION
 
 RECORDED = ["recorded"]
@@ -392,3 +393,74 @@ def test_what_cannot_run_without_data_is_run_on_numbers_and_nothing_is_printed(c
     assert graph.meta["door"] == "recorded" and graph(sequences(3, 7))[0].shape == (3, 7, 4)
     fxfuse.find_spaces(Padded(), sequences())
     assert capfd.readouterr() == ("", "")
+
+
+class Groups(nn.Module):
+    """Sums up samples in as many groups as their numbers say."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.a, self.b, self.count = nn.Linear(6, 8), nn.Linear(8, 3), count
+
+    def forward(self, x, group):
+        h = torch.relu(self.a(x))
+        sums = h.new_zeros(self.count(group), h.shape[1]).index_add(0, group, h)
+        return self.b(sums)
+
+
+COUNTS = {
+    "int": lambda g: int(g.max()) + 1,
+    "item": lambda g: g.max().item() + 1,
+    "twice": lambda g: 2 * int(g.max()) + 3,
+}
+
+
+@pytest.mark.parametrize("name", some(COUNTS, "int"))
+def test_a_number_that_is_read_from_a_tensor_is_read_by_the_graph(name):
+    net, x = randomise(Groups(COUNTS[name])), torch.randn(9, 6)
+    group = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
+    graph = trace(net, (x, group), doors=RECORDED)
+    for other in (group, group % 2, group + torch.arange(9)):
+        assert gap(net, graph, x, other) == 0.0
+    assert gap(net, fxfuse.permute(net, (x, group), seed=1), x, group % 2) < PERMUTATION
+
+
+def _branch(group):
+    return int(group.max()) + 1 if int(group.max()) > 5 else 4
+
+
+def _loop(group):
+    return max(range(int(group.max()) + 1)) + 1 if len(range(int(group.max()))) % 2 else 4
+
+
+BRANCHES = {"branch": _branch, "loop": _loop}
+
+
+@pytest.mark.parametrize("name", some(BRANCHES, "branch"))
+def test_what_branches_on_such_a_number_is_refused_or_a_part_by_itself(name):
+    count = BRANCHES[name]
+    x, group = torch.randn(9, 6), torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
+    with pytest.raises(TraceError):
+        trace(randomise(Groups(count)), (x, group))
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 6)), Groups(count)
+
+        def forward(self, x, group):
+            return self.part(self.stem(x), group)
+
+    net = randomise(Inside())
+    graph = trace(net, (x, group))
+    assert any(n.op == "call_module" and n.target == "part" for n in graph.graph.nodes)
+    assert gap(net, graph, x, group) == 0.0
+
+
+def test_a_size_that_mixes_a_number_read_with_one_of_the_inputs_is_refused():
+    def count(group):
+        return (int(group.max()) + 1) * group.shape[0]
+
+    x, group = torch.randn(3, 6), torch.tensor([0, 1, 1])
+    with pytest.raises(TraceError, match="read from a tensor"):
+        trace(Groups(count), (x, group), doors=RECORDED)
