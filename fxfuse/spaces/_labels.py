@@ -312,6 +312,8 @@ class LabelRun:
 
         These are known by how it was made, and of a constant by its values.
         """
+        if tensor.layout is not torch.strided:
+            return tuple(tensor.shape)  # of a sparse tensor, which repeats nothing in memory
         even = self._even.get(tensor, ())
         shape = list(tensor.shape)
         for d, (n, step) in enumerate(zip(tensor.shape, tensor.stride())):

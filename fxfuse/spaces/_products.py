@@ -24,6 +24,8 @@ from ._labels import (
 )
 from ._rules import Op, on_channels
 
+ADDING = {"addmm", "baddbmm", "_sparse_addmm"}  # matrix products that add to what they are given
+
 # --- contractions -------------------------------------------------------------------------------
 
 
@@ -135,7 +137,13 @@ def matmul(run: LabelRun, op: Op) -> Labels:
     run.uses([a, b], contracted=True)
     batch = "b" if a.dim() == 3 else ""
     product = contract(run, a, batch + "mk", b, batch + "kn", batch + "mn")
-    return _plus(run, op, product, op["self"] if op.name in ("addmm", "baddbmm") else None)
+    return _plus(run, op, product, op["self"] if op.name in ADDING else None)
+
+
+def reduced_product(run: LabelRun, op: Op) -> list[Labels]:
+    """The mean or maximum of the rows that a sparse matrix picks and scales."""
+    labels = across(run, [(op["self"], "mk"), (op["other"], "kn")], "mn", "mk")
+    return [labels if out.shape == op.out[0].shape else Labels() for out in op.out]
 
 
 def matvec(run: LabelRun, op: Op) -> Labels:

@@ -192,7 +192,8 @@ OPERATORS: dict[str, Operator] = {
     **_rows("native_group_norm", along.group_norm, P.NORMALISES | P.ACROSS_UNITS),
     **_rows("_weight_norm_interface", along.weight_norm),
     # --- contractions
-    **_rows("mm addmm bmm baddbmm", products.matmul, P.CONTRACTS),
+    **_rows("mm addmm bmm baddbmm _sparse_addmm", products.matmul, P.CONTRACTS),
+    **_rows("_sparse_mm_reduce_impl", products.reduced_product, P.NONE, numbers),
     **_rows("mv addmv", products.matvec, P.CONTRACTS),
     **_rows("dot vdot", products.of_vectors, P.CONTRACTS),
     **_rows("addr", products.of_vectors),

@@ -38,6 +38,17 @@ def numbered(x):
     return torch.arange(8.0, device=x.device)
 
 
+@torch.fx.wrap
+def _edges_of(x):
+    """A sparse adjacency of five nodes."""
+    return torch.sparse_coo_tensor(torch.stack([EDGES, FROM]), torch.ones(5), (len(x), len(x)))
+
+
+@torch.fx.wrap
+def _rows_of(x):
+    return _edges_of(x).coalesce().to_sparse_csr()
+
+
 class Custom(nn.Module):
     """A network whose forward is a function of the network and its input."""
 
@@ -538,6 +549,10 @@ CASES = {
     "index rows": tokens(lambda net, x: x + net.a[torch.tensor([0, 0, 1, 2, 1])], a=table(3, 8)),
     # --- written or read at numbered places
     "sums over edges": vectors(lambda net, x: torch.zeros_like(x).index_add(0, EDGES, x[FROM])),
+    "sparse product": vectors(lambda net, x: torch.sparse.mm(_edges_of(x), x)),
+    "sparse product, as an operator": vectors(lambda net, x: _edges_of(x) @ x),
+    "sparse product and a sum": vectors(lambda net, x: torch.sparse.addmm(x, _edges_of(x), x)),
+    "sparse means": vectors(lambda net, x: torch.sparse.mm(_rows_of(x), x, "mean")),
     "sums of unit numbers": vectors(lambda net, x: x.index_add(1, EDGES, x[:, FROM]), 0),
     "rows copied": vectors(lambda net, x: x.index_copy(0, EDGES[1:3], net.a), a=table(2, 8)),
     "rows filled": vectors(lambda net, x: x.tanh().index_fill(0, EDGES[:1], 0.3)),
