@@ -330,7 +330,7 @@ def _show_data(
         reduced = [_reduced(n, batch, x, meter) for n, x in zip(networks, layers)]
         for comparison in comparisons:
             comparison.show(reduced)
-        seen += len(batch[0])
+        seen += data.samples_in(batch)
         tell(seen / data.samples)
     with data.summed():
         for comparison in comparisons:

@@ -21,16 +21,33 @@ Tokens = Callable[[int], np.ndarray]  # number of positions in a sample -> those
 
 
 class Served(tuple[Tensor, ...]):
-    """A batch that knows which of its tensors are masks, and whether their ones count."""
+    """A batch that knows what of it counts.
+
+    Attributes:
+        masks: The numbers of its tensors that are masks, and whether their ones count.
+        whole: Whether it is one sample, such as a graph, that cannot be cut.
+    """
 
     masks: Mapping[int, bool] = {}
+    whole: bool = False
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], masks: Mapping[int, bool]) -> Served:
+    def of(
+        cls, tensors: Sequence[Tensor], masks: Mapping[int, bool], whole: bool = False
+    ) -> Served:
         """Return tensors as a batch."""
         batch = cls(tensors)
-        batch.masks = masks
+        batch.masks, batch.whole = masks, whole
         return batch
+
+    def like(self, tensors: Sequence[Tensor]) -> Served:
+        """Return tensors as a batch of which the same counts."""
+        return Served.of(tensors, self.masks, self.whole)
+
+    @staticmethod
+    def is_whole(batch: Sequence[Tensor]) -> bool:
+        """Tell whether a batch is one sample, whatever its first axis is."""
+        return batch.whole if isinstance(batch, Served) else len({len(t) for t in batch}) > 1
 
     @staticmethod
     def masks_of(batch: Sequence[Tensor]) -> Mapping[int, bool]:

@@ -33,6 +33,7 @@ from .shares import Batch, Dealing, checksum
 from .spill import SpillStore, Waiting
 
 MEMORY = 1 << 30  # bytes of inputs that are kept in memory
+FEW = 2  # rows of a batch that models are asked to take, where it may be one sample
 
 
 class Calibration:
@@ -42,13 +43,18 @@ class Calibration:
         data: A tensor `(N, ...)`; a mapping from the names of arguments to such tensors; or an
             iterable of batches. A batch is a tensor, a mapping, or a tuple or list that starts with
             as many inputs as the models need; what comes behind, as labels, is left out. An input
-            may itself be a structure of tensors, such as a dictionary.
+            may itself be a structure of tensors, such as a dictionary. A batch of tensors with
+            first axes of different lengths is one sample, as a graph is with its nodes and edges.
         limit: Read at most this many samples.
         models: Those that will take the inputs; they tell how many they need, and by which names.
         to_call: From a batch to args, kwargs, where the usual ways do not fit.
+        whole: Whether each batch is one sample, which is neither cut nor joined to others. If not
+            given, it is if its tensors say so, or if the models refuse the first two rows of what
+            they take whole, as where a network knows the graph and is given its nodes.
 
     Attributes:
         samples: How many there are, of all processes together.
+        whole: Whether each batch is one sample.
 
     Raises:
         DataError: If there are no data, or they hold NaN, or are of another form.
@@ -60,8 +66,10 @@ class Calibration:
         limit: int | None = None,
         models: Sequence[nn.Module] = (),
         to_call: ToCall | None = None,
+        whole: bool | None = None,
     ) -> None:
         self._reader = Reader(models, to_call)
+        self.whole, self._unsettled = bool(whole), whole is None and bool(models)
         self._form: Call | None = None  # of the first batch, and so of all
         self._masks: dict[int, bool] = {}  # which tensors are masks, and whether their ones count
         self._longest: list[tuple[int, ...]] = []  # sizes of a sample of each tensor
@@ -78,15 +86,16 @@ class Calibration:
         for batch in read(self._batches_of(data)):
             inputs, before = self._inputs(batch), self.samples
             require_readable(inputs, f"the batch that starts at sample {before} of `data`")
-            if limit is not None:
+            if before == limit:
+                break
+            if limit is not None and not self.whole:
                 inputs = tuple(t[: limit - before] for t in inputs)
             if not len(inputs[0]):
-                if before == limit:
-                    break
                 continue
             _require_finite(inputs, before)
             self._measure(inputs)
-            self._keep(dealing.own(inputs), elsewhere, copied=not is_tensor)
+            own = dealing.own(inputs, self.whole)
+            self._keep(own, elsewhere, copied=not is_tensor)
             self.samples = len(dealing.read)
             if limit is not None:
                 tell(self.samples / limit)
@@ -116,11 +125,13 @@ class Calibration:
         """Keep a batch, as a copy if a loader may use its buffers again."""
         if len(inputs[0]):
             inputs = tuple(t.clone() for t in inputs) if copied else inputs
-            rows = torch.arange(len(inputs[0]))
+            rows = torch.arange(self.samples_in(inputs))
             self._batches.append((self._store.put(inputs, elsewhere), rows))
 
     def example(self, samples: int = 2) -> Batch:
-        """Return the first few inputs, as one batch."""
+        """Return the first few inputs, as one batch; the first, if each is a batch of its own."""
+        if self.whole:
+            return next(self.chunks(1))
         batch = self._batch(0) if self._owners is None else next(self.chunks(samples))
         return Served.of([t[:samples] for t in batch], self._masks)
 
@@ -128,6 +139,14 @@ class Calibration:
         """Return inputs as models are called with them: by name, if the data name them."""
         assert self._form is not None, "there is a batch"
         return self._form.filled(tensors)
+
+    def at_a_time(self, size: int) -> int:
+        """Return how many samples a batch has if so many are asked for."""
+        return 1 if self.whole else size
+
+    def samples_in(self, batch: Batch) -> int:
+        """Return how many samples a batch has."""
+        return 1 if self.whole else len(batch[0])
 
     def parted(self, every: int) -> tuple[Calibration, Calibration]:
         """Return all inputs but each `every`-th one, and each `every`-th one; nothing is copied."""
@@ -221,6 +240,10 @@ class Calibration:
 
     def _cut(self, sizes: Sequence[int]) -> Iterator[Batch]:
         """Yield the inputs that lie in this process, in batches of some sizes."""
+        if self.whole:
+            for waiting, _ in self._batches:
+                yield Served.of(self._store.get(waiting), self._masks, whole=True)
+            return
         waiting = (self._batch(i) for i in range(len(self._batches)))
         lengths = zip(self._longest, self._kinds)
         none = tuple(torch.empty(0, *n, dtype=kind) for n, kind in lengths)
@@ -255,6 +278,8 @@ class Calibration:
             DataError: If the batch can neither be joined to the first nor padded.
         """
         sizes = [tuple(t.shape[1:]) for t in inputs]
+        if self.whole:
+            return
         if not self._longest:
             self._longest, self._kinds = sizes, [t.dtype for t in inputs]
         elif sizes != self._longest or [t.dtype for t in inputs] != self._kinds:
@@ -271,7 +296,10 @@ class Calibration:
 
     def _batches_of(self, data: Any) -> Iterable[Any]:
         if isinstance(data, Tensor):
-            return data.split(64) if data.dim() else []
+            if not data.dim():
+                return []
+            self._settle(self._reader.call(data))
+            return [data] if self.whole else data.split(64)
         if isinstance(data, Mapping) or (isinstance(data, tuple) and self._reader.is_call(data)):
             return [data]
         if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
@@ -283,9 +311,19 @@ class Calibration:
             do="pass the inputs as one tensor, or a loader over them",
         )
 
+    def _settle(self, call: Call) -> None:
+        """Tell from the first call whether each batch is one sample, if nobody said."""
+        _, tensors, _ = call.parted()
+        lengths = {len(t) for t in tensors if t.dim()}
+        if self._unsettled and all(t.dim() for t in tensors) and max(lengths) > FEW:
+            apart = len(lengths) > 1 or not self._reader.takes(call, FEW)
+            self.whole = apart and self._reader.takes(call)
+        self._unsettled = False
+
     def _inputs(self, batch: Any) -> Batch:
         """Return the tensors in the arguments that a batch gives."""
         call = self._reader.call(batch)
+        self._settle(call)
         form, tensors, paths = (self._form.like(call) if self._form else call).parted()
         if self._form is None:
             self._form, self._masks = form, _masks_among(tensors, self._reader.named(paths))
@@ -297,7 +335,7 @@ class Calibration:
                 do="say what forward is called with: inputs=lambda batch: (args, kwargs)",
             )
         lengths = [len(t) if t.dim() else "no" for t in tensors]
-        if len(set(lengths)) > 1 or "no" in lengths:
+        if not self.whole and (len(set(lengths)) > 1 or "no" in lengths):
             raise DataError(
                 f"inputs of {lengths} samples",
                 where=f"the batch that starts at sample {self.samples} of `data`",

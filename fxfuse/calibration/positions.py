@@ -39,10 +39,19 @@ class Positions:
             which: Whether each of its positions counts; None if all do.
         """
         if which is not None:
-            kept = which.to(self.at[batch].device)[self.at[batch]]
-            self.at[batch], fit = self.at[batch][kept], kept[: self.fit[batch]]
-            self.numbers[batch] = self.numbers[batch][kept.cpu()]
-            self.fit[batch] = int(fit.sum())
+            self._keep_those(batch, which.to(self.at[batch].device)[self.at[batch]])
+
+    def keep_below(self, batch: int, count: int) -> None:
+        """Leave out, in place, the positions that a batch has not, as a graph with fewer nodes."""
+        below = self.at[batch] < count
+        if not bool(below.all()):
+            self._keep_those(batch, below)
+
+    def _keep_those(self, batch: int, kept: Tensor) -> None:
+        fit = kept[: self.fit[batch]]
+        self.at[batch] = self.at[batch][kept]
+        self.numbers[batch] = self.numbers[batch][kept.cpu()]
+        self.fit[batch] = int(fit.sum())
 
     @property
     def order(self) -> Tensor:
@@ -58,7 +67,7 @@ class Positions:
 def draw_positions(
     places: int, numbers: Sequence[Tensor], samples: int, count: int, dual_every: int = 0
 ) -> Positions:
-    """Draw positions evenly; those of every fourth sample are held out.
+    """Draw positions evenly; those of every fourth sample are held out, if there are so many.
 
     They do not depend on which process has which samples.
 
@@ -75,7 +84,9 @@ def draw_positions(
         shifts = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         drawn = ((drawn + shifts) * (every / count)).long().clamp(max=every - 1)
     of, place = drawn // max(places, 1), drawn % max(places, 1)
-    held = of % HELD_OUT == HELD_OUT - 1
+    # of few samples, as one graph with many nodes, every fourth position is
+    apart = of if samples >= HELD_OUT else torch.arange(count)
+    held = apart % HELD_OUT == HELD_OUT - 1
     order = held.long().argsort(stable=True).argsort()
     own = torch.cat([*numbers])
     index = torch.searchsorted(own, of).clamp(max=len(own) - 1)

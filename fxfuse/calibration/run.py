@@ -50,7 +50,8 @@ def record(
     reduced: dict[str, Any] = {}
     waiting = set(reducers)
     size = working_batch([network])
-    runs = [Run(network, part) for part in zip(*(t.split(size) for t in batch))] if waiting else []
+    cut = [batch] if Served.is_whole(batch) else zip(*(t.split(size) for t in batch))
+    runs = [Run(network, part) for part in cut] if waiting else []
     with torch.no_grad():
         for node in network.module.graph.nodes if runs else ():
             values = [run.step(node) for run in runs]
@@ -291,6 +292,7 @@ class Track:
     ) -> None:
         self.network, self.order, self.store = network, order, store
         self.bypass, self.data = bypass, data.first(samples)
+        size = self.data.at_a_time(size)
         self.samples, self.numbers = self.data.samples, self.data.numbers.split(size)
         self.sizes = [len(numbers) for numbers in self.numbers]
         self._size = size
@@ -335,6 +337,6 @@ class Track:
         self._batches = self._batches or self.data.own(self._size)
         inputs = next(self._batches)
         copies = [t.clone() for t in inputs]  # batches may be parts of one tensor
-        copied = Served.of(copies, inputs.masks) if isinstance(inputs, Served) else tuple(copies)
+        copied = inputs.like(copies) if isinstance(inputs, Served) else tuple(copies)
         self._runs.append(Run(self.network, copied, self.bypass, self.order))
         self._passed.append(0)

@@ -34,8 +34,26 @@ class Dealing:
         self.read: list[int] = []
         self.alike: bool | None = None
 
-    def own(self, inputs: Batch) -> Batch:
-        """Return the samples of the next batch that belong to this process."""
+    def own(self, inputs: Batch, whole: bool = False) -> Batch:
+        """Return the samples of the next batch that belong to this process.
+
+        Args:
+            inputs: The batch.
+            whole: Whether it is one sample.
+
+        Raises:
+            DataError: If batches are samples, and there are several processes.
+        """
+        if whole and world() > 1:
+            raise DataError(
+                "batches that cannot be cut, as graphs, in several processes",
+                where="the argument `data`",
+                expected="one process, or tensors with a first axis of samples",
+                do="run it in one process",
+            )
+        if whole:
+            self.read.append(0)
+            return inputs
         if world() == 1:
             self.read += [0] * len(inputs[0])
             return inputs

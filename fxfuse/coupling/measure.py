@@ -215,12 +215,13 @@ def _until_enough(
     size, fewest = working_batch(networks), None
     enough = _whole(ENOUGH_SAMPLES, size)
     step = max(min(size, ENOUGH_SAMPLES * len(data.numbers) // data.samples), 1)
+    step = data.at_a_time(step)
     for inputs, numbers in zip(data.own(step), data.numbers.split(step)):
         early = numbers < samples
         for late, chosen in ((False, early), (True, ~early & (numbers < enough))):
             if chosen.any():
                 most = min(max(enough, samples), data.samples)
-                parts = Served.of([t[chosen] for t in inputs], Served.masks_of(inputs))
+                parts = inputs if chosen.all() else inputs.like([t[chosen] for t in inputs])
                 yield parts, late, int(numbers[chosen][-1] + 1) / most
                 if fewest is None:
                     counts = [int(chosen.sum()), *(m.positions for m in meters.values())]

@@ -175,6 +175,8 @@ def untied(model: nn.Module, fused: nn.Module) -> str | None:
 
 def without_repeats(data: Calibration) -> tuple[Calibration, str | None]:
     """Return the data; if all samples are one, one of them, and a sentence that says so."""
+    if data.whole:
+        return data, None  # a sample has many parts, as a graph has nodes
     first = data.example(1)
     for batch in data.chunks(64):
         if not all(bool((t == one).all()) for t, one in zip(batch, first)):

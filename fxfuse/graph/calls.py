@@ -227,15 +227,22 @@ class Reader:
             )
         if self._way is None:
             ways = enumerate(calls if len(calls) > 1 else ())
-            self._way = next((i for i, call in ways if self._take(call)), 0)
+            ways = list(ways)
+            taken = (i for rows in (2, None) for i, call in ways if self.takes(call, rows))
+            self._way = next(taken, 0)
         return calls[min(self._way, len(calls) - 1)]
 
-    def _take(self, call: Call) -> bool:
-        """Tell whether all models take a call, by running copies of them on its first samples."""
+    def takes(self, call: Call, rows: int | None = None) -> bool:
+        """Tell whether all models take a call, by running copies of them.
+
+        Args:
+            call: The call.
+            rows: Of how many of its first samples; of all if not given.
+        """
         try:
             form, tensors, _ = call.parted()
             for model in self.models:
-                given = [t[:2].to(device_of(model)).clone() for t in tensors]
+                given = [t[:rows].to(device_of(model)).clone() for t in tensors]
                 copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
                 with eval_mode(copied), torch.no_grad():
                     filled = form.filled(given)

@@ -115,8 +115,13 @@ def _kinds(inputs: Inputs) -> Iterator[tuple[str, tuple[Tensor, ...], str]]:
     mirrored = tuple(_scaled(t.flip(-1) if t.dim() > 1 else t) for t in inputs.tensors)
     mirrored = tuple(t.roll(i, 0) if t.dim() else t for i, t in enumerate(mirrored))
     yield "mirrored inputs", mirrored, VALUES
+    count = len(mirrored[0]) if mirrored[0].dim() else 0  # others, as edges, may have their own
     longer = tuple(torch.cat([t, t[:1], t[:1]]) if t.dim() else t for t in mirrored)
     yield "a batch of another size", longer, SAMPLES
+    if any(t.dim() and len(t) != count for t in mirrored):
+        pairs = zip(mirrored, longer)
+        more = tuple(b if a.dim() and len(a) == count else a for a, b in pairs)
+        yield "a graph with more nodes", more, SAMPLES
     yield "a batch of one sample", tuple(t[:1] if t.dim() else t for t in mirrored), SAMPLES
 
 

@@ -131,6 +131,7 @@ class _Spot:
                     continue
                 if sample is None:
                     sample = draw(self.aim, z.numel() // (z.shape[self.gives] * size), tracks[0])
+                sample.keep_below(batch, z.numel() // z.shape[self.gives])
                 x, z = in_units(maps[0][k], x, self.reads), in_units(maps[1][k], z, self.gives)
                 inputs[k].append(input_rows(x, producer.affine, sample.at[batch]))
                 outputs[k].append(output_rows(z, self.gives, sample.at[batch]))

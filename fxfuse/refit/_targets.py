@@ -11,6 +11,7 @@ in that order and returns the `Goal` of each contraction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,6 +119,7 @@ class Parents:
             if sample is None:
                 sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.track)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
+            sample.keep_below(batch, math.prod(shapes[-1]))
             sample.keep(batch, next(run for run, _ in stops if run).counted.among(shapes[-1]))
             at = sample.at[batch]
             rows = [None if value is None else output_rows(value, axis, at) for _, value in stops]

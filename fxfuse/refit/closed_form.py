@@ -54,8 +54,10 @@ class ClosedFormMoments(MatchMoments):
         size = working_batch(networks)
         with torch.no_grad():
             for batch in data.chunks(size):
-                walk(networks, tuple(t[: samples - seen] for t in batch), visit, targets.bypasses)
-                seen += len(batch[0])
+                count = data.samples_in(batch)
+                first = batch if count <= samples - seen else [t[: samples - seen] for t in batch]
+                walk(networks, tuple(first), visit, targets.bypasses)
+                seen += count
                 tell(min(seen / samples, 1.0))
                 if seen >= samples:
                     break

@@ -82,7 +82,8 @@ def activation(network: Network, data: Calibration) -> Scores:
                     others = tuple(d for d in range(value.dim()) if d != axis.dim)
                     added = value.float().abs().square().mean(others).double().cpu().numpy()
                     known = squares.get((node.name, name), 0.0)
-                    squares[node.name, name] = known + len(batch[0]) * added[axis.index].sum(1)
+                    samples = data.samples_in(batch)
+                    squares[node.name, name] = known + samples * added[axis.index].sum(1)
     scores: Scores = {space.name: np.zeros(space.size) for space in network.spaces}
     for (_, name), total in squares.items():
         scores[name] += total / max(float(total.sum()), 1e-30)
@@ -113,7 +114,7 @@ def taylor(network: Network, data: Calibration) -> Scores:
         for node, gradient in gates.items():
             for name, axis in places[node]:
                 scores[name] += _squares(gradient, axis)
-        seen += len(batch[0])
+        seen += data.samples_in(batch)
         tell(seen / data.samples)
     means = {name: total / data.samples for name, total in scores.items()}
     shown = {name for axes in places.values() for name, _ in axes}

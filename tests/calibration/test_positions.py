@@ -18,11 +18,13 @@ def test_positions_are_drawn_evenly_and_samples_are_held_out_whole(places, sizes
     for size, at, fit in zip(sizes, drawn.at, drawn.fit):
         assert at.numel() == 0 or (int(at.min()) >= 0 and int(at.max()) < places * size)
         held = (seen + at // places) % 4 == 3
-        assert not held[:fit].any() and held[fit:].all()
+        assert samples < 4 or (not held[:fit].any() and held[fit:].all())
         order = at.sort()[0]
         if len(at) > 1:  # neighbours are at most two stretches apart
             assert int(order.diff().max()) <= 2 * total / count + 1
         seen += size
+    if samples < 4:  # every fourth position is
+        assert sum(drawn.fit) == count - count // 4
     if wanted >= total:
         assert all(len(set(at.tolist())) == places * size for at, size in zip(drawn.at, sizes))
 
@@ -52,3 +54,13 @@ def test_rows_of_batches_are_joined_with_those_to_fit_to_first():
     assert torch.equal(joined[:fit], torch.cat([r[:n] for r, n in zip(rows, drawn.fit)]))
     assert torch.equal(joined[fit:], torch.cat([r[n:] for r, n in zip(rows, drawn.fit)]))
     assert torch.equal(drawn.joined([r[None] for r in rows])[0], joined)
+
+
+def test_positions_that_a_smaller_sample_has_not_are_left_out():
+    drawn = draw_positions(6, torch.arange(2).split(1), 2, 12)
+    before = [at.tolist() for at in drawn.at]
+    drawn.keep_below(1, 4)
+    assert drawn.at[0].tolist() == before[0]
+    assert drawn.at[1].tolist() == [i for i in before[1] if i < 4]
+    assert len(drawn.numbers[1]) == len(drawn.at[1])
+    assert drawn.fit[1] + 1 >= len(drawn.at[1]) // 2
