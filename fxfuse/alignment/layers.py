@@ -194,7 +194,7 @@ def _with_other_steps(
 def _form_of(network: Network, node: fx.Node) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Return the layout of a value, its resolution and its width."""
     shape = network.shapes.get(node.name, ())
-    dim = _feature_axis(network, node, len(shape))
+    dim = _feature_axis(network, node, shape)
     samples = [axis for axis in network.samples_axes(node) if axis != dim] or [0]
     resolution = tuple(n for d, n in enumerate(shape) if d not in (samples[0], dim))
     return (len(shape), dim), resolution, shape[dim] if shape else 0
@@ -277,11 +277,14 @@ def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
     )
 
 
-def _feature_axis(network: Network, node: fx.Node, rank: int) -> int:
-    axis = network.feature_axis(node)
+def _feature_axis(network: Network, node: fx.Node, shape: tuple[int, ...]) -> int:
+    """Return the axis of a node's units; if no labels show it, that of one unit, or the usual."""
+    axis, rank = network.feature_axis(node), len(shape)
     if axis is not None:
         return axis
-    return 1 if rank in (2, 4, 5) else rank - 1
+    usual = 1 if rank in (2, 4, 5) else rank - 1
+    single = [dim for dim in range(1, rank) if shape[dim] == 1]
+    return single[0] if len(single) == 1 else usual
 
 
 def _name(network: Network, nodes: list[fx.Node], taken: set[str]) -> str:

@@ -45,7 +45,8 @@ class Moments:
         x = x.float() if x.dtype == torch.bool else x  # units that only truth values show
         x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
         if not self.count:
-            self.shift = x.float().mean(tuple(range(1, x.dim())))
+            places = tuple(range(1, x.dim()))
+            self.shift = x.float().mean(places) if x.numel() else x.new_zeros(len(x)).float()
             self.total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
             self.squares = torch.zeros_like(self.total)
         shifted = torch.empty(x.shape, device=x.device)  # contiguous whatever the layout of x

@@ -149,12 +149,27 @@ def single_weights(network: Network) -> dict[str, tuple[str, int]]:
         Node -> the name of the weight, and its axis that holds the node's output units.
     """
     uses = Counter(name for names in network.tensors.values() for name in names)
-    single = {}
+    single, lone = {}, _before_single_units(network)
     for node, weights in network.weights.items():
         writes = {axis.dim for _, axis in network.spaces.on(weights[0]) if not axis.reads}
+        if not writes and node in lone:
+            shape = tensor_at(network.module, weights[0]).shape
+            writes = {next((dim for dim in (0, 1) if shape[dim : dim + 1] == (1,)), 0)}
         if len(weights) == 1 and uses[weights[0]] == 1 and len(writes) == 1:
             single[node] = weights[0], writes.pop()
     return single
+
+
+def _before_single_units(network: Network) -> set[str]:
+    """Return the contractions in front of a norm over one unit, which no labels show."""
+    nodes, found = network.nodes, set()
+    for name, roles in network.norms.items():
+        if tensor_at(network.module, str(roles["running_mean"])).numel() == 1:
+            source = network.inputs_of(nodes[name])[0]
+            while network.hands_on(source):
+                source = network.inputs_of(source)[0]
+            found.add(source.name)
+    return found
 
 
 def foldable_norms(network: Network, through_idle: bool = False) -> dict[str, str]:

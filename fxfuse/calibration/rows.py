@@ -24,7 +24,7 @@ def output_rows(y: Tensor, axis: int, at: Tensor | None = None) -> Tensor:
         axis: The axis of the units.
         at: Positions; all if not given.
     """
-    moved = y.movedim(axis, -1)
+    moved = y.movedim(axis, -1) if y.dim() > 1 else y[None]  # of parameters alone: one position
     if at is None:
         return moved.reshape(-1, moved.shape[-1])
     rows: Tensor = moved[torch.unravel_index(at.to(y.device), moved.shape[:-1])]

@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -48,7 +48,8 @@ class Zip(CouplingMethod):
     """Zip every space whose units are measured, read by a weight, and in no blocks.
 
     Other spaces (groups and heads and what is inside them, queries and keys, units that no node
-    shows) are matched with the base network's by exact transport, as `Transport` does it. The fused
+    shows, or that are known by one value each) are matched with the base network's by exact
+    transport, as `Transport` does it. The fused
     width of a space is the anchor's, by default that of the widest network. Networks without a
     share do not influence the groups; their units join the group they resemble most.
 
@@ -77,7 +78,7 @@ class Zip(CouplingMethod):
 
     def __call__(self, problem: Problem, evidence: Evidence) -> Couplings:
         """Return the coupling of every space and network."""
-        plans = Plans(problem, Exact(), two_maps)
+        plans, evidence = Plans(problem, Exact(), two_maps), _of_several_values(evidence)
         with part(0.0, 0.5):
             for name in counted(_to_zip(problem, evidence)):
                 for k, present in enumerate(problem.present[name]):
@@ -272,6 +273,16 @@ def _cost(alike: np.ndarray, same: np.ndarray, units: np.ndarray) -> float | Non
     """Return how unlike units are to the others of their groups, None if all are alone."""
     same[np.arange(len(units)), units] = False
     return float(1.0 - alike[same].mean()) if same.any() else None
+
+
+def _of_several_values(evidence: Evidence) -> Evidence:
+    """Leave out what is known of units by one value each: all that are silent there are equal."""
+    several = {
+        key: by_node
+        for key, by_node in evidence.pairs.items()
+        if any(m.a.count > 1 for m in by_node.values())
+    }
+    return replace(evidence, pairs=several)
 
 
 def _to_zip(problem: Problem, evidence: Evidence) -> list[str]:

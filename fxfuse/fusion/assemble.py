@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 from .._progress import Clock
 from ..calibration.data import Calibration
 from ..calibration.moments import Moments, correlation
+from ..coupling.factors import factors_alike
 from ..coupling.measure import Evidence, measure
 from ..coupling.mixing import Couplings, Mixer
 from ..coupling.plans import CouplingMethod
@@ -73,6 +74,7 @@ def couple(
             expected="one of the two",
             do="leave the width out, and set the coupling's own limit",
         )
+    problem = factors_alike(problem)
     with clock.stage("measure units"):
         samples = min(data.samples, refit.samples(problem.networks))
         evidence = measure(problem, data, coupling.view, refit.settles(problem), samples)

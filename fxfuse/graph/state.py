@@ -253,7 +253,8 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     path, _, leaf = name.rpartition(".")
     owner: nn.Module | None = module
     for step in path.split(".") if path else ():
-        owner = None if owner is None else owner._modules.get(step)
+        parts = () if owner is None else owner._modules.items()  # a script's table has no `get`
+        owner = dict(parts).get(step)
     return owner, leaf
 
 

@@ -469,7 +469,7 @@ class _Sweep:
         start = time.perf_counter()
         goal = self.parents.goal(aim)
         read = self._read_at(place, node, aim, goal)
-        if read is None:
+        if read is None or not len(goal.values):  # also of fewer values than there are samples
             return False
         if aim.shared:
             self.shared.add(aim, goal, *read)

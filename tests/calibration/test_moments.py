@@ -249,3 +249,10 @@ def test_truth_values_count_as_numbers():
     numbers.add(values.float())
     assert np.array_equal(moments.mean, numbers.mean)
     assert np.array_equal(moments.spread, numbers.spread)
+
+
+def test_a_batch_without_values_says_nothing():
+    x, moments = torch.randn(3, 20), Moments()
+    for part in (x[:, :0], x[:, :5], x[:, :0], x[:, 5:]):
+        moments.add(part)
+    assert np.allclose(moments.mean, x.mean(1)) and moments.count == 20

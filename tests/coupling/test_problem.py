@@ -11,6 +11,7 @@ from fxfuse.errors import PairingError
 from fxfuse.graph.compare import relative_error
 from tests.support.nets import mlp, randomise, residual
 from tests.support.problems import images, network, problem_of
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION
 
 
@@ -101,9 +102,34 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x.unflatten(1, (3, 2)))[0][:, -1])
 
 
-@pytest.mark.parametrize("make", [lambda w: mlp(6, w, 4, 3), Stream, Recurrent])
-def test_a_layer_of_one_unit_meets_a_wider_one(make):
+class Stem(nn.Module):
+    """A convolution, a norm and an activation of a given width in front of others."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.norm = nn.Conv1d(1, width, 3), nn.BatchNorm1d(width)
+        self.b, self.head = nn.Conv1d(width, 4, 2), nn.Linear(12, 3)
+
+    def forward(self, x):
+        """Read six numbers as places."""
+        x = torch.relu(self.norm(self.a(x[:, None])))
+        return self.head(torch.relu(self.b(x)).flatten(1))
+
+
+ONE_UNIT = {
+    "plain": lambda w: mlp(6, w, 4, 3),
+    "norms": lambda w: mlp(6, w, 4, 3, norm=True),
+    "behind norms": lambda w: mlp(6, 4, w, 3, norm=True),
+    "stem": Stem,
+    "stream": Stream,
+    "recurrent": Recurrent,
+}
+
+
+@pytest.mark.parametrize("name", some(ONE_UNIT, "norms", "stem", "stream"))
+def test_a_layer_of_one_unit_meets_a_wider_one(name):
     """Along an axis of one position there are no labels; the other network shows what it is."""
+    make = ONE_UNIT[name]
     nets, x, other = [randomise(make(w), w) for w in (1, 5)], torch.randn(40, 6), torch.randn(9, 6)
     for k, net in enumerate(nets):
         alone = fuse(nets, x, weights=[1.0 - k, float(k)], anchor=k)

@@ -236,6 +236,15 @@ def test_a_network_of_duplicated_units_folds_back_exactly(name, zipped):
         assert gap(net, broad, x) < FUNCTION
 
 
+@pytest.mark.parametrize(("preset", "width"), [("zipit", 9), ("elastic_zip", 18)])
+def test_copies_come_back_from_one_sample_which_says_nothing_of_silent_units(preset, width):
+    net, x = randomise(mlp(6, 9, 9, 4)), torch.randn(40, 6)
+    other = fxfuse.net2wider(net, x[:4]) if width > 9 else net
+    other = fxfuse.permute(other, x[:4], seed=1)
+    fused = fxfuse.fuse([net, other], x[:1], method=preset)
+    assert (fused.get_submodule("0").out_features, gap(net, fused, x) < FUNCTION) == (width, True)
+
+
 def test_an_anchor_wider_than_a_layer_it_lacks_holds_copies_of_its_units():
     """The deep network alone has the second block, 6 units wide where the anchor has 8."""
     x = images()

@@ -340,7 +340,7 @@ OF_BATCH = {
 }
 
 
-@pytest.mark.parametrize("case", OF_BATCH)
+@pytest.mark.parametrize("case", some(OF_BATCH, "their share", "a loop in a part"))
 def test_the_number_of_samples_is_read_from_each_batch(case):
     net, x = randomise(OfBatch(OF_BATCH[case])), torch.randn(4, 6)
     moved = fxfuse.permute(net, x, seed=1)

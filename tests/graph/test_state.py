@@ -166,3 +166,8 @@ def test_settled_sizes_are_those_of_the_parameters():
     layer.weight = nn.Parameter(torch.zeros(2, 5))
     settle_sizes(layer)
     assert (layer.in_features, layer.out_features) == (5, 2)
+
+
+def test_parts_of_a_script_are_found_by_name():
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 3))), nn.ReLU())
+    assert tensor_at(net, "0.0.weight").shape == (3, 2) and part_at(net, "0.1.weight") is None

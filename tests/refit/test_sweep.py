@@ -383,3 +383,40 @@ def test_the_file_is_closed_after_an_error(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         fxfuse.fuse(nets, x, method=fxfuse.Method(refit=LeastSquares(frontier=0)))
     assert files and all(file.closed for file in files)
+
+
+class Routed(nn.Module):
+    """Experts that read the samples that a router gives them, a few or none of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.r, self.c = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        out, best = torch.zeros_like(x), self.r(x).argmax(1)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(best == i)[0]
+            out = out.index_add(0, rows, expert(x[rows]))
+        return self.c(out)
+
+
+class Projected(nn.Module):
+    """Divides a weight by what it makes of a vector, which no sample has a part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.u, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("v", torch.ones(8))
+
+    def forward(self, x):
+        size = (self.u.weight @ self.v).norm() + 1
+        return self.c(torch.relu(self.a(x)) @ (self.u.weight / size).T)
+
+
+@pytest.mark.parametrize("kind", [Routed, Projected])
+def test_contractions_of_few_samples_or_of_none_stay_as_they_were_mixed(kind):
+    net, x = randomise(kind(), 1), torch.randn(40, 6)
+    fused = fxfuse.fuse([net, fxfuse.permute(net, x[:4], seed=3)], x)
+    assert gap(net, fused, torch.randn(30, 6)) < 1e-5
