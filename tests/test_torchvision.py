@@ -48,8 +48,6 @@ QUICK = {
     "squeezenet1_1",  # joins
     "mobilenet_v3_small",  # depthwise convolutions, gates
     "shufflenet_v2_x1_0",  # interleaved streams
-    "regnet_y_400mf",  # groups
-    "swin_t",  # layer norm, shifted windows, heads, tables of relative positions
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import fxfuse
 from fxfuse.coupling.plans import one_partner
 from tests.support.nets import gap, outputs, randomise
+from tests.support.sweeps import crossed
 
 TOKENS = torch.randn(48, 5, 6, generator=torch.Generator().manual_seed(0))
 FRESH = torch.randn(9, 5, 6, generator=torch.Generator().manual_seed(1))
@@ -109,8 +110,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("factor", [2.0, 1.5])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "factor"), crossed(KINDS, [2.0, 1.5]))
 def test_a_wider_copy_folds_back_and_a_narrower_one_unfolds(name, factor):
     net = randomise(KINDS[name](), 1)
     wide = fxfuse.net2wider(net, TOKENS[:2], factor=factor)

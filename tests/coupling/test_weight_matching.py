@@ -44,6 +44,7 @@ from tests.support.nets import (
     residual,
 )
 from tests.support.problems import images, joined, problem_of
+from tests.support.sweeps import crossed
 from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
@@ -265,8 +266,7 @@ def couplings_of(method, problem):
 # --- what comes back exactly ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["transport", "matching"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "method"), crossed(NETS, ["matching", "transport"]))
 def test_a_network_and_its_permuted_copy_find_each_other(name, method):
     net, x = build(name)
     data = torch.randn(24, *data_shape(name))

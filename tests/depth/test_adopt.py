@@ -51,7 +51,7 @@ def test_each_spelling_of_a_network_is_one_family_with_it(way):
     assert_same_family(net, other, x)
 
 
-@settings(max_examples=10, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(random_nets(max_steps=3), st.permutations(sorted(WAYS)), st.integers(0, 99))
 def test_a_network_and_a_respelled_copy_fuse_to_the_network(net, ways, seed):
     other = respelled(fxfuse.permute(net, IMAGES[:2], seed=seed), ways[:4], seed)

@@ -34,7 +34,7 @@ from tests.support.nets import (
     values,
 )
 from tests.support.pairs import IMAGES, PAIRS, VECTORS, networks
-from tests.support.sweeps import some
+from tests.support.sweeps import crossed, some
 from tests.support.tolerances import FUNCTION
 
 
@@ -200,8 +200,7 @@ def test_an_alignment_of_another_number_of_networks_is_refused():
 SMOOTH, BENT = [nn.SiLU, nn.GELU, nn.Tanh, nn.ELU, nn.Mish], [nn.LeakyReLU, nn.SELU, nn.Sigmoid]
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("act", SMOOTH + BENT)
+@pytest.mark.parametrize(("act", "swapped"), crossed(SMOOTH + BENT, [False, True]))
 def test_layers_without_a_neutral_form_are_passed_by(act, swapped):
     nets = [randomise(mlp(6, 8, 8, 8, 3, act=act)), randomise(mlp(6, 5, 3, act=act), 1)]
     nets = nets[::-1] if swapped else nets

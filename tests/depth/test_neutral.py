@@ -1,10 +1,11 @@
 """Values that make layers neutral: of plain layers, of blocks, and of runs of layers."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -28,7 +29,7 @@ from tests.support.nets import (
     outputs,
     randomise,
 )
-from tests.support.sweeps import some
+from tests.support.sweeps import crossed, some
 from tests.support.tolerances import FUNCTION
 
 VECTORS, IMAGES = torch.randn(4, 6), torch.randn(4, 3, 8, 8)
@@ -200,8 +201,7 @@ def deeper(name, width=6, other=4, blocks=2):
     return into, insert_layers(into, wanted)[0], layer
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize(("name", "width"), crossed(BLOCKS, [4, 6]))
 def test_a_block_that_adds_zero_keeps_the_function(name, width):
     into, edited, layer = deeper(name, width)
     assert gap(into.module, edited, 3 * torch.randn(5, 3, 8, 8)) <= FUNCTION
@@ -410,8 +410,10 @@ def pair(act, gate=False, norm=True, inner=11, deep=9):
     return [randomise(first, 1), randomise(second, 2)]
 
 
-@pytest.mark.parametrize("act", some(ACTS, nn.ReLU, nn.ReLU6, nn.SiLU, nn.ELU))
-@pytest.mark.parametrize("gate", [False, True])
+QUICK = (nn.ReLU, True), (nn.ReLU6, False), (nn.SiLU, True), (nn.ELU, False)
+
+
+@pytest.mark.parametrize(("act", "gate"), some(product(ACTS, [False, True]), *QUICK))
 def test_a_run_that_one_network_lacks_passes_on_its_input(act, gate):
     nets = pair(act, gate)
     for net, balanced in zip(nets, fxfuse.balance(nets, BATCH)):
@@ -427,6 +429,7 @@ def test_layers_with_biases_carry_as_well_as_those_with_norms():
         assert gap(net, balanced, BATCH) <= FUNCTION
 
 
+@settings(max_examples=5)
 @given(st.sampled_from(ACTS), st.booleans(), st.integers(0, 99))
 def test_inputs_farther_out_than_the_examples_still_pass_through(act, gate, seed):
     nets = pair(act, gate)

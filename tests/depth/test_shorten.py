@@ -21,6 +21,7 @@ from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion.fuse import Method
 from tests.support.nets import Pooled, conv, gap, mlp, outputs, randomise, residual, stages
 from tests.support.pairs import PAIRS, networks
+from tests.support.sweeps import crossed
 from tests.support.tolerances import FUNCTION
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
 
@@ -29,6 +30,7 @@ torch.manual_seed(0)  # of what is drawn while the tests are collected
 
 VECTORS, IMAGES = torch.randn(80, 6), torch.randn(24, 3, 8, 8)
 DENSE = [name for name in PAIRS if name.startswith("streams")]
+CHAINS = [name for name in PAIRS if name not in DENSE]
 
 
 def shortened(nets, data, how=None):
@@ -46,8 +48,7 @@ def depths(network):
     return [len(s.layers) for s in partition(network)]
 
 
-@pytest.mark.parametrize("name", [n for n in PAIRS if n not in DENSE])
-@pytest.mark.parametrize("to", [None, 0, 1])
+@pytest.mark.parametrize(("name", "to"), crossed(CHAINS, [None, 0, 1]))
 def test_all_networks_get_one_structure_and_their_errors_are_reported(name, to):
     make, data = PAIRS[name]
     data = torch.randn(24, *data.shape[1:])

@@ -46,6 +46,7 @@ from tests.support.nets import (
     residual,
     stages,
 )
+from tests.support.sweeps import crossed, some
 from tests.support.tolerances import FUNCTION
 from tests.support.widening import widened
 
@@ -70,7 +71,7 @@ def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
     assert gap(net, fused, data) < FUNCTION
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(random_nets(), st.integers(0, 100))
 def test_random_networks_fused_with_permuted_copies_come_back(net, seed):
     data = images()
@@ -95,17 +96,22 @@ def test_three_permuted_copies_come_back_in_any_anchor():
         assert gap(net, fxfuse.fuse(copies, data, anchor=anchor), data) < FUNCTION
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("anchor", [0, 1])
-@pytest.mark.parametrize(
-    ("narrow", "wide"),
-    [
-        (lambda: mlp(6, 5, 4, 3), lambda: mlp(6, 10, 8, 3)),
-        (lambda: stages([4, 5], [6], hidden=(7,)), lambda: stages([8, 10], [12], hidden=(14,))),
-        (lambda: residual((6, 2), (8, 1)), lambda: residual((12, 2), (16, 1), stem=12)),
-    ],
-)
-def test_a_network_with_every_unit_duplicated_fuses_back(narrow, wide, anchor, order):
+DUPLICATED = {
+    "perceptron": (lambda: mlp(6, 5, 4, 3), lambda: mlp(6, 10, 8, 3)),
+    "stages": (
+        lambda: stages([4, 5], [6], hidden=(7,)),
+        lambda: stages([8, 10], [12], hidden=(14,)),
+    ),
+    "residual": (
+        lambda: residual((6, 2), (8, 1)),
+        lambda: residual((12, 2), (16, 1), stem=12),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "anchor", "order"), crossed(DUPLICATED, [0, 1], [(0, 1), (1, 0)]))
+def test_a_network_with_every_unit_duplicated_fuses_back(name, anchor, order):
+    narrow, wide = DUPLICATED[name]
     net = randomise(narrow())
     data = torch.randn(48, 6) if isinstance(net[0], nn.Linear) else images()
     double = widened(net, wide(), data[:2])
@@ -115,16 +121,23 @@ def test_a_network_with_every_unit_duplicated_fuses_back(narrow, wide, anchor, o
     assert gap(net, fused, data) < FUNCTION
 
 
-@pytest.mark.parametrize(
-    ("shallow", "deep"),
-    [
-        (lambda: stages([5, 6], [7]), lambda: stages([4, 4, 6], [5, 7])),
-        (lambda: stages([5, 6], [7], norm=False), lambda: stages([4, 4, 6], [5, 7], norm=False)),
-        (lambda: residual((6, 1), (8, 2)), lambda: residual((6, 3), (8, 2))),
-        (lambda: residual((6, 1), (8, 2), stem=6), lambda: residual((4, 3), (10, 4), stem=4)),
-    ],
-)
-def test_a_deepened_network_fuses_back_with_its_original(shallow, deep):
+DEEPER = {
+    "stages": (lambda: stages([5, 6], [7]), lambda: stages([4, 4, 6], [5, 7])),
+    "without norms": (
+        lambda: stages([5, 6], [7], norm=False),
+        lambda: stages([4, 4, 6], [5, 7], norm=False),
+    ),
+    "one stage": (lambda: residual((6, 1), (8, 2)), lambda: residual((6, 3), (8, 2))),
+    "residual": (
+        lambda: residual((6, 1), (8, 2), stem=6),
+        lambda: residual((4, 3), (10, 4), stem=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", some(DEEPER, "stages", "without norms", "one stage"))
+def test_a_deepened_network_fuses_back_with_its_original(name):
+    shallow, deep = DEEPER[name]
     nets, data = [randomise(shallow(), 1), randomise(deep(), 2)], images()
     deepened = fxfuse.balance(nets, data)[0]
     assert gap(nets[0], deepened, data) < FUNCTION
@@ -138,18 +151,19 @@ def dense(layers, stem=4, growth=2):
     return nn.Sequential(conv(3, stem), Grown(stem, growth, layers), *head)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (lambda: residual((6, 3), (8, 1)), lambda: residual((6, 1), (8, 2))),
-        (lambda: dense(4), lambda: dense(2)),
-        (lambda: dense(2), lambda: dense(3)),
-        (lambda: dense(5, 4, 3), lambda: dense(3, 5, 2)),
-        (lambda: Tokens(depth=3), lambda: Tokens(depth=1)),
-        (lambda: Tokens(depth=3), lambda: Tokens(12, 3, 16, depth=1)),
-    ],
-)
-def test_all_weight_on_one_network_gives_that_network(first, second):
+UNEQUAL = {
+    "residual": (lambda: residual((6, 3), (8, 1)), lambda: residual((6, 1), (8, 2))),
+    "dense": (lambda: dense(4), lambda: dense(2)),
+    "dense, the deeper second": (lambda: dense(2), lambda: dense(3)),
+    "dense, of several stages": (lambda: dense(5, 4, 3), lambda: dense(3, 5, 2)),
+    "tokens": (lambda: Tokens(depth=3), lambda: Tokens(depth=1)),
+    "tokens of other widths": (lambda: Tokens(depth=3), lambda: Tokens(12, 3, 16, depth=1)),
+}
+
+
+@pytest.mark.parametrize("name", some(UNEQUAL, "residual", "dense", "tokens of other widths"))
+def test_all_weight_on_one_network_gives_that_network(name):
+    first, second = UNEQUAL[name]
     nets, data = [randomise(first(), 1), randomise(second(), 2)], images()
     for k in (0, 1):
         shares = [float(i == k) for i in (0, 1)]
@@ -653,7 +667,7 @@ def test_an_alignment_says_where_the_new_layers_go():
 HALVES = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", some(HALVES, torch.float16))
 def test_half_precision_is_computed_in_single_and_given_back(dtype):
     def nets(dtype):
         found = randomise(stages([6, 6], [5]), 1), randomise(stages([4], [5, 5]), 2)

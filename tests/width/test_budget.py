@@ -18,6 +18,7 @@ from fxfuse.coupling.zipit import Zip
 from fxfuse.errors import ArgumentError
 from fxfuse.graph.trace import trace
 from fxfuse.refit.moments import MatchMoments
+from fxfuse.refit.sweep import LeastSquares
 from fxfuse.spaces.network import Network
 from fxfuse.width.budget import deepest_first, evenly
 from tests.support.nets import (
@@ -32,6 +33,7 @@ from tests.support.nets import (
     residual,
     stages,
 )
+from tests.support.sweeps import crossed
 from tests.support.tolerances import FUNCTION
 
 
@@ -169,13 +171,12 @@ def size(net):
     return sum(p.numel() for p in net.parameters())
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("choices", [{}, {"refit": MatchMoments()}], ids=["default", "moments"])
-def test_with_places_for_all_units_the_outputs_are_the_mean(name, choices):
+@pytest.mark.parametrize(("name", "refit"), crossed(PAIRS, [LeastSquares(), MatchMoments()]))
+def test_with_places_for_all_units_the_outputs_are_the_mean(name, refit):
     nets, x = pair(name)
     shares = [0.5, 0.3, 0.2][: len(nets)]
     shares = [s / sum(shares) for s in shares]
-    method = fxfuse.Method(**choices)
+    method = fxfuse.Method(refit=refit)
     fused = fxfuse.fuse(nets, x, weights=shares, width=float("inf"), method=method)
     assert relative(outputs(fused, x), mean_of(nets, x, shares)) < FUNCTION
     assert not fused.meta["fxfuse"].narrow
@@ -197,7 +198,8 @@ def test_the_network_grows_with_the_width_until_all_units_have_places():
     nets, x = pair("residual")
     plain, same = fxfuse.fuse(nets, x), fxfuse.fuse(nets, x, width=1.0)
     assert not moved(plain, same)
-    sizes = [size(fxfuse.fuse(nets, x, width=width)) for width in (1.0, 1.25, 1.5, 2.0, 9.0)]
+    sizes = [size(fxfuse.fuse(nets, x, width=width)) for width in (1.25, 1.5, 2.0, 9.0)]
+    sizes = [size(same), *sizes]
     assert sizes == sorted(sizes) and len(set(sizes)) == 4  # two of one width fill twice of it
 
 
@@ -223,8 +225,7 @@ def test_an_evenly_wider_network_loads_into_its_class_and_trains():
     assert all(p.grad is not None for p in fused.parameters())
 
 
-@pytest.mark.parametrize("width", [1.3, 1.5, 1.7, 1.9])
-@pytest.mark.parametrize("room", [evenly, deepest_first])
+@pytest.mark.parametrize(("width", "room"), crossed([1.3, 1.5, 1.7, 1.9], [evenly, deepest_first]))
 def test_sizes_that_come_in_equal_parts_are_rounded_not_left_as_they_were(width, room):
     nets = [
         randomise(nn.Sequential(conv(3, 8), PaddedShortcut(8, 16), PaddedShortcut(16, 32)), s)

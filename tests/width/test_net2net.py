@@ -26,6 +26,7 @@ from tests.support.nets import (
     randomise,
     residual,
 )
+from tests.support.sweeps import crossed, some
 
 IMAGES = torch.randn(2, 3, 8, 8)
 OTHER = torch.randn(3, 3, 8, 8)
@@ -34,8 +35,7 @@ OTHER = torch.randn(3, 3, 8, 8)
 # --- wider ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-@pytest.mark.parametrize("name", sorted(NETS))
+@pytest.mark.parametrize(("name", "factor"), crossed(sorted(NETS), [2, 3]))
 def test_a_wider_copy_computes_the_same(name, factor):
     net, x = build(name)
     before = copy.deepcopy(net.state_dict())
@@ -260,7 +260,7 @@ def widened_like(small, large, side=32):
     return gap(net, wide, torch.randn(2, 3, side, side))
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", some(PAIRS, "vit", "swin_v2"))
 def test_vision_networks_are_widened_into_larger_ones(name):
     assert widened_like(*PAIRS[name]) <= 1e-4
 

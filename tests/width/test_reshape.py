@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,6 +13,7 @@ from fxfuse.graph.verify import lint
 from fxfuse.spaces.network import Network
 from fxfuse.width.reshape import _variants, reshaped, scaled_sizes, spaces_under_norms
 from tests.support.nets import NETS, Pooled, build, conv, outputs, random_nets, randomise
+from tests.support.sweeps import crossed
 
 IMAGES = torch.randn(2, 3, 8, 8)
 
@@ -28,8 +29,7 @@ def grown(net, x=IMAGES, factor=2):
     return network, sizes, reshaped(network, sizes)
 
 
-@pytest.mark.parametrize("factor", [2, 3])
-@pytest.mark.parametrize("name", sorted(NETS))
+@pytest.mark.parametrize(("name", "factor"), crossed(sorted(NETS), [2, 3]))
 def test_the_spaces_have_the_sizes_that_were_asked_for(name, factor):
     net, x = build(name)
     network, sizes, module = grown(net, x, factor)
@@ -42,6 +42,7 @@ def test_the_spaces_have_the_sizes_that_were_asked_for(name, factor):
     assert outputs(module, x).shape == outputs(net, x).shape
 
 
+@settings(max_examples=6)
 @given(random_nets(), st.sampled_from([2, 3]))
 def test_random_networks_take_other_widths(net, factor):
     network, sizes, module = grown(net, IMAGES, factor)
