@@ -232,8 +232,12 @@ def zero_branch(copied: LayerCopy) -> frozenset[str]:
 
 
 def _terms(network: Network, node: fx.Node, layer: Layer) -> list[fx.Node]:
-    """Return what a node of a layer is the sum of."""
-    if node.name not in layer.nodes or not network.adds(node) or network.tensors.get(node.name):
+    """Return what a node of a layer is the sum of.
+
+    The entry may be rows of a table of parameters, which the sum then touches but does not read.
+    """
+    own = node.op == "call_module" or any(n.op == "get_attr" for n in node.all_input_nodes)
+    if node.name not in layer.nodes or not network.adds(node) or own:
         return [node]
     inputs = network.inputs_of(node)
     if len(inputs) < 2:
@@ -247,8 +251,8 @@ def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
     behind = [node]
     while behind and behind[0].name != layer.entry:
         node = behind[0]
-        writers = last_writers(template, node)
-        parameters = [name for name in writers if isinstance(copied[name], nn.Parameter)]
+        own = filter(copied.has, last_writers(template, node))
+        parameters = [name for name in own if isinstance(copied[name], nn.Parameter)]
         if parameters and not template.adds(node):
             for name in parameters:
                 copied.fill(name, 0.0)

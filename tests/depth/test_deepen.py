@@ -276,6 +276,38 @@ def test_blocks_with_a_norm_behind_are_passed_by_and_balance_moves_its_affine_pa
     assert gap(nets[0], fused, VECTORS) <= FUNCTION
 
 
+class Words(nn.Module):
+    """Rows of a table, blocks around skips, and a head; norms in front of branches or behind."""
+
+    def __init__(self, depth, behind=False):
+        super().__init__()
+        self.table, self.head, self.behind = nn.Embedding(11, 8), nn.Linear(8, 3), behind
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(depth + behind))
+        self.a = nn.ModuleList(nn.Linear(8, 12) for _ in range(depth))
+        self.b = nn.ModuleList(nn.Linear(12, 8, bias=False) for _ in range(depth))
+
+    def forward(self, ids):
+        h = self.table(ids)
+        if self.behind:
+            h = self.norms[-1](h)
+        for norm, a, b in zip(self.norms, self.a, self.b):
+            read = h if self.behind else norm(h)
+            h = h + b(torch.relu(a(read)))
+            h = norm(h) if self.behind else h
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_blocks_may_follow_rows_of_a_table(behind):
+    """What a sum reads of them is no parameter of its own, nor is the norm in front of a block."""
+    ids = torch.randint(11, (40, 5), generator=torch.Generator().manual_seed(0))
+    nets = [randomise(Words(depth, behind), seed=depth) for depth in (3, 1)]
+    for net, same in zip(nets, fxfuse.balance(nets, ids)):
+        assert gap(net, same, ids) <= FUNCTION
+    fused = fxfuse.fuse(nets, ids, weights=[0, 1])
+    nets[0].load_state_dict(fused.state_dict(), strict=True)
+
+
 @pytest.mark.parametrize("norm", [None, lambda w: nn.GroupNorm(2, w)])
 def test_a_deepened_copy_of_a_smooth_network_folds_back(norm):
     def net(*widths):
