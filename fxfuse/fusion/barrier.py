@@ -55,6 +55,7 @@ def compare(
     samples: int | None = None,
     ensemble: Sequence[str] = (),
     output: str | int | None = None,
+    inputs: ToCall | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracy in percent and the loss of classifiers, by name; empty without labels.
 
@@ -65,6 +66,8 @@ def compare(
         ensemble: Names of those models whose mean output is measured too, as "ensemble".
         output: Name or number of the scores among several outputs; `logits` or the first tensor
             if not given.
+        inputs: From a batch to args, kwargs of forward, where batches are of another form than
+            `fuse` takes; the labels are the last entry of a batch then.
 
     Raises:
         ArgumentError: If a name of the ensemble has no model.
@@ -79,7 +82,7 @@ def compare(
     """
     _require_networks(models, ensemble)
     try:
-        batches = labelled_part(data, samples, list(models.values()))
+        batches = labelled_part(data, samples, list(models.values()), inputs)
     except DataError:
         return {}
     if not all(_scores(model, *batches[0], output) for model in models.values()):
@@ -92,7 +95,10 @@ def compare(
 
 
 def labelled_part(
-    data: Any, samples: int | None = None, models: Sequence[nn.Module] = ()
+    data: Any,
+    samples: int | None = None,
+    models: Sequence[nn.Module] = (),
+    to_call: ToCall | None = None,
 ) -> list[tuple[Call, Tensor]]:
     """Return the first samples of labelled data, as calls of the models and their labels.
 
@@ -100,12 +106,13 @@ def labelled_part(
         data: A pair (inputs, labels), or an iterable of such batches.
         samples: How many; all if not given.
         models: Those that take the inputs: how many they need tells where the labels are.
+        to_call: From a batch to args, kwargs.
 
     Raises:
         DataError: If there are none, or they have no labels.
     """
     limit, batches, seen = sys.maxsize if samples is None else samples, [], 0
-    reader = Reader(models)
+    reader = Reader(models, to_call)
     for batch in rereadable(data):
         call, labels = _pair(batch, reader)
         form, tensors, _ = call.parted()

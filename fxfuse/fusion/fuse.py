@@ -499,7 +499,12 @@ def balance(
 
 @checked()
 def net2deeper(
-    model: nn.Module, like: nn.Module, data: Any, alignment: Alignment | None = None
+    model: nn.Module,
+    like: nn.Module,
+    data: Any,
+    alignment: Alignment | None = None,
+    *,
+    inputs: ToCall | None = None,
 ) -> fx.GraphModule:
     """Return a network of the depth of another: the depth-aligned shallow network.
 
@@ -511,6 +516,7 @@ def net2deeper(
         like: The deeper network; not modified.
         data: Calibration inputs, as for `fuse`.
         alignment: Which layers correspond, of `[model, like]`; found by `align` if not given.
+        inputs: As for `fuse`.
 
     Raises:
         PairingError: If the networks do not belong to one family.
@@ -530,4 +536,4 @@ def net2deeper(
         >>> torch.allclose(deep(x), shallow(x), atol=1e-5)
         True
     """
-    return balance([model, like], data, alignment=alignment)[0]
+    return balance([model, like], data, alignment=alignment, inputs=inputs)[0]

@@ -21,6 +21,7 @@ from ..coupling.measure import View, measure
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..depth.deepen import Balanced
+from ..graph.calls import ToCall
 from ..graph.compare import relative_error
 from ..graph.trace import as_given, run_once, without_autocast
 from ..ir import Coupling
@@ -50,6 +51,7 @@ def narrow(
     even: bool = True,
     merge: bool = False,
     refit: Refit | None = REFIT,
+    inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> fx.GraphModule:
     """Return a smaller network that comes as near to a model as its size allows, without training.
@@ -72,6 +74,7 @@ def narrow(
         merge: Merge units that are left out into those that are kept, by optimal transport
             (Intra-Fusion). If not, they are dropped, as structured pruning does.
         refit: How the result is corrected on the data; None to leave it as it was pruned or merged.
+        inputs: As for `fuse`.
         progress: As for `fuse`.
 
     Returns:
@@ -95,7 +98,7 @@ def narrow(
     """
     budget, clock = Budget(to, of), Clock(progress)
     models = [model] if like is None else [model, like]
-    (network, *narrower), calibration = prepare(models, data, clock)
+    (network, *narrower), calibration = prepare(models, data, clock, to_call=inputs)
     with clock.stage("score units"):
         scores = importance(network, calibration)
     with clock.stage("choose units"):

@@ -26,6 +26,7 @@ from ..alignment.layers import module_path
 from ..alignment.pairing import layers_paired
 from ..calibration.data import Calibration, analyse_alike
 from ..depth.deepen import check_alignment
+from ..graph.calls import ToCall
 from ..graph.state import tensors_of
 from ..graph.trace import as_given, without_autocast
 from ..ir import Alignment
@@ -53,6 +54,7 @@ def transfer(
     *,
     output: bool = False,
     weights_only: bool = False,
+    inputs: ToCall | None = None,
 ) -> fx.GraphModule:
     """Return a copy of a network with the weights of another in the layers that match.
 
@@ -69,6 +71,7 @@ def transfer(
             with the first.
         output: Transfer the last layer too, which is usually the classifier.
         weights_only: Leave biases and norms of matched layers as the target has them.
+        inputs: As for `fuse`.
 
     Returns:
         A `GraphModule` like the target, `meta["fxfuse"]` naming the pairs of layers.
@@ -105,8 +108,8 @@ def transfer(
         2
     """
     known = isinstance(data, Calibration)
-    inputs = data if known else Calibration(data, models=[source, target])
-    example = inputs.as_call(inputs.example())
+    samples = data if known else Calibration(data, models=[source, target], to_call=inputs)
+    example = samples.as_call(samples.example())
     a, b = analyse_alike([source, target], example, ["the source", "the target"])
     pairs = list(_pairs(a, b, alignment, output))
     moved = copy.deepcopy(b.module)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from .._checked import checked
 from ..calibration.data import analyse_alike
 from ..errors import ArgumentError
-from ..graph.calls import Example
+from ..graph.calls import Example, ToCall
 from ..graph.trace import as_given, without_autocast
 from ..ir import LayerFit
 from ..spaces.network import Network
@@ -56,6 +56,7 @@ def net2wider(
     like: nn.Module | None = None,
     seed: int | None = None,
     noise: float = 0.0,
+    inputs: ToCall | None = None,
 ) -> fx.GraphModule:
     """Return a wider network that computes the same.
 
@@ -74,6 +75,7 @@ def net2wider(
         noise: Standard deviation, relative to that of each weight, of noise on the weights that
             write duplicated units, so that training tells them apart. Without it the function is
             exact.
+        inputs: From the example to args, kwargs of forward, where it is no batch as usual.
 
     Returns:
         A `GraphModule`; its `meta["fxfuse"]` holds a `WidthReport`.
@@ -94,7 +96,7 @@ def net2wider(
     """
     if factor < 1 or noise < 0:
         raise _out_of_range("factor" if factor < 1 else "noise", "at least 1, and noise at least 0")
-    network, *wider = _analysed(model, like, example, "the wider model")
+    network, *wider = _analysed(model, like, example, "the wider model", inputs)
 
     def widen(wide: Network) -> ResizedCopy:
         return exact_copy(plan_copies(with_graph_of(wide, network), wide, in_turn(seed)))
@@ -110,11 +112,11 @@ def net2wider(
 
 
 def _analysed(
-    model: nn.Module, like: nn.Module | None, example: Example, name: str
+    model: nn.Module, like: nn.Module | None, example: Example, name: str, to_call: ToCall | None
 ) -> list[Network]:
     """Analyse a model, and the one whose widths it is to have, if there is one."""
     models = [model] if like is None else [model, like]
-    return analyse_alike(models, example, ["the model", name][: len(models)])
+    return analyse_alike(models, example, ["the model", name][: len(models)], to_call)
 
 
 def _with_scaled_widths(

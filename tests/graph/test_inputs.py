@@ -186,6 +186,18 @@ def test_a_function_says_what_forward_is_called_with():
         assert torch.allclose(moved(LEFT, RIGHT), nets[0](LEFT, RIGHT, flag=True), atol=FUNCTION)
     fxfuse.verify(moved, moved, rows[0], inputs=lambda b: ((b[0][:, :6], b[0][:, 6:]), {}))
     assert fxfuse.inspect(nets[0], rows[0], inputs=inputs).layers
+    made = [
+        fxfuse.net2wider(nets[0], rows[0], inputs=inputs),
+        fxfuse.net2deeper(nets[0], nets[1], rows, inputs=inputs),
+        fxfuse.transfer(nets[1], nets[0], rows, inputs=inputs),
+        fxfuse.narrow(nets[0], rows, refit=None, inputs=inputs),
+    ]
+    with torch.no_grad():
+        for other in made[:2]:
+            assert torch.allclose(other(LEFT, RIGHT), nets[0](LEFT, RIGHT, flag=True), atol=1e-4)
+        assert all(len(other(LEFT, RIGHT)) == len(LEFT) for other in made)
+    scores = fxfuse.compare({"a": nets[0], "b": nets[1]}, rows, ensemble=["a", "b"], inputs=inputs)
+    assert scores["a"] == fxfuse.compare({"a": moved}, [((LEFT, RIGHT), rows[0][1])])["a"]
     curve = fxfuse.barrier(nets, rows, rows, weights=[0, 1], inputs=inputs)
     loss = nn.functional.cross_entropy(nets[0](LEFT, RIGHT, flag=True), rows[0][1])
     assert curve.losses[0] == pytest.approx(loss.item(), rel=1e-3)
