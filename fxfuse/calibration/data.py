@@ -23,6 +23,7 @@ from ..graph.calls import Call, Example, Reader, ToCall, require_readable
 from ..graph.inputs import Inputs
 from ..graph.modes import cut_to, evaluating_part
 from ..graph.passes import canonical
+from ..graph.products import as_linear, count_products
 from ..graph.recurrent import depths_of, take_apart
 from ..graph.state import device_of, ties_of, untie
 from ..graph.trace import at_least_single, run_once, trace_alike
@@ -467,6 +468,9 @@ def _analyse_all(
     if len({tuple(depths_of(g)) for g in graphs}) > 1:
         for graph, x in zip(graphs, inputs):
             take_apart(graph, x)
+    if len({count_products(g) for g in graphs}) > 1:
+        for graph in graphs:
+            as_linear(graph)
     outputs = [run_once(g, x, name) for g, x, name in zip(graphs, inputs, names)]
     if not outputs_may_differ:
         _require_same_outputs(outputs, names)

@@ -137,9 +137,24 @@ class FoldedState:
         if name not in self.factors:
             return raw
         dim, factor = self.factors[name]
-        shape = [-1 if d == dim else 1 for d in range(raw.ndim)]
-        folded: np.ndarray = (raw * factor.reshape(shape)).astype(raw.dtype)
-        return folded
+        return scaled(raw, dim, factor).astype(raw.dtype)
+
+
+def scaled(weight: np.ndarray, dim: int, factors: np.ndarray) -> np.ndarray:
+    """Return a weight times a factor for each of its units `(units,)`.
+
+    Args:
+        weight: The weight.
+        dim: Its axis of units. In a grouped transposed convolution each block of rows has others.
+        factors: The factors.
+    """
+    shape = [-1 if d == dim else 1 for d in range(weight.ndim)]
+    groups = factors.size // weight.shape[dim]
+    if groups > 1:
+        of_rows = np.repeat(factors.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+        factors, shape = of_rows, [*of_rows.shape, *[1] * (weight.ndim - 2)]
+    product: np.ndarray = weight * factors.reshape(shape)
+    return product
 
 
 def single_weights(network: Network) -> dict[str, tuple[str, int]]:

@@ -25,7 +25,13 @@ from ..alignment.normal_form import (
     unread_writers,
     writers_of,
 )
-from ..calibration.norms import Roles, scale_and_shift, single_weights, tensors_for
+from ..calibration.norms import (
+    Roles,
+    scale_and_shift,
+    scaled,
+    single_weights,
+    tensors_for,
+)
 from ..errors import PairingError
 from ..graph.state import (
     hide,
@@ -428,9 +434,8 @@ class _Tensors:
             self._name(node, ours, [weight], [own_weight])
         else:
             scale, shift = scale_and_shift(self.ours.module, self.ours.norms[folded])
-            values, dim = self._array(own_weight), single_weights(self.ours)[ours.name][1]
-            shape = [-1 if d == dim else 1 for d in range(values.ndim)]
-            self.computed[weight] = values * scale.reshape(shape)
+            dim = single_weights(self.ours)[ours.name][1]
+            self.computed[weight] = scaled(self._array(own_weight), dim, scale)
             bias = bias * scale + shift
         if norm is not None:
             moved = bias if their_bias is None else np.zeros(units)

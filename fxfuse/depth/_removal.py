@@ -30,6 +30,7 @@ from ..calibration.data import Calibration
 from ..calibration.run import batch_size, record
 from ..errors import PassError
 from ..graph.passes import graph_pass
+from ..graph.state import drop_unused
 from ..ir import Layer
 from ..spaces.network import Network
 from ._neutral import apply_activation
@@ -117,6 +118,7 @@ def remove_layers(
     """
     for removal in counted(removals):
         strategy(WorkingCopy(network, replace(network, module=module)), removal)
+    drop_unused(module)
 
 
 @dataclass(frozen=True, eq=False)

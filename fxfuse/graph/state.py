@@ -225,6 +225,15 @@ def add_part(module: fx.GraphModule, name: str, part: nn.Module | Tensor) -> Non
         owner.register_buffer(leaf, part)
 
 
+def drop_unused(module: fx.GraphModule) -> None:
+    """Delete the parameters and buffers that no node uses."""
+    used = {str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr")}
+    for name, _ in names_of(module):
+        if not any(name == u or name.startswith(f"{u}.") for u in used):
+            owner, leaf = _owner(module, name)
+            delattr(owner, leaf)
+
+
 def order_like(module: nn.Module, other: nn.Module) -> None:
     """Order the parts of a module as another has them, since a shared tensor has the first name."""
     for path, like in other.named_modules():

@@ -27,6 +27,7 @@ from .compare import require_same
 from .inputs import Inputs, take_arguments
 from .modes import Mode, cut_to, eval_mode, evaluating_part, only_calls_parts
 from .names import in_graph, rename_parts, with_given_names
+from .products import as_written
 from .recurrent import put_together
 from .state import (
     EXTRA_STATE,
@@ -254,9 +255,11 @@ def copy_modes(model: Any, module: fx.GraphModule) -> fx.GraphModule:
 def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:
     """Give a graph back in the modes, the precision and with all names of its model's state.
 
-    It takes the arguments of its model then, and recurrent layers are of one module again.
+    It takes the arguments of its model then; recurrent layers are of one module again, and products
+    are written as they were.
     """
     put_together(module)
+    as_written(module)
     _add_idle_state(model, module)
     with_arguments(model, module)
     return with_given_names(copy_precision(model, copy_modes(model, module)))

@@ -238,9 +238,11 @@ def rescale(fused: Network, couplings: Couplings) -> None:
     contractions = single_weights(base)
     for norm, node in foldable_norms(base).items():
         weight, dim = contractions[node]
-        sizes = [_squares(tensor_at(n.module, weight), dim) for n in problem.networks]
+        units = [n.spaces.sizes[weight, dim] for n in problem.networks]
+        pairs = zip(problem.networks, units)
+        sizes = [_squares(tensor_at(n.module, weight), dim, count) for n, count in pairs]
         wanted = couplings.mix(weight, sizes, along=dim)
-        size = _squares(tensor_at(module, weight), dim)
+        size = _squares(tensor_at(module, weight), dim, wanted.size)
         scalable = (size > 0) & (wanted > 0)
         factor = np.sqrt(np.divide(wanted, size, out=np.ones_like(size), where=scalable))
         factor = scale_statistics(module, base.norms[norm], factor)
@@ -248,13 +250,28 @@ def rescale(fused: Network, couplings: Couplings) -> None:
             scale_units(tensor_at(module, name), factor, dim if name == weight else 0)
 
 
-def _squares(tensor: Tensor, dim: int) -> np.ndarray:
+def _squares(tensor: Tensor, dim: int, units: int) -> np.ndarray:
     """Return the squared size `(units,)` of each filter."""
-    filters = tensor.detach().double().movedim(dim, 0).flatten(1)
-    squares: np.ndarray = filters.square().sum(1).cpu().numpy()
+    filters = _by_unit(tensor.detach(), dim, units).double().flatten(2)
+    squares: np.ndarray = filters.square().sum(2).flatten().cpu().numpy()
     return squares
 
 
 def scale_units(tensor: Tensor, factors: np.ndarray, dim: int) -> None:
     """Multiply the entries of each unit along an axis by its factor, in place."""
-    tensor.data.movedim(dim, -1).mul_(torch.as_tensor(factors).to(tensor))
+    filters = _by_unit(tensor.data, dim, factors.size)
+    shape = *filters.shape[:2], *[1] * (filters.dim() - 2)
+    filters.mul_(torch.as_tensor(factors).to(tensor).reshape(shape))
+
+
+def _by_unit(tensor: Tensor, dim: int, units: int) -> Tensor:
+    """View a tensor as `(groups, units / groups, ...)`.
+
+    Along the axis of a grouped transposed convolution lie those of one group: each block of its
+    rows has others.
+    """
+    groups = units // tensor.shape[dim]
+    if groups == 1:
+        return tensor.movedim(dim, 0).unsqueeze(0)
+    blocks: Tensor = tensor.unflatten(0, (groups, -1)).movedim(dim + 1, 1)
+    return blocks

@@ -46,8 +46,13 @@ def reduced(op: Op) -> tuple[Any, ...]:
 
 
 def numbers(op: Op) -> tuple[Any, ...]:
-    """All numbers among the arguments."""
-    return tuple(v for v in tree_leaves(op.args) if isinstance(v, (bool, int, float)))
+    """All numbers among the arguments, those included that a call leaves to their defaults."""
+    values = {a.name: op.args.get(a.name, a.default_value) for a in op.func._schema.arguments}
+    if values.get("stride") == []:
+        values["stride"] = values["kernel_size"]  # that of a pooling
+    if isinstance(values.get("dim"), int) and op.tensors[0].dim():
+        values["dim"] %= op.tensors[0].dim()
+    return tuple(float(v) for v in tree_leaves(values) if isinstance(v, (bool, int, float)))
 
 
 def geometry(op: Op) -> Geometry:

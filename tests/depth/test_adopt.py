@@ -28,7 +28,9 @@ def assert_same_family(net, other, x):
     for first, second in ((net, other), (other, net)):
         fused = fxfuse.fuse([first, second], x)
         assert gap(net, fused, x) <= FUNCTION
-        assert fused.state_dict().keys() >= trace(first).state_dict().keys()
+        state, wanted = fused.state_dict(), trace(first).state_dict()
+        assert state.keys() >= wanted.keys()
+        assert all(state[name].shape == t.shape for name, t in wanted.items())
 
 
 NET = nn.Sequential(
@@ -36,7 +38,13 @@ NET = nn.Sequential(
     Residual(4, 4),
     conv(4, 5, norm=False),
     conv(5, 5, norm=False, bias=False),
-    Pooled(5, 3),
+    nn.ConvTranspose2d(5, 6, 3, padding=1),
+    nn.Conv2d(6, 6, 3, padding=1, groups=2),
+    nn.ReLU(),
+    nn.ConvTranspose2d(6, 6, 3, padding=1, groups=3),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    Pooled(6, 3),
 )
 
 

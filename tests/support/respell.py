@@ -6,6 +6,7 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fxfuse.graph.trace import trace
 
@@ -26,6 +27,9 @@ def respelled(net, ways, seed=0):
     module.graph.lint()
     module.recompile()
     return module
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _calls(*kinds):
@@ -67,6 +71,39 @@ def _as_function(module, node):
     return _in_place_of(node, F.conv2d, node.args[0], **tensors, **settings)
 
 
+def _as_product(module, node):
+    part = module.get_submodule(node.target)
+    path = node.target.replace(".", "_")
+    setattr(module, f"{path}_matrix", nn.Parameter(part.weight.detach().t().contiguous()))
+    with node.graph.inserting_before(node):
+        matrix = node.graph.get_attr(f"{path}_matrix")
+        new = node.graph.call_function(operator.matmul, (node.args[0], matrix))
+        if part.bias is not None:
+            setattr(module, f"{path}_vector", part.bias)
+            new = node.graph.call_function(
+                operator.add, (new, node.graph.get_attr(f"{path}_vector"))
+            )
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+class Checkpointed(nn.Module):
+    """A part whose activations are computed again in the backward pass."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def _checkpoint(module, node):
+    part = module.get_submodule(node.target)
+    if not isinstance(part, Checkpointed):
+        module.set_submodule(node.target, Checkpointed(part))
+
+
 def _pools(module, node):
     return node.op == "call_method" and node.target == "mean" and node.args[1:] == ((2, 3),)
 
@@ -96,22 +133,21 @@ def _neutral_norm(module, node):
 
 
 def _feeds_no_norm(module, node):
-    norms = _calls(nn.BatchNorm2d)
-    plain = _calls(nn.Conv2d)(module, node) and module.get_submodule(node.target).groups == 1
+    norms, plain = _calls(nn.BatchNorm2d), _calls(*CONVOLUTIONS)(module, node)
     calls = [n for n in node.graph.nodes if n.target == node.target]
     return plain and len(calls) == 1 and not any(norms(module, n) for n in node.users)
 
 
 def _has_norm_behind(module, node):
-    norms = _calls(nn.BatchNorm2d)
-    plain = _calls(nn.Conv2d)(module, node) and module.get_submodule(node.target).groups == 1
+    norms, plain = _calls(nn.BatchNorm2d), _calls(nn.Conv2d)(module, node)
     return plain and [norms(module, n) for n in node.users] == [True]
 
 
 def _fold(module, node):
     (norm,) = node.users
     conv, part = module.get_submodule(node.target), module.get_submodule(norm.target)
-    folded = nn.utils.fuse_conv_bn_eval(conv.eval(), part.eval())
+    turned = isinstance(conv, nn.ConvTranspose2d)
+    folded = nn.utils.fuse_conv_bn_eval(conv.eval(), part.eval(), transpose=turned)
     module.set_submodule(node.target, folded)
     norm.replace_all_uses_with(node)
     node.graph.erase_node(norm)
@@ -136,8 +172,14 @@ WAYS = {  # name -> (which nodes it rewrites, the rewrite)
     "identity": (_calls(nn.ReLU, nn.Linear), lambda m, n: _behind(m, n, nn.Identity())),
     "one relu": (_calls(nn.ReLU), _share),
     "relu as a function": (_calls(nn.ReLU), lambda m, n: _in_place_of(n, F.relu, n.args[0])),
+    "checkpoints": (_calls(nn.ReLU, nn.Conv2d), _checkpoint),
+    "products": (_calls(nn.Linear), _as_product),
     "layers as functions": (_calls(nn.Linear, nn.Conv2d), _as_function),
     "pooling": (_pools, _pool),
+    "pooling as a function": (
+        _calls(nn.MaxPool2d),
+        lambda m, n: _in_place_of(n, F.max_pool2d, n.args[0], 2),
+    ),
     "reshape": (_calls(nn.Flatten), _view),
     "torch.add": (_is_sum, lambda m, n: _in_place_of(n, torch.add, *n.args[::-1])),
     "a norm more": (_feeds_no_norm, _neutral_norm),
