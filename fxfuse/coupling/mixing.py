@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 from scipy.sparse import csr_array, eye_array
+from torch import Tensor
 
 from ..errors import PairingError
 from ..ir import OUTPUTS, Axis, Coupling, Space, Spaces
 from .problem import Problem
 
+Values = TypeVar("Values", np.ndarray, Tensor)
 OnAxis = Sequence[tuple[Space, Axis]]  # the spaces on an axis, and where
 
 Tensors = Sequence[np.ndarray]  # of each network, in the same units
@@ -328,7 +330,7 @@ def _map_grouped(
     return mixed.reshape(ours * write.shape[1], *mixed.shape[2:])
 
 
-def turned(weight: np.ndarray, groups: int) -> np.ndarray:
-    """Exchange the axes of inputs and outputs of a grouped weight."""
+def turned(weight: Values, groups: int) -> Values:
+    """Exchange the axes of inputs and outputs of a grouped weight, an array or a tensor."""
     parts = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
     return parts.reshape(-1, *parts.shape[2:])

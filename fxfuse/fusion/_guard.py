@@ -17,12 +17,13 @@ from torch import nn
 
 from ..calibration.data import Calibration
 from ..calibration.distance import Distance
+from ..calibration.run import working_batch
 from ..errors import FusionWarning
 from ..graph.state import ties_of
 from ..graph.wrappers import unwrapped
 from ..report.report import Nearness, Report
 from ..spaces.network import Network
-from .selection import distances
+from .selection import constant_distance, distances
 
 SHARE, MOST, FEWEST = 16, 64, 8  # every sixteenth sample is held out, some of very many
 HELD_OUT, ENOUGH = 4, 128  # every fourth sample is held out to choose by, fewer of many
@@ -67,16 +68,18 @@ def nearness(
     networks: Sequence[Network],
     shares: Sequence[float],
     split: Split,
+    wanted: Sequence[Network] = (),
 ) -> Nearness:
     """Measure how far the fused network, and each of its networks, is from their ensemble.
 
     Args:
         fused: The fused network.
-        networks: Those that it was made of.
-        shares: Of each of them in the ensemble.
+        networks: Those that it was made of, or that it is to be compared with.
+        shares: Of each member of the ensemble.
         split: Has the samples to judge by.
+        wanted: The members of the ensemble, if these are not `networks`.
     """
-    ensemble = [(w, n) for w, n in zip(shares, networks) if w]
+    ensemble = [(w, n) for w, n in zip(shares, wanted or networks) if w]
     every, size = [fused, *networks], -(-split.judge.samples // PARTS)
     parts = [distances(ensemble, every, [batch]) for batch in split.judge.chunks(size)]
     sums = [sum(column[1:], column[0]) for column in zip(*parts)]
@@ -122,6 +125,67 @@ def better_alone(
         f"the fused network is farther from the networks' ensemble than {name} alone, which is no "
         f"larger: {near.shown(near.fused)} against {near.shown(near.networks[best])} on "
         f"{near.judges}; try {advice}"
+    )
+
+
+def no_better_than_a_constant(
+    near: Nearness, model: Network, judge: Calibration, what: str, advice: str
+) -> str | None:
+    """Say that a network is no nearer to the one that it was made of than a constant is.
+
+    Args:
+        near: Its distance from that network, and the samples it was measured on.
+        model: That network.
+        judge: These samples.
+        what: The made network in words.
+        advice: What to try.
+    """
+    size = working_batch([model])
+    constant = constant_distance(model, judge.chunks(size)).shown
+    if near.fused < constant or constant <= NEGLIGIBLE[near.in_nats]:
+        return None
+    return (
+        f"{what} is no nearer to {model.name} than the mean of its outputs is: "
+        f"{near.shown(near.fused)} against {near.shown(constant)} on {near.judges}; try {advice}"
+    )
+
+
+def lost_heads(report: Report, networks: Sequence[Network], judge: Calibration) -> str | None:
+    """Say that heads behind a fused trunk are no nearer to their networks than constants are.
+
+    Args:
+        report: Has how far each head is from its network.
+        networks: The networks.
+        judge: Samples to measure the constants on.
+    """
+    lost = []
+    for name, apart, network in zip(report.alignment.names, report.apart, networks):
+        constant = constant_distance(network, judge.chunks(working_batch([network])))
+        if apart is not None and apart >= constant.shown > NEGLIGIBLE[True]:
+            lost.append(f"{name} ({apart:.3g} nats against {constant.shown:.3g})")
+    if not lost:
+        return None
+    return (
+        f"heads that are no nearer to their networks than the mean of these networks' outputs is: "
+        f"{', '.join(lost)}; try an earlier cut (`after`), a larger width, or calibration samples "
+        "of all tasks"
+    )
+
+
+def like_is_nearer(near: Nearness, like: Network, advice: str) -> str | None:
+    """Say that the network whose widths a narrower one took is nearer to the model, if it is.
+
+    Args:
+        near: The distances from the model of the narrower network, and of the one it is like.
+        like: The latter.
+        advice: What to try.
+    """
+    if not near.clear[0]:
+        return None
+    return (
+        f"the narrower network is farther from the model than {like.name}, whose widths it has: "
+        f"{near.shown(near.fused)} against {near.shown(near.networks[0])} on {near.judges}; "
+        f"try {advice}"
     )
 
 
@@ -189,16 +253,25 @@ def without_repeats(data: Calibration) -> tuple[Calibration, str | None]:
 
 def warned(
     report: Report,
-    repeated: str | None,
+    said: Sequence[str | None],
     width: float,
     models: Sequence[nn.Module],
     fused: nn.Module,
     advice: str,
 ) -> Report:
-    """Warn of what may not be what the caller wants; return the report with the sentences."""
+    """Warn of what may not be what the caller wants; return the report with the sentences.
+
+    Args:
+        report: What the fusion did.
+        said: Sentences that are known already.
+        width: That was asked for.
+        models: The networks.
+        fused: The fused network.
+        advice: What to try if it is not near enough.
+    """
     alone = better_alone(report, models, fused, advice)
     apart = untied(models[report.anchor], fused)
-    sentences = tuple(filter(None, (repeated, nothing_wider(report, width), apart, alone)))
+    sentences = tuple(filter(None, (*said, nothing_wider(report, width), apart, alone)))
     for sentence in sentences:
         warn(sentence)
     return replace(report, warnings=sentences)

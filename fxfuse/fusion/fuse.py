@@ -42,7 +42,16 @@ from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import Cost, choose_cut
 from ._configuration import changed_configuration
 from ._cut import AUTO, trunk_segments
-from ._guard import HELD_OUT, Split, advice_for, nearness, split_to_judge, warned, without_repeats
+from ._guard import (
+    HELD_OUT,
+    Split,
+    advice_for,
+    lost_heads,
+    nearness,
+    split_to_judge,
+    warned,
+    without_repeats,
+)
 from .assemble import couple, make, report_on, require_sound
 from .heads import Heads, Separate, require_heads
 from .selection import Candidate, Choice
@@ -194,7 +203,8 @@ def fuse(
 
     Warns:
         FusionWarning: If a network that is no larger than the result alone is nearer to their
-            ensemble on samples held out, all samples are one, or `width` changes nothing.
+            ensemble on samples held out, a head is no nearer to its network than a constant, all
+            samples are one, or `width` changes nothing.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong number.
@@ -232,6 +242,7 @@ def fuse(
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
     calibration, repeated = without_repeats(calibration)
     split = split_to_judge(calibration, method.refit.fits and heads is None, automatic)
+    said = [repeated]
     company = company_of(networks, shares, index, calibration, method.balancing, across)
     way: Callable[..., Any] = partial(_fuse_networks, company=company, width=width, method=method)
     if heads is None:
@@ -255,9 +266,10 @@ def fuse(
                 after = choose_cut(*facts[1:], most, lambda a: quietly(Separate(a))[0], held)
             heads = replace(heads, after=after)
         fused, report = apart(heads, data=calibration, clock=clock)
+        said.append(lost_heads(report, networks, split.judge))
     _require_one_result(fused)
     advice = advice_for(automatic, width, method == Method(), calibration.samples)
-    fused.meta["fxfuse"] = warned(report, repeated, width, models, fused, advice)
+    fused.meta["fxfuse"] = warned(report, said, width, models, fused, advice)
     return fused
 
 

@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +29,30 @@ from ..ir import Coupling
 from ..refit.emit import rescale
 from ..refit.moments import AsMixed, Outcome, Refit
 from ..refit.sweep import LeastSquares
+from ..report.report import Nearness
 from ..solvers import Exact
 from ..spaces.network import Network
 from ..width.importance import Importance, taylor
-from ..width.narrower import Budget, Pruned, Unit, pruned, smaller, transported
+from ..width.narrower import (
+    Budget,
+    Pruned,
+    Unit,
+    pruned,
+    same_units,
+    smaller,
+    transported,
+    without_same,
+)
 from ..width.net2net import WidthReport
+from ._guard import (
+    MANY,
+    Split,
+    like_is_nearer,
+    nearness,
+    no_better_than_a_constant,
+    split_to_judge,
+    warn,
+)
 from .assemble import make, require_sound
 
 REFIT = LeastSquares()
@@ -56,9 +76,9 @@ def narrow(
 ) -> fx.GraphModule:
     """Return a smaller network that comes as near to a model as its size allows, without training.
 
-    The units that count most stay, and every layer is refitted to what the model computes on the
-    data. Groups and heads stay as many as they are and lose units inside. What cannot be made
-    narrower keeps its width; the report says what and why.
+    The units that count most stay, of units that are always equal one, and every layer is refitted
+    to what the model computes on the data. Groups and heads stay as many as they are and lose units
+    inside. What cannot be made narrower keeps its width; the report says what and why.
 
     Args:
         model: The network; not modified.
@@ -80,6 +100,10 @@ def narrow(
     Returns:
         A `GraphModule`; its `meta["fxfuse"]` holds a `WidthReport`.
 
+    Warns:
+        FusionWarning: If the result is no nearer to the model on samples held out than the mean of
+            the model's outputs is, or than `like` is.
+
     Raises:
         ArgumentError: If an argument is out of range, or nothing can be made narrower.
         PairingError: If `like` is of another structure.
@@ -99,8 +123,9 @@ def narrow(
     budget, clock = Budget(to, of), Clock(progress)
     models = [model] if like is None else [model, like]
     (network, *narrower), calibration = prepare(models, data, clock, to_call=inputs)
+    split = split_to_judge(calibration, fits=refit is not None and refit.fits)
     with clock.stage("score units"):
-        scores = importance(network, calibration)
+        scores = without_same(importance(network, split.fit), same_units(network))
     with clock.stage("choose units"):
         if narrower:
             small, kept = narrower[0], dict[str, str]()
@@ -109,12 +134,40 @@ def narrow(
         copied = pruned(network, small, scores)
     outcome, made = Outcome(), copied.plan.resized
     if merge or refit is not None:
-        made, outcome = _mended(copied, calibration, merge, refit or AsMixed(), clock)
+        made, outcome = _mended(copied, split.fit, merge, refit or AsMixed(), clock)
     else:
         made = replace(made, module=copied.module)
-    error = _error(network, made)
-    made.module.meta["fxfuse"] = WidthReport(copied.plan.sizes(), kept, error, outcome.layers)
+    with clock.stage("compare with the model"):
+        near, sentences = _judged(network, made, narrower, split, refit is not None)
+    facts = copied.plan.sizes(), kept, _error(network, made), outcome.layers, near, sentences
+    made.module.meta["fxfuse"] = WidthReport(*facts)
+    for sentence in sentences:
+        warn(sentence)
     return as_given(model, made.module)
+
+
+def _judged(
+    network: Network, made: Network, like: Sequence[Network], split: Split, refitted: bool
+) -> tuple[Nearness, tuple[str, ...]]:
+    """Measure how near a narrower network comes to the model, and say so if that is not near."""
+    alike = [n for n in like if _output_shapes(n) == _output_shapes(network)]
+    near = nearness(made, alike, (1.0,), split, wanted=[network])
+    ways = [
+        ("leaving `refit` at its default", not refitted),
+        ("merge=True", True),
+        ("a larger `to`" if not like else "wider layers", True),
+        ("more calibration samples", split.fit.samples < MANY),
+    ]
+    advice = " or ".join(way for way, helps in ways if helps)
+    useless = no_better_than_a_constant(near, network, split.judge, "the narrower network", advice)
+    nearer = (
+        like_is_nearer(near, alike[0], f"{alike[0].name} itself or {advice}") if alike else None
+    )
+    return near, tuple(filter(None, (useless, nearer)))
+
+
+def _output_shapes(network: Network) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in run_once(network.module, network.example, network.name)]
 
 
 def _mended(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..calibration.counted import Counted
 from ..calibration.data import Calibration
-from ..calibration.distance import Distance
+from ..calibration.distance import Distance, is_logits
 from ..calibration.run import working_batch
 from ..calibration.shares import Batch
 from ..coupling.measure import Evidence
@@ -209,6 +209,28 @@ def distances(
             mean = [sum(w * t for (w, _), t in zip(ensemble, each)) for each in parts]
             for distance, network in zip(apart, networks):
                 distance.add(mean, outputs[network])
+    return apart
+
+
+def constant_distance(network: Network, data: Iterable[Batch]) -> Distance:
+    """Return how far the best constant is from a network's outputs: no network need be farther.
+
+    Of class probabilities the constant is their mean, of other outputs the mean of the values.
+
+    Args:
+        network: The network.
+        data: Batches of inputs, not many samples in all: their outputs are held.
+    """
+    with torch.no_grad():
+        batches = [_outputs(network, batch) for batch in data]
+    apart = Distance()
+    for parts in zip(*batches):
+        if len({t.shape[1:] for t in parts}) > 1 or not parts[0].dim():
+            apart.total = math.inf  # outputs that are not one for each sample have no mean
+            continue
+        values, shares = torch.cat(parts), len(batches[0]) == 1 and is_logits(parts[0])
+        mean = values.softmax(1).mean(0).log() if shares else values.mean(0)
+        apart.add([values], [mean.expand_as(values)])
     return apart
 
 

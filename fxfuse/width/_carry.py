@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, fx
 
-from ..coupling.mixing import Couplings
+from ..coupling.mixing import Couplings, turned
 from ..coupling.problem import Problem
 from ..depth import adopt
 from ..errors import DataError, NotEquivalent, PairingError
@@ -44,10 +44,13 @@ class CopyPlan:
         problem: The original (0) and the resized network (1), which is the anchor.
         sources: Space name -> `(units of the resized network,)` the unit of the original that each
             is a copy of.
+        merged: Space name -> `(units of the original,)` the first unit that always has the same
+            value; what reads a unit reads this one instead. Spaces that are left out have no such.
     """
 
     problem: Problem
     sources: dict[str, np.ndarray]
+    merged: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def original(self) -> Network:
@@ -197,15 +200,17 @@ def copy_maps(plan: CopyPlan, scaling: str) -> Maps:
     maps, multiplied = {}, plan.problem.unread
     for name, (old, new) in plan.spaces.items():
         sources = plan.sources[name]
+        first = plan.merged.get(name, np.arange(old.size))
         shape, copies = (new.size, old.size), np.arange(new.size)
         written = np.ones(new.size)
         if name in multiplied:
-            written = _factor_scale(old, new, sources, scaling)
+            merged = np.sqrt(np.bincount(first, minlength=old.size))[sources]
+            written = _factor_scale(old, new, sources, scaling) * merged
         shares = 1.0 / np.bincount(sources, minlength=old.size)[sources]
-        maps[name, 0] = Coupling(
-            csr_array((written, (copies, sources)), shape=shape),
-            csr_array((shares, (sources, copies)), shape=shape[::-1]),
-        )
+        unproject = csr_array((shares, (sources, copies)), shape=shape[::-1])
+        project = csr_array((written, (copies, sources)), shape=shape)
+        gains = written if name in multiplied else None  # it gives whole units, of another size
+        maps[name, 0] = Coupling(project, csr_array(unproject[first]), gains=gains)
     return maps
 
 
@@ -398,6 +403,10 @@ def add_noise(copied: ResizedCopy, noise: float, seed: int) -> None:
             sources = copied.plan.sources[space.name]
             duplicated = np.bincount(sources)[sources] > 1
             rows = torch.as_tensor(axis.index[duplicated].reshape(-1), device=tensor.device)
-            weights = tensor.detach().index_select(axis.dim, rows)
+            dense, dim = tensor.detach(), axis.dim
+            if axis.groups > 1:  # the outputs of a transposed convolution, group by group
+                dense, dim = turned(dense, axis.groups), 0
+            weights = dense.index_select(dim, rows)
             drawn = torch.randn(weights.shape, generator=generator).to(weights)
-            tensor.data.index_add_(axis.dim, rows, drawn * noise * tensor.detach().std())
+            noisy = dense.index_add(dim, rows, drawn * noise * tensor.detach().std())
+            tensor.data.copy_(turned(noisy, axis.groups) if axis.groups > 1 else noisy)

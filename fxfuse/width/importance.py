@@ -25,6 +25,7 @@ from ..calibration.distance import is_logits
 from ..calibration.norms import fold_norms, foldable_norms
 from ..calibration.run import Run, working_batch
 from ..coupling.measure import View, points_of
+from ..coupling.mixing import turned
 from ..graph.structures import tensors_in
 from ..ir import Axis
 from ..spaces.network import Network
@@ -54,6 +55,8 @@ def magnitude(network: Network, data: Calibration | None = None) -> Scores:
         for axis in space.axes:
             if not axis.reads and axis.tensor in contracted:
                 rows = np.moveaxis(state[axis.tensor].astype(float), axis.dim, 0)
+                if axis.groups > 1:  # the outputs of a transposed convolution, group by group
+                    rows = turned(state[axis.tensor].astype(float), axis.groups)
                 squares = (rows.reshape(len(rows), -1) ** 2).sum(1)
                 total += squares[axis.index].sum(1) / max(squares.sum(), 1e-30)
         scores[space.name] = np.sqrt(total)
@@ -180,7 +183,7 @@ def _gradients(
                 gate = gates[node.name] = torch.ones_like(value, requires_grad=True)
                 run.env[node] = value * gate
         total = sum((t * _direction(t.detach(), generator)).sum() for t in outputs)
-        if not isinstance(total, Tensor):
+        if not isinstance(total, Tensor) or not gates:
             return {}
         of_gates = torch.autograd.grad(total, [*gates.values()], allow_unused=True)
     return {node: g.detach() for node, g in zip(gates, of_gates) if g is not None}

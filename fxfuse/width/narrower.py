@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -23,6 +23,7 @@ from scipy.sparse import coo_array, csr_array
 
 from ..coupling.plans import two_maps
 from ..errors import ArgumentError, FuseError
+from ..graph.state import floats_of
 from ..ir import Coupling, Space
 from ..solvers import Solver
 from ..spaces.network import Network
@@ -233,8 +234,48 @@ def _rows(space: Space, scores: np.ndarray) -> list[float]:
 # --- what becomes of the others ---------------------------------------------------------------
 
 
+def same_units(network: Network) -> dict[str, np.ndarray]:
+    """Return by space, `(units,)`, the first unit of the same block that is written alike.
+
+    Units that everything writes alike have the same value whatever the inputs are.
+    """
+    state = {name: t.detach().cpu().numpy() for name, t in floats_of(network.module).items()}
+    first: dict[str, np.ndarray] = {}
+    for space in network.spaces:
+        written = [a for a in space.axes if not a.reads and a.tensor in state]
+        if not written or any(a.groups > 1 for a in written):
+            continue
+        tensors = [np.moveaxis(state[a.tensor], a.dim, 0)[a.index] for a in written]
+        rows = np.concatenate([t.reshape(space.size, -1) for t in tensors], 1)
+        blocks = np.zeros(space.size, dtype=int) if space.blocks is None else space.blocks
+        known: dict[tuple[int, bytes], int] = {}
+        firsts = [
+            known.setdefault((b, r.tobytes()), u) for u, (b, r) in enumerate(zip(blocks, rows))
+        ]
+        if len(known) < space.size:
+            first[space.name] = np.array(firsts)
+    return first
+
+
+def without_same(scores: Scores, first: Mapping[str, np.ndarray]) -> Scores:
+    """Return scores by which no unit is kept twice before all others are: one has those of all.
+
+    Args:
+        scores: By space, those of the units.
+        first: What `same_units` returns.
+    """
+    scores = dict(scores)
+    for name, firsts in first.items():
+        total = np.bincount(firsts, scores[name], len(firsts))
+        lowest = min(scores[name].min(), total.min()) - 1.0
+        scores[name] = np.where(firsts == np.arange(len(firsts)), total, lowest)
+    return scores
+
+
 def pruned(network: Network, small: Network, scores: Scores) -> ResizedCopy:
     """Return the network with the units of the highest scores alone: structured pruning.
+
+    What reads a unit that another one is always equal to reads that one.
 
     Args:
         network: The network.
@@ -243,6 +284,9 @@ def pruned(network: Network, small: Network, scores: Scores) -> ResizedCopy:
     """
     original = with_graph_of(small, network)
     plan = plan_copies(original, small, strongest, scores)
+    first = same_units(original)
+    merged = {n: first[old.name] for n, (old, _) in plan.spaces.items() if old.name in first}
+    plan = replace(plan, merged=merged)
     return closest_copy(plan, original.module, original.example, enough=0.0)
 
 

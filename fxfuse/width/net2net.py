@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 from ..graph.calls import Example, ToCall
 from ..graph.trace import as_given, without_autocast
 from ..ir import LayerFit
+from ..report.report import Nearness
 from ..spaces.network import Network
 from ._carry import (
     ResizedCopy,
@@ -38,12 +39,17 @@ class WidthReport:
         kept: Space name -> why its width could not be changed.
         error: Largest difference of the outputs, relative to the largest output.
         layers: What was refitted, in order.
+        nearness: How far a narrower network's outputs are from the model's, and those of the
+            network whose widths it took, if any.
+        warnings: What was warned of.
     """
 
     sizes: dict[str, tuple[int, int]]
     kept: dict[str, str]
     error: float
     layers: tuple[LayerFit, ...] = ()
+    nearness: Nearness | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @checked()

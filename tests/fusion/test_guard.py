@@ -10,8 +10,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import FusionWarning, presets
-from fxfuse.calibration.data import Calibration
-from fxfuse.fusion._guard import _nearer, advice_for, split_to_judge
+from fxfuse.calibration.data import Calibration, analyse
+from fxfuse.fusion._guard import _nearer, advice_for, lost_heads, split_to_judge
 from tests.support.nets import fitted, gap, mlp, outputs, randomise, residual
 
 X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
@@ -184,6 +184,18 @@ def test_advice_is_what_was_not_done():
 def test_tasks_apart_have_no_ensemble():
     fused = fxfuse.fuse(strangers(), X, heads=fxfuse.heads.Separate())
     assert fused.meta["fxfuse"].nearness is None
+
+
+def test_heads_that_lost_their_task_are_named():
+    nets = [analyse(net, X, name) for net, name in zip(strangers(), "ab")]
+    p = outputs(strangers()[0], X).double().softmax(1)
+    constant = float((p * (p.log() - p.mean(0).log())).sum(1).mean())  # as far as the mean is
+    for apart, lost in ((0.99 * constant, False), (1.01 * constant, True), (None, False)):
+        report = SimpleNamespace(alignment=SimpleNamespace(names=("a", "b")), apart=(apart, 0.0))
+        said = lost_heads(report, nets, Calibration(X))
+        assert bool(said) == lost and (not lost or f"a ({apart:.3g} nats against" in said)
+    fused = quietly(permuted_pair(mlp(6, 9, 4), X), X, heads=fxfuse.heads.Separate())
+    assert not fused.meta["fxfuse"].warnings
 
 
 @pytest.mark.parametrize("x", [X[:1], X[:1].expand(140, 6)], ids=["one", "repeated"])

@@ -1,7 +1,9 @@
 """One network made smaller: what stays, what is merged, and what a refit gives back."""
 
 import copy
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
-from fxfuse.errors import ArgumentError
+from fxfuse.errors import ArgumentError, FusionWarning
 from fxfuse.graph.verify import lint
+from fxfuse.refit import LeastSquares
 from fxfuse.width import activation, magnitude, taylor
 from tests.support.nets import Tokens, build, data_shape, gap, mlp, outputs, random_nets, randomise
+from tests.support.sweeps import some
 
 IMAGES, OTHER = torch.randn(2, 3, 8, 8), torch.randn(3, 3, 8, 8)
 PLAIN = {"importance": magnitude, "merge": False, "refit": None}
@@ -76,6 +80,21 @@ def test_copies_of_units_are_merged_without_loss():
     assert gap(net, kept, data) < 1e-5
 
 
+NARROWED = ["plain", "batch norm", "residual", "grouped", "depthwise", "tokens"]
+
+
+@pytest.mark.parametrize("name", some(NARROWED, "tokens"))
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_wider_copy_comes_back_though_the_copies_of_a_unit_count_alike(name, merge):
+    net, x = build(name)
+    wide = fxfuse.net2wider(net, x)
+    for refit in (None, LeastSquares()):
+        small = fxfuse.narrow(
+            wide, torch.randn(24, *data_shape(name)), like=net, refit=refit, merge=merge
+        )
+        assert gap(net, small, x) < 1e-4
+
+
 def _first_copies(network, data):
     return {s.name: -torch.arange(s.size).numpy().astype(float) for s in network.spaces}
 
@@ -124,3 +143,34 @@ def test_single_numbers_stay():
             return self.body(x) * self.scale
 
     assert fxfuse.narrow(Scaled(), torch.randn(20, 6)).scale.shape == ()
+
+
+def test_a_network_that_became_useless_is_said():
+    net, data = randomise(mlp(6, 40, 3)), torch.randn(160, 6)
+    with torch.no_grad():
+        net[2].weight.mul_(4)
+    worst = {"importance": lambda n, d: {k: -v for k, v in magnitude(n).items()}, "refit": None}
+    with pytest.warns(FusionWarning, match="than the mean of its outputs is") as caught:
+        report = fxfuse.narrow(net, data, to=0.1, **worst).meta["fxfuse"]
+    assert report.warnings == (str(caught[0].message),) and "`refit` at its default" in str(
+        caught[0].message
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near = fxfuse.narrow(net, data, to=0.9).meta["fxfuse"].nearness
+    assert near.held_out and near.samples == 10 and not near.networks
+
+
+def test_a_result_farther_than_the_network_it_is_like_is_said():
+    net, data = randomise(mlp(6, 9, 3)), torch.randn(160, 6)
+    options = {"importance": _last, "refit": None}
+    wide = fxfuse.net2wider(net, data[:4], noise=1e-3)
+    with pytest.warns(FusionWarning, match="farther from the model than Sequential, whose widths"):
+        report = fxfuse.narrow(wide, data, like=net, **options).meta["fxfuse"]
+    near = report.nearness
+    assert near.clear == (True,) and near.networks[0] < near.fused
+
+
+def _last(network, data):
+    """Score the last of the copies highest, so that the first are dropped, what reads them too."""
+    return {s.name: np.arange(s.size) * 1.0 for s in network.spaces}

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import fxfuse
 from fxfuse.calibration.data import Calibration, analyse
 from fxfuse.width import activation, magnitude, taylor
 from tests.support.nets import build, data_shape, mlp, randomise
@@ -53,3 +55,42 @@ def test_units_that_are_never_read_have_no_effect():
     network = analyse(net, x, "net")
     assert taylor(network, Calibration(x))["0"].argmin() == 2
     assert magnitude(network, Calibration(x))["0"][2] > 0
+
+
+class Doubled(nn.Module):
+    """A grouped transposed convolution, which keeps its outputs group by group."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, width, 3), nn.Conv2d(width, 3, 1)
+        self.b = nn.ConvTranspose2d(width, width, 2, 2, groups=2)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def test_units_that_a_grouped_transposed_convolution_writes_have_their_own_magnitude():
+    net, x = randomise(Doubled()), torch.randn(4, 3, 6, 6)
+    scores = magnitude(analyse(net, x, "net"))["b"]
+    halves = net.b.weight.detach().view(2, 4, 4, 2, 2).square().sum((1, 3, 4)).flatten()
+    sizes = (halves / halves.sum() + net.b.bias.detach().square() * 0).sqrt().numpy()
+    assert np.allclose(scores, sizes / sizes.mean(), atol=1e-5)
+
+
+def test_networks_that_show_no_units_are_scored_by_their_weights():
+    class Looked(nn.Module):
+        """Looks its table up by number; the units of the layer that makes it are seen nowhere."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(3, 5), nn.Linear(5, 8)
+            self.register_buffer("grid", torch.randn(8, 3))
+
+        def forward(self, x):
+            h, table = self.a(x), self.c(torch.relu(self.b(self.grid)))
+            return h + table[h.argmax(1)]
+
+    net, x = randomise(Looked()), torch.randn(20, 6)
+    network = analyse(net, x, "net")
+    scores = taylor(network, Calibration(x))
+    assert (scores["b"] > 0).all() and fxfuse.narrow(net, x).get_submodule("b").out_features == 2

@@ -177,6 +177,14 @@ def test_duplicates_stay_alike_in_training_unless_there_is_noise():
         assert torch.allclose(weight[:8], weight[8:], atol=1e-6) == alike
 
 
+def test_noise_reaches_what_a_grouped_transposed_convolution_writes():
+    net = randomise(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), conv(6, 3)))
+    x = torch.randn(2, 4, 5, 5)
+    wide, noisy = (fxfuse.net2wider(net, x, noise=n).state_dict()["0.weight"] for n in (0.0, 0.1))
+    assert wide.shape == noisy.shape == (4, 6, 2, 2)
+    assert ((wide - noisy).flatten(2).norm(dim=2) > 0).all()
+
+
 def test_a_copy_is_in_the_models_mode():
     net, x = build("residual")
     assert fxfuse.net2wider(net.train(), x).training
