@@ -194,7 +194,7 @@ class Calibration:
             return torch.arange(self.samples)
         return (self._owners == rank()).nonzero().flatten()
 
-    def chunks(self, size: int) -> Iterator[Batch]:
+    def chunks(self, size: int) -> Iterator[Served]:
         """Yield all inputs in order, in batches of `size` samples, the last one shorter.
 
         Every process gets all of them, and has to ask for as many batches.
@@ -207,7 +207,7 @@ class Calibration:
             parts_of_all = [_joined(gathered(t), owners) for t in inputs]
             yield Served.of(parts_of_all, self._masks)
 
-    def own(self, size: int) -> Iterator[Batch]:
+    def own(self, size: int) -> Iterator[Served]:
         """Yield the inputs that are this process's share, in batches of `size` samples.
 
         What is made of them has to be summed over processes, by `_ranks.total` inside `summed`.
@@ -239,11 +239,11 @@ class Calibration:
                 part._batches.append((waiting, rows[mine]))
         return part
 
-    def _cut(self, sizes: Sequence[int]) -> Iterator[Batch]:
+    def _cut(self, sizes: Sequence[int]) -> Iterator[Served]:
         """Yield the inputs that lie in this process, in batches of some sizes."""
         if self.whole:
-            for waiting, _ in self._batches:
-                yield Served.of(self._store.get(waiting), self._masks, whole=True)
+            for held, _ in self._batches:
+                yield Served.of(self._store.get(held), self._masks, whole=True)
             return
         waiting = (self._batch(i) for i in range(len(self._batches)))
         lengths = zip(self._longest, self._kinds)

@@ -226,8 +226,7 @@ class Reader:
                 "what forward is called with: inputs=lambda batch: (args, kwargs)",
             )
         if self._way is None:
-            ways = enumerate(calls if len(calls) > 1 else ())
-            ways = list(ways)
+            ways = list(enumerate(calls if len(calls) > 1 else ()))
             taken = (i for rows in (2, None) for i, call in ways if self.takes(call, rows))
             self._way = next(taken, 0)
         return calls[min(self._way, len(calls) - 1)]
