@@ -142,7 +142,9 @@ class _Spot:
             [sample.joined(parts) if parts else None for parts in side]
             for side in (inputs, outputs)
         )
+        device = next(part.device for part in rows if part is not None)
         masses = [torch.as_tensor(self.targets.mass(*end, having)).float() for end in ends]
+        masses = [mass.to(device) for mass in masses]
         taps = math.prod(producer.affine.kernel)
         read = masses[0].view(producer.affine.groups, 1, -1).repeat(1, 1, taps)
         return Reading(producer, sample, having, rows, goals, read, masses[1])

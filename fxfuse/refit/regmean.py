@@ -77,7 +77,7 @@ class RegMean(ResetNorms):
                 weight_as_rows(w.T if producer.transposed else w, producer.affine) for w in rows
             ]
             parts = zip(reading.shares, reading.inputs, rows)
-            used = [(share, self.gram(x), w) for share, x, w in parts if x is not None]
+            used = [(share, self.gram(x), w.to(x.device)) for share, x, w in parts if x is not None]
             solved = rows_as_weight(regression_mean(used), producer.affine.kernel)
             weight = tensor_at(fused.module, producer.weight)
             weight.data.copy_((solved.T if producer.transposed else solved).to(weight))
