@@ -134,7 +134,28 @@ def trace(
         DataError: If the model refuses the example.
     """
     module = copy.deepcopy(trace_sharing(model, example, name, doors))
-    return copy_modes(model, in_single_precision(module))
+    halves = {n for n, t in floats_of(module).items() if t.dtype in HALVES}
+    module = copy_modes(model, in_single_precision(module))
+    if halves and example is not None:
+        _require_single_precision(model, module, example, name)
+    return module
+
+
+def _require_single_precision(
+    model: nn.Module, module: fx.GraphModule, example: Any, name: str
+) -> None:
+    """Refuse a forward that converts values to half precision by itself, as its layers had it."""
+    inputs = Inputs.of(unwrapped(model), example).on(device_of(module))
+    try:
+        run_once(module, tuple(map(at_least_single, inputs)), name)
+    except DataError as error:
+        raise ModelError(
+            "a forward that converts values to half precision for layers that are in it",
+            where=f"{name} ({type(unwrapped(model)).__name__})",
+            expected="a network that also runs in single precision, in which all work is done",
+            do="write x.to(layer.weight.dtype) for x.half() or x.bfloat16(), or remove the "
+            "conversions and fuse the model in float32: model.float()",
+        ) from error
 
 
 def trace_sharing(

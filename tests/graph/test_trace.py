@@ -701,3 +701,24 @@ def test_what_a_module_adds_to_its_state_is_not_refused():
 
     net, x = nn.Sequential(Counted(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(8, 6)
     assert gap(net, fxfuse.permute(net, x, seed=1), x) < FUNCTION
+
+
+class Converts(nn.Module):
+    """A layer in half precision that is handed what it takes: by its name, or by the layer's."""
+
+    def __init__(self, named):
+        super().__init__()
+        self.a, self.b, self.named = nn.Linear(4, 5), nn.Linear(5, 3).bfloat16(), named
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x.bfloat16() if self.named else x.to(self.b.weight.dtype)).float()
+
+
+def test_half_precision_that_a_forward_asks_for_by_name_is_refused_by_name():
+    x = torch.randn(6, 4)
+    with pytest.raises(ModelError, match="converts values to half precision") as caught:
+        fxfuse.fuse([Converts(True), Converts(True)], x)
+    assert "x.to(layer.weight.dtype)" in caught.value.do
+    fused = fxfuse.fuse([Converts(False), Converts(False)], x)
+    assert fused.get_submodule("b").weight.dtype == torch.bfloat16 and fused(x).isfinite().all()
