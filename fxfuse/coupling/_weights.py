@@ -20,6 +20,7 @@ from ..spaces.network import Network
 from .mixing import Couplings, apply_along
 from .problem import Problem, foreign_tensors
 
+TIE_BREAK = 1e-3  # weight of the distance beside the angle, relative to the average distance
 CHUNK = 1 << 22  # numbers that are turned to double precision at a time
 
 
@@ -207,16 +208,21 @@ def weight_cost(weights: Weights, name: str, k: int) -> np.ndarray:
 
     This is the squared distance, or one minus the cosine where rows of equal units may differ in
     size: where no weight reads the units, and where a space is wider, so that each copy of a unit
-    is read with a part of the weight.
+    is read with a part of the weight. Equal angles, as those of single numbers are, are told apart
+    by the distance.
 
     References:
         Ainsworth et al. 2023 (Git Re-Basin), one step of weight matching.
     """
     problem, axes = weights.problem, weights.axes(name)
     shape = problem.base_space(name).size, problem.spaces[name][k].size
-    sized = shape[0] == shape[1] and name not in problem.unread
-    cost = weights.distances(name, k, axes) if sized else weights.angles(name, k)
-    return np.zeros(shape) if cost is None else cost
+    far = weights.distances(name, k, axes) if shape[0] == shape[1] else None
+    if far is not None and name not in problem.unread:
+        return far
+    cost = weights.angles(name, k)
+    if cost is None:
+        return np.zeros(shape)
+    return cost if far is None else cost + TIE_BREAK * far / max(float(far.mean()), 1e-30)
 
 
 def squared_distances(

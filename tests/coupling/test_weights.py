@@ -10,9 +10,11 @@ from scipy.sparse import csr_array
 from scipy.spatial.distance import cdist
 from torch import nn
 
+import fxfuse
 from fxfuse.coupling._weights import Weights, cross, squared_distances, unit_rows, weight_cost
 from fxfuse.ir import Axis, Coupling
-from tests.support.nets import build, conv, data_shape, randomise, residual, stages
+from fxfuse.refit import AsMixed
+from tests.support.nets import build, conv, data_shape, gap, randomise, residual, stages
 from tests.support.problems import images, problem_of
 from tests.support.tolerances import EXACT
 
@@ -130,3 +132,22 @@ def test_the_cost_of_a_network_with_itself_is_zero_on_the_diagonal(name):
     for space in problem.spaces:
         cost = weight_cost(weights, space, 1)
         assert np.abs(np.diag(cost)).max() < 1e-9 and (cost >= 0).all()
+
+
+class Ranked(nn.Module):
+    """Multiplies by the numbers of a parameter, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.k, self.c = nn.Linear(6, 8), nn.Parameter(torch.zeros(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.a(x)) * self.k.sort()[0])
+
+
+def test_single_numbers_are_told_apart_by_more_than_their_sign():
+    net, x = randomise(Ranked()), torch.randn(40, 6)
+    moved = fxfuse.permute(net, x[:4], seed=1)
+    assert not torch.equal(moved.state_dict()["k"], net.k)
+    mixed = fxfuse.fuse([net, moved], x, method=fxfuse.Method(refit=AsMixed()))
+    assert gap(net, mixed, x) < 1e-6
