@@ -1,8 +1,8 @@
 """The chain of a network: the nodes that every path from its input to its output passes through.
 
 Between two neighbours on the chain lies either nothing or a region with parallel paths. Inside a
-region there are chains again: of each of its parallel paths, and of the paths that are left once a
-value is taken for granted that many nodes read, such as the output of an encoder.
+region there are chains again, one for each of its parallel paths. If many of its nodes read one
+value, such as the output of an encoder, there is a chain up to this value and one past it.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
 
 
 def _stream_graph(form: NormalForm) -> nx.DiGraph:
-    """Return the data graph, but for given values (masks, positions) beside those of other nodes.
+    """Return the data graph without given values (masks, positions) that nodes read beside others.
 
-    What the first parameters read belongs to it wherever it is read again.
+    The exception is what the first parameters read: it stays wherever it is read again.
     """
     graph, given = data_graph(form.network), form.given
     streams = set(graph) - {SOURCE} - given

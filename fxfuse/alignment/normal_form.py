@@ -1,11 +1,11 @@
 """What counts when the structures of two networks are compared: each in one normal form.
 
 Left out are nodes that do nothing in eval mode (dropout, identity), reshaping, norms that can be
-folded into the contraction in front of them, biases, and what nothing reads. What is left is known
-by its operators, so functions and modules are the same, whether modules without tensors are shared
-or not. Values that no parameter takes part in (masks, positions) are given: they may be computed
-once or for each layer. Nothing is edited: a normal form says which node stands for which, and
-`depth` gives one network the graph of another by it.
+folded into the contraction in front of them, biases, and what nothing reads. The other nodes are
+compared by their operators, so a function counts as much as a module, and a module without tensors
+may be called once or often. Values that no parameter takes part in (masks, positions) are given:
+they may be computed once or for each layer. Nothing is edited here: a normal form says which nodes
+of two networks correspond, and `depth` uses it to give one the graph of the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..spaces.network import Network
 
 
 class NormalForm:
-    """A network without what does not count.
+    """A network reduced to the nodes that count.
 
     Args:
         network: The network; not modified.
@@ -55,7 +55,7 @@ class NormalForm:
         return given_nodes(self.network)
 
     def hash_given(self, node: fx.Node) -> str:
-        """Return the hash of what is given; of any other value that it comes from outside."""
+        """Return the hash of a given value, and "outside" for any other."""
         source = self.source(node)
         return self.hashes.get(source, "given") if source in self.given else "outside"
 
@@ -80,7 +80,7 @@ class NormalForm:
         return {value: node for node, value in reversed(self.values.items())}
 
     def _value(self, node: fx.Node, values: dict[fx.Node, str]) -> str:
-        """Return the hash of a node from those of given nodes; others it asks for their size."""
+        """Return the hash of a given node. Of the others that it reads, only the size counts."""
         if node in values:
             return values[node]
         if node.op in ("call_module", "get_attr"):
@@ -143,7 +143,11 @@ class NormalForm:
         return self.hashes_past({})
 
     def hashes_past(self, past: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, str]:
-        """Return what each node computes if some layers are passed by, from last node to entry."""
+        """Return what each node computes if some layers are passed by.
+
+        Args:
+            past: The last node of each of these layers -> the node that the layer reads.
+        """
         hashes: dict[fx.Node, str] = {}
         network_inputs = [n for n in self.steps if n.op == "placeholder"]
         for node in self.steps:
@@ -213,8 +217,8 @@ def has_parameters(network: Network, node: fx.Node) -> bool:
 def correspondence(ours: NormalForm, theirs: NormalForm) -> dict[fx.Node, fx.Node] | None:
     """Return our node for each of their nodes that count; None if the structures differ.
 
-    Of nodes in the same place, as equal branches of a block, the first is the first's. One given
-    node of ours may stand for several of theirs.
+    Nodes in the same place, such as equal branches of a block, are paired in order. One given node
+    of ours may stand for several of theirs.
     """
     places = [Counter(form.places[node] for node in form.streams) for form in (ours, theirs)]
     if places[0] != places[1]:
@@ -260,7 +264,7 @@ def _first_without(ours: Mapping[fx.Node, str], theirs: Mapping[fx.Node, str]) -
 
 
 def _state(part: nn.Module | Tensor | None) -> str:
-    """Return a hash of a buffer, or of a module and its buffers; of a parameter, of its shape."""
+    """Return what tells a buffer or a module from others; of a parameter, only its shape does."""
     if isinstance(part, nn.Parameter):
         return str(tuple(part.shape))
     tensors = [part] if isinstance(part, Tensor) else list(part.buffers()) if part else []

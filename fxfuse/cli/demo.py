@@ -1,4 +1,4 @@
-"""The main job on real images that come with a dependency: train two small networks, fuse, compare.
+"""Train two small networks on real images, fuse them, and compare the result with both.
 
 scikit-learn's 1,797 handwritten digits (8x8 pixels) are split once: 1,000 to train on, of which 500
 without labels to fuse on; 200 to tell which parent is better; 597 to test on. Nothing is chosen on

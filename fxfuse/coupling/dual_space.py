@@ -88,7 +88,7 @@ class _DualAscent(Ascent):
 
     @cached_property
     def scales(self) -> dict[str, float]:
-        """By space, what its weights could agree by at most, per unit."""
+        """By space, the most that its weights could agree, per unit."""
         return {name: self._most(name) / max(len(a), 1) for name, a in self.alike.items()}
 
     def _most(self, name: str) -> float:

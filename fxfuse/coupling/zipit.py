@@ -1,8 +1,8 @@
-"""Couple units by zipping: merge the most alike, within a network too, until the width is reached.
+"""Couple units by zipping: merge the two most alike, again and again, until the width is reached.
 
-At first, each unit of each network is a group; the two groups that correlate most are merged again
-and again. A fused unit is the mean of its group, weighted by the networks' shares, and whatever
-read a member reads the group.
+At first, each unit of each network is a group; then the two groups that correlate most are merged,
+be they of two networks or of one. A fused unit is the mean of its group, weighted by the networks'
+shares, and whatever read a member reads the group.
 
 References:
     Stoica et al. 2024 (ZipIt), section 4; Xu et al. 2025, elastic zip for unequal widths.
@@ -45,7 +45,7 @@ DECIMALS = 4  # similarities are rounded to so many: what differs by less is a t
 
 @dataclass(frozen=True)
 class Zip(CouplingMethod):
-    """Zip every space whose units are measured, read by a weight, and in no blocks.
+    """Zip every space whose units are measured and read by a weight, and lie in no blocks.
 
     Other spaces (groups and heads and what is inside them, queries and keys, units that no node
     shows, or that are known by one value each) are matched with the base network's by exact
@@ -54,9 +54,9 @@ class Zip(CouplingMethod):
     share do not influence the groups; their units join the group they resemble most.
 
     Attributes:
-        alpha: In (0, 1]: factor on the similarity of groups at each merge; the smaller, the fewer
-            groups of more than two.
-        beta: In [0, 1]: share of its part of the merges that a network may spend on itself.
+        alpha: In (0, 1]: what the similarity of a merged group to others is multiplied by; the
+            smaller it is, the fewer groups grow beyond two units.
+        beta: In [0, 1]: how many of its merges a network may spend on pairs of its own units.
         view: Where units are compared; all networks must be compared with each other.
     """
 
@@ -165,8 +165,8 @@ def greedy_zip(
         owners: `(units,)` the network of each unit.
         size: Number of groups.
         alpha: In (0, 1].
-        beta: In [0, 1]: each network's part of the merges is in proportion to its width; this
-            share of its part may join units of the network with each other.
+        beta: In [0, 1]: each network takes part in the merges in proportion to its width; this
+            share of them may join two of its own units.
 
     Returns:
         `(units,)` the group of each unit; groups are numbered by their first units.
@@ -233,7 +233,7 @@ class _Groups:
         self.best[i], self.stale[i] = row[self.partner[i]], False
 
     def _lift(self) -> None:
-        """Lift all budgets, as any two of the groups that are left share a network."""
+        """Lift all budgets: any two of the groups that are left hold units of one network."""
         self.budgets[:] = np.inf
         alive = np.unique(self.first)
         self.best[alive], self.stale[alive] = np.inf, True
@@ -286,7 +286,7 @@ def _of_several_values(evidence: Evidence) -> Evidence:
 
 
 def _to_zip(problem: Problem, evidence: Evidence) -> list[str]:
-    """Return the spaces that are measured, read by a weight, and neither in blocks nor blocks."""
+    """Return the measured spaces that a weight reads and that neither are blocks nor lie in any."""
     parents = {s.parent for spaces in problem.spaces.values() for s in spaces}
     names = []
     for name, spaces in problem.spaces.items():

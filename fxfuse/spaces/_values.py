@@ -1,8 +1,10 @@
-"""What a labelled run knows of values: who made them, and whether they would be others.
+"""What a labelled run knows of values: who made them, and whether they vary.
+
+A value varies if it depends on inputs, on weights or on chance.
 
 Labels follow operators. A value that leaves torch (as numbers, or an array) and comes back was made
-out of sight, so what went in must stay. A number that depends on inputs, weights or chance may not
-decide which units are picked: with others, it would pick other ones.
+out of sight, so what went in must stay. A number that varies may not decide which units are picked:
+with other inputs or weights, it would pick other units.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Values:
         freeze: Freezes the units of some tensors, for a reason.
 
     Attributes:
-        loose: Whether the running node works with numbers that would be others.
+        loose: Whether the running node works with numbers that vary.
     """
 
     def __init__(self, freeze: Callable[[Iterable[Tensor], str], None]) -> None:
@@ -48,7 +50,7 @@ class Values:
 
         Args:
             inputs: All tensors that it can read.
-            loose: Whether numbers among its arguments would be others.
+            loose: Whether numbers among its arguments vary.
         """
         self._inputs, self.loose = inputs, loose
 
@@ -87,8 +89,8 @@ class Values:
     def leave(self, tensors: Sequence[Tensor]) -> None:
         """Freeze the units of tensors whose values leave torch.
 
-        If these would be others, numbers of the running node may be, too; even which operators it
-        runs may depend on them.
+        If these vary, so may the numbers that the running node computes, and even which operators
+        it runs.
         """
         self._freeze(tensors, OUT_OF_SIGHT)
         if any(self.varies(tensor) for tensor in tensors):
