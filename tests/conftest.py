@@ -13,7 +13,7 @@ from fxfuse.cli import commands
 settings.register_profile(
     "fxfuse",
     deadline=None,
-    max_examples=12,
+    max_examples=8,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

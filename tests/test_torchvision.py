@@ -55,7 +55,6 @@ QUICK_FUSED = {
     "resnet18",
     "squeezenet1_1",
     "mobilenet_v3_small",
-    "shufflenet_v2_x1_0",
 }
 
 
@@ -64,7 +63,6 @@ DEEPER_ELSEWHERE = {"regnet_y_400mf+regnet_y_800mf"}
 
 
 QUICK_PAIRS = {
-    "resnet18+resnet34",
     "mobilenet_v3_small+mobilenet_v3_large",
 }
 

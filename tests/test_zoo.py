@@ -43,20 +43,14 @@ def gap(before, after, name, seed=9):
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_a_permuted_copy_computes_the_same_as_a_graph_and_in_the_class(name):
-    net = built(name)
-    permuted = fxfuse.permute(net, inputs(name, 6, 1), seed=1)
+def test_a_permuted_copy_computes_the_same_and_both_fuse_to_the_network(name):
+    net, data = built(name), inputs(name, 40, 3)
+    permuted = fxfuse.permute(net, inputs(name, 6, 1), seed=2)
     assert gap(net, permuted, name) < 1e-4
     again = copy.deepcopy(net)
     again.load_state_dict(permuted.state_dict())
     assert gap(net, again, name) < 1e-4
-
-
-@pytest.mark.parametrize("name", sorted(ZOO))
-def test_fused_with_its_permuted_copy_a_network_is_itself(name):
-    net, data = built(name), inputs(name, 40, 3)
-    copied = fxfuse.permute(net, inputs(name, 6, 1), seed=2)
-    fused = fxfuse.fuse([net, copied], [(data,)] if isinstance(data, tuple) else data)
+    fused = fxfuse.fuse([net, permuted], [(data,)] if isinstance(data, tuple) else data)
     assert gap(net, fused, name) < 1e-3
 
 

@@ -29,6 +29,7 @@ from fxfuse.width._carry import (
 )
 from fxfuse.width.reshape import spaces_under_norms
 from tests.support.nets import NETS, Tokens, build, gap, mlp, outputs, randomise
+from tests.support.sweeps import some
 
 
 @given(st.integers(1, 9), st.integers(0, 20), st.sampled_from([None, 0, 7]))
@@ -181,7 +182,7 @@ def test_a_narrower_network_is_refused():
         exact_copy(plan_of(randomise(mlp(6, 8, 3)), randomise(mlp(6, 7, 3)), torch.randn(2, 6)))
 
 
-@pytest.mark.parametrize("name", sorted(NETS))
+@pytest.mark.parametrize("name", some(sorted(NETS), "residual", "grouped", "tokens", "shared"))
 def test_a_copy_of_equal_widths_has_the_same_weights(name):
     net, x = build(name)
     plan = plan_of(net, randomise(copy.deepcopy(net), 7), x)
