@@ -102,6 +102,37 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a network costs to run and to hold, or how much more than another it does.
+
+    Attributes:
+        multiply_adds: Of a run, such as of one sample.
+        parameters: Their number.
+    """
+
+    multiply_adds: float
+    parameters: float
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return the cost of both."""
+        added = self.multiply_adds + other.multiply_adds
+        return Cost(added, self.parameters + other.parameters)
+
+    def __truediv__(self, other: Cost) -> Cost:
+        """Return the cost relative to another."""
+        ratio = self.multiply_adds / max(other.multiply_adds, 1)
+        return Cost(ratio, self.parameters / max(other.parameters, 1))
+
+    def within(self, most: Cost) -> bool:
+        """Tell whether it is no more than another, but for rounding."""
+        pairs = (self.multiply_adds, most.multiply_adds), (self.parameters, most.parameters)
+        return all(cost <= limit * (1 + 1e-6) for cost, limit in pairs)
+
+    def __str__(self) -> str:
+        return f"{self.multiply_adds:.2f} of the multiply-adds, {self.parameters:.2f} parameters"
+
+
+@dataclass(frozen=True)
 class LayerFit:
     """How well a contraction of the fused network was refitted.
 

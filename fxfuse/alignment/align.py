@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -55,7 +55,8 @@ def align_networks(
         data: Calibration inputs.
         aligner: From a cost matrix to the row of each column.
         layer_cost: How unlike two layers are.
-        measure_all: Measure costs also where the alignment does not depend on them.
+        measure_all: Measure costs also where the alignment does not depend on them. If not, only
+            those are measured there that some samples suffice for.
         pairs: Per segment, the pairs by hand of two networks, or None to align it.
         segments: The segments of each network to align; all of them if not given.
 
@@ -66,12 +67,12 @@ def align_networks(
     _require_aligner(aligner)
     groups = pair_segments(networks, segments)
     given = _given_rows(pairs, networks, groups)
-    places = [
-        (s, k)
+    places = {
+        (s, k): measure_all or _depends_on_costs(group, k, aligner)
         for s, group in enumerate(groups)
         for k in range(len(networks))
-        if k != group.reference and (measure_all or _depends_on_costs(group, k, aligner))
-    ]
+        if k != group.reference
+    }
     costs = measure_costs(networks, groups, places, data, layer_cost)
     aligned = [
         _align(group, [costs.get((s, k)) for k in range(len(networks))], aligner, given[s])
@@ -235,7 +236,7 @@ def _rows_of_pairs(pairs: Pairs, segment: int, group: SegmentGroup) -> list[int]
 def measure_costs(
     networks: Sequence[Network],
     groups: Sequence[SegmentGroup],
-    places: Iterable[Place],
+    places: Mapping[Place, bool],
     data: Calibration,
     layer_cost: LayerCost,
 ) -> dict[Place, np.ndarray]:
@@ -244,7 +245,8 @@ def measure_costs(
     Args:
         networks: The networks.
         groups: Their segments that correspond.
-        places: Where costs are wanted.
+        places: Where costs are wanted, and whether they are needed: if not, only quick ones are
+            measured.
         data: Calibration inputs.
         layer_cost: How unlike two layers are.
 
@@ -254,10 +256,13 @@ def measure_costs(
     """
     answers: dict[Place, Meter | np.ndarray] = {}
     comparisons = []
-    for s, k in places:
+    for (s, k), needed in places.items():
         group = groups[s]
         sides = group.deep, group.segments[k].layers
-        answer = answers[s, k] = layer_cost(*sides)
+        answer = layer_cost(*sides)
+        if isinstance(answer, Meter) and not (needed or answer.quick):
+            continue
+        answers[s, k] = answer
         if isinstance(answer, Meter):
             comparisons.append(_Comparison((group.reference, k), sides, answer))
     if comparisons and comparisons[0].meter.of_weights:
@@ -361,7 +366,12 @@ def _reduced(
 
     def reducer(layer: Layer) -> Callable[[Tensor], Any]:
         axis = layer.layout[1]
-        return lambda x: meter.reduce(counted.filled(x, axis).movedim(axis, 1))
+
+        def reduced(x: Tensor) -> Any:
+            x, at = (x, axis) if x.dim() > 1 else (x[:, None], 1)  # one unit has no axis of its own
+            return meter.reduce(counted.filled(x, at).movedim(at, 1))
+
+        return reduced
 
     values = record(network, batch, {x.pre_activation: reducer(x) for x in layers})
     for x in layers:

@@ -48,6 +48,11 @@ class Meter:
     samples: int | None = None
     adds_up: bool = False
 
+    @property
+    def quick(self) -> bool:
+        """Whether it needs no more than some samples, so that it can show what decides nothing."""
+        return self.of_weights or self.samples is not None
+
     def reduce(self, x: Any) -> Any:
         """Return what `add` needs of one layer.
 

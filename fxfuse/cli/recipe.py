@@ -23,7 +23,6 @@ from .._schema import read, written
 from ..calibration.data import Calibration
 from ..errors import ArgumentError, FusionWarning
 from ..fusion.barrier import compare
-from ..fusion.fuse import align
 from ..fusion.heads import Heads, Separate, Union
 from ..ir import Alignment
 from ..presets import NAMED, method_named
@@ -211,14 +210,6 @@ def carry_out(recipe: Recipe) -> None:
         hashes = file_hashes(recipe.models)
         chosen = recipe.samples, recipe.seed, progress
         calibration = read_data(recipe.data, recipe.models, networks, *chosen)
-        if (
-            recipe.method in ALIGNING
-            and len(networks) > 1
-            and not {"alignment", "heads"} & {*given}
-        ):
-            given["alignment"] = align(  # with the costs of all pairs, which fusing does without
-                networks, calibration, method=ALIGNING[recipe.method], progress=progress
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FusionWarning)  # they are shown below
             fused = fusing(networks, calibration, **given, progress=progress)
@@ -303,6 +294,7 @@ def _show(
     report: Report, scores: Mapping[str, tuple[float, float]], samples: int, output: Path
 ) -> None:
     show_alignment(out, report.alignment)
+    say(report.table)
     if scores:
         show_scores(out, scores)
     for sentence in report.warnings:

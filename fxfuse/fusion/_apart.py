@@ -10,6 +10,7 @@ from torch import fx, nn
 from .._progress import Clock, counted
 from ..calibration.data import Calibration
 from ..coupling.mixing import Couplings
+from ..graph.cost import cost_per_sample
 from ..graph.names import with_given_names
 from ..graph.trace import copy_modes, copy_precision, with_arguments
 from ..ir import Alignment
@@ -61,6 +62,7 @@ def fuse_apart(
     with clock.stage("attach heads"):
         heads(fused, couplings, tails, modules)
         require_sound(replace(trunk, name="the fused network", module=fused))
+        cost = cost_per_sample(fused, trunk.example)
         with_arguments(models[anchor], fused)
         fused = with_given_names(copy_precision(models[anchor], fused))
     return fused, replace(
@@ -68,6 +70,7 @@ def fuse_apart(
         heads=tuple(graft.how for graft in grafts),
         layers=tuple(layers),
         apart=tuple(apart),
+        cost=cost,
         seconds=clock.seconds,
         memory=clock.memory,
     )

@@ -8,66 +8,27 @@ data, and the one whose heads come nearest to their networks on the rest is take
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import fx
 
 from ..calibration.data import Calibration
 from ..calibration.distance import Distance
 from ..calibration.run import working_batch
 from ..errors import ArgumentError, FuseError
+from ..graph.cost import cost_of
 from ..graph.inputs import as_example
 from ..graph.modes import eval_mode
 from ..graph.state import device_of
 from ..graph.structures import tensors_in
 from ..graph.trace import run_once
-from ..ir import Alignment
+from ..ir import Alignment, Cost
 from ..spaces.network import Network
 from ._cut import cut_networks
 
 TRIED = 3  # of the cuts that the budget allows, the costliest
 
 Make = Callable[[str], fx.GraphModule]  # a layer to cut behind -> trunk and heads, on some data
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a network costs.
-
-    Attributes:
-        multiply_adds: Of a run.
-        parameters: Their number.
-    """
-
-    multiply_adds: float
-    parameters: float
-
-    def __add__(self, other: Cost) -> Cost:
-        """Return the cost of both."""
-        added = self.multiply_adds + other.multiply_adds
-        return Cost(added, self.parameters + other.parameters)
-
-    def __truediv__(self, other: Cost) -> Cost:
-        """Return the cost relative to another."""
-        ratio = self.multiply_adds / max(other.multiply_adds, 1)
-        return Cost(ratio, self.parameters / max(other.parameters, 1))
-
-    def within(self, most: Cost) -> bool:
-        """Tell whether it is no more than another, but for rounding."""
-        pairs = (self.multiply_adds, most.multiply_adds), (self.parameters, most.parameters)
-        return all(cost <= limit * (1 + 1e-6) for cost, limit in pairs)
-
-    def __str__(self) -> str:
-        return f"{self.multiply_adds:.2f} of the multiply-adds, {self.parameters:.2f} parameters"
-
-
-def cost_of(module: nn.Module, *inputs: torch.Tensor) -> Cost:
-    """Count what a module costs on some inputs."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), eval_mode(module):
-        module(*inputs)
-    return Cost(counter.get_total_flops() / 2, sum(p.numel() for p in module.parameters()))
 
 
 def choose_cut(

@@ -28,8 +28,9 @@ from ..coupling.transport import Transport
 from ..depth.deepen import Balanced, Balancing, deepen, made_neutral
 from ..errors import ArgumentError
 from ..graph.calls import ToCall
+from ..graph.cost import cost_per_sample
 from ..graph.trace import as_given, without_autocast
-from ..ir import Alignment, Segment
+from ..ir import Alignment, Cost, Segment
 from ..refit.emit import rescale
 from ..refit.moments import Refit
 from ..refit.sweep import LeastSquares
@@ -39,7 +40,7 @@ from ..width.budget import Room, deepest_first, require_width
 from ._across import Company, company_of, require_hearing
 from ._apart import fuse_apart
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
-from ._choose_cut import Cost, choose_cut
+from ._choose_cut import choose_cut
 from ._configuration import changed_configuration
 from ._cut import AUTO, trunk_segments
 from ._guard import (
@@ -268,6 +269,7 @@ def fuse(
         fused, report = apart(heads, data=calibration, clock=clock)
         said.append(lost_heads(report, networks, split.judge))
     _require_one_result(fused)
+    report = replace(report, costs=tuple(cost_per_sample(n.module, n.example) for n in networks))
     advice = advice_for(automatic, width, method == Method(), calibration.samples)
     fused.meta["fxfuse"] = warned(report, said, width, models, fused, advice)
     return fused
@@ -337,7 +339,8 @@ def _fuse_networks(
         fused, couplings, outcome = best.network, best.couplings, best.outcome
     require_sound(fused)
     facts = alignment, balanced, anchor, couplings, outcome, clock, method.seeds, narrow
-    return fused, couplings, replace(report_on(*facts), candidates=candidates)
+    report = replace(report_on(*facts), candidates=candidates)
+    return fused, couplings, replace(report, cost=cost_per_sample(fused.module, fused.example))
 
 
 def _aligned(

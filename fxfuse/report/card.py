@@ -73,6 +73,8 @@ def _files(report: Report) -> str:
 
 def _figures(report: Report, accuracy: Mapping[str, Accuracy]) -> list[str]:
     lines = list(report.warnings) or [report.verdict] * bool(report.verdict)
+    if report.costs:
+        lines.append(_sizes(report))
     if not accuracy:
         return [*lines, "No labels were at hand. TODO: accuracy on a test set."]
     rows = ["| network | accuracy |", "| --- | ---: |"]
@@ -81,6 +83,13 @@ def _figures(report: Report, accuracy: Mapping[str, Accuracy]) -> list[str]:
         rows.append(f"| {_plain(name)} | {percent:.2f} % |")
     said = "On the samples it was fused on, whose labels only these figures used:"
     return [*lines, said, "\n".join(rows)]
+
+
+def _sizes(report: Report) -> str:
+    """Return what each network, their ensemble and the fused one cost for one sample."""
+    rows = ["| network | parameters | multiply-adds |", "| --- | ---: | ---: |"]
+    rows += [f"| {_plain(name)} | {size} | {work} |" for name, size, work, _ in report.rows]
+    return "\n".join(rows)
 
 
 def _plain(text: str) -> str:

@@ -61,7 +61,7 @@ def page_of(report: Report, accuracy: Mapping[str, Accuracy], facts: Mapping[str
     text = page.render(
         title="Fusion of " + " and ".join(alignment.names),
         report=report,
-        networks=[_network(report, k) for k in range(len(alignment.names))],
+        networks=_networks(report),
         scores=[_score(name, value) for name, value in accuracy.items()],
         picture=Markup(svg_of(scene, description_of(alignment))),
         picture_height=scene.height,
@@ -97,24 +97,39 @@ def _number(value: float | None, form: str) -> str:
 
 
 class _Network(NamedTuple):
-    """A row of the table of networks."""
+    """A row of the table of networks; of the last rows, only what they cost and where they are."""
 
     name: str
-    layers: int
     parameters: str
-    weight: float
-    changes: str
+    multiply_adds: str
+    away: str
+    layers: str = ""
+    weight: str = ""
+    anchor: str = ""
+    changes: str = ""
 
 
-def _network(report: Report, k: int) -> _Network:
+def _networks(report: Report) -> list[_Network]:
+    """Return a row for each network, for their ensemble, and for the fused one."""
+    rows, count = [_Network(*row) for row in report.rows], len(report.alignment.names)
+    return [_described(row, report, k) if k < count else row for k, row in enumerate(rows)]
+
+
+def _described(row: _Network, report: Report, k: int) -> _Network:
+    """Return the row of a network with what the fusion did to it."""
     alignment = report.alignment
     inserted = inserted_layers(alignment, report.removed, k)
     merged = len(report.removed[k]) if report.removed else 0
     changes = [amount(inserted, "neutral layer")] if inserted else []
     changes += [f"{amount(merged, 'layer')} merged away"] if merged else []
     changes += [f"relative error {report.errors[k]:.3g}"] if report.errors[k] else []
-    layers, parameters = len(layers_of(alignment, k)), parameters_in(alignment, k)
-    return _Network(alignment.names[k], layers, parameters, report.weights[k], ", ".join(changes))
+    return row._replace(
+        parameters=row.parameters or parameters_in(alignment, k),
+        layers=str(len(layers_of(alignment, k))),
+        weight=f"{report.weights[k]:.4g}",
+        anchor="yes" if k == report.anchor else "",
+        changes=", ".join(changes),
+    )
 
 
 class _Score(NamedTuple):

@@ -11,9 +11,9 @@ from scipy.sparse import csr_array
 
 from .._checked import checked
 from ..errors import ArgumentError
-from ..ir import Alignment, Frozen, LayerFit
+from ..ir import Alignment, Cost, Frozen, LayerFit
 from ..version import versions
-from ._shared import amount
+from ._shared import amount, clipped, short_number
 
 Accuracy = float | tuple[float, float]  # in percent; or that and the loss
 SHOWN = 5  # poor layers at most, in print
@@ -28,7 +28,7 @@ class CouplingReport:
     Attributes:
         kind: `identity`, `permutation`, `one to one` (some units have no partner), `merging`
             (several whole units go to one), `soft`, or `absent` if the network gives nothing.
-        mass: What a fused unit is given on average; 1 if the network gives to every one.
+        mass: What the network gives a fused unit on average; 1 if it gives to every one.
         identity: Share of the mass that keeps its index.
     """
 
@@ -45,8 +45,8 @@ class SpaceReport:
         name: The first tensor that writes it.
         size: Its units.
         costs: Per network, the mean ground cost per unit of mass; None where nothing was measured.
-        confidences: Per network, the largest share that one unit has in a fused one, on average: 1
-            if every unit has one partner. None if the network does not have the space.
+        confidences: Per network, how much of its part in a fused unit comes from one unit, on
+            average: 1 if every unit has one partner. None if the network does not have the space.
         sizes: Per network, its units in the space.
         couplings: Per network, how they correspond.
     """
@@ -140,6 +140,8 @@ class Report:
         candidates: What `weights="auto"` chose from: how far each candidate is from the ensemble,
             in the unit of `nearness` and on the same samples; the nearest was taken.
         warnings: What was warned of, a sentence each.
+        costs: What each network costs for one sample; empty if that is not known.
+        cost: What the fused network costs for one sample.
         configuration: Where widths differ from the anchor's, the numbers of its `config` with which
             its class has those of the fused network: by name, before and after.
         guests: With `across=True`, the networks that gave targets and no weights.
@@ -169,6 +171,8 @@ class Report:
     nearness: Nearness | None = None
     candidates: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    costs: tuple[Cost, ...] = ()
+    cost: Cost | None = None
     configuration: dict[str, tuple[int, int]] = field(default_factory=dict)
     guests: tuple[Heard, ...] = ()
     maps: dict[tuple[str, int], csr_array] = field(
@@ -197,7 +201,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Whether it is nearer to the ensemble than its networks; empty if nobody knows."""
+        """Whether it is nearer to the ensemble than its networks; empty if not measured."""
         near = self.nearness
         if near is None or not near.networks:
             return ""
@@ -212,6 +216,38 @@ class Report:
         every = better == len(near.networks)
         which = "every network" if every else f"{better} of {len(near.networks)} networks"
         return f"nearer to the ensemble than {which}: {near.shown(near.fused)}; alone {others}"
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Each network, their ensemble and the fused one, as a table shows them.
+
+        Name, parameters, multiply-adds of one sample, and how far the outputs are from the
+        ensemble's. What is not known is empty; there is no ensemble of one network, or of several
+        tasks.
+        """
+        near, names = self.nearness, self.alignment.names
+        costs = self.costs or (None,) * len(names)
+        alone = near.networks if near is not None else ()
+        away = [near.shown(d) for d in alone] if near is not None else [""] * len(names)
+        rows = [(clipped(name), *_shown(cost), d) for name, cost, d in zip(names, costs, away)]
+        if near is not None and len(names) > 1:
+            used = [cost for cost, weight in zip(self.costs, self.weights) if weight]
+            together = sum(used[1:], used[0]) if used else None
+            rows.append(("ensemble", *_shown(together), near.shown(0.0)))
+        fused = "" if near is None else near.shown(near.fused)
+        return [*rows, ("fused", *_shown(self.cost), fused)]
+
+    @property
+    def table(self) -> str:
+        """The rows as text, with a head; columns of which nothing is known are left out."""
+        away = "" if self.nearness is None else f"from the ensemble, on {self.nearness.judges}"
+        head = ("network", "parameters", "multiply-adds", away)
+        columns = []
+        for side, cells in zip("<>><", zip(head, *self.rows)):
+            width = max(map(len, cells))
+            if any(cells[1:]):
+                columns.append([f"{cell:{side}{width}}" for cell in cells])
+        return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
     @checked()
     def draw_coupling(
@@ -282,6 +318,12 @@ class Report:
         return f"<pre>{escape(str(self))}</pre>{inline_svg(self.alignment, self.removed)}"
 
     def __str__(self) -> str:
+        known = [self.table] if self.costs or self.nearness is not None else []
+        return "\n".join([*self.summary, *known, *self.cautions])
+
+    @property
+    def summary(self) -> list[str]:
+        """What was done, a line each."""
         units = "" if self.lead in (None, self.anchor) else f", units of network {self.lead}"
         spaces = amount(len(self.spaces), "space")
         lines = [f"widths of network {self.anchor}{units}, {spaces}"]
@@ -305,12 +347,12 @@ class Report:
             pairs = zip(self.alignment.names, self.apart)
             each = (f"{name} {d:.3f} nats" for name, d in pairs if d is not None)
             lines.append(f"heads apart from their networks: {', '.join(each)}")
-        near = self.nearness
-        if near is not None:
-            parents = zip(self.alignment.names, near.networks)
-            alone = ", ".join(f"{name} {near.shown(distance)}" for name, distance in parents)
-            lines.append(f"on {near.judges} {near.shown(near.fused)} from the ensemble; {alone}")
-        lines += [f"warning: {sentence}" for sentence in self.warnings]
+        return lines
+
+    @property
+    def cautions(self) -> list[str]:
+        """What was warned of, the poorest layers, and what to do next, a line each."""
+        lines = [f"warning: {sentence}" for sentence in self.warnings]
         if self.poor:
             verb = "explains" if len(self.poor) == 1 else "explain"
             layers = f"{amount(len(self.poor), 'layer')} {verb}"
@@ -318,5 +360,11 @@ class Report:
             worst = sorted(self.poor, key=lambda layer: layer.explained)
             lines += [f"  {layer}" for layer in worst[:SHOWN]]
             lines += [f"  and {len(worst) - SHOWN} more"] * (len(worst) > SHOWN)
-        lines.append(f"next: {self.advice}")
-        return "\n".join(lines)
+        return [*lines, f"next: {self.advice}"]
+
+
+def _shown(cost: Cost | None) -> tuple[str, str]:
+    """Return parameters and multiply-adds as a table shows them; empty if they are not known."""
+    if cost is None:
+        return "", ""
+    return short_number(int(cost.parameters)), short_number(round(cost.multiply_adds))

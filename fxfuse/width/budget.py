@@ -158,6 +158,11 @@ class _Counter(Interpreter):
         super().__init__(module)
         self.by_node: dict[str, int] = {}
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a tensor without its gradient: the counter trips over views that require one."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)

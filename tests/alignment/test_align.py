@@ -22,7 +22,7 @@ from fxfuse.alignment.aligners import (
     segment_wise,
     uniform,
 )
-from fxfuse.alignment.layer_costs import neuron_counts
+from fxfuse.alignment.layer_costs import Wasserstein, linear_cka, neuron_counts
 from fxfuse.alignment.layers import partition
 from fxfuse.alignment.pairing import pair_segments
 from fxfuse.calibration.data import Calibration
@@ -237,13 +237,14 @@ def test_blocks_of_different_kinds_never_pair():
     assert np.isinf(costs[0, 1]) and np.isfinite(costs[0, 0])
 
 
-def test_where_the_constraints_decide_costs_are_measured_only_on_demand():
+def test_where_the_constraints_decide_slow_costs_are_measured_only_on_demand():
     nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
-    quick = align_networks(nets, Calibration(VECTORS), measure_all=False)
-    full = align_networks(nets, Calibration(VECTORS))
-    assert quick.pairs == full.pairs
-    assert quick.segments[0].costs == (None, None)
-    assert full.segments[0].costs[1] is not None
+    for cost, is_quick in [(linear_cka, True), (Wasserstein(), False)]:
+        quick = align_networks(nets, Calibration(VECTORS), layer_cost=cost, measure_all=False)
+        full = align_networks(nets, Calibration(VECTORS), layer_cost=cost)
+        assert quick.pairs == full.pairs
+        assert full.segments[0].costs[1] is not None
+        assert (quick == full) is is_quick and (quick.segments[0].costs[1] is None) is not is_quick
 
 
 def test_the_aligner_decides():
@@ -284,13 +285,14 @@ def test_every_aligner_pairs_attention_with_attention(aligner):
 def test_costs_are_measured_for_every_aligner_that_needs_them():
     """Two of three layers: bound at both ends there is no choice, bound at the first there is."""
     nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))
+    slow = Wasserstein()
     for aligner, measured in [(monotone, False), (segment_wise, True), (layer_wise, True)]:
-        quick = align_networks(nets, Calibration(VECTORS), aligner, measure_all=False)
-        full = align_networks(nets, Calibration(VECTORS), aligner)
+        quick = align_networks(nets, Calibration(VECTORS), aligner, slow, measure_all=False)
+        full = align_networks(nets, Calibration(VECTORS), aligner, slow)
         assert quick.pairs == full.pairs
         assert (quick.segments[0].costs[1] is not None) == measured
     for baseline in (same_index, Random()):
-        quick = align_networks(nets, Calibration(VECTORS), baseline, measure_all=False)
+        quick = align_networks(nets, Calibration(VECTORS), baseline, slow, measure_all=False)
         assert quick.segments[0].costs == (None, None)
 
 
@@ -318,6 +320,17 @@ def test_activations_that_are_not_finite_name_layer_and_network():
     with pytest.raises(DataError, match="NaN or infinite") as caught:
         align_networks([a, b], Calibration(VECTORS))
     assert caught.value.where == "layer '2' of net 1"
+
+
+class OneNumber(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).squeeze(-1)
+
+
+def test_outputs_of_one_number_without_an_axis_are_compared():
+    nets = [randomise(OneNumber(*mlp(6, *[8] * n, 1)), n) for n in (3, 2)]
+    assert 0 <= fxfuse.align(nets, VECTORS).segments[-1].costs[1][0][0] <= 1
+    assert fxfuse.fuse(nets, VECTORS)(VECTORS).shape == (len(VECTORS),)
 
 
 # --- pairs by hand --------------------------------------------------------------------------------

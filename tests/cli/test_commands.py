@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import fxfuse
 from fxfuse import presets
+from fxfuse.calibration import data
 from fxfuse.cli import commands as cli
 from fxfuse.cli.references import load_data, load_model
 from tests.support.nets import mlp, outputs, randomise
@@ -290,8 +291,8 @@ def test_inputs_of_several_types_may_be_given_by_shape(folder, monkeypatch, caps
 def test_a_report_shows_references_hashes_and_with_labels_accuracies(folder, monkeypatch, capsys):
     (folder / "labelled.py").write_text(LABELLED)
     pages = []
-    for data in ("my_nets:data", "labelled:data"):
-        chosen = ["--data", data, "--output", "out/f.safetensors", "--report", "out/r.html"]
+    for samples in ("my_nets:data", "labelled:data"):
+        chosen = ["--data", samples, "--output", "out/f.safetensors", "--report", "out/r.html"]
         assert run(monkeypatch, "fuse", *MODELS, *chosen, "--seed", "7") == 0
         pages.append((folder / "out" / "r.html").read_text())
     assert "report written in out/r.html" in capsys.readouterr().out
@@ -323,6 +324,13 @@ def test_the_alignment_of_a_fusion_has_the_costs_that_align_prints(folder, monke
     aligned = capsys.readouterr().out
     assert run(monkeypatch, "fuse", *same, *OPTIONS[2:]) == 0
     assert aligned.count("0.0000") > 1 and aligned in capsys.readouterr().out
+
+
+def test_models_are_traced_once(folder, monkeypatch):
+    traced, real = [], data.trace_alike
+    monkeypatch.setattr(data, "trace_alike", lambda *a: traced.append(a) or real(*a))
+    assert run(monkeypatch, "fuse", *MODELS, *OPTIONS) == 0
+    assert len(traced) == 1
 
 
 def test_one_model_is_one_model(folder, monkeypatch, capsys):

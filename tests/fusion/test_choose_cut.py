@@ -1,14 +1,13 @@
 """Cuts chosen by what the result may cost, and by how near its heads are on samples held out."""
 
-import sys
-
 import pytest
 import torch
 
 import fxfuse
 from fxfuse.errors import ArgumentError
-from fxfuse.fusion._choose_cut import Cost, cost_of
+from fxfuse.fusion import _choose_cut
 from fxfuse.fusion.heads import Separate, Union
+from fxfuse.graph.cost import cost_of
 from tests.support.nets import randomise, residual, stages
 
 
@@ -26,14 +25,6 @@ def relative(nets, fused):
     return cost_of(fused, images(2)) / cost_of(nets[0], images(2))
 
 
-def test_a_cost_is_counted():
-    cost = cost_of(torch.nn.Linear(3, 5), torch.randn(2, 3))
-    assert cost == Cost(30, 20)
-    assert cost / Cost(60, 10) == Cost(0.5, 2.0) and cost + cost == Cost(60, 40)
-    assert cost.within(Cost(30, 20)) and not cost.within(Cost(29, 20))
-    assert not cost.within(Cost(30, 19))
-
-
 def test_the_more_it_may_cost_the_less_is_fused():
     nets, x = pair(), images(16)
     costs = []
@@ -49,7 +40,7 @@ def test_the_more_it_may_cost_the_less_is_fused():
 
 def test_of_the_cuts_that_fit_the_one_nearest_on_held_out_samples_is_taken(monkeypatch):
     nets, x = pair(), images(16)
-    heads, choose = Separate(after="auto", multiply_adds=1.9), sys.modules[Cost.__module__]
+    heads = Separate(after="auto", multiply_adds=1.9)
     tried = []
 
     def costly(networks, fused, held):
@@ -57,9 +48,9 @@ def test_of_the_cuts_that_fit_the_one_nearest_on_held_out_samples_is_taken(monke
         assert held.samples == 4
         return tried[-1]
 
-    monkeypatch.setattr(choose, "_missed", costly)
+    monkeypatch.setattr(_choose_cut, "_missed", costly)
     fused = fxfuse.fuse(nets, x, heads=heads, anchor=0)
-    assert len(tried) == choose.TRIED == len(set(tried))
+    assert len(tried) == _choose_cut.TRIED == len(set(tried))
     assert cost_of(fused, images(2)).multiply_adds == min(tried)
 
 

@@ -21,6 +21,7 @@ def test_the_head_is_what_hubs_read_and_the_rest_says_what_was_done():
     assert head["base_model_relation"] == "merge" and "license" in head and "fxfuse" in head["tags"]
     assert "| A | 0.75 | nets:a@a.safetensors |" in card and r"nets:b\|x" in card
     assert "| fused | 62.50 % |" in card and "```yaml\nmodels: [a]\n```" in card
+    assert "| ensemble | 136 | 117 |" in card and "| fused | 83 | 72 |" in card
     assert 'fxfuse.load("fused.safetensors")' in card and torch.__version__ in card
 
 

@@ -138,6 +138,29 @@ def test_the_verdict_counts_the_networks_that_are_farther_away(report):
     assert "than every network" not in page and "beware &lt;b&gt;" in page
 
 
+def test_rows_say_what_each_network_the_ensemble_and_the_fused_one_cost(nets, report):
+    sizes = [sum(p.numel() for p in n.parameters()) for n in nets]
+    work = [6 * 8 + 8 * 7 + 7 * 3, 6 * 5 + 5 * 3]
+    assert [c.parameters for c in (*report.costs, report.cost)] == [*sizes, sizes[0]]
+    assert [c.multiply_adds for c in (*report.costs, report.cost)] == [*work, work[0]]
+    rows = {name: cells for name, *cells in report.rows}
+    assert list(rows) == [*report.alignment.names, "ensemble", "fused"]
+    both = [str(sum(sizes)), str(sum(work)), "0 nats"]
+    assert rows["ensemble"] == both and rows["fused"][:2] == [str(sizes[0]), str(work[0])]
+    assert report.table in str(report) and "on 80 samples" in report.table
+    alone = replace(report, weights=(1.0, 0.0))
+    assert alone.rows[2][1] == str(sizes[0]), "what has no share is not run in the ensemble"
+
+
+def test_what_is_not_known_of_a_network_is_left_out(report):
+    bare = replace(report, costs=(), cost=None)
+    assert "parameters" not in bare.table and "ensemble" in bare.table
+    assert "ensemble" not in replace(report, nearness=None).table
+    assert replace(bare, nearness=None).summary[-1] in str(replace(bare, nearness=None))
+    page = page_of(replace(bare, nearness=None), {}, {})
+    assert ">20.3k<" not in page and "fused" in page
+
+
 def test_notebooks_show_text_and_picture(report):
     shown = report._repr_html_()
     assert "next: " in shown and "<svg" in shown and report.alignment._repr_html_() in shown
