@@ -178,10 +178,10 @@ def test_duplicates_stay_alike_in_training_unless_there_is_noise():
 
 
 def test_noise_reaches_what_a_grouped_transposed_convolution_writes():
-    net = randomise(nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), conv(6, 3)))
-    x = torch.randn(2, 4, 5, 5)
-    wide, noisy = (fxfuse.net2wider(net, x, noise=n).state_dict()["0.weight"] for n in (0.0, 0.1))
-    assert wide.shape == noisy.shape == (4, 6, 2, 2)
+    grouped = nn.ConvTranspose2d(4, 6, 2, groups=2)
+    net, x = randomise(nn.Sequential(conv(3, 4), grouped, nn.ReLU(), conv(6, 3))), IMAGES
+    wide, noisy = (fxfuse.net2wider(net, x, noise=n).state_dict()["1.weight"] for n in (0.0, 0.1))
+    assert wide.shape == noisy.shape == (8, 6, 2, 2)
     assert ((wide - noisy).flatten(2).norm(dim=2) > 0).all()
 
 
