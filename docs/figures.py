@@ -145,6 +145,16 @@ def experiments() -> list[tuple[str, str]]:
     return pages
 
 
+def forward_passes(case: str) -> str:
+    """Return how many forward passes of the parents the default took, from `benchmark.py`.
+
+    Args:
+        case: The case, images, threads, width and refit, as the script names them.
+    """
+    runs = {key: run for record in records("speed-") for key, run in record.items()}
+    return f"{runs[case]['used'] / runs[case]['forward'][1]:.1f}"
+
+
 PAGES = {
     "README.md.jinja": ROOT / "README.md",
     "results.md.jinja": HERE / "results.md",
@@ -161,6 +171,7 @@ def rendered(template: str) -> str:
         trim_blocks=True,
     )
     known = [mean, each, size, count, shown, printed, measured, experiments, situations]
+    known += [forward_passes]
     environment.globals |= {function.__name__: function for function in known}
     return environment.get_template(template).render()
 
