@@ -155,6 +155,12 @@ def forward_passes(case: str) -> str:
     return f"{runs[case]['used'] / runs[case]['forward'][1]:.1f}"
 
 
+def scaling() -> dict[str, Any]:
+    """Return what `scale.py` measured."""
+    (record,) = records("scale-")
+    return record
+
+
 PAGES = {
     "README.md.jinja": ROOT / "README.md",
     "results.md.jinja": HERE / "results.md",
@@ -171,7 +177,7 @@ def rendered(template: str) -> str:
         trim_blocks=True,
     )
     known = [mean, each, size, count, shown, printed, measured, experiments, situations]
-    known += [forward_passes]
+    known += [forward_passes, scaling]
     environment.globals |= {function.__name__: function for function in known}
     return environment.get_template(template).render()
 
