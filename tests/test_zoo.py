@@ -73,7 +73,7 @@ NOT_BALANCED = {  # a layer more has no values with which it would do nothing
 }
 NOT_SHORTENED = {"Generator"}
 QUICK = ["BagOfWords", "DeepSupervision", "GraphAttention", "MobileNet", "RotaryLanguageModel"]
-QUICK += ["ShuffleGroups", "SmallResNet", "TemporalConvolution"]
+QUICK += ["ShuffleGroups", "SmallResNet"]
 
 
 @pytest.mark.parametrize(

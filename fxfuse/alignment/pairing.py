@@ -295,10 +295,44 @@ def _difference(
         works = [Segment((x,)).label for x in pair]
         return f"'{a} works on {works[0]}, '{b} on {works[1]}"
     words = [Counter(x.kind.rpartition(" [")[0].split(", ")) for x in pair]
-    only = [", ".join((words[i] - words[1 - i]).elements()) for i in (0, 1)]
-    has = [shorten(o, 120) if o else "nothing that the other has not" for o in only]
-    named = [f"'{x.name}' of {name} has {h}" for x, name, h in zip(pair, names, has)]
+    has = [_listed(words[i] - words[1 - i]) for i in (0, 1)]
+    if not any(has):
+        has = _in_order_or_settings([networks[k] for k in (first, other)], pair)
+    named = [
+        f"'{x.name}' of {name} has {h or 'nothing that the other has not'}"
+        for x, name, h in zip(pair, names, has)
+    ]
     return ", ".join(named)
+
+
+def _listed(words: Counter[str]) -> str:
+    counted = [word if n == 1 else f"{n} {word}" for word, n in words.items()]
+    return shorten(", ".join(counted), 120)
+
+
+def _in_order_or_settings(networks: Sequence[Network], layers: Sequence[Layer]) -> list[str]:
+    """Return how each of two layers with the same operators has them, where they differ."""
+    steps = [
+        [step for node in layer.nodes for step in network.steps(node) if step.word]
+        for network, layer in zip(networks, layers)
+    ]
+    words = [[step.word for step in of_one] for of_one in steps]
+    if layers[0].branched != layers[1].branched:
+        return ["parallel paths" if layer.branched else "a single path" for layer in layers]
+    if words[0] != words[1]:
+        first = next(i for i, (a, b) in enumerate(zip(*words)) if a != b)
+        return [f"{', '.join(w[first : first + 3])} ..." for w in words]
+    pair = next((ab for ab in zip(*steps) if ab[0] != ab[1]), None)
+    if pair is None:
+        return ["other inputs to the same operators"] * 2
+    settings = [
+        [f"{name} {value}" for name, value in step.geometry._asdict().items()]
+        if step.geometry
+        else [str(step.settings)]
+        for step in pair
+    ]
+    differing = [[t for t in own if t not in settings[1 - i]] for i, own in enumerate(settings)]
+    return [f"{step.word} with {', '.join(d)}" for step, d in zip(pair, differing)]
 
 
 def _differ(a: Sequence[Layer], b: Sequence[Layer]) -> bool:

@@ -583,5 +583,5 @@ def _structures_differ(
         "structures that differ outside of their aligned layers",
         where=f"{named(node, network)} against {named(other, shape)}",
         expected="the same steps (pooling, attention, tensors used several times) between layers",
-        do="fuse networks of one family",
+        do="give both the same step there, or let the others count in targets only (across=True)",
     )

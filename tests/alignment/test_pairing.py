@@ -8,6 +8,7 @@ from torch import nn
 
 import fxfuse
 from tests.support.nets import gap, randomise
+from tests.support.sweeps import some
 from tests.support.tolerances import FUNCTION
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
@@ -162,3 +163,96 @@ def test_the_first_line_of_a_refusal_names_two_layers(net, line):
     with pytest.raises(fxfuse.FuseError) as caught:
         fxfuse.align([stages(nn.ReLU, nn.ReLU), net()], torch.randn(4, 3, 8, 8))
     assert line in caught.value.met.splitlines()[0]
+
+
+def images(*parts):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *parts, nn.Flatten(), nn.Linear(4, 3))
+
+
+def mixed(*acts):
+    return nn.Sequential(*[m for act in acts for m in hidden(1, act)], nn.Linear(6, 2))
+
+
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True, **options)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.Linear(3, 6), body, nn.Flatten(), nn.Linear(12, 2)
+    )
+
+
+class Skipping(nn.Module):
+    """Layers with a skip around each, or with none."""
+
+    def __init__(self, skip):
+        super().__init__()
+        self.a, self.b, self.out, self.skip = (
+            *(nn.Linear(6, 6) for _ in "ab"),
+            nn.Linear(6, 2),
+            skip,
+        )
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.out(x + torch.relu(self.b(x)) if self.skip else torch.relu(self.b(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.out = kind(3, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.body(x.unflatten(1, (2, 3)))[0][:, -1])
+
+
+P = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+REST = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+NO_FAMILY = {  # two networks, their data, and what is said of them
+    "kernels": (lambda: (stages(nn.ReLU), images(*REST)), P, "conv3x3"),
+    "activations": (
+        lambda: (hidden(2), hidden(2, nn.Tanh)),
+        X,
+        "has relu, '0' of Sequential 1 has tanh",
+    ),
+    "order": (lambda: (mixed(nn.ReLU, nn.Tanh), mixed(nn.Tanh, nn.ReLU)), X, "in another order"),
+    "dilation": (
+        lambda: tuple(images(nn.Conv2d(4, 4, 3, padding=d, dilation=d), *REST) for d in (1, 2)),
+        P,
+        "has conv3x3 with padding (1, 1), dilation (1, 1), '1' of Sequential 1 has conv3x3",
+    ),
+    "groups": (
+        lambda: tuple(images(nn.Conv2d(4, 4, 3, groups=g), *REST) for g in (1, 2)),
+        P,
+        "conv3x3 grouped",
+    ),
+    "poolings": (
+        lambda: (images(*REST), images(nn.ReLU(), nn.AdaptiveMaxPool2d(1))),
+        P,
+        "outside of their aligned layers",
+    ),
+    "norms in front and behind": (
+        lambda: (encoder(norm_first=True), encoder()),
+        X,
+        "has layer_norm, linear, add ..., '2.layers.0.self_attn' of Sequential 1 has linear",
+    ),
+    "gelu in a transformer": (lambda: (encoder(), encoder(activation="gelu")), X, "has gelu"),
+    "skips": (
+        lambda: (Skipping(True), Skipping(False)),
+        X,
+        "'b' of Skipping 0 has add",
+    ),
+    "recurrent": (lambda: (Recurrent(nn.LSTM), Recurrent(nn.GRU)), X, "has 4 add, 2 sub"),
+}
+
+
+@pytest.mark.parametrize("name", some(NO_FAMILY, "dilation", "poolings"))
+def test_what_is_no_family_is_told_apart_and_can_be_fused_as_the_refusal_says(name):
+    make, x, line = NO_FAMILY[name]
+    nets = [randomise(net, seed) for seed, net in enumerate(make())]
+    with pytest.raises(fxfuse.FuseError) as caught:
+        fxfuse.fuse(nets, x)
+    assert line in caught.value.met.splitlines()[0]
+    assert "across=True" in caught.value.do
+    fused = fxfuse.fuse(nets, x, across=True)
+    assert fused(x).shape == nets[0](x).shape and bool(fused(x).isfinite().all())
