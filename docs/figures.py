@@ -100,7 +100,8 @@ def measured(name: str) -> str:
             continue
         rows.append([row["name"], *(cell([r.get(key) for r in same]) for key in keys)])
     versions = ", ".join(f"{k} {v}" for k, v in found[0]["versions"].items())
-    about = f"{found[0]['test_images']:,} test images, {found[0]['samples']:,} unlabelled ones; "
+    kind = found[0].get("kind", "images")
+    about = f"{found[0]['test_images']:,} test {kind}, {found[0]['samples']:,} unlabelled ones; "
     about += f"{len(found)} seeds; " if len(found) > 1 else f"{found[0].get('draws', 1)} draws; "
     return f"{markdown(['network', *(heads.get(k, k) for k in keys)], rows)}\n\n{about}{versions}."
 

@@ -6,7 +6,7 @@ fused on that graph without labels, and tested on another graph, of the other 59
 the same with networks of 3 and 2 layers and 32 and 24 units. *karate*: the karate club of networkx,
 34 members of two parties, of whom three of each are labelled; the rest is tested.
 
-    python examples/graphs.py [FOLDER] [--seeds 3] [--situations digits depth karate]
+    python examples/graphs.py [FOLDER] [--seeds 0 1 2] [--situations digits depth karate]
 
 Nothing is chosen on the nodes that are tested.
 
@@ -171,16 +171,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     results = Path(__file__).parent / "results"
     parser.add_argument("folder", type=Path, nargs="?", default=results)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--situations", nargs="+", default=[*SITUATIONS])
     args = parser.parse_args()
     warnings.simplefilter("ignore", FusionWarning)
     for name in args.situations:
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             situation = SITUATIONS[name](seed)
             known: dict[str, Any] = {"question": f"graphs-{name}", "seed": seed}
             known |= {"rows": rows(situation), "test_images": len(situation[3])}
-            known |= {"samples": len(situation[1].y)}
+            known |= {"samples": len(situation[1].y), "kind": "nodes"}
             known |= {"versions": versions(), "hardware": hardware()}
             write_text(
                 args.folder / f"graphs-{name}-seed{seed}.json", json.dumps(known, indent=1) + "\n"
