@@ -49,7 +49,7 @@ def test_a_permuted_copy_comes_back_and_other_widths_fuse(name):
     assert gap(net, alone, *other(name)) < FUNCTION
 
 
-@pytest.mark.parametrize("method", some(sorted(presets.NAMED), "repair"))
+@pytest.mark.parametrize("method", some(sorted(presets.NAMED)))
 def test_one_graph_is_data_enough_for_every_method(method):
     nets = [randomise(Sums(2, 8), seed) for seed in (1, 2)]
     x = graph(40)

@@ -115,7 +115,7 @@ def matched_averages(nets, shares, noise, prior, gamma):
     return result
 
 
-@pytest.mark.parametrize("noise", [0.35, 0.6])
+@pytest.mark.parametrize("noise", some([0.35, 0.6], 0.35))
 def test_a_plain_network_is_that_of_the_published_algorithm(noise):
     nets = [randomise(mlp(6, 9 - k, 8 - k, 3), k) for k in range(3)]  # the widest comes first
     shares = np.array([50, 30, 20]) / 100
@@ -162,6 +162,7 @@ def test_copies_and_permuted_copies_change_nothing_and_weight_one_returns_a_netw
         assert all(torch.equal(t, state[n]) for n, t in alone.state_dict().items())
 
 
+@pytest.mark.sweep
 def test_the_order_of_the_networks_does_not_matter():
     a, b, c, d = CLIENTS
     one = presets.fedma([a, b, c, d], X, weights=[1, 2, 3, 4], anchor=1)
@@ -178,9 +179,10 @@ def test_a_unit_that_is_alone_is_no_mean_and_only_its_network_reads_it():
         assert widths(fused)[0] == 8 and torch.allclose(fused(X), mean, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "option", [{"noise": 1.0}, {"prior": 0.1}, {"gamma": 0.01}, {"limit": 1.1}, {"rounds": 0}]
-)
+OPTIONS = [{"noise": 1.0}, {"prior": 0.1}, {"gamma": 0.01}, {"limit": 1.1}, {"rounds": 0}]
+
+
+@pytest.mark.parametrize("option", some(OPTIONS, {"noise": 1.0}))
 def test_every_option_matters(option):
     nets = [randomise(mlp(6, 12, 3), seed) for seed in (1, 2, 3)]
     usual = MatchedAveraging(noise=0.5)
