@@ -7,7 +7,6 @@ read in two ways, the models are run on it, and the first way that all of them t
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from .hooks import copied
 from .modes import eval_mode
 from .state import device_of, unreadable
 from .structures import Slot, rebuilt, tensors_in
@@ -242,10 +242,10 @@ class Reader:
             form, tensors, _ = call.parted()
             for model in self.models:
                 given = [t[:rows].to(device_of(model)).clone() for t in tensors]
-                copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-                with eval_mode(copied), torch.no_grad():
+                other = copied(model)
+                with eval_mode(other), torch.no_grad():
                     filled = form.filled(given)
-                    copied.forward(*filled.args, **filled.kwargs)
+                    other.forward(*filled.args, **filled.kwargs)
         except Exception:
             return False
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import NotEquivalent
+from .hooks import copied
 from .inputs import Inputs
 from .modes import evaluating_part
 from .structures import tensors_in
@@ -131,7 +131,7 @@ def _scaled(tensor: Tensor) -> Tensor:
 
 def _copied(module: ModelT) -> ModelT:
     """Copy a network, but not its parameters: a forward may write to its buffers."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()}).eval()
+    return copied(module).eval()
 
 
 def _outputs(module: nn.Module, inputs: Inputs | None, tensors: tuple[Tensor, ...]) -> list[Tensor]:

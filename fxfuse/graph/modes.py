@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .hooks import has_hooks
 from .state import buffers_kept
 
 
@@ -83,11 +84,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is one node: those of torch are, unless they only call their parts."""
+    """Tell whether a module is one node: those of torch are, unless they only call their parts.
+
+    One with hooks is looked into, so that what they compute is part of the graph.
+    """
     if isinstance(module, Mode):
         return True
     of_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
-    return of_torch and not only_calls_parts(module)
+    return of_torch and not only_calls_parts(module) and not has_hooks(module)
 
 
 def only_calls_parts(module: nn.Module) -> bool:

@@ -13,7 +13,6 @@ model runs with several, and must do the same with each.
 from __future__ import annotations
 
 import builtins
-import copy
 import logging
 import operator
 import random
@@ -44,6 +43,7 @@ from torch.utils._pytree import tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from .hooks import copied
 from .inputs import Inputs
 from .modes import is_leaf
 from .structures import tensors_in
@@ -96,18 +96,18 @@ def _run(
         What completes the graph, gives the model its constants and returns the graph; and, if any
         number was read, the module that read the first one and all steps.
     """
-    copied = copy.deepcopy(root, {id(p): p for p in root.parameters()})
-    recorder = _Recorder(copied, leaves, stand_in)
+    model = copied(root)
+    recorder = _Recorder(model, leaves, stand_in)
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
-    seen = _lengths_as_sizes(), _calls_seen_by(recorder)
+    seen: tuple[Any, ...] = _lengths_as_sizes(), _calls_seen_by(recorder)
     with _as_for_export(), enable_python_dispatcher(), fake, recorder, seen[0], seen[1]:
-        out = inputs.call(copied, values)
+        out = inputs.call(model, values)
     require_nothing_drawn(recorder.drawn, random.getstate(), root)
 
     def finish() -> fx.Graph:
         recorder.graph.output(recorder.described(out))
-        write_assigned(root, recorder.graph, recorder.assigned(root, copied))
+        write_assigned(root, recorder.graph, recorder.assigned(root, model))
         for name, value in recorder.constants.items():
             setattr(root, name, value)
         return recorder.graph
@@ -115,8 +115,8 @@ def _run(
     if not recorder.numbers:
         return finish, []
     made = [n for n in recorder.graph.nodes if n not in recorder.computed]
-    stack = next(iter(recorder.numbers.values())).meta["nn_module_stack"]
-    reader = [path for path, _ in stack.values()][-1:] or [""]
+    around = next(iter(recorder.numbers.values())).meta["nn_module_stack"]
+    reader = [path for path, _ in around.values()][-1:] or [""]
     return finish, [*reader, *((n.op, n.target) for n in made)]
 
 
@@ -354,10 +354,10 @@ class _Recorder(TorchFunctionMode):
             self.attributes[id(tensor)] = name
         return self._create("get_attr", self.attributes[id(tensor)], (), {})
 
-    def assigned(self, root: nn.Module, copied: nn.Module) -> dict[str, fx.Node]:
+    def assigned(self, root: nn.Module, model: nn.Module) -> dict[str, fx.Node]:
         """Return the values that the forward has assigned to buffers, by their names."""
         before = dict(root.named_buffers())
-        after = dict(copied.named_buffers())
+        after = dict(model.named_buffers())
         own = {name for name in before if id(after.get(name)) in self.nodes}
         kept = {self.attributes.get(id(t)) for t in after.values()}
         return {name: self.nodes[id(after[name])] for name in own - kept}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import TraceError
+from .hooks import has_hooks
 from .inputs import Inputs
 from .modes import is_leaf
 from .state import tensors_of
@@ -62,7 +63,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_leaf(m) or module_qualified_name in self.leaves:
             return True
-        return self.whole and super().is_leaf_module(m, module_qualified_name)
+        one_node = self.whole and not has_hooks(m)
+        return one_node and super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

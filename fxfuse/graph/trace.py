@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from ..errors import DataError, FuseError, ModelError, NotEquivalent, TraceError, line_of
 from ._merge import merge
 from .compare import require_same
+from .hooks import copied, refuse_hooks
 from .inputs import Inputs, take_arguments
 from .modes import Mode, cut_to, eval_mode, evaluating_part, only_calls_parts
 from .names import in_graph, rename_parts, with_given_names
@@ -170,7 +171,7 @@ def trace_sharing(
     model = unwrapped(model, name)
     _require_plain_state(model, name)
     _require_finite(model, name)
-    _refuse_hooks(model, name)
+    refuse_hooks(model, name)
     inputs = Inputs.of(model, example)
     inputs = replace(inputs, tensors=inputs.on(device_of(model)))
     whole: frozenset[str] = frozenset()  # the parts that no front-end can look into
@@ -337,18 +338,6 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
-def _refuse_hooks(model: nn.Module, name: str) -> None:
-    """Refuse forward hooks: they may change the function, and no graph shows them."""
-    for path, part in model.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise TraceError(
-                "a module with forward hooks",
-                where=f"'{path}' of {name}",
-                expected="modules that compute nothing outside their forward",
-                do="remove the hooks (weight_norm: torch.nn.utils.remove_weight_norm)",
-            )
-
-
 def _require_plain_state(model: nn.Module, name: str) -> None:
     """Refuse state that cannot be read, moved and mixed as numbers of a tensor each."""
     for path, part in model.named_modules():
@@ -398,9 +387,8 @@ def _require_finite(model: nn.Module, name: str) -> None:
 
 def _shell(model: nn.Module) -> nn.Module:
     """Copy a model without its parameters: tracing must neither touch it nor double its memory."""
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     try:
-        return copy.deepcopy(model, memo)
+        return copied(model)
     except Exception as error:
         raise TraceError(
             f"the model cannot be copied: {error}",
