@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -101,7 +101,8 @@ def _run(
     fake = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     values = [recorder.placeholder(fake, n, t) for n, t in zip(inputs.names, inputs.tensors)]
     seen: tuple[Any, ...] = _lengths_as_sizes(), _calls_seen_by(recorder)
-    with _as_for_export(), enable_python_dispatcher(), fake, recorder, seen[0], seen[1]:
+    unlinked = torch.no_grad()  # gradients would cost time and change no step
+    with _as_for_export(), enable_python_dispatcher(), fake, recorder, seen[0], seen[1], unlinked:
         out = inputs.call(model, values)
     require_nothing_drawn(recorder.drawn, random.getstate(), root)
 
@@ -191,6 +192,7 @@ class _Recorder(TorchFunctionMode):
         self.stack: dict[str, tuple[str, type]] = {}
         self.calls: dict[str, int] = {}
         self.inside_leaf = False
+        self.results: dict[Any, Tensor] = {}  # what leaves of a form make of values of a form
         self.drawn = random.getstate()  # what torch draws is a call like others
         self.nodes: dict[int, fx.Node] = {}
         self.parts: dict[int, tuple[fx.Node, Callable[..., Any], Any]] = {}  # not yet read
@@ -249,10 +251,7 @@ class _Recorder(TorchFunctionMode):
                 return out
             arguments = self._arguments((tuple(args), kwargs))
             self.inside_leaf = True
-            try:
-                out = call(module, *args, **kwargs)
-            except Exception as error:
-                out = _run_apart(call, (module, *args), kwargs, error)
+            out = self._run_leaf(call, module, args, kwargs)
             if tensors_in(out):  # else a flag that follows the mode, as it is here
                 self._note(out, self._create("call_module", path, *arguments))
             return out
@@ -262,6 +261,25 @@ class _Recorder(TorchFunctionMode):
             raise
         finally:
             self.stack, self.inside_leaf = outer, False
+
+    def _run_leaf(
+        self, call: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwargs: Any
+    ) -> Any:
+        """Run a leaf; what another one of its form has made of such values is not run again."""
+        form = _form_of(module, args, kwargs)
+        if form is not None and form in self.results:
+            like = self.results[form]
+            sizes = like.shape, like.stride()
+            return torch.empty_strided(*sizes, dtype=like.dtype, device=like.device)
+        try:
+            out = call(module, *args, **kwargs)
+        except Exception as error:
+            out = _run_apart(call, (module, *args), kwargs, error)
+        if form is not None and isinstance(out, Tensor):
+            given = tensors_in((tuple(args), kwargs))
+            if not any(_memory_of(out) == _memory_of(t) for t in given):
+                self.results[form] = out
+        return out
 
     def _called(self, func: Any, args: Sequence[Any], kwargs: Any) -> fx.Node:
         """Add the node of a function, a method or an attribute of a tensor."""
@@ -499,6 +517,32 @@ def _size_of(size: int, axis: int, larger: Sequence[tuple[Any, Sequence[int]]]) 
     if len(grown) > 1 or size != times * _number(symbol):
         raise TypeError("a module whose outputs have sizes that cannot be told")
     return symbol * times
+
+
+def _form_of(module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
+    """Return what the form of a leaf's output depends on; None if it may be more than that.
+
+    Leaves whose output may depend on other state are those with buffers, and those of which a
+    single one was given a forward of its own.
+    """
+    if not is_leaf(module) or "forward" in vars(module) or next(module.buffers(), None) is not None:
+        return None
+    tensors = [t for t in tree_leaves((args, kwargs)) if not isinstance(t, LITERALS)]
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return None
+    parts = tree_map(lambda v: _form_of_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs))
+    shapes = tuple(tuple(p.shape) for p in module.parameters())
+    dtypes = tuple(p.dtype for p in module.parameters())
+    return type(module), repr(module), module.training, shapes, dtypes, repr(parts)
+
+
+def _form_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    sizes = [_symbol(n) or n for n in (*tensor.shape, *tensor.stride())]
+    return sizes, tensor.dtype, tensor.device
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _symbol(size: Any) -> Any:

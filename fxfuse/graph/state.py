@@ -7,6 +7,7 @@ tensors (`in_features`) follow them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -117,6 +118,8 @@ def not_finite(module: nn.Module) -> dict[str, int]:
     """Return how many values of each tensor are not finite; a buffer (a mask) may hold `-inf`."""
     counts = {}
     for name, tensor in floats_of(module).items():
+        if math.isfinite(tensor.detach().sum()):  # much faster, and infinite if any value is
+            continue
         wrong = ~tensor.isfinite()
         if not isinstance(tensor, nn.Parameter):
             wrong &= ~tensor.isneginf()

@@ -464,3 +464,35 @@ def test_a_size_that_mixes_a_number_read_with_one_of_the_inputs_is_refused():
     x, group = torch.randn(3, 6), torch.tensor([0, 1, 1])
     with pytest.raises(TraceError, match="read from a tensor"):
         trace(Groups(count), (x, group), doors=RECORDED)
+
+
+class Leaves(nn.Module):
+    """Two of each leaf, of one form and of another, some of which return what they were given."""
+
+    def __init__(self):
+        super().__init__()
+        wide = nn.Linear(8, 5)
+        self.parts = nn.ModuleList([nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8, bias=False)])
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.keep = nn.ModuleList([nn.Dropout(0.5), nn.Dropout(0.5), nn.ReLU(inplace=True)])
+        self.last, self.odd = wide, nn.Linear(8, 8)
+        self.odd.forward = lambda x: wide(x).repeat(1, 2)
+
+    def forward(self, x):
+        if x.shape[1] == 7:
+            return x
+        a, b, c = (part(x) for part in self.parts)
+        a, b = (norm(h) for norm, h in zip(self.norms, (a, b)))
+        kept = self.keep[0](a)
+        kept = self.keep[2](self.keep[1](kept))
+        return self.last(kept + b + c + a), self.odd(kept).sum(1)
+
+
+def test_leaves_of_one_form_are_run_once_and_each_is_a_step_of_its_own():
+    net, x = randomise(Leaves()), torch.randn(4, 6)
+    graph = trace(net, x, doors=["recorded"])
+    called = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+    assert {"parts.0", "parts.1", "norms.0", "norms.1"} <= {*called}
+    for count in (4, 3):
+        for mine, theirs in zip(net.eval()(x[:count]), graph.eval()(x[:count])):
+            assert torch.allclose(mine, theirs, atol=FUNCTION)
