@@ -251,7 +251,9 @@ def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
     behind = [node]
     while behind and behind[0].name != layer.entry:
         node = behind[0]
-        own = filter(copied.has, last_writers(template, node))
+        own = [
+            n for n in last_writers(template, node) if copied.has(n) and _reads(template, node, n)
+        ]
         parameters = [name for name in own if isinstance(copied[name], nn.Parameter)]
         if parameters and not template.adds(node):
             for name in parameters:
@@ -259,8 +261,20 @@ def _silenced(copied: LayerCopy, node: fx.Node) -> frozenset[str]:
             return frozenset(copied.name_of(name) for name in parameters)
         if not _keeps_zeros(template, node):
             raise no_neutral_form(layer.name, f"'{node.name}' makes something else of zeros")
-        behind = template.inputs_of(node)
+        behind = [n for n in template.inputs_of(node) if n.name in template.fed()]
     raise no_neutral_form(layer.name, "its branch ends in nothing that can be set to zero")
+
+
+def _reads(network: Network, node: fx.Node, name: str) -> bool:
+    """Tell whether a node reads a tensor as it is, not what is computed of it (`1 + weight`)."""
+    waiting = [node]
+    while waiting:
+        for read in waiting.pop().all_input_nodes:
+            if read.op == "get_attr" and read.target == name:
+                return True
+            if read.name not in network.fed() and not network.steps(read):
+                waiting.append(read)
+    return node.op == "call_module"
 
 
 def _keeps_zeros(network: Network, node: fx.Node) -> bool:

@@ -276,6 +276,39 @@ def test_blocks_with_a_norm_behind_are_passed_by_and_balance_moves_its_affine_pa
     assert gap(nets[0], fused, VECTORS) <= FUNCTION
 
 
+class Scaled(nn.Module):
+    """A norm whose scale is one more than its weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
+
+
+class Sandwich(nn.Module):
+    """A block whose branch ends in a norm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.before, self.behind = Scaled(width), Scaled(width)
+        self.a, self.b = nn.Linear(width, 12), nn.Linear(12, width, bias=False)
+
+    def forward(self, x):
+        return x + self.behind(self.b(torch.relu(self.a(self.before(x)))))
+
+
+def test_a_weight_that_is_computed_with_is_not_what_silences_a_branch():
+    def net(depth):
+        blocks = [Sandwich(8) for _ in range(depth)]
+        return randomise(nn.Sequential(nn.Linear(6, 8), *blocks, nn.Linear(8, 3)), seed=depth)
+
+    nets = [net(3), net(1)]
+    for before, after in zip(nets, fxfuse.balance(nets, VECTORS)):
+        assert gap(before, after, VECTORS) <= FUNCTION
+
+
 class Words(nn.Module):
     """Rows of a table, blocks around skips, and a head; norms in front of branches or behind."""
 
