@@ -25,7 +25,7 @@ from fxfuse.ir import Layer
 from fxfuse.solvers import Solver
 from tests.support.nets import Tokens, mlp, randomise, stages
 from tests.support.references import direct_cka
-from tests.support.sweeps import some
+from tests.support.sweeps import crossed, some
 from tests.support.tolerances import STATISTIC
 from tests.support.trained import FOLDER, mnist, needs_networks, parents
 
@@ -290,11 +290,15 @@ def convolutional():
     return [randomise(stages([6, 5, 4], [7]), 1), randomise(stages([3, 5], [4]), 2)]
 
 
-@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
-@pytest.mark.parametrize(
-    ("nets", "data", "shape"), [(perceptrons, VECTORS, (4, 2)), (convolutional, IMAGES, (3, 2))]
-)
-def test_each_cost_measures_networks_of_unequal_widths(cost, nets, data, shape):
+MEASURED = {
+    "convolutional": (convolutional, IMAGES, (3, 2)),
+    "perceptrons": (perceptrons, VECTORS, (4, 2)),
+}
+
+
+@pytest.mark.parametrize(("kind", "cost"), crossed(MEASURED, COSTS))
+def test_each_cost_measures_networks_of_unequal_widths(kind, cost):
+    (nets, data, shape), cost = MEASURED[kind], COSTS[cost]
     costs = costs_of(cost, nets(), data)
     assert costs.shape == shape and np.isfinite(costs).all() and (costs >= -1e-6).all()
     fused = fxfuse.fuse(nets(), data, method=fxfuse.Method(Monotone(last=False), layer_cost=cost))

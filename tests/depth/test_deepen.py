@@ -213,8 +213,7 @@ def test_layers_without_a_neutral_form_are_passed_by(act, swapped):
     assert gap(nets[int(swapped)], fused, VECTORS) <= FUNCTION
 
 
-@pytest.mark.parametrize("act", SMOOTH)
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("act", "norm"), crossed(SMOOTH, [False, True]))
 def test_balance_gives_smooth_activations_a_small_signal(act, norm):
     nets = [mlp(6, *widths, 3, act=act, norm=norm) for widths in ((8, 8, 8), (5,))]
     nets = [randomise(net, seed) for seed, net in enumerate(nets)]

@@ -21,7 +21,7 @@ from fxfuse.errors import ArgumentError, PairingError, PassError
 from fxfuse.fusion.fuse import Method
 from tests.support.nets import Pooled, conv, gap, mlp, outputs, randomise, residual, stages
 from tests.support.pairs import PAIRS, networks
-from tests.support.sweeps import crossed
+from tests.support.sweeps import crossed, some
 from tests.support.tolerances import FUNCTION
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
 
@@ -107,7 +107,7 @@ SHALLOW = {
 }
 
 
-@pytest.mark.parametrize("name", SHALLOW)
+@pytest.mark.parametrize("name", some(SHALLOW, "GELU", "stages", "without norms"))
 def test_both_networks_load_into_the_class_of_the_shallower(name):
     make, deep, shallow, data = SHALLOW[name]
     nets = [randomise(make(*deep), 0), randomise(make(*shallow), 1)]

@@ -106,7 +106,7 @@ def test_the_graph_computes_what_the_model_computes_on_other_sizes_too(net):
     assert set(graph.state_dict()) <= set(net.state_dict())
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", some(NETS, Shaped, BehindTuple, SilentlyOther))
 def test_units_may_be_permuted_and_networks_fused(net):
     net, x = randomise(net()), sequences(12)
     permuted = fxfuse.permute(net, x, seed=1)

@@ -844,7 +844,8 @@ def applied(monkeypatch):
 def test_every_rule_is_exercised_by_a_case(applied):
     for case in [*CASES.values(), *FOUND_IN_THE_WILD.values()]:
         net, x = build(case)
-        fxfuse.find_spaces(net, x)
+        graph = trace(net, x)
+        label_network(graph, x if isinstance(x, tuple) else (x,))
     mirrored_linear(bias=True)
     assert {row.rule.__name__ for row in OPERATORS.values()} | {"unknown"} == applied
 
