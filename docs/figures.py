@@ -108,7 +108,9 @@ def measured(name: str) -> str:
 
 def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
     """Return one figure of every preset, a column for each situation of `examples/methods.py`."""
-    found = [[row for record in records(f"methods-{n}-") for row in record["rows"]] for n in names]
+    found = [
+        [row for record in records(f"methods-{n}-seed") for row in record["rows"]] for n in names
+    ]
     rows = []
     every = dict.fromkeys(r["name"] for column in found for r in column)
     for row in sorted(every, key=lambda name: not name.startswith("parent")):  # these come first

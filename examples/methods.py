@@ -1,11 +1,13 @@
 """Every preset in seven situations: accuracy, how far from the ensemble, seconds.
 
     python examples/methods.py [FOLDER] [--seeds 3] [--situations tuned apart ...]
+                               [--presets NAME ...] [--first-seed 0]
                                [--cifar [--images FOLDER] [--samples 500] [--test-images 2000]]
 
 The images are scikit-learn's 8x8 digits, split as `fxfuse demo` splits them; networks are trained
 anew for each seed. With `--cifar`, ResNet-32 and ResNet-20, and two ResNet-20 of disjoint labels,
-of ../shared. Nothing is chosen on the test images. Records go to the folder.
+of ../shared. Nothing is chosen on the test images. Records go to the folder; with
+`--presets`, only these rows of them are made anew.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def on_cifar(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], S
     }
 
 
-def rows(given: Situation) -> Iterator[dict[str, Any]]:
+def rows(given: Situation, presets: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield what each network, their ensemble, and the fusion by each preset reaches."""
     logits = [predict(net, given.x) for net in given.nets]
     wanted = torch.stack(logits).mean(0)
@@ -194,11 +196,11 @@ def rows(given: Situation) -> Iterator[dict[str, Any]]:
         for k, each in enumerate(logits):
             yield {"name": f"parent {k + 1}", **scores(each, wanted, given.y)}
         yield {"name": "ensemble", **scores(wanted, wanted, given.y)}
-    for name in NAMED:
+    for name in presets:
         for width in (1.0, WIDER.get(name, 1.0)) if name in WIDER else (1.0,):
             label = name if width == 1 else f"{name}, width {width:g}"
             yield {"name": label, **fused_by(name, width, given, wanted)}
-    for name, choices in given.flows.items():
+    for name, choices in given.flows.items() if "transformer_ot" in presets else ():
         method = replace(transformer_ot, coupling=replace(transformer_ot.coupling, **choices))
         yield {"name": f"transformer_ot, {name}", **fused_by(method, 1.0, given, wanted)}
 
@@ -234,16 +236,20 @@ def scores(logits: Tensor, wanted: Tensor, labels: Tensor) -> dict[str, float]:
     return {"accuracy": round(percent_right(logits, labels), 2), "divergence": round(apart, 4)}
 
 
-def write(folder: Path, name: str, seed: int, made: Callable[[], Situation]) -> None:
-    """Measure a situation, print it and write its record."""
-    given, found = made(), []
-    for row in rows(given):
-        found.append(row)
+def write(
+    folder: Path, name: str, seed: int, made: Callable[[], Situation], presets: Sequence[str]
+) -> None:
+    """Measure a situation, print it and write its record, or some rows of it."""
+    given, path = made(), folder / f"methods-{name}-seed{seed}.json"
+    before = json.loads(path.read_text())["rows"] if {*presets} != {*NAMED} else []
+    found = {row["name"]: row for row in before}
+    for row in rows(given, presets):
+        found[row["name"]] = row
         print(name, seed, *(f"{k} {v}" for k, v in row.items()), sep="  ", flush=True)
-    known = {"question": f"methods-{name}", "seed": seed, "rows": found}
+    known = {"question": f"methods-{name}", "seed": seed, "rows": list(found.values())}
     known |= {"test_images": len(given.y), "samples": len(given.data)}
     known |= {"versions": versions(), "hardware": hardware()}
-    write_text(folder / f"methods-{name}-seed{seed}.json", json.dumps(known, indent=1) + "\n")
+    write_text(path, json.dumps(known, indent=1) + "\n")
 
 
 def main() -> None:
@@ -252,6 +258,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=results)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--situations", nargs="*")
+    parser.add_argument("--presets", nargs="*", default=list(NAMED), choices=list(NAMED))
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--cifar", action="store_true", help="the networks of ../shared instead")
     parser.add_argument("--images", type=Path, help="where train/ and test/ are, or are to go")
     parser.add_argument("--samples", type=int, default=500)
@@ -259,13 +267,13 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore", FusionWarning)
     with tempfile.TemporaryDirectory() as temporary:
-        for seed in range(1 if args.cifar else args.seeds):
+        for seed in range(args.first_seed, 1 if args.cifar else args.seeds):
             if args.cifar:
                 made = on_cifar(args, cifar.unpacked(args.images or Path(temporary)))
             else:
                 made = situations(seed)
             for name in args.situations or made:
-                write(args.folder, name, seed, made[name])
+                write(args.folder, name, seed, made[name], args.presets)
 
 
 if __name__ == "__main__":
