@@ -79,12 +79,14 @@ WORKS = {
     "no layers, permuted": lambda: fxfuse.permute(nn.Identity(), X),
     "one network, layer by layer": lambda: fxfuse.fuse([net()], X, method="otfusion"),
     "a negative seed": lambda: fxfuse.permute(net(), X, seed=-1),
+    "no layers, by signs of changes": lambda: fxfuse.presets.ties([nn.ReLU()] * 3, X),
     "a layer that reads no values": lambda: fxfuse.fuse([NoRows().eval(), NoRows().eval()], X),
 }
 REFUSED = {
     "data without values": (DataError, lambda: fxfuse.fuse([net(), net(1)], X.to("meta"))),
     "sparse data": (DataError, lambda: fxfuse.fuse([net(), net(1)], X.to_sparse())),
     "a loader that fails": (DataError, lambda: fxfuse.fuse([net(), net(1)], broken())),
+    "inputs that fail": (DataError, lambda: fxfuse.fuse([net(), net(1)], X, inputs=nn.Linear)),
     "names of no network": (ArgumentError, lambda: fxfuse.compare({"a": net()}, X, ensemble=["b"])),
     "a loss that fails": (
         DataError,

@@ -40,17 +40,20 @@ def tensors_for(
         scale: What it multiplies each unit by.
         output_mean: What it gives where a unit has the mean.
         mean: Running mean.
-        variance: Running variance. Without a weight and a bias of its own, a norm needs its
-            statistics to express scale and mean: then `mean` and `variance` are not kept.
+        variance: Running variance. Without a weight of its own, a norm needs it to express its
+            scale, and without a bias the mean: then `variance` or `mean` is not kept.
     """
     eps = float(roles["eps"])
     values = {"running_mean": mean, "running_var": variance}
+    safe = np.where(np.abs(scale) > 1e-12, scale, 1.0)
     if "weight" in roles:
-        values |= {"weight": scale * np.sqrt(variance + eps), "bias": output_mean}
+        values["weight"] = scale * np.sqrt(variance + eps)
     else:
-        safe = np.where(np.abs(scale) > 1e-12, scale, 1.0)
-        values["running_mean"] = mean - output_mean / safe
         values["running_var"] = np.maximum(1.0 / safe**2 - eps, 0.0)
+    if "bias" in roles:
+        values["bias"] = output_mean
+    else:
+        values["running_mean"] = mean - output_mean / safe
     return {str(roles[role]): value for role, value in values.items()}
 
 
@@ -78,7 +81,7 @@ def write_statistics(module: nn.Module, roles: Roles, inputs: Moments) -> None:
 
     A norm without a weight and a bias of its own has no other statistics that keep its function.
     """
-    if "weight" in roles:
+    if "weight" in roles and "bias" in roles:
         weight, bias, mean, variance = _values(module, roles)
         scale = weight / np.sqrt(variance + float(roles["eps"]))
         output_mean = bias + scale * (inputs.mean - mean)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, line_of
 from .hooks import copied
 from .modes import eval_mode
 from .state import device_of, unreadable
@@ -253,7 +253,15 @@ class Reader:
 
 def _given(to_call: ToCall, batch: Any) -> Call:
     """Return the call that the caller's own function makes of a batch."""
-    made: Any = to_call(batch)
+    try:
+        made: Any = to_call(batch)
+    except Exception as error:
+        raise DataError(
+            f"a batch that `inputs` refuses: {type(error).__name__}: {error}",
+            where=f"the argument `inputs` {line_of(error)}".strip(),
+            expected="a function from a batch to args, kwargs of forward",
+            do="call it on one batch yourself, and mend what fails there",
+        ) from error
     pair = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
     if isinstance(pair[0], (tuple, list)) and isinstance(pair[1], Mapping):
         return Call(tuple(pair[0]), dict(pair[1]))

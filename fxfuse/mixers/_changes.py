@@ -67,6 +67,8 @@ def largest(named: Callable[[], Named], mixer: OfChanges, density: float) -> np.
         density: Which share of its changes a network keeps.
     """
     flat = [abs(mixer.changes(tensors)) for _, tensors in named()]
+    if not flat:
+        return np.zeros(0)  # networks without weights
     sizes = np.concatenate([f.reshape(len(f), -1) for f in flat], axis=1)
     dropped = sizes.shape[1] - int(density * sizes.shape[1])
     if not dropped:

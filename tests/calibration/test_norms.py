@@ -61,6 +61,18 @@ def test_a_norm_computes_what_is_written_whatever_its_statistics_and_width(affin
     assert kept is affine
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_a_norm_with_a_weight_or_a_bias_alone_computes_what_is_written(missing):
+    module, roles = norm(affine=True)
+    setattr(module, missing, None)
+    del roles[missing]
+    scale, output_mean, mean = (units(seed, 0.3, 5) for seed in range(3))
+    write_norm(module, roles, abs(scale), output_mean, mean, units(3, 0.1, 5))
+    x = torch.randn(7, 5, dtype=torch.float64)
+    expected = abs(scale) * (x.numpy() - mean) + output_mean
+    assert np.allclose(module(x).detach().numpy(), expected, atol=1e-9)
+
+
 def test_one_number_stands_for_all_units():
     module, roles = norm()
     for name, value in tensors_for(roles, 2.0, 0.5).items():

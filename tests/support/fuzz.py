@@ -437,7 +437,7 @@ class Calls:
             "_repr_html_",
         ):
             method = getattr(result, name, None)
-            if method is not None:
+            if callable(method):
                 uses.append(lambda method=method: method(**self.arguments(method)))
         return uses
 
