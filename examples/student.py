@@ -1,7 +1,9 @@
 """A wide teacher fused into the widths of a narrow student that was trained itself.
 
 The images are scikit-learn's digits, split as `fxfuse demo` splits them: 1,000 to train on, 500 of
-them without labels to fuse on, 597 to test on. Nothing is chosen on the test images.
+them without labels to fuse on, 597 to test on. Nothing is chosen on the test images. A fusion that
+ends in a descent (`finish=`) is compared with the student distilled from the same outputs for the
+time that the fusion took, descent included: Adam at the same rate, without flips.
 
     python examples/student.py [FOLDER] [--seeds 3]
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +22,13 @@ import torch
 from digits import row
 from experiment import hardware
 from torch import Tensor, nn
+from training import distil
 
 import fxfuse
 from fxfuse._files import write_text
 from fxfuse.cli.demo import CALIBRATION, CHOICE, TEST, digits, percent_right, train
 from fxfuse.errors import FusionWarning
+from fxfuse.refit import Finish
 from fxfuse.version import versions
 
 
@@ -46,6 +51,15 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], int, int, int]] = {  # widths
 }
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "equal weights": {},
+    "0.9 teacher": {"weights": [0.9, 0.1]},
+    "auto": {"weights": "auto"},
+}
+FINISH = Finish(seconds=2.0)
+AIMS = {"equal weights": 0.5, "teacher alone": 1.0}  # the teacher's share in what is wanted
+
+
 def rows(kind: str, seed: int) -> list[dict[str, Any]]:
     """Return the accuracies of teacher, student and what is fused of them."""
     make, *widths, epochs = KINDS[kind]
@@ -61,13 +75,26 @@ def rows(kind: str, seed: int) -> list[dict[str, Any]]:
         together = [net(test[0]) for net in nets]
     score = round(percent_right(sum(together), test[1]), 2)
     found.append({"name": "ensemble", "accuracy": score})
-    for name, weights in {"equal weights": None, "0.9 teacher": [0.9, 0.1], "auto": "auto"}.items():
-        fused = fxfuse.fuse(nets, data, weights=weights, anchor=1)
-        found.append(row(name, fused, *test))
-        aim = _mean(together, 0.9 if name == "0.9 teacher" else 0.5)
+
+    def add(name: str, net: nn.Module, share: float) -> None:
+        aim = _mean(together, share)
         with torch.no_grad():
-            pairs = {"divergence": fused(test[0]), "of_student": together[1]}
-        found[-1] |= {key: round(_divergence(aim, q), 4) for key, q in pairs.items()}
+            pairs = {"divergence": net(test[0]), "of_student": together[1]}
+        apart = {key: round(_divergence(aim, q), 4) for key, q in pairs.items()}
+        found.append(row(name, net, *test) | apart)
+
+    for name, options in WAYS.items():
+        fused = fxfuse.fuse(nets, data, anchor=1, **options)
+        add(name, fused, 0.9 if name == "0.9 teacher" else 0.5)
+    for name, share in AIMS.items():
+        start = time.perf_counter()
+        fused = fxfuse.fuse(nets, data, anchor=1, weights=[share, 1 - share], finish=FINISH)
+        seconds = time.perf_counter() - start
+        add(f"{name}, `finish=`", fused, share)
+        found[-1]["seconds"] = round(seconds, 1)
+        teachers = nets if share < 1 else nets[:1]
+        tuned = distil(teachers, nets[1], data, seconds, False, seed, rate=FINISH.rate)
+        add(f"{name}, student distilled in the same time", tuned, share)
     return found
 
 

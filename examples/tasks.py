@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +49,7 @@ OTHERS = {
     "`otfusion`": {"heads": fxfuse.heads.Separate(), "method": fxfuse.presets.otfusion},
     "weight average": {"heads": fxfuse.heads.Separate(), "method": fxfuse.presets.average},
 }
+APART = "both networks, the ensemble"
 ONE_TASK = "cut before the last layer, images of labels 0 to 4 only"
 
 Scores = tuple[float, float, float]  # joint accuracy, and on the labels of each network, in percent
@@ -96,25 +96,30 @@ def row(name: str, cost: float, parameters: int, found: Sequence[Scores]) -> lis
     return [name, f"{cost:.1f}", f"{parameters:,}", *columns]
 
 
-def draw_curve(points: dict[str, tuple[float, Sequence[Scores]]], path: Path) -> None:
-    """Draw joint accuracy against multiply-adds."""
+def draw_curve(table: Sequence[Sequence[str]], path: Path) -> None:
+    """Draw joint accuracy against multiply-adds, of the rows of the printed table."""
     from matplotlib.figure import Figure
 
+    points = {}
+    for name, cost, _, joint, *_ in table:
+        mean, _, spread = joint.partition(" +- ")
+        points[name] = float(cost), float(mean), float(spread or 0)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    on_curve = sorted((cost, found) for name, (cost, found) in points.items() if name in CURVE)
-    on_curve.append(points["both networks, the ensemble"])
-    joint = [[score[0] for score in found] for _, found in on_curve]
-    costs, means = [cost for cost, _ in on_curve], [statistics.mean(j) for j in joint]
-    axes.errorbar(costs, means, [statistics.pstdev(j) for j in joint], marker="o", label="cut")
-    for (name, (cost, found)), marker in zip(
-        ((n, p) for n, p in points.items() if n.startswith("`width")), "svD^"
-    ):
-        axes.plot(cost, statistics.mean(s[0] for s in found), marker, label=name.replace("`", ""))
+    cuts = {name: at for name, at in points.items() if name in (*CURVE, APART)}
+    axes.errorbar(*zip(*sorted(cuts.values())), marker="o", capsize=3, label="cut at a layer")
+    for name, (cost, mean, _) in cuts.items():
+        short, at = name.removeprefix("cut ").removeprefix("both networks, "), (4, -6)
+        how = {"fontsize": 8, "rotation": -30, "rotation_mode": "anchor", "va": "top"}
+        axes.annotate(short, (cost, mean), at, textcoords="offset points", **how)
+    wider = {name.replace("`", ""): at for name, at in points.items() if name.startswith("`width")}
+    for (name, (cost, mean, spread)), marker in zip(wider.items(), "svD^"):
+        axes.errorbar(cost, mean, spread, marker=marker, linestyle="", capsize=3, label=name)
+    axes.margins(x=0.2, y=0.25)
     axes.set_xlabel("multiply-adds per image, millions")
     axes.set_ylabel("joint accuracy in %")
     axes.set_title("Two tasks, from all fused to all apart, no training")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 
@@ -135,8 +140,7 @@ def main() -> None:
         drawn = [cifar.images(folder, "train", args.samples, 1 + i) for i in range(args.draws)]
     both = [scores(lambda part: [net(part) for net in nets], x, y)]
     single = multiply_adds(nets[0], x), sum(p.numel() for p in nets[0].parameters())
-    points = {"both networks, the ensemble": (2 * single[0], both)}
-    table = [row("both networks, the ensemble", 2 * single[0], 2 * single[1], both)]
+    table = [row(APART, 2 * single[0], 2 * single[1], both)]
     all_labels = [images for images, _ in drawn]
     wanted = {name: (options, all_labels) for name, options in (CURVE | OTHERS).items()}
     few = [images[labels < 5] for images, labels in drawn]
@@ -146,16 +150,16 @@ def main() -> None:
         if args.rows and name not in args.rows:
             continue
         fused, found = measured(nets, draws, options, x, y)
-        points[name] = multiply_adds(fused, x), found
-        table.append(row(name, points[name][0], sum(p.numel() for p in fused.parameters()), found))
+        size = sum(p.numel() for p in fused.parameters())
+        table.append(row(name, multiply_adds(fused, x), size, found))
         print(*table[-1], flush=True)
+        if args.curve is not None:  # what is there is drawn, should the rest be interrupted
+            draw_curve(table, args.curve)
     print(
         f"\n{args.test_images:,} test images (seed {args.test_seed}), {args.samples:,} unlabelled"
     )
     print("training images; accuracy in %\n")
     print(lines(head, table))
-    if args.curve is not None:
-        draw_curve(points, args.curve)
 
 
 if __name__ == "__main__":

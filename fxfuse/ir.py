@@ -153,6 +153,27 @@ class LayerFit:
         return f"{self.node}: {self.explained:.2f} of the target's variance, ridge {self.ridge:g}"
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a descent behind the refit came to.
+
+    Attributes:
+        steps: How many steps were taken.
+        kept: Behind how many of them the weights were nearest to what was wanted, and kept.
+        before: How far the network was from that, on samples held out.
+        after: How far it is.
+    """
+
+    steps: int
+    kept: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        taken = f"finished by {self.steps} steps, {self.kept} of them kept"
+        return f"{taken}: {self.before:.3g} from the ensemble before, {self.after:.3g} after"
+
+
 @dataclass(frozen=True, eq=False)
 class Spaces:
     """The unit spaces of one network.

@@ -95,9 +95,12 @@ def without_far_wider(problem: Problem) -> Problem:
 
     The mean of many units is none of them. Such networks count in what the outputs should be. All
     keep their share if that is not class scores of one layer, which can be fitted to the mean by
-    itself; if none would be left; or if the anchor lacks layers, which others define.
+    itself; if others than the anchor would be left; or if it lacks layers, which others define. If
+    none would be left, the anchor is, whatever it counts.
     """
     shares = [0.0 if far else w for w, far in zip(problem.weights, problem.far_wider)]
+    if not any(shares):
+        shares[problem.anchor] = 1.0
     if not shares[problem.anchor] or shares == list(problem.weights):
         return problem
     if scores_node(problem.structure) is None or problem.absent[problem.anchor]:

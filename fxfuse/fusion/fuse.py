@@ -32,6 +32,7 @@ from ..graph.cost import cost_per_sample
 from ..graph.trace import as_given, without_autocast
 from ..ir import Alignment, Cost, Segment
 from ..refit.emit import rescale
+from ..refit.finish import Finish
 from ..refit.moments import Refit
 from ..refit.sweep import LeastSquares
 from ..report.report import Report
@@ -43,6 +44,7 @@ from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._choose_cut import choose_cut
 from ._configuration import changed_configuration
 from ._cut import AUTO, trunk_segments
+from ._finished import finished, require_outputs
 from ._guard import (
     HELD_OUT,
     Split,
@@ -160,6 +162,7 @@ def fuse(
     method: Method | str | None = None,
     heads: Heads | None = None,
     across: bool = False,
+    finish: Finish | None = None,
     inputs: ToCall | None = None,
     progress: Progress | bool | None = None,
 ) -> fx.GraphModule:
@@ -193,6 +196,8 @@ def fuse(
         across: Take networks of other kinds than the anchor's, too, if their outputs are the same.
             They give no weights: their outputs, and their features at the last resolution that both
             have, are targets that the anchor's layers are refitted to.
+        finish: A short training behind all this, of all weights to the weighted mean of the
+            networks' outputs, such as `fxfuse.refit.Finish(seconds=10)` or `Finish(steps=200)`.
         inputs: From a batch to args, kwargs of forward, where batches are none of these.
         progress: True to draw bars, or what is called with the name of a stage and the share of it
             that is done.
@@ -229,28 +234,27 @@ def fuse(
     """
     if isinstance(method, str) and not isinstance(preset := _preset(method), Method):
         options = {"alignment": alignment, "weights": weights, "anchor": anchor, "heads": heads}
-        require_hearing(across, heads, method)
+        _require_one_task(across, finish, heads, method)
         data = data if inputs is None else Calibration(data, models=models, to_call=inputs)
         wider = None if width == 1 else width
         return preset(models, data, **options, width=wider, progress=progress)
     method, clock = _chosen(method, Method() if heads is None else FAIR), Clock(progress)
-    require_hearing(across, heads, method.refit)
+    _require_one_task(across, finish, heads, method)
     automatic = is_automatic(weights, apart=heads is not None)
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width)
     shares = shares_for(method.mixer, shares, width, automatic)
     networks, calibration = prepare(models, data, clock, heads is not None, inputs)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
-    calibration, repeated = without_repeats(calibration)
-    split = split_to_judge(calibration, method.refit.fits and heads is None, automatic)
-    said = [repeated]
+    calibration, *said = without_repeats(calibration)
+    chooses = automatic or finish is not None
+    split = split_to_judge(calibration, method.refit.fits and heads is None, chooses)
     company = company_of(networks, shares, index, calibration, method.balancing, across)
     way: Callable[..., Any] = partial(_fuse_networks, company=company, width=width, method=method)
     if heads is None:
         alignment = alignment or _aligned(company.family, calibration, method, clock)
-        leads = company.leads if anchor is None else company.leads[:1]
-        choice = Choice(networks, shares, split.judge, leads) if automatic else None
-        network, report = _fuse_and_judge(company, alignment, split, choice, way, clock)
+        leads = company.leads[: (len(company.leads) if anchor is None else 1) * automatic]
+        network, report = _fuse_and_judge(company, alignment, split, leads, finish, way, clock)
         fused = as_given(models[index], network.module)
         report = replace(report, configuration=changed_configuration(models[index], fused))
     else:
@@ -275,18 +279,33 @@ def fuse(
     return fused
 
 
+def _require_one_task(
+    across: bool, finish: Finish | None, heads: Heads | None, method: Method | str
+) -> None:
+    """Refuse guests and a finish for several tasks, or by a method that knows of neither."""
+    known = isinstance(method, Method)
+    require_hearing(across, heads, method.refit if isinstance(method, Method) else method)
+    require_outputs(finish, heads if known else method)
+
+
 def _fuse_and_judge(
     company: Company,
     alignment: Alignment,
     split: Split,
-    choice: Choice | None,
+    leads: Sequence[int],
+    finish: Finish | None,
     way: Callable[..., Any],
     clock: Clock,
 ) -> tuple[Network, Report]:
-    """Fuse networks of one task, and measure how far the result is from their ensemble."""
+    """Fuse networks of one task, choosing if units may be those of any, and judge the result."""
+    choice = Choice(company.networks, company.shares, split.judge, leads) if leads else None
     given = company.family, alignment, split.fit
     network, couplings, report = way(*given, clock=clock, choice=choice)
     report = company.reported(report, couplings.problem.guests)
+    if finish is not None:
+        with clock.stage("finish"):
+            done = finished(network, company.networks, company.shares, split, finish)
+        report = replace(report, finished=done)
     with clock.stage("compare with the ensemble"):
         near = nearness(network, company.networks, company.shares, split)
     return network, replace(report, nearness=near, seconds=clock.seconds, memory=clock.memory)

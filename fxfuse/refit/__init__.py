@@ -1,6 +1,7 @@
 """Emit the fused network, and correct it on the data."""
 
 from .closed_form import ClosedFormMoments
+from .finish import Finish
 from .moments import AsMixed, MatchMoments, Refit, ResetNorms
 from .pleas import LayerwiseLeastSquares
 from .regmean import RegMean
@@ -9,6 +10,7 @@ from .sweep import LeastSquares
 __all__ = [
     "AsMixed",
     "ClosedFormMoments",
+    "Finish",
     "LayerwiseLeastSquares",
     "LeastSquares",
     "MatchMoments",

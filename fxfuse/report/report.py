@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from .._checked import checked
 from ..errors import ArgumentError
-from ..ir import Alignment, Cost, Frozen, LayerFit
+from ..ir import Alignment, Cost, Finished, Frozen, LayerFit
 from ..version import versions
 from ._shared import amount, clipped, short_number
 
@@ -144,6 +144,7 @@ class Report:
         cost: What the fused network costs for one sample.
         configuration: Where widths differ from the anchor's, the numbers of its `config` with which
             its class has those of the fused network: by name, before and after.
+        finished: What a finish by descent came to, in the unit of `nearness` and on its samples.
         guests: With `across=True`, the networks that gave targets and no weights.
         maps: By `(space, network)`, what its units give, `(fused units, units)`: those with the
             fewest entries, up to a million entries in all. They are not saved with the network.
@@ -174,6 +175,7 @@ class Report:
     costs: tuple[Cost, ...] = ()
     cost: Cost | None = None
     configuration: dict[str, tuple[int, int]] = field(default_factory=dict)
+    finished: Finished | None = None
     guests: tuple[Heard, ...] = ()
     maps: dict[tuple[str, int], csr_array] = field(
         default_factory=dict, compare=False, repr=False, metadata={"written": False}
@@ -341,6 +343,8 @@ class Report:
             refitted = f"{amount(len(self.layers), 'layer')} refitted"
             mixed = "; outputs as mixed" if self.mixed else ""
             lines.append(f"{refitted}, mean R^2 {mean:.2f} on held-out data{mixed}")
+        if self.finished is not None:
+            lines.append(str(self.finished))
         if self.divergence is not None:
             lines.append(f"divergence from the ensemble {self.divergence:.3f} nats")
         if any(distance is not None for distance in self.apart):

@@ -142,5 +142,6 @@ def test_a_much_wider_network_has_no_share_in_the_units(width, share):
     assert near.weights == pytest.approx((1 - share, share))
     assert near.output_weights == pytest.approx(given)
     assert without_far_wider(problem_of(nets, x, 1, given)).weights == pytest.approx(given)
-    alone = problem_of(nets, x, weights=[0.0, 1.0])
-    assert without_far_wider(alone) is alone
+    alone = without_far_wider(problem_of(nets, x, weights=[0.0, 1.0]))
+    assert alone.weights == ((1.0, 0.0) if not share else (0.0, 1.0))
+    assert alone.output_weights == (0.0, 1.0)

@@ -48,9 +48,23 @@ def test_weights_stay_where_nothing_is_clearly_nearer():
 def test_without_work_to_spare_only_the_starts_are_compared(monkeypatch):
     monkeypatch.setattr(_scores, "WORK", 0)
     scores, weights = scores_of(3, True)
-    nearer = 1.5 * weights
-    assert scores.nearest((weights, nearer), (1e-4,)) is nearer
-    assert scores.nearest((nearer, weights), (1e-4,)) is nearer
+    nearer, farther = weights, -weights
+    assert scores.nearest((farther, nearer), (1e-4,)) is nearer
+
+
+def test_scores_that_are_too_large_are_scaled_and_decide_as_before():
+    scores, weights = scores_of(5, True)
+    for factor in (0.5, 2.0, 5.0):
+        found = scores.nearest((2 * factor * weights,), ())
+        assert torch.allclose(found, 2 * weights, rtol=1e-3)
+
+
+def test_a_fit_has_to_be_clearly_nearer_than_a_factor():
+    scores, weights = scores_of(6, True, noise=0.3, rows=40)
+    own = 6 * weights
+    found = scores.nearest((own, weights), (1e-4, 1e-2))
+    ratio = found / own
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio)) and ratio[0, 0] < 1
 
 
 def test_a_much_wider_network_changes_the_outputs_of_a_narrow_one_alone():
