@@ -120,6 +120,18 @@ def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
     return markdown(["", *names], rows)
 
 
+def tunings() -> str:
+    """Return the accuracy of every method of `examples/siblings.py`, a row for each record."""
+    found = records("siblings-")
+    names = [r["name"] for r in found[0]["rows"]]
+    rows = [
+        [f"{record['network']}, {record['tuning']}", *(cell([r["values"]]) for r in record["rows"])]
+        for record in found
+    ]
+    about = f"{found[0]['test_images']:,} test images, {found[0]['samples']:,} unlabelled ones; "
+    return f"{markdown(['', *names], rows)}\n\n{about}{found[0]['draws']} seeds."
+
+
 def cell(values: Sequence[Any]) -> str:
     """Return the figures of one row, in words.
 
@@ -180,7 +192,7 @@ def rendered(template: str) -> str:
         trim_blocks=True,
     )
     known = [mean, each, size, count, shown, printed, measured, experiments, situations]
-    known += [forward_passes, scaling]
+    known += [forward_passes, scaling, tunings]
     environment.globals |= {function.__name__: function for function in known}
     return environment.get_template(template).render()
 

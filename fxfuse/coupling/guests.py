@@ -51,8 +51,7 @@ def guest_of(network: Network, host: Network, share: float) -> Guest:
     """Return a network as a guest of another, see `Guest`.
 
     They meet at the outputs, and where the last layers of the last resolution that both have end,
-    whatever their depths. Targets in front of that spoil more than they give, as the layers behind
-    were not trained on them.
+    whatever their depths. Targets in front of that made the one pair they were tried on worse.
     """
     places = {}
     for ours, other in zip(_outputs(host), _outputs(network)):
