@@ -140,12 +140,6 @@ def matmul(run: LabelRun, op: Op) -> Labels:
     return _plus(run, op, product, op["self"] if op.name in ADDING else None)
 
 
-def reduced_product(run: LabelRun, op: Op) -> list[Labels]:
-    """The mean or maximum of the rows that a sparse matrix picks and scales."""
-    labels = across(run, [(op["self"], "mk"), (op["other"], "kn")], "mn", "mk")
-    return [labels if out.shape == op.out[0].shape else Labels() for out in op.out]
-
-
 def matvec(run: LabelRun, op: Op) -> Labels:
     """A matrix times a vector, and what is added to it."""
     matrix = op["self"] if op["mat"] is None else op["mat"]

@@ -55,9 +55,8 @@ def rescaled(net, queries, keys):
 CASES = [(kind, width) for kind in ("apart", "packed", "a norm") for width in (8, 16)]
 
 
-@pytest.mark.parametrize("case", some(CASES, ("apart", 16), ("packed", 8)))
-def test_factors_of_two_sizes_come_back(case):
-    kind, width = case
+@pytest.mark.parametrize("kind, width", some(CASES, ("apart", 16), ("packed", 8)))
+def test_factors_of_two_sizes_come_back(kind, width):
     net = randomise(Attends(kind), 1)
     other = Attends(kind, width).eval()
     wide = fxfuse.net2wider(net, TOKENS[:2], like=other) if width > 8 else net

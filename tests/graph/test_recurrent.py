@@ -67,8 +67,9 @@ def test_layers_compute_what_their_module_did_apart_and_together(kind, way):
 @pytest.mark.filterwarnings("ignore:dropout option")
 @pytest.mark.parametrize("kind", some([nn.LSTM, nn.GRU, nn.RNN], nn.LSTM))
 @pytest.mark.parametrize("way", some(WAYS, "states of both directions"))
-@pytest.mark.parametrize("depths", some([(3, 1), (1, 2), (2, 3)], (1, 2)))
-def test_networks_of_unlike_depth_fuse_into_a_module_of_the_deeper_one(kind, way, depths):
+@pytest.mark.parametrize("first, second", some([(3, 1), (1, 2), (2, 3)], (1, 2)))
+def test_networks_of_unlike_depth_fuse_into_a_module_of_the_deeper_one(kind, way, first, second):
+    depths = (first, second)
     nets = [randomise(Reader(kind, d, 6 - i, **WAYS[way]), i) for i, d in enumerate(depths)]
     deep = max(nets, key=lambda net: net.rnn.num_layers)
     fused = fxfuse.fuse(nets, X, weights=[net is deep for net in nets], anchor=nets.index(deep))

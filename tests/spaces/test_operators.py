@@ -44,11 +44,6 @@ def _edges_of(x):
     return torch.sparse_coo_tensor(torch.stack([EDGES, FROM]), torch.ones(5), (len(x), len(x)))
 
 
-@torch.fx.wrap
-def _rows_of(x):
-    return _edges_of(x).coalesce().to_sparse_csr()
-
-
 class Custom(nn.Module):
     """A network whose forward is a function of the network and its input."""
 
@@ -552,7 +547,6 @@ CASES = {
     "sparse product": vectors(lambda net, x: torch.sparse.mm(_edges_of(x), x)),
     "sparse product, as an operator": vectors(lambda net, x: _edges_of(x) @ x),
     "sparse product and a sum": vectors(lambda net, x: torch.sparse.addmm(x, _edges_of(x), x)),
-    "sparse means": vectors(lambda net, x: torch.sparse.mm(_rows_of(x), x, "mean")),
     "sums of unit numbers": vectors(lambda net, x: x.index_add(1, EDGES, x[:, FROM]), 0),
     "rows copied": vectors(lambda net, x: x.index_copy(0, EDGES[1:3], net.a), a=table(2, 8)),
     "rows filled": vectors(lambda net, x: x.tanh().index_fill(0, EDGES[:1], 0.3)),
