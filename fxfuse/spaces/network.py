@@ -206,7 +206,8 @@ class Network:
         features: Node -> the axes of its output along which there are units, fixed ones included.
         weights: Node -> the parameters that it contracts with its input.
         tensors: Node -> every parameter and buffer that it touches.
-        norms: Node that normalises with running statistics -> its tensors by role, and `eps`.
+        norms: Node that normalises with running statistics -> its tensors by role, and `eps`. A
+            part that was kept whole is none, whatever norms there are inside.
         operators: Node -> the operators that it runs, except those that only hand values on.
         updated: The buffers that it writes to as it runs.
     """
@@ -238,7 +239,7 @@ class Network:
             {node: tuple(dict.fromkeys(dim for dim, _ in axes)) for node, axes in outputs},
             ledger.weights,
             ledger.tensors,
-            ledger.norms,
+            {node: roles for node, roles in ledger.norms.items() if len(ledger.steps[node]) == 1},
             ledger.steps,
             ledger.updated,
         )

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import fxfuse
+from fxfuse import presets
 from fxfuse.graph.trace import trace
 from fxfuse.spaces._labels import Step
 from fxfuse.spaces._solve import spaces_of
 from fxfuse.spaces.network import OPEN, Network, label_network
-from tests.support.nets import NETS, Functional, Residual, build, conv, mlp, randomise
+from tests.support.nets import NETS, Functional, Residual, build, conv, gap, mlp, randomise
+from tests.support.tolerances import FUNCTION
 
 
 def labelled(net, *x):
@@ -77,6 +80,26 @@ def test_the_tensors_of_norms_are_written_down_by_role():
             "running_var": "1.running_var",
         }
     }
+
+
+class Watchful(nn.Module):
+    """A part that no graph shows, since it looks at values; there is a norm in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return x if float(x.sum()) > 1e9 else self.norm(self.first(x).relu())
+
+
+def test_a_part_kept_whole_is_no_norm_though_there_is_one_inside():
+    net = randomise(nn.Sequential(nn.Linear(6, 8), Watchful(), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    network = Network.of("net", trace(net, x), (x,))
+    assert list(network.norms) == ["_2"]
+    for method in (presets.best, presets.git_rebasin):
+        assert gap(net, method([net, fxfuse.permute(net, x, seed=1)], x), x) < FUNCTION
 
 
 def test_the_labels_of_a_node_are_written_down_by_axis():
