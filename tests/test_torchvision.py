@@ -54,7 +54,6 @@ QUICK = {
 QUICK_FUSED = {
     "resnet18",
     "squeezenet1_1",
-    "mobilenet_v3_small",
 }
 
 

@@ -8,7 +8,7 @@ from tests.support.tolerances import FUNCTION, PERMUTATION
 
 pytest.importorskip("transformers")
 
-QUICK = ["bert", "llama"]
+QUICK = ["bert"]
 DEPTHS = ["bart", "beit", "bert", "big_bird", "deberta-v2", "gpt2", "llama", "vit"]
 ALL = [name.partition("/")[2] for name in coverage.names_in("transformers")]
 CASES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in ALL]

@@ -140,6 +140,7 @@ def test_students_keep_their_widths(name, small, tmp_path):
     torch.testing.assert_close(deeper(x), lab.second.network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sweep
 def test_a_network_made_wider_has_the_widths_of_what_is_fused_with_room(small, tmp_path):
     from wider import starts
 

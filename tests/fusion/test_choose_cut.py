@@ -25,6 +25,7 @@ def relative(nets, fused):
     return cost_of(fused, images(2)) / cost_of(nets[0], images(2))
 
 
+@pytest.mark.sweep
 def test_the_more_it_may_cost_the_less_is_fused():
     nets, x = pair(), images(16)
     costs = []

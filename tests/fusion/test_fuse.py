@@ -63,7 +63,7 @@ def data_for(name, count=48):
 # --- what comes back exactly ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", some(NETS, *[*NETS][::2]))
 def test_a_network_fused_with_its_permuted_copy_computes_what_it_computes(name):
     net, x = build(name)
     data = data_for(name)
@@ -135,7 +135,7 @@ DEEPER = {
 }
 
 
-@pytest.mark.parametrize("name", some(DEEPER, "stages", "without norms", "one stage"))
+@pytest.mark.parametrize("name", some(DEEPER, "without norms", "one stage"))
 def test_a_deepened_network_fuses_back_with_its_original(name):
     shallow, deep = DEEPER[name]
     nets, data = [randomise(shallow(), 1), randomise(deep(), 2)], images()
@@ -161,7 +161,7 @@ UNEQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", some(UNEQUAL, "residual", "dense", "tokens of other widths"))
+@pytest.mark.parametrize("name", some(UNEQUAL, "dense", "tokens of other widths"))
 def test_all_weight_on_one_network_gives_that_network(name):
     first, second = UNEQUAL[name]
     nets, data = [randomise(first(), 1), randomise(second(), 2)], images()

@@ -32,6 +32,7 @@ from tests.support.nets import (
     randomise,
     residual,
 )
+from tests.support.sweeps import some
 from tests.support.tolerances import PERMUTATION
 
 
@@ -477,7 +478,7 @@ def test_the_class_loads_the_state_and_computes_the_same(kind):
     assert free == (8 if kind in ("persistent", "expanded") else 0)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", some(NETS, *[*NETS][1::2]))
 def test_the_class_loads_what_is_permuted_or_fused(name):
     nets, x = [build(name, seed)[0] for seed in (1, 2)], build(name, 3)[1]
     data = torch.randn(40, *data_shape(name))
