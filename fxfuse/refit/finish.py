@@ -29,6 +29,7 @@ from ..graph.structures import tensors_in
 from ..ir import Finished
 
 POOL = 1024  # samples among which batches are drawn
+MEMORY = 1 << 28  # bytes of the outputs wanted that are kept; if they are more, they are made anew
 CHECKS = 8  # how often the distance is measured on the way
 
 Wanted = Callable[[Batch], Sequence[Tensor]]
@@ -113,20 +114,33 @@ class Finish:
     ) -> Iterator[tuple[Batch, Sequence[Tensor]]]:
         """Yield inputs with the outputs wanted, in another order each time round, for ever."""
         generator = torch.Generator().manual_seed(self.seed)
-        known: list[list[Tensor]] = []  # the outputs wanted, by pool
+        first = data.example(1)
+        size = sum(t.nbytes for t in wanted(first)) * data.samples
+        known: dict[int, list[Tensor]] | None = {} if size <= MEMORY and not data.whole else None
         while True:
             for i, pool in enumerate(data.chunks(POOL)):
-                if i == len(known):
-                    count = torch.arange(len(pool[0]))
-                    parts = [wanted(_rows(pool, at)) for at in count.split(self.batch)]
-                    known.append([torch.cat(column) for column in zip(*parts)])
-                order = torch.randperm(len(pool[0]), generator=generator)
-                for at in order.split(self.batch):
-                    yield _rows(pool, at), [t[at.to(t.device)] for t in known[i]]
+                if known is not None and i not in known:
+                    every = torch.arange(len(pool[0])).split(self.batch)
+                    parts = zip(*(wanted(_rows(pool, at)) for at in every))
+                    known[i] = [torch.cat(parts_of_one) for parts_of_one in parts]
+                for at in _orders(pool, self.batch, generator):
+                    rows = pool if at is None else _rows(pool, at)
+                    if known is None or at is None:
+                        yield rows, wanted(rows)
+                    else:
+                        yield rows, [t[at.to(t.device)] for t in known[i]]
 
 
-def _rows(batch: Batch, at: Tensor) -> Batch:
-    return Served.of([t[at.to(t.device)] for t in batch], Served.masks_of(batch))
+def _orders(pool: Served, size: int, generator: torch.Generator) -> Iterator[Tensor | None]:
+    """Yield which samples of a pool make a batch; None for all, where they are one sample."""
+    if Served.is_whole(pool):
+        yield None
+        return
+    yield from torch.randperm(len(pool[0]), generator=generator).split(size)
+
+
+def _rows(pool: Served, at: Tensor) -> Served:
+    return pool.like([t[at.to(t.device)] for t in pool])
 
 
 class _Descent:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+import fxfuse
 from fxfuse.calibration.data import Calibration
 from fxfuse.errors import ArgumentError
 from fxfuse.graph.modes import eval_mode
 from fxfuse.refit import Finish
+from tests.support.graphs import PLAIN, inputs
 from tests.support.nets import mlp, outputs, randomise, residual
 
 X = torch.randn(160, 6, generator=torch.Generator().manual_seed(0))
@@ -49,6 +51,19 @@ def test_steps_are_the_same_again_and_follow_the_seed():
     nets = [finished(student(), TEACHER, steps=9, seed=seed)[0] for seed in (0, 0, 1)]
     a, b, c = (torch.cat([p.flatten() for p in net.parameters()]) for net in nets)
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_outputs_that_do_not_fit_in_memory_are_made_anew(monkeypatch):
+    kept = finished(student(), TEACHER, steps=9)[0]
+    monkeypatch.setattr("fxfuse.refit.finish.MEMORY", 0)
+    assert torch.equal(outputs(kept, X)[0], outputs(finished(student(), TEACHER, steps=9)[0], X)[0])
+
+
+def test_batches_that_are_one_sample_are_not_cut():
+    nets = [randomise(PLAIN["Sums"](), seed) for seed in (1, 2)]
+    data = [inputs("Sums", seed, nodes) for seed, nodes in enumerate((12, 20, 9, 15, 30))]
+    fused = fxfuse.fuse(nets, data, finish=Finish(steps=8))
+    assert fused.meta["fxfuse"].finished.steps == 8
 
 
 def test_what_comes_no_nearer_is_taken_back():
