@@ -10,9 +10,8 @@ from torch import Tensor
 from ..calibration.run import working_batch
 from ..calibration.shares import Batch
 from ..errors import ArgumentError
-from ..graph.modes import eval_mode
 from ..graph.state import device_of
-from ..graph.structures import tensors_in
+from ..graph.trace import outputs_of
 from ..ir import Finished
 from ..refit.finish import Finish
 from ..spaces.network import Network
@@ -52,9 +51,8 @@ def finished(
 
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
-    module = network.module
-    with torch.no_grad(), eval_mode(module):
-        outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    given = tuple(t.to(device_of(network.module)) for t in batch)
+    outputs = outputs_of(network.module, given, network.name)
     return [t for t in outputs if t.is_floating_point()]
 
 

@@ -29,9 +29,8 @@ from ..coupling.problem import Problem
 from ..coupling.transport import InPlace
 from ..depth.deepen import Balanced, made_neutral
 from ..errors import PassError
-from ..graph.modes import eval_mode
 from ..graph.state import device_of, fill, state_values_of
-from ..graph.structures import tensors_in
+from ..graph.trace import outputs_of
 from ..refit.emit import emit, with_outputs_of
 from ..refit.moments import AsMixed, Outcome, Refit
 from ..spaces.network import Network
@@ -236,9 +235,8 @@ def constant_distance(network: Network, data: Iterable[Batch]) -> Distance:
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
     """Return what a network gives, but whole numbers, which have no mean."""
-    module = network.module
-    with eval_mode(module):
-        outputs = tensors_in(module(*(t.to(device_of(module)) for t in batch)))
+    given = tuple(t.to(device_of(network.module)) for t in batch)
+    outputs = outputs_of(network.module, given, network.name)
     counted = Counted.of(batch)
     values = [counted.rows(t) for t in outputs if t.is_floating_point() or t.is_complex()]
     return [t.to(torch.promote_types(t.dtype, torch.float64)).cpu() for t in values]

@@ -464,17 +464,34 @@ def _first_line(error: Exception) -> str:
 
 
 def run_once(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str) -> list[Tensor]:
+    """Return the output tensors of one forward pass in eval mode, which are finite.
+
+    Raises:
+        DataError: If the model refuses the batch or computes values that are not finite.
+    """
+    tensors = outputs_of(module, example, name)
+    if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
+        raise DataError(
+            "outputs that are NaN or infinite",
+            where=name,
+            expected="finite outputs on the calibration data",
+            do="check the data for NaN and the model for exploding activations",
+        )
+    return tensors
+
+
+def outputs_of(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str) -> list[Tensor]:
     """Return the output tensors of one forward pass in eval mode.
 
     If only what training computes refuses the batch, as a head does that needs larger images, this
     part is cut off the network in place.
 
     Raises:
-        DataError: If the model refuses the batch or computes values that are not finite.
+        DataError: If the model refuses the batch.
     """
     try:
         with eval_mode(module), torch.no_grad():
-            out = _forward(module, example)
+            return tensors_in(_forward(module, example))
     except Exception as error:
         given = example.tensors if isinstance(example, Inputs) else tensors_in(example)
         shapes = ", ".join(str(tuple(t.shape)) for t in given)
@@ -484,15 +501,6 @@ def run_once(module: nn.Module, example: tuple[Tensor, ...] | Inputs, name: str)
             expected="data that every model takes",
             do="check the shape, type and order of axes of the data against the models",
         ) from error
-    tensors = tensors_in(out)
-    if not all(torch.isfinite(t).all() for t in tensors if t.is_floating_point()):
-        raise DataError(
-            "outputs that are NaN or infinite",
-            where=name,
-            expected="finite outputs on the calibration data",
-            do="check the data for NaN and the model for exploding activations",
-        )
-    return tensors
 
 
 def _forward(module: nn.Module, example: tuple[Tensor, ...] | Inputs) -> Any:

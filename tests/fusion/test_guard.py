@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxfuse
 from fxfuse import FusionWarning, presets
 from fxfuse.calibration.data import Calibration, analyse
+from fxfuse.errors import DataError
 from fxfuse.fusion._guard import _nearer, advice_for, lost_heads, split_to_judge
 from tests.support.nets import fitted, gap, mlp, outputs, randomise, residual
 
@@ -244,3 +246,19 @@ def test_a_tied_network_comes_back_from_a_copy_that_is_not_tied():
     net, copy = randomise(WordModel(True)), WordModel(False).eval()
     copy.load_state_dict(fxfuse.permute(net, words, seed=1).state_dict())
     assert gap(net, fxfuse.fuse([net, copy], words), words) < 1e-5
+
+
+class Even(nn.Module):
+    """A network that refuses an odd number of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(6, 8, 3)
+
+    def forward(self, x):
+        return self.net(x) + F.glu(x.sum(1), -1).sum()
+
+
+def test_a_network_that_refuses_some_of_the_batches_is_named():
+    with pytest.raises(DataError, match="refuses a batch of shape"):
+        fxfuse.presets.average([randomise(Even(), seed) for seed in (1, 2)], torch.randn(24, 6))
