@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import hardware
+from records import write_record
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse._files import write_text
 from fxfuse.cli.demo import (
     CALIBRATION,
     CHOICE,
@@ -31,7 +29,6 @@ from fxfuse.cli.demo import (
     run_demo,
     train,
 )
-from fxfuse.version import versions
 
 
 def siblings(seed: int) -> list[dict[str, Any]]:
@@ -93,12 +90,10 @@ def main() -> None:
     args = parser.parse_args()
     for question in (siblings, demo):
         for seed in range(args.seeds):
-            known = {"question": f"digits-{question.__name__}", "seed": seed}
-            known |= {"rows": question(seed), "test_images": TEST, "samples": CALIBRATION}
-            known |= {"versions": versions(), "hardware": hardware()}
-            path = args.folder / f"{known['question']}-seed{seed}.json"
-            write_text(path, json.dumps(known, indent=1) + "\n")
-            print(path, flush=True)
+            name = f"digits-{question.__name__}"
+            facts = {"seed": seed, "test_images": TEST, "samples": CALIBRATION}
+            path = args.folder / f"{name}-seed{seed}.json"
+            write_record(path, name, question(seed), **facts)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import sys
 import tempfile
 import time
@@ -47,6 +46,7 @@ from accelerate import PartialState
 from harness import Measure, OutOfTime, Recipe, Run, Teacher, Trainer, Watch
 from images import Images, load
 from networks import CifarResNet, Vgg
+from records import hardware
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -376,16 +376,6 @@ def row(name: str, run: Run, **more: Any) -> dict[str, Any]:
     found |= {"before": run.before, "after": run.after} | more
     found |= {"start": run.start} if run.start else {}
     return found | {"epochs": [{k: round(v, 4) for k, v in e.items()} for e in run.epochs]}
-
-
-def hardware() -> dict[str, Any]:
-    """Return what ran it."""
-    cuda = torch.cuda.is_available()
-    return {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if cuda else "none",
-    }
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,14 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import hardware
+from records import write_record
 from torch import Tensor, nn
 
-from fxfuse._files import write_text
 from fxfuse.cli.demo import TEST, digits, percent_right, train
 from fxfuse.errors import FusionWarning
 from fxfuse.fusion.federated import Aggregation, arrays_of
-from fxfuse.version import versions
 
 SAMPLES, EVENNESS, EPOCHS = 200, 0.3, 20
 KINDS = ((32, 32), (48, 24), (24, 24, 24))  # widths of the hidden layers
@@ -100,11 +97,9 @@ def rows(alike: bool, clients: int, seed: int) -> list[dict[str, Any]]:
 def write(folder: Path, clients: int, alike: bool, seed: int, tell: Callable[[str], None]) -> None:
     """Measure one setting, and write its record."""
     name = f"federated-{'alike' if alike else 'unlike'}-{clients}"
-    known: dict[str, Any] = {"question": name, "seed": seed, "rows": rows(alike, clients, seed)}
-    known |= {"test_images": TEST, "samples": SAMPLES}
-    known |= {"versions": versions(), "hardware": hardware()}
-    write_text(folder / f"{name}-seed{seed}.json", json.dumps(known, indent=1) + "\n")
-    for row in known["rows"]:
+    found, facts = rows(alike, clients, seed), {"test_images": TEST, "samples": SAMPLES}
+    write_record(folder / f"{name}-seed{seed}.json", name, found, seed=seed, **facts)
+    for row in found:
         tell(f"{name}  seed {seed}  " + "  ".join(f"{k} {v}" for k, v in row.items()))
 
 

@@ -17,7 +17,6 @@ References:
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -28,16 +27,14 @@ from typing import Any
 import networkx as nx
 import torch
 import torch.nn.functional as F
-from experiment import hardware
+from records import write_record
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse._files import write_text
 from fxfuse.calibration.distance import divergence
 from fxfuse.cli.demo import TEST, digits, percent_right
 from fxfuse.errors import FuseError, FusionWarning
-from fxfuse.version import versions
 
 NEIGHBOURS, LABELLED, STEPS = 8, 5, 100
 PRESETS = ("average", "git_rebasin", "repair", "fedma", "best")
@@ -178,14 +175,11 @@ def main() -> None:
     for name in args.situations:
         for seed in args.seeds:
             situation = SITUATIONS[name](seed)
-            known: dict[str, Any] = {"question": f"graphs-{name}", "seed": seed}
-            known |= {"rows": rows(situation), "test_images": len(situation[3])}
-            known |= {"samples": len(situation[1].y), "kind": "nodes"}
-            known |= {"versions": versions(), "hardware": hardware()}
-            write_text(
-                args.folder / f"graphs-{name}-seed{seed}.json", json.dumps(known, indent=1) + "\n"
-            )
-            for row in known["rows"]:
+            found = rows(situation)
+            facts = {"test_images": len(situation[3]), "samples": len(situation[1].y)}
+            path = args.folder / f"graphs-{name}-seed{seed}.json"
+            write_record(path, f"graphs-{name}", found, seed=seed, kind="nodes", **facts)
+            for row in found:
                 print(name, seed, *(f"{k} {v}" for k, v in row.items()), sep="  ", flush=True)
 
 

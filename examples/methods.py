@@ -26,19 +26,17 @@ from typing import Any
 import cifar_resnet as cifar
 import tasks
 import torch
-from experiment import hardware
 from networks import cifar_resnet, predict
+from records import write_record
 from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import Method, solvers
-from fxfuse._files import write_text
 from fxfuse.calibration.distance import divergence
 from fxfuse.cli.demo import CALIBRATION, CHOICE, TEST, DigitNet, digits, percent_right, train
 from fxfuse.coupling import View, Window, reading_map, weighted_matrix, weighted_scalar
 from fxfuse.errors import FuseError, FusionWarning
 from fxfuse.presets import NAMED, transformer_ot
-from fxfuse.version import versions
 
 STEPS, BATCH, RATE = 800, 50, 2e-3  # of training a transformer
 TUNED_ONLY = ("task_arithmetic", "ties", "dare")  # the first network is the checkpoint
@@ -246,10 +244,8 @@ def write(
     for row in rows(given, presets):
         found[row["name"]] = row
         print(name, seed, *(f"{k} {v}" for k, v in row.items()), sep="  ", flush=True)
-    known = {"question": f"methods-{name}", "seed": seed, "rows": list(found.values())}
-    known |= {"test_images": len(given.y), "samples": len(given.data)}
-    known |= {"versions": versions(), "hardware": hardware()}
-    write_text(path, json.dumps(known, indent=1) + "\n")
+    facts = {"seed": seed, "test_images": len(given.y), "samples": len(given.data)}
+    write_record(path, f"methods-{name}", [*found.values()], **facts)
 
 
 def main() -> None:

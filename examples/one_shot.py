@@ -19,7 +19,6 @@ are trained here on images of ../shared; `mnist`, the CLAFusion paper's networks
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
@@ -34,20 +33,19 @@ import cifar_resnet as cifar
 import mnist_mlp as mnist
 import numpy as np
 import torch
-from experiment import hardware
 from networks import SHARED, CifarResNet, Vgg, accuracy, cifar_resnet, predict
+from records import write_record
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
 from training import cached, distil, train
 
 import fxfuse
-from fxfuse._files import write_atomically, write_text
+from fxfuse._files import write_atomically
 from fxfuse.coupling import Transport, Zip
 from fxfuse.presets import average, best
 from fxfuse.refit import LeastSquares, MatchMoments
 from fxfuse.solvers import Sinkhorn
-from fxfuse.version import versions
 
 GROUPS = ("32+20", "56+20", "56+32+20")
 WIDTHS = (1.0, 1.25, 1.5, 1.75, math.inf)
@@ -201,10 +199,8 @@ def record(name: str, title: str, rows: list[dict[str, Any]], args: argparse.Nam
     """Write what was measured, and what it depends on, if records are asked for."""
     if args.records is None:
         return
-    known = {"question": "one_shot", "title": title, "rows": rows}
-    known |= {"samples": args.samples, "test_images": args.test_images, "draws": args.draws}
-    known |= {"versions": versions(), "hardware": hardware()}
-    write_text(args.records / f"{name}.json", json.dumps(known, indent=1) + "\n")
+    facts = {"samples": args.samples, "test_images": args.test_images, "draws": args.draws}
+    write_record(args.records / f"{name}.json", "one_shot", rows, title=title, **facts)
 
 
 def named(group: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 import warnings
@@ -25,17 +24,15 @@ from pathlib import Path
 import cifar_resnet as cifar
 import torch
 import torch.nn.functional as F
-from experiment import hardware
 from networks import CifarResNet, Vgg, accuracy, predict
 from one_shot import lines, words
+from records import write_record
 from torch import Tensor, nn
 from training import cached, distil
 
 import fxfuse
-from fxfuse._files import write_text
 from fxfuse.coupling import Transport
 from fxfuse.errors import FusionWarning
-from fxfuse.version import versions
 
 
 class Block(nn.Module):
@@ -219,14 +216,10 @@ def record(name: str, tuning: str, args: argparse.Namespace) -> list[str]:
     """Write the record of one kind of network and tuning; return a row of the table."""
     draws = [scored(name, tuning, seed, args) for seed in range(args.seeds)]
     columns = {label: [round(draw[label], 2) for draw in draws] for label in draws[0]}
-    known = {
-        "question": "siblings", "network": name, "tuning": tuning, "draws": args.seeds,
-        "rows": [{"name": label, "values": values} for label, values in columns.items()],
-        "test_images": args.test_images, "samples": args.samples,
-        "versions": versions(), "hardware": hardware(),
-    }  # fmt: skip
+    rows = [{"name": label, "values": values} for label, values in columns.items()]
+    facts = {"network": name, "tuning": tuning, "draws": args.seeds, "samples": args.samples}
     path = args.folder / f"siblings-{name.replace(' ', '_')}-{tuning}.json"
-    write_text(path, json.dumps(known, indent=1) + "\n")
+    write_record(path, "siblings", rows, test_images=args.test_images, **facts)
     return [f"{name}, {tuning}", *(words(values) for values in columns.values())]
 
 

@@ -11,7 +11,6 @@ time that the fusion took, descent included: Adam at the same rate, without flip
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -20,16 +19,14 @@ from typing import Any
 
 import torch
 from digits import row
-from experiment import hardware
+from records import write_record
 from torch import Tensor, nn
 from training import distil
 
 import fxfuse
-from fxfuse._files import write_text
 from fxfuse.cli.demo import CALIBRATION, CHOICE, TEST, digits, percent_right, train
 from fxfuse.errors import FusionWarning
 from fxfuse.refit import Finish
-from fxfuse.version import versions
 
 
 def mlp(width: int) -> nn.Module:
@@ -117,12 +114,9 @@ def main() -> None:
     warnings.simplefilter("ignore", FusionWarning)
     for kind in KINDS:
         for seed in range(args.seeds):
-            known = {"question": f"student-{kind}", "seed": seed, "rows": rows(kind, seed)}
-            known |= {"test_images": TEST, "samples": CALIBRATION}
-            known |= {"versions": versions(), "hardware": hardware()}
-            path = args.folder / f"{known['question']}-seed{seed}.json"
-            write_text(path, json.dumps(known, indent=1) + "\n")
-            print(path, flush=True)
+            path = args.folder / f"student-{kind}-seed{seed}.json"
+            facts = {"seed": seed, "test_images": TEST, "samples": CALIBRATION}
+            write_record(path, f"student-{kind}", rows(kind, seed), **facts)
 
 
 if __name__ == "__main__":
