@@ -30,7 +30,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -46,6 +45,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from .hooks import copied
 from .inputs import Inputs
 from .modes import is_leaf
+from .sizes import integers_in, place_of, run_apart, symbol_of
 from .structures import tensors_in
 from .writes import require_nothing_drawn, write_assigned
 
@@ -216,7 +216,7 @@ class _Recorder(TorchFunctionMode):
         except _ON_VALUES:
             raise
         except Exception as error:  # some kernels look at numbers, or are not there for no data
-            out = _run_apart(func, args, kwargs, error)
+            out = run_apart(func, args, kwargs, error)
         if tensors_in(out) or func is Tensor.__setitem__:
             self._note(out, self._called(func, args, kwargs))
         return out
@@ -274,7 +274,7 @@ class _Recorder(TorchFunctionMode):
         try:
             out = call(module, *args, **kwargs)
         except Exception as error:
-            out = _run_apart(call, (module, *args), kwargs, error)
+            out = run_apart(call, (module, *args), kwargs, error)
         if form is not None and isinstance(out, Tensor):
             given = tensors_in((tuple(args), kwargs))
             if not any(_memory_of(out) == _memory_of(t) for t in given):
@@ -406,36 +406,35 @@ class _Recorder(TorchFunctionMode):
     def _size(self, expression: Any, near: list[Tensor]) -> Any:
         """Write a size that is computed from those of inputs: a number, or nodes that compute it.
 
+        It is read from the tensors at hand, or computed from their sizes, if it can be. Where it is
+        read from the latest tensor that has it, the step depends on another layer.
+
         Args:
             expression: The size in symbols.
             near: Tensors that the step reads, whose sizes are at hand.
         """
-        if self.numbers and any(abs(n) > STAND_INS[-1] - NEAR for n in _integers(expression)):
+        if self.numbers and any(abs(n) > STAND_INS[-1] - NEAR for n in integers_in(expression)):
             raise TypeError("a size that depends on a number which is read from a tensor")
         if expression.is_number:
             return int(expression) if expression.is_integer else float(expression)
-        if (found := self._read(expression, near)) is not None:
-            return found
-        proxies = {}
-        for symbol in sorted(expression.free_symbols, key=str):
-            node = self._read(symbol, near)
-            if node is None:
-                raise TypeError(f"a size {expression} that is that of no tensor")
-            proxies[symbol] = fx.Proxy(node)
+        symbols = sorted(expression.free_symbols, key=str)
+        latest = [tensor for _, tensor in reversed(self.values)]
+        ways = ([expression], near), (symbols, near), ([expression], latest)
+        for sizes, tensors in (*ways, (symbols, [*near, *latest])):
+            found = [place_of(size, tensors) for size in sizes]
+            places = [place for place in found if place is not None]
+            if len(places) == len(sizes):
+                break
+        else:
+            raise TypeError(f"a size {expression} that is that of no tensor")
+        nodes = [self._create("call_method", "size", (self._node_of(t), d), {}) for t, d in places]
+        if sizes == [expression]:
+            return nodes[0]
+        proxies = dict(zip(sizes, map(fx.Proxy, nodes)))
         result = sympy_interp(PythonReferenceAnalysis, proxies, expression)
         for node in _between(result.node, set(p.node for p in proxies.values())):
             node.meta["nn_module_stack"] = dict(self.stack)
         return result.node
-
-    def _read(self, expression: Any, near: list[Tensor]) -> fx.Node | None:
-        """Read a size from a tensor that has it: one at hand, or else the latest one."""
-        at_hand = [(None, t) for t in near]
-        for node, tensor in [*at_hand, *reversed(self.values)]:
-            for axis, n in enumerate(tensor.shape):
-                if _symbol(n) == expression:
-                    node = self._node_of(tensor)
-                    return self._create("call_method", "size", (node, axis), {})
-        return None
 
     # --- what is returned -----------------------------------------------------------------------
 
@@ -458,67 +457,6 @@ class _Recorder(TorchFunctionMode):
         return out if isinstance(out, LITERALS) else None
 
 
-def _run_apart(
-    call: Callable[..., Any], args: Sequence[Any], kwargs: Any, failure: Exception
-) -> Any:
-    """Run a function or a module on numbers, and return outputs without data.
-
-    It is run once more for each size that is a symbol, with this size larger, to learn which sizes
-    of its outputs it is.
-
-    Raises:
-        TypeError: If a size of its outputs is no multiple of one of the inputs'.
-        Exception: What it raised without data, if it cannot be run on numbers or makes no tensors.
-    """
-    tensors = tensors_in((tuple(args), kwargs))
-    if not any(isinstance(t, FakeTensor) for t in tensors):
-        raise failure
-    sizes: dict[Any, Any] = {_symbol(n): n for t in tensors for n in t.shape if _symbol(n)}
-    fake = next(t.fake_mode for t in tensors if isinstance(t, FakeTensor))
-
-    def run(larger: Any = None) -> Any:
-        def real(t: Tensor) -> Tensor:
-            shape = [_number(n) + (larger is not None and _symbol(n) == larger) for n in t.shape]
-            kind = torch.randn if t.is_floating_point() else torch.zeros
-            return kind(shape, dtype=t.dtype, device=t.device)
-
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = tree_map(
-                lambda v: real(v) if isinstance(v, FakeTensor) else _number(v), (args, kwargs)
-            )
-            return call(*given[0], **given[1])
-
-    try:
-        out, others = run(), {}
-    except Exception:
-        raise failure from None
-    if not tensors_in(out):
-        raise failure
-    for symbol, size in sizes.items():
-        try:
-            others[symbol] = tensors_in(run(symbol))
-        except Exception:
-            int(size)  # the module takes no other: from now on, it is this number
-    empty = []
-    for i, tensor in enumerate(tensors_in(out)):
-        larger = [(sizes[symbol], results[i].shape) for symbol, results in others.items()]
-        with fake:
-            shape = [_size_of(n, axis, larger) for axis, n in enumerate(tensor.shape)]
-            empty.append(torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
-    return tree_map(lambda v: empty.pop(0) if isinstance(v, Tensor) else v, out)
-
-
-def _size_of(size: int, axis: int, larger: Sequence[tuple[Any, Sequence[int]]]) -> Any:
-    """Return a size as a multiple of a symbol, given the shapes when each symbol is 1 larger."""
-    grown = [(n, shape[axis] - size) for n, shape in larger if shape[axis] != size]
-    if not grown:
-        return size
-    symbol, times = grown[0]
-    if len(grown) > 1 or size != times * _number(symbol):
-        raise TypeError("a module whose outputs have sizes that cannot be told")
-    return symbol * times
-
-
 def _form_of(module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
     """Return what the form of a leaf's output depends on; None if it may be more than that.
 
@@ -537,7 +475,7 @@ def _form_of(module: nn.Module, args: Sequence[Any], kwargs: Any) -> Any:
 
 
 def _form_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
-    sizes = [_symbol(n) or n for n in (*tensor.shape, *tensor.stride())]
+    sizes = [symbol_of(n) or n for n in (*tensor.shape, *tensor.stride())]
     return sizes, tensor.dtype, tensor.device
 
 
@@ -545,26 +483,10 @@ def _memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _symbol(size: Any) -> Any:
-    """Return the expression of a size; None if it is a number."""
-    expression = size.node.expr if isinstance(size, torch.SymInt) else None
-    return None if expression is None or expression.is_number else expression
-
-
-def _number(size: Any) -> Any:
-    """Return what a size is in the example."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
-
-
 def _is_whole_number(tensor: Tensor) -> bool:
     """Tell whether a tensor is one number, and that a whole one."""
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     return whole and not tensor.dim()
-
-
-def _integers(expression: Any) -> list[int]:
-    """Return the whole numbers in an expression of sizes."""
-    return [int(part) for part in expression.atoms() if part.is_Integer]
 
 
 def _tensors_by_id(root: nn.Module) -> dict[int, str]:

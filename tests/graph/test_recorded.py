@@ -379,6 +379,41 @@ class Padded(nn.Module):
         return self.b(torch.bmm(scores.softmax(-1), h))[:, :length]
 
 
+class Flattens(nn.Module):
+    """Attention whose heads and samples share an axis, as in older language models."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(depth))
+        self.qkvs = nn.ModuleList(nn.Linear(8, 24) for _ in range(depth))
+        self.outs = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.ups = nn.ModuleList(nn.Linear(8, 12) for _ in range(depth))
+        self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(depth))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        samples, length, _ = x.shape
+        if length > 100:  # no symbolic tracing
+            raise ValueError("too long")
+        layers = zip(self.norms, self.qkvs, self.outs, self.ups, self.downs)
+        for norm, qkv, out, up, down in layers:
+            parts = qkv(norm(x)).view(samples, length, 2, 12).transpose(1, 2).chunk(3, -1)
+            q, k, v = (t.reshape(samples * 2, length, 4) for t in parts)
+            mixed = torch.bmm((torch.bmm(q, k.transpose(1, 2)) / 2).softmax(-1), v)
+            mixed = mixed.view(samples, 2, length, 4).transpose(1, 2).reshape(samples, length, 8)
+            x = x + out(mixed)
+            x = x + down(up(x).relu())
+        return self.head(x)
+
+
+def test_sizes_are_computed_from_tensors_at_hand_not_read_in_another_layer():
+    x = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(0))
+    for seed in (1, 2):
+        nets = [randomise(Flattens(2), seed), randomise(Flattens(3), seed + 10)]
+        near = fxfuse.fuse(nets, x).meta["fxfuse"].nearness
+        assert near.fused < max(near.networks)
+
+
 def test_operators_that_python_decomposes_are_recorded():
     net = randomise(Padded())
     graph = trace(net, sequences())
