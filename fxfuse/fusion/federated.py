@@ -40,9 +40,9 @@ class Aggregation:
         ...     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
         >>> small, large = net(5), net(8)
         >>> sent = [(arrays_of(small), 100), (arrays_of(large), 300), (arrays_of(large), 50)]
-        >>> server = Aggregation([small, large], torch.randn(64, 4), method="best")
-        >>> [a.ndim for a in server(sent)]
-        [2, 1, 2, 1]
+        >>> server = Aggregation([small, large], torch.randn(64, 4), "best", {"anchor": 1})
+        >>> [a.shape for a in server(sent)]
+        [(8, 4), (8,), (3, 8), (3,)]
     """
 
     models: Sequence[nn.Module]
