@@ -120,16 +120,12 @@ def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
     return markdown(["", *names], rows)
 
 
-def tunings() -> str:
-    """Return the accuracy of every method of `examples/siblings.py`, a row for each record."""
-    found = records("siblings-")
-    names = [r["name"] for r in found[0]["rows"]]
-    rows = [
-        [f"{record['network']}, {record['tuning']}", *(cell([r["values"]]) for r in record["rows"])]
-        for record in found
-    ]
-    about = f"{found[0]['test_images']:,} test images, {found[0]['samples']:,} unlabelled ones; "
-    return f"{markdown(['', *names], rows)}\n\n{about}{found[0]['draws']} seeds."
+def tunings(tuning: str) -> str:
+    """Return what `examples/siblings.py` found for one kind of tuning, a column a network."""
+    found = [r for r in records("siblings-") if r["tuning"] == tuning]
+    columns = [{row["name"]: row["values"] for row in record["rows"]} for record in found]
+    rows = [[name, *(cell([column[name]]) for column in columns)] for name in columns[0]]
+    return markdown([tuning, *(record["network"] for record in found)], rows)
 
 
 def cell(values: Sequence[Any]) -> str:
