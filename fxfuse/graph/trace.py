@@ -261,17 +261,24 @@ def _hide_constants(model: nn.Module, module: fx.GraphModule) -> None:
 def copy_modes(model: Any, module: fx.GraphModule) -> fx.GraphModule:
     """Give every part of a graph the mode of the model's part of that name; return the graph.
 
-    It also gets the version that the part's class writes into state dictionaries, which loaders
+    Where that has no state, as an Identity, and the graph's has, the mode of the model counts. It
+    also gets the version that the part's class writes into state dictionaries, which loaders
     ask for.
     """
     model = unwrapped(model)
     parts = {in_graph(path): part for path, part in model.named_modules()}
     for path, part in module.named_modules():
         owner = path.rpartition(".")[0] if isinstance(part, Mode) else path
-        part.training = parts.get(owner, model).training
+        named = parts.get(owner, model)
+        inserted = _has_state(part) and not _has_state(named)
+        part.training = (model if inserted else named).training
         if path in parts and part._version != parts[path]._version:
             part._version = parts[path]._version
     return module
+
+
+def _has_state(part: nn.Module) -> bool:
+    return bool(part._parameters or part._buffers)
 
 
 def as_given(model: nn.Module, module: fx.GraphModule) -> fx.GraphModule:

@@ -170,3 +170,11 @@ def test_the_network_is_left_as_it_was():
     assert absent == () and gap(net, adopted.module, IMAGES) <= FUNCTION
     assert before.keys() == given.module.state_dict().keys()
     assert all(torch.equal(t, given.module.state_dict()[name]) for name, t in before.items())
+
+
+def test_a_norm_in_the_place_of_an_identity_has_the_mode_of_the_model():
+    plain = randomise(nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 3)), 1).eval()
+    plain[1].train()  # which does nothing
+    other = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    _, with_norm = fxfuse.balance([randomise(other, 2).eval(), plain], VECTORS)
+    assert gap(plain, with_norm, VECTORS) < FUNCTION
