@@ -33,6 +33,7 @@ from ..calibration.norms import (
     tensors_for,
 )
 from ..errors import PairingError
+from ..graph.module import Graph
 from ..graph.state import (
     hide,
     is_hidden,
@@ -79,7 +80,7 @@ def adopt(
             members[path] = tensors.filled(path) if own is None else own
     graph = copy.deepcopy(shape.module.graph)
     _copy_sizes(match, twins, dict(zip(shape.module.graph.nodes, graph.nodes)))
-    module = fx.GraphModule(members, graph, type(network.module).__name__).eval()
+    module = Graph(members, graph, type(network.module).__name__).eval()
     order_like(module, shape.module)
     for path in members:
         if is_hidden(shape.module, path):

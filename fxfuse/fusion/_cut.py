@@ -19,6 +19,7 @@ from torch import fx
 from ..alignment.layers import partition
 from ..depth.deepen import check_alignment
 from ..errors import ArgumentError, PairingError
+from ..graph.module import Graph
 from ..ir import Alignment, Layer, Segment
 from ..spaces.network import OPEN, Network
 
@@ -186,7 +187,7 @@ def _trunk(module: fx.GraphModule, at: str) -> fx.GraphModule:
     for node in reversed(nodes[: nodes.index(cut)]):
         if node in read and not node.users and node.op != "placeholder":
             graph.erase_node(node)  # a weight, a size or a flag that only the head reads
-    return fx.GraphModule(module, graph, type(module).__name__)
+    return Graph(module, graph, type(module).__name__)
 
 
 def _head(network: Network, at: str) -> Head:
@@ -211,9 +212,7 @@ def _head(network: Network, at: str) -> Head:
         if node.name in fed and node.op != "placeholder" and network.carries_data(node):
             raise _crossing(network, at, node.name, "a second value (at least its size)")
     inputs = tuple(i for i, node in enumerate(placeholders) if node in read)
-    return Head(
-        network.name, fx.GraphModule(network.module, graph, "Head"), inputs, output_axis(network)
-    )
+    return Head(network.name, Graph(network.module, graph, "Head"), inputs, output_axis(network))
 
 
 def output_axis(network: Network) -> int | None:

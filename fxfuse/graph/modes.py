@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .hooks import has_hooks
+from .module import Graph
 from .state import buffers_kept
 
 
@@ -135,7 +136,7 @@ def evaluating_part(module: fx.GraphModule) -> fx.GraphModule | None:
     for node in reversed(graph.nodes):
         if node.name in extra:
             graph.erase_node(node)
-    return fx.GraphModule(module, graph, type(module).__name__) if extra else None
+    return Graph(module, graph, type(module).__name__) if extra else None
 
 
 def is_choice(module: fx.GraphModule, node: fx.Node) -> bool:

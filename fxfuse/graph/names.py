@@ -11,7 +11,8 @@ import keyword
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph_module import reduce_graph_module
+
+from .module import Graph, unpickled
 
 SUFFIX = "__fx"
 # Attributes that a GraphModule has and a module has not.
@@ -68,7 +69,7 @@ def _rename(owner: nn.Module, old: str, new: str) -> None:
         hidden.add(new)
 
 
-class GivenNames(fx.GraphModule):
+class GivenNames(Graph):
     """A graph whose state dictionary has the names of the model, also where its parts have not."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,9 +94,7 @@ class GivenNames(fx.GraphModule):
 
 
 def _unpickled(body: dict[str, Any], imports: str) -> fx.GraphModule:
-    module = reduce_graph_module(body, imports)
-    assert isinstance(module, fx.GraphModule)
-    return with_given_names(module)
+    return with_given_names(unpickled(body, imports))
 
 
 def with_given_names(module: fx.GraphModule) -> fx.GraphModule:

@@ -27,6 +27,7 @@ from .compare import require_same
 from .hooks import copied, refuse_hooks
 from .inputs import Inputs, take_arguments
 from .modes import Mode, cut_to, eval_mode, evaluating_part, only_calls_parts
+from .module import Graph
 from .names import in_graph, rename_parts, with_given_names
 from .products import as_written
 from .recurrent import put_together
@@ -242,7 +243,7 @@ def _captured(
     read_what_is_written(graph)
     rename_parts(shell, graph)
     graph._tracer_cls = None  # unpickling makes the tracer of a GraphModule without arguments
-    module = fx.GraphModule(shell, graph, type(model).__name__)
+    module = Graph(shell, graph, type(model).__name__)
     _hide_constants(model, module)
     state = {in_graph(n) for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     _idle_state[model] = frozenset(state - set(module.state_dict()))

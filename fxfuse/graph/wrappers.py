@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import ModelError
+from .module import Graph
 
 _AROUND = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
@@ -54,4 +55,4 @@ def _free(exported: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if node.op == "call_module" and not node.users:
             graph.erase_node(node)
-    return fx.GraphModule(exported, graph, "Exported")
+    return Graph(exported, graph, "Exported")

@@ -23,6 +23,7 @@ from torch.fx.graph import CodeGen
 
 from .._schema import read, written
 from ..errors import CheckpointError, FuseError, SaveError
+from ..graph.module import Graph
 from ..graph.names import with_given_names
 from ..graph.state import part_at
 from ._allowlist import class_of, is_attribute, is_method, name_of_class, name_of_function
@@ -363,7 +364,7 @@ class _Reader:
         require(entry.name.isidentifier(), f"a name that no class can have: {entry.name!r}")
         holder, contents = nn.Module(), self._contents(entry)
         vars(holder).update(contents)
-        module = fx.GraphModule(holder, self._graph(entry, holder), entry.name)
+        module = Graph(holder, self._graph(entry, holder), entry.name)
         version = read(dict[str, int], entry.settings, "the settings")
         require(set(version) <= {"_version"}, "settings of a graph")
         vars(module).update(contents | version)
