@@ -230,9 +230,9 @@ def _other_sizes(name: str, net: nn.Module, x: Example) -> dict[str, Any]:
     """Fuse a network with a deeper and with a wider one; return errors, or what was refused."""
     found: dict[str, Any] = {}
     for what in ("deeper=1", "wider=2"):
-        other = build(f"{name}?{what}", seed=1)
         key = what.partition("=")[0]
         try:
+            other = build(f"{name}?{what}", seed=1)
             if key == "deeper":
                 pair = fxfuse.balance([other, net], x)
                 found[key] = max(difference(m, b, x) for m, b in zip([other, net], pair))
