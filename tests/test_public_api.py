@@ -101,7 +101,7 @@ TEXTS = {
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.[mp][dy]")]
 }
 DOCUMENTED = {
-    f"{place.__name__}.{name}": inspect.getdoc(member)
+    f"{place.__name__}.{name}": inspect.getdoc(member) or ""
     for place in PLACES
     for name in getattr(place, "__all__", ())
     for member in [getattr(place, name)]

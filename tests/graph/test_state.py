@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.fx import symbolic_trace
+from torch import fx, nn
 
+from fxfuse.graph.module import Graph
 from fxfuse.graph.state import (
     add_part,
     fill,
@@ -55,7 +55,8 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def net():
-    return symbolic_trace(Tied())
+    model = Tied()
+    return Graph(model, fx.Tracer().trace(model), "Tied")
 
 
 # --- reading --------------------------------------------------------------------------------------

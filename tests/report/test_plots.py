@@ -21,7 +21,7 @@ def test_ordering_undoes_a_permutation(order):
 
 @given(st.integers(1, 8), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99))
 def test_ordering_keeps_every_row_even_if_some_are_empty(rows, columns, density, seed):
-    matrix = csr_array(random_array((rows, columns), density=density, rng=seed))
+    matrix = csr_array(random_array((rows, columns), density=density, random_state=seed))
     assert sorted(near_diagonal(matrix)) == list(range(rows))
 
 
