@@ -3,6 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
 DOCS = Path(__file__).parents[2] / "docs"
 _spec = importlib.util.spec_from_file_location("fxfuse_docs_operators", DOCS / "operators.py")
 page = importlib.util.module_from_spec(_spec)
@@ -19,6 +23,9 @@ def test_each_row_says_what_the_table_of_rules_says():
         assert callers and rule in (page.rule_of(name.strip("`"), p) for p in (True, False)), name
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 14), reason="older versions call a few other operators"
+)
 def test_what_torch_nn_calls_has_a_row():
     known = {name.strip("`") for name, _, _ in rows()}
     assert set(page.of_torch_nn(range(0, 290, 3))) <= known
