@@ -1,4 +1,4 @@
-"""What a caller hands in, models and data, as analysed networks and data that can be read again.
+"""Turn the models and data of a caller into analysed networks and data that can be read again.
 
 Models are traced, checked for having the same outputs, and run once to find their spaces. Inputs
 are read once and kept as batches of tensors, so that every stage sees the same samples even of a

@@ -1,4 +1,4 @@
-"""At which positions of a contraction it is fitted, and which of them are held out of the fit.
+"""Choose the positions at which a contraction is fitted, and those held out of the fit.
 
 A position is a sample and a place in it, such as a pixel or a token. Where there are more than
 needed, some are drawn, one from each of as many equal stretches.

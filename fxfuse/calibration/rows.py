@@ -1,4 +1,4 @@
-"""What a contraction reads and gives, as rows.
+"""The inputs and outputs of a contraction as matrices, a row for each position.
 
 A row is a position: a sample and a place in it, such as a pixel or a token. A convolution reads the
 patch under its kernel.

@@ -1,8 +1,8 @@
-"""Divide the size of products between their two factors as the anchor does.
+"""Scale the two factors of a product, as queries and keys, like those of the anchor.
 
-Queries four times smaller and keys four times larger give the same attention: a network can be
-written with any such factor, and the mean of two that are written with different ones is neither.
-Networks that training wrote differ little, and stay as they are.
+Queries four times smaller and keys four times larger give the same attention, but the mean of two
+networks that are scaled so differently gives neither's. Networks as training leaves them differ
+little in this, and stay as they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Networks of another structure that have a say in what the fused network is to give.
+"""Guests: networks of another structure, whose outputs and features are targets of the refit.
 
-No weight of a guest goes into the fused network. Its features at the end of the last resolution
-that both have are evidence of what the fused network's should be there, and its outputs count in
-the outputs that are wanted.
+No weight of a guest goes into the fused network. Targets are its outputs, and its features at the
+end of the last resolution that both networks have.
 """
 
 from __future__ import annotations

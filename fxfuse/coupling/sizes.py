@@ -1,8 +1,8 @@
-"""Give units that no weight reads the size that the base network's have.
+"""Scale units that no weight reads, such as queries and keys, to the size of the base network's.
 
-Where two activations are multiplied and summed over units, as queries and keys are, a wider
-network has smaller units: the sum over more of them is the same. The mean of a unit and a smaller
-copy of it is neither, and what it is multiplied by cannot make up for it.
+Where two activations are multiplied and summed over units, a wider network has smaller units: the
+sum over more of them is the same. If units of different size were averaged as they are, the product
+would come out wrong, and no weight behind it could make up for that.
 """
 
 from __future__ import annotations

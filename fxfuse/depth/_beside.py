@@ -1,8 +1,8 @@
-"""Which values of two networks are the same, but for the layers that only one of them has.
+"""Find, for a value of one network, the value of another that is computed in the same way.
 
-A layer may read values besides that of the layer before it: masks and positions, or what another
-part of the network computed, as the encoder's output. A copy of the layer in another network reads
-the value there that is computed in the same way. Layers that not all networks have do not count.
+A layer may read more than the layer before it gives: masks and positions, or the output of another
+part of the network, such as an encoder. A copy of the layer in another network then has to read the
+same value there. "The same way" leaves out layers that not all networks have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values that make a layer neutral, found by running it: where no rule says what does nothing.
+"""Find values that make a layer neutral by running it, where no rule gives them.
 
 The parameters that write last on each path of a layer are set to zero; then the layer may add
 nothing, or multiply by one. If it adds a constant, a bias takes it off; a gate is opened or closed

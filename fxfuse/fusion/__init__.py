@@ -1,4 +1,4 @@
-"""The way of the data from networks to a network: fuse, heads, choice of weights, barrier."""
+"""From several networks to one: `fuse`, heads, the choice of weights, barriers, transfer."""
 
 from .barrier import Barrier, barrier, compare
 from .federated import Aggregation

@@ -1,8 +1,8 @@
-"""Networks that are no family: who can be fused with the anchor, and who is heard only.
+"""Tell the networks that can be fused with the anchor from those that only give targets.
 
-What pairs with the anchor, layer for layer, is its family and is fused as ever. Any other network
-is a guest: it has a say in what the fused network is to give (see `coupling.guests`), but no weight
-of it goes into that.
+Networks whose layers pair with the anchor's are its family; they are fused as usual. Any other
+network is a guest (`across=True`): none of its weights go into the fused network, but its outputs
+and features are among the targets of the refit (see `coupling.guests`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers of the entry functions may say: weights, an anchor, and what goes with a mixer."""
+"""Check the arguments of the entry functions: weights, the anchor, and what a mixer allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's configuration has to say for its class to have the fused network's widths."""
+"""Find the settings in `model.config` with which a model's class has the fused network's widths."""
 
 from __future__ import annotations
 

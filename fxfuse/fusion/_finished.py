@@ -1,4 +1,4 @@
-"""Train a fused network on, to the mean of its networks' outputs."""
+"""Train a fused network for a few steps more, to the mean of its networks' outputs."""
 
 from __future__ import annotations
 

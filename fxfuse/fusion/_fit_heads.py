@@ -1,10 +1,9 @@
-"""Refit heads on the data, to what their own networks give behind the cut.
+"""Refit each head behind a fused trunk to what its own network gives there.
 
-What a fused trunk hands on is not what a head was trained on. A head is therefore refitted as any
-fused network is, with itself as the only parent: every contraction, the map in front of it
-included, to the values that its own network has there, and the norms to the statistics of what they
-now read. The data of this fit are pairs: what the fused trunk makes of a sample, and what the
-network's own trunk makes of it.
+A fused trunk does not give quite what a head was trained on. So the head is refitted like any fused
+network, with itself as the only parent: contractions, and the map in front of the head, to the
+values in its own network, norms to the statistics of what they read now. The samples of this fit
+are pairs: what the fused trunk gives, and what the network's own trunk gives.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Measure loss and accuracy of classifiers on labelled data, and along the weights of two networks.
+"""Measure classifiers on labelled data: one by one, and along the path between two networks.
 
-The fusions with all weights come from one analysis of the networks.
+A point of the path is the fusion with some weights. One analysis of the networks serves all points.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fusion as the aggregation step of federated learning, for clients of unlike networks.
 
-What clients send are arrays, in the order of a network's state, and a number of samples. A server's
-strategy, such as that of Flower, needs a function from such results to arrays; it is made of
-`Aggregation`. No framework is imported.
+Each client sends arrays, in the order of its network's state, and its number of samples. A server,
+such as that of Flower, needs a function from these to the arrays of the next round: `Aggregation`
+is one. No framework is imported.
 """
 
 from __future__ import annotations

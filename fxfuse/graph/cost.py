@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds of a run, and parameters."""
+"""What a network costs: the multiply-adds of a run, and the number of parameters."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Hooks of a model's parts: they run while it is captured, on what belongs to the copy.
+"""Copy a model together with its hooks, so that they run while the copy is captured.
 
-What a hook computes is then in the graph. What it notes, in a list of its own, a copy notes.
+What a hook computes is then part of the graph. A list that a hook writes to is copied, too, so that
+the caller's stays as it is.
 """
 
 from __future__ import annotations

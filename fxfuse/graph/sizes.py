@@ -1,4 +1,4 @@
-"""Sizes that are symbols, as a forward sees them that runs on tensors without data."""
+"""Symbolic sizes: the shapes that a forward sees when it runs on tensors without data."""
 
 from __future__ import annotations
 

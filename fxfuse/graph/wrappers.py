@@ -1,4 +1,4 @@
-"""What people wrap around a model, taken off; and what cannot be taken for a model."""
+"""Take wrappers such as `DataParallel` off a model, and refuse what is no model."""
 
 from __future__ import annotations
 

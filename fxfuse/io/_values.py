@@ -1,4 +1,4 @@
-"""The values that JSON lacks: how each kind is recognised, written and read back.
+"""Write values that JSON lacks, such as tuples and types, as JSON objects, and read them back.
 
 Such a value is written as an object with one key, its kind: `{"tuple": [..]}`, `{"dtype":
 "float32"}`. Reading runs nothing: names are looked up among what `_allowlist` allows.

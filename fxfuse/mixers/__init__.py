@@ -1,4 +1,4 @@
-"""What becomes of weights in the same units, other than their mean: one file per method."""
+"""Mixers: ways to combine weights in the same units, other than their mean. One file each."""
 
 from ..coupling.mixing import Mixer
 from .dare import Dare

@@ -1,8 +1,8 @@
-"""What networks of another structure say of the values that the fused network is to have.
+"""Targets from guests: their features, mapped to the fused network's units.
 
-Their features are mapped to the fused network's units by ridge regression on the very positions
-where a contraction is fitted, the ridge chosen on samples held out. What they cannot tell of a unit
-is its mean there; where they can tell nothing, they have no say.
+The map is a ridge regression on the positions where a contraction is fitted; its ridge is chosen on
+samples held out. For a unit that the features do not explain, it gives the unit's mean. Features
+that explain nothing are left out of the target.
 """
 
 from __future__ import annotations

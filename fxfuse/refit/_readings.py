@@ -1,7 +1,7 @@
-"""What the networks' own layers read and give, contraction by contraction, in the fused units.
+"""The inputs and outputs of the networks' own layers, contraction by contraction, in fused units.
 
-Fits that look at one layer at a time need no run of the fused network: the networks are taken over
-the data once, and each contraction is shown where it lies.
+Fits of one layer at a time need no run of the fused network: the networks run over the data once,
+and stop at each contraction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fit the layer that gives class scores by the divergence of what it says from what is wanted.
+"""Fit the layer of class scores by the divergence of its class probabilities from those wanted.
 
 Least squares weighs an error of a score the same where a class is ruled out as where it is in
 doubt. In few units, which cannot give what many gave, this spoils what the network was sure of.

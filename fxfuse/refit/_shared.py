@@ -1,9 +1,9 @@
-"""Weights that several nodes use, as tied embeddings are: one least-squares fit over all uses.
+"""Fit a weight that several nodes use, such as a tied embedding, over all uses at once.
 
-One sweep gathers what every contraction with such a weight reads and lacks, and leaves the weight
-as it is. The correction that all of them want together is found then, errors relative to the size
-of what each should give. Where the weight is used otherwise, as rows that are looked up, these want
-it to stay. A second sweep lets all other layers follow.
+One sweep gathers, for every contraction with such a weight, its inputs and what its outputs lack;
+the weight stays as it is. Then one correction is fitted to all uses, with the errors of each
+relative to the size of its target. Uses that are no contraction, such as looking up rows, hold the
+weight back. A second sweep lets all other layers follow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weight that takes the mean of what layers read to the mean of what they give."""
+"""PLeaS: fit each layer by itself, from the networks' mean input to their mean output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight that comes nearest to each network's own layer on that network's own inputs."""
+"""RegMean: the weight that comes nearest to each network's own layer on its own inputs."""
 
 from __future__ import annotations
 

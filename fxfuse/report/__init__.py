@@ -1,4 +1,4 @@
-"""Facts to text, pictures and pages."""
+"""The facts of a fusion as text, pictures and pages."""
 
 from ._shared import PICTURE_ENDINGS, amount
 from .alignment_picture import draw

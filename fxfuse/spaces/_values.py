@@ -1,4 +1,4 @@
-"""What a labelled run knows of values: who made them, and whether they vary.
+"""Follow the values of a labelled run: which operator made them, and whether they vary.
 
 A value varies if it depends on inputs, on weights or on chance.
 

@@ -1,4 +1,4 @@
-"""Networks of other widths."""
+"""Networks of other widths: wider copies, narrower ones, and room for unlike units."""
 
 from .budget import Room, deepest_first, evenly
 from .importance import Importance, activation, magnitude, taylor
