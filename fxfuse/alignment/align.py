@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -37,6 +36,8 @@ from .pairing import SegmentGroup, pair_segments
 BATCH_SAMPLES, BATCH_BYTES = 256, 1 << 28  # samples run at a time, and the memory for them
 
 Place = tuple[int, int]  # a group of segments, and the network that is compared with its deepest
+Side = tuple[int, tuple[Layer, ...]]  # the index of a network, and layers of it
+Comparison = tuple[tuple[Side, Side], Meter]  # layers of two networks, and their meter
 
 
 def align_networks(
@@ -255,17 +256,17 @@ def measure_costs(
         DataError: If pre-activations are not finite.
     """
     answers: dict[Place, Meter | np.ndarray] = {}
-    comparisons = []
+    comparisons: list[Comparison] = []
     for (s, k), needed in places.items():
         group = groups[s]
-        sides = group.deep, group.segments[k].layers
-        answer = layer_cost(*sides)
+        deep, layers = group.deep, group.segments[k].layers
+        answer = layer_cost(deep, layers)
         if isinstance(answer, Meter) and not (needed or answer.quick):
             continue
         answers[s, k] = answer
         if isinstance(answer, Meter):
-            comparisons.append(_Comparison((group.reference, k), sides, answer))
-    if comparisons and comparisons[0].meter.of_weights:
+            comparisons.append((((group.reference, deep), (k, layers)), answer))
+    if comparisons and comparisons[0][1].of_weights:
         _show_weights(networks, comparisons)
     elif comparisons:
         _show_data(networks, comparisons, data)
@@ -278,38 +279,24 @@ def measure_costs(
     return costs
 
 
-@dataclass(frozen=True, eq=False)
-class _Comparison:
-    """Layers of two networks, and the meter of their costs.
-
-    Attributes:
-        networks: Indices of the two networks.
-        layers: The layers of each.
-        meter: What measures them.
-    """
-
-    networks: tuple[int, int]
-    layers: tuple[tuple[Layer, ...], tuple[Layer, ...]]
-    meter: Meter
-
-    def show(self, reduced: Sequence[Mapping[str, Any]]) -> None:
-        """Show the meter what was reduced of the layers, by network and name."""
-        sides = zip(self.networks, self.layers)
-        self.meter.add(*([reduced[k][x.name] for x in layers] for k, layers in sides))
+def _show(comparisons: Sequence[Comparison], reduced: Sequence[Mapping[str, Any]]) -> None:
+    """Show each meter what was reduced of its layers, by network and name."""
+    for sides, meter in comparisons:
+        meter.add(*([reduced[k][x.name] for x in layers] for k, layers in sides))
 
 
-def _compared_layers(count: int, comparisons: Sequence[_Comparison]) -> list[tuple[Layer, ...]]:
+def _compared_layers(count: int, comparisons: Sequence[Comparison]) -> list[tuple[Layer, ...]]:
     """Return the layers of each of some networks that are compared, each once."""
     layers: list[dict[str, Layer]] = [{} for _ in range(count)]
-    for comparison in comparisons:
-        for k, side in zip(comparison.networks, comparison.layers):
+    for sides, _ in comparisons:
+        for k, side in sides:
             layers[k].update({x.name: x for x in side})
     return [tuple(by_name.values()) for by_name in layers]
 
 
-def _show_weights(networks: Sequence[Network], comparisons: Sequence[_Comparison]) -> None:
+def _show_weights(networks: Sequence[Network], comparisons: Sequence[Comparison]) -> None:
     """Show meters the weights of their layers."""
-    meter = comparisons[0].meter
+    _, meter = comparisons[0]
     reduced = []
     for network, layers in zip(networks, _compared_layers(len(networks), comparisons)):
         state = fold_norms(network, foldable_norms(network))
@@ -318,28 +305,26 @@ def _show_weights(networks: Sequence[Network], comparisons: Sequence[_Comparison
             for x in layers
         }
         reduced.append({name: meter.reduce(arrays) for name, arrays in weights.items()})
-    for comparison in comparisons:
-        comparison.show(reduced)
+    _show(comparisons, reduced)
 
 
 def _show_data(
-    networks: Sequence[Network], comparisons: Sequence[_Comparison], data: Calibration
+    networks: Sequence[Network], comparisons: Sequence[Comparison], data: Calibration
 ) -> None:
     """Show meters the pre-activations of their layers, until they have seen enough."""
-    meter, seen = comparisons[0].meter, 0
+    (_, meter), seen = comparisons[0], 0
     layers = _compared_layers(len(networks), comparisons)
     size = _samples_at_a_time(networks, layers, meter)
     if meter.samples is not None:
         data = data.first(-(-meter.samples // size) * size)
     for batch in data.dealt(size) if meter.adds_up else data.chunks(size):
         reduced = [_reduced(n, batch, x, meter) for n, x in zip(networks, layers)]
-        for comparison in comparisons:
-            comparison.show(reduced)
+        _show(comparisons, reduced)
         seen += data.samples_in(batch)
         tell(seen / data.samples)
     with data.summed():
-        for comparison in comparisons:
-            comparison.meter.summed()
+        for _, compared in comparisons:
+            compared.summed()
 
 
 def _samples_at_a_time(

@@ -83,25 +83,6 @@ def divergence(wanted: Tensor, logits: Tensor) -> float:
     return float(torch.where(possible, p.exp() * (p - q), 0.0).sum())
 
 
-class SquaredError:
-    """The squared error of outputs, relative to the squared values wanted, over many batches."""
-
-    def __init__(self) -> None:
-        self._error = self._power = 0.0
-
-    def add(self, wanted: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Add the outputs of a batch; whole numbers among them do not count."""
-        for a, b in zip(wanted, outputs):
-            if a.is_floating_point():
-                self._error += float((a.double() - b.double()).square().sum())
-                self._power += float(a.double().square().sum())
-
-    @property
-    def relative(self) -> float:
-        """The error of all batches so far, of all processes inside `Calibration.summed`."""
-        return total_of(self._error) / max(total_of(self._power), 1e-300)
-
-
 class Distance:
     """How far outputs are from those wanted, over many batches.
 
@@ -161,8 +142,11 @@ def relative_error_on(
         other: The network.
         bypass: Nodes of this network that are not run.
     """
-    error = SquaredError()
+    error = power = 0.0
     for batch in data.own(working_batch([model, other])):
-        error.add(run_past(model, batch, {}), run_past(other, batch, bypass or {}))
+        for a, b in zip(run_past(model, batch, {}), run_past(other, batch, bypass or {})):
+            if a.is_floating_point():  # whole numbers have no mean square
+                error += float((a.double() - b.double()).square().sum())
+                power += float(a.double().square().sum())
     with data.summed():
-        return float(error.relative**0.5)
+        return float((total_of(error) / max(total_of(power), 1e-300)) ** 0.5)

@@ -19,14 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DataError
 
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a piece of memory lies in the file, and on which device it was."""
-
-    start: int
-    size: int
-    device: torch.device
+# where a piece of memory lies in the file: start and size in bytes, and the device it was on
+_Place = tuple[int, int, torch.device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +131,8 @@ class SpillStore:
         """Return values, and free their place in the store."""
         values = self.get(waiting)
         self.room += waiting.size
-        for place in waiting.places:
-            self._free.setdefault(place.size, []).append(place.start)
+        for start, size, _ in waiting.places:
+            self._free.setdefault(size, []).append(start)
         return values
 
     def _write(self, piece: torch.UntypedStorage) -> _Place:
@@ -154,18 +148,19 @@ class SpillStore:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise _no_room(self._end, error) from error
-        return _Place(start, size, piece.device)
+        return start, size, piece.device
 
     def _read(self, place: _Place) -> torch.UntypedStorage:
-        content = np.empty(place.size, np.uint8)
+        start, size, device = place
+        content = np.empty(size, np.uint8)
         left = content.data
-        self._file.seek(place.start)
+        self._file.seek(start)
         while left:
             count = self._file.readinto(left)
             if not count:
                 raise OSError("the temporary file ends before what was written to it")
             left = left[count:]
-        return torch.from_numpy(content).to(place.device).untyped_storage()
+        return torch.from_numpy(content).to(device).untyped_storage()
 
 
 def addresses_of(module: torch.nn.Module) -> set[int]:

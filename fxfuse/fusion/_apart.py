@@ -13,14 +13,16 @@ from ..coupling.mixing import Couplings
 from ..graph.cost import cost_per_sample
 from ..graph.names import with_given_names
 from ..graph.trace import copy_modes, copy_precision, with_arguments
-from ..ir import Alignment
+from ..ir import Alignment, Cost
 from ..refit.moments import Refit
 from ..report.report import Report
 from ..spaces.network import Network
-from ._cut import cut_networks
+from ._choose_cut import choose_cut
+from ._cut import AUTO, cut_networks
 from ._fit_heads import refitted
+from ._guard import HELD_OUT
 from .assemble import require_sound
-from .heads import Heads, grafted
+from .heads import Heads, Separate, grafted
 
 
 def fuse_apart(
@@ -29,10 +31,10 @@ def fuse_apart(
     alignment: Alignment,
     anchor: int,
     heads: Heads,
+    data: Calibration,
     *,
     way: Callable[..., tuple[Network, Couplings, Report]],
     refit: Refit,
-    data: Calibration,
     clock: Clock,
 ) -> tuple[fx.GraphModule, Report]:
     """Fuse networks of different tasks up to a layer, and refit what each does behind it.
@@ -43,11 +45,22 @@ def fuse_apart(
         alignment: Which of their layers correspond.
         anchor: Index of the network whose structure the trunk takes.
         heads: Where they are cut, and what becomes of what is behind.
+        data: Calibration inputs.
         way: Fuses the trunks.
         refit: How heads are corrected.
-        data: Calibration inputs.
         clock: Times the stages.
     """
+    if heads.after == AUTO:
+        most = Cost(heads.multiply_adds, heads.parameters)
+        rest, held = data.parted(HELD_OUT)
+
+        def make(after: str) -> fx.GraphModule:
+            given = models, networks, alignment, anchor, Separate(after), rest
+            return fuse_apart(*given, way=way, refit=refit, clock=Clock(None))[0]
+
+        with clock.stage("choose the cut"):
+            after = choose_cut(networks, alignment, anchor, most, make, held)
+        heads = replace(heads, after=after)
     trunks, alignment, tails = cut_networks(networks, alignment, anchor, heads.after)
     trunk, couplings, report = way(trunks, alignment, data=data, clock=clock)
     fused = copy_modes(models[anchor], trunk.module)

@@ -1,6 +1,8 @@
-"""The entry functions: fuse, align, balance. `fuse` reads as the list of its stages.
+"""The entry functions: `fuse`, `align`, `balance` and their variants. Start reading here.
 
-networks, data -> align -> balance -> a problem -> couple -> emit -> refit -> one network
+`fuse` prepares networks and data, aligns layers, and judges the result. Between these,
+`_fuse_networks` gives the networks one structure, and `_fuse_balanced` couples their units, emits
+one network and refits it. With `heads`, only the trunks go this way.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ..errors import ArgumentError
 from ..graph.calls import ToCall
 from ..graph.cost import cost_per_sample
 from ..graph.trace import as_given, without_autocast
-from ..ir import Alignment, Cost, Segment
+from ..ir import Alignment, Segment
 from ..refit.emit import rescale
 from ..refit.finish import Finish
 from ..refit.moments import Refit
@@ -41,12 +43,10 @@ from ..width.budget import Room, deepest_first, require_width
 from ._across import Company, company_of, require_hearing
 from ._apart import fuse_apart
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
-from ._choose_cut import choose_cut
 from ._configuration import changed_configuration
-from ._cut import AUTO, trunk_segments
+from ._cut import trunk_segments
 from ._finished import finished, require_outputs
 from ._guard import (
-    HELD_OUT,
     Split,
     advice_for,
     lost_heads,
@@ -56,7 +56,7 @@ from ._guard import (
     without_repeats,
 )
 from .assemble import couple, make, report_on, require_sound
-from .heads import Heads, Separate, require_heads
+from .heads import Heads, require_heads
 from .selection import Candidate, Choice
 
 
@@ -244,37 +244,32 @@ def fuse(
     shares = shares_of(None if isinstance(weights, str) else weights, models)
     require_width(width)
     shares = shares_for(method.mixer, shares, width, automatic)
-    networks, calibration = prepare(models, data, clock, heads is not None, inputs)
+
+    networks, samples = prepare(models, data, clock, heads is not None, inputs)
     index = anchor_of(anchor, method.usual_anchor(networks), len(networks))
-    calibration, *said = without_repeats(calibration)
+    samples, *said = without_repeats(samples)
     chooses = automatic or finish is not None
-    split = split_to_judge(calibration, method.refit.fits and heads is None, chooses)
-    company = company_of(networks, shares, index, calibration, method.balancing, across)
-    way: Callable[..., Any] = partial(_fuse_networks, company=company, width=width, method=method)
+    split = split_to_judge(samples, method.refit.fits and heads is None, chooses)
+    company = company_of(networks, shares, index, samples, method.balancing, across)
+    way = partial(_fuse_networks, company=company, width=width, method=method)
+
     if heads is None:
-        alignment = alignment or _aligned(company.family, calibration, method, clock)
-        leads = company.leads[: (len(company.leads) if anchor is None else 1) * automatic]
+        alignment = alignment or _aligned(company.family, samples, method, clock)
+        leads = (company.leads if anchor is None else company.leads[:1]) if automatic else []
         network, report = _fuse_and_judge(company, alignment, split, leads, finish, way, clock)
         fused = as_given(models[index], network.module)
         report = replace(report, configuration=changed_configuration(models[index], fused))
     else:
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
-        alignment = alignment or _aligned(networks, calibration, method, clock, front)
-        facts = models, networks, alignment, index
-        apart = partial(fuse_apart, *facts, way=way, refit=method.refit)
-        if heads.after == AUTO:
-            rest, held = calibration.parted(HELD_OUT)
-            with clock.stage("choose the cut"):
-                most = Cost(heads.multiply_adds, heads.parameters)
-                quietly = partial(apart, data=rest, clock=Clock(None))
-                after = choose_cut(*facts[1:], most, lambda a: quietly(Separate(a))[0], held)
-            heads = replace(heads, after=after)
-        fused, report = apart(heads, data=calibration, clock=clock)
+        alignment = alignment or _aligned(networks, samples, method, clock, front)
+        facts = models, networks, alignment, index, heads, samples
+        fused, report = fuse_apart(*facts, way=way, refit=method.refit, clock=clock)
         said.append(lost_heads(report, networks, split.judge))
+
     _require_one_result(fused)
     report = replace(report, costs=tuple(cost_per_sample(n.module, n.example) for n in networks))
-    advice = advice_for(automatic, width, method == Method(), calibration.samples)
+    advice = advice_for(automatic, width, method == Method(), samples.samples)
     fused.meta["fxfuse"] = warned(report, said, width, models, fused, advice)
     return fused
 
@@ -330,7 +325,7 @@ def _fuse_networks(
     clock: Clock,
     choice: Choice | None = None,
 ) -> tuple[Network, Couplings, Report]:
-    """Balance, couple, emit and refit; take another network if it is to be chosen, and is nearer.
+    """Give networks one structure, and make one network of them.
 
     Args:
         networks: The traced networks of the family.
@@ -343,9 +338,35 @@ def _fuse_networks(
         choice: What to choose by; None to take the fused network.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
-    anchor, shares = company.anchor, company.shares_inside
-    problem = Problem.of(balanced, anchor, shares, method.absent_as_zero)
+    problem = Problem.of(balanced, company.anchor, company.shares_inside, method.absent_as_zero)
     problem = replace(problem, guests=company.guests_of(problem.structure))
+    facts = problem, alignment, balanced, data, method, clock
+    fused, couplings, report = _fuse_balanced(*facts, width, choice)
+    return fused, couplings, replace(report, cost=cost_per_sample(fused.module, fused.example))
+
+
+def _fuse_balanced(
+    problem: Problem,
+    alignment: Alignment,
+    balanced: Balanced,
+    data: Calibration,
+    method: Method,
+    clock: Clock,
+    width: float = 1.0,
+    choice: Choice | None = None,
+) -> tuple[Network, Couplings, Report]:
+    """Couple, emit and refit; take another network if it is to be chosen, and is nearer.
+
+    Args:
+        problem: The balanced networks, what each counts, and who else is heard.
+        alignment: Which of their layers correspond.
+        balanced: The networks, with what balancing did to them.
+        data: Calibration inputs.
+        method: The choices along the way.
+        clock: Times the stages.
+        width: Of the result, relative to the anchor's.
+        choice: What to choose by; None to take the fused network.
+    """
     given = data, method.coupling, method.mixer, method.refit, clock
     couplings, moments, narrow = couple(problem, *given, width=width, room=method.room)
     fused, outcome = make(couplings, moments, method.refit, data, clock)
@@ -357,9 +378,8 @@ def _fuse_networks(
             best, candidates = choice(usual, balanced, method.refit, data)
         fused, couplings, outcome = best.network, best.couplings, best.outcome
     require_sound(fused)
-    facts = alignment, balanced, anchor, couplings, outcome, clock, method.seeds, narrow
-    report = replace(report_on(*facts), candidates=candidates)
-    return fused, couplings, replace(report, cost=cost_per_sample(fused.module, fused.example))
+    facts = alignment, balanced, problem.anchor, couplings, outcome, clock, method.seeds, narrow
+    return fused, couplings, replace(report_on(*facts), candidates=candidates)
 
 
 def _aligned(
@@ -425,14 +445,10 @@ def fuse_along(
     for shares in all_shares:
         clock.seconds = dict(prepared)  # each fusion reports its own
         shared = replace(problem, weights=shares, output_weights=shares)
-        choices = calibration, method.coupling, method.mixer, method.refit, clock
-        couplings, moments, _ = couple(shared, *choices, width=1.0, room=method.room)
-        network, outcome = make(couplings, moments, method.refit, calibration, clock)
-        rescale(network, couplings)
-        require_sound(network)
+        facts = shared, alignment, balanced, calibration, method, clock
+        network, _, report = _fuse_balanced(*facts)
         fused = as_given(models[index], network.module)
-        facts = alignment, balanced, index, couplings, outcome, clock, method.seeds
-        fused.meta["fxfuse"] = report_on(*facts, narrow={})
+        fused.meta["fxfuse"] = report
         yield fused
 
 

@@ -149,28 +149,17 @@ def _rewrite(module: fx.GraphModule, unwritten: set[str]) -> None:
     _nest_joins(module.graph, unwritten)
 
 
-class _Watcher(Interpreter):
-    """Remember concatenations and their parts, and how often each had been written to by then."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.joins: dict[str, list[tuple[Tensor, int]]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        parts = [self.env[p] for p in _join(n)[0]]
-        value = super().run_node(n)
-        if parts:
-            self.joins[n.name] = [(t, t._version) for t in (value, *parts)]
-        return value
-
-
 def _unwritten_joins(module: fx.GraphModule, example: tuple[Tensor, ...]) -> set[str]:
     """Return the concatenations that nothing writes to later, nor to their parts."""
-    watcher = _Watcher(module)
+    joins: dict[str, list[tuple[Tensor, int]]] = {}  # tensors, and how often they were written to
+
+    def look(node: fx.Node, value: Any, values: dict[fx.Node, Any]) -> None:
+        if parts := [values[part] for part in _join(node)[0]]:
+            joins[node.name] = [(t, t._version) for t in (value, *parts)]
+
     with eval_mode(module), torch.no_grad():
-        watcher.run(*example)
-    joins = watcher.joins.items()
-    return {n for n, values in joins if all(t._version == version for t, version in values)}
+        Interpreter(module, look=look).run(*example)
+    return {n for n, join in joins.items() if all(t._version == count for t, count in join)}
 
 
 def _drop_checks(graph: fx.Graph) -> None:

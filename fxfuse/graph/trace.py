@@ -60,7 +60,29 @@ def without_autocast() -> Iterator[None]:
 
 
 class Interpreter(fx.Interpreter):
-    """Run a graph as its own code would: functions get lists that they may write to."""
+    """Run a graph as its own code would: functions get lists that they may write to.
+
+    Args:
+        module: The graph.
+        garbage_collect_values: Whether a value is freed once nothing reads it any more.
+        look: Called behind each node with the node, its value, and all values that are held then.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        garbage_collect_values: bool = True,
+        look: Callable[[fx.Node, Any, dict[fx.Node, Any]], None] | None = None,
+    ) -> None:
+        super().__init__(module, garbage_collect_values)
+        self.look = look
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and show it with its value to who looks on."""
+        value = super().run_node(n)
+        if self.look is not None:
+            self.look(n, value, self.env)
+        return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a node's arguments as fresh lists and dictionaries instead of frozen ones."""

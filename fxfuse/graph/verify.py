@@ -158,19 +158,6 @@ def require_equal(
     )
 
 
-class _Recorder(Interpreter):
-    """Keep the value of every node."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value
-        return value
-
-
 def first_divergence(
     before: fx.GraphModule,
     after: fx.GraphModule,
@@ -186,11 +173,11 @@ def _divergence(graphs: Sequence[tuple[fx.GraphModule, Any]], tolerance: float) 
 
     Nodes are compared by name; an inserted node, with the node behind which it was inserted.
     """
-    recorders = [_Recorder(module) for module, _ in graphs]
+    runs = [Interpreter(module, garbage_collect_values=False) for module, _ in graphs]
     with torch.no_grad():
-        for recorder, (_, example) in zip(recorders, graphs):
-            recorder.run(*example)
-    old, new = (r.values for r in recorders)
+        for run, (_, example) in zip(runs, graphs):
+            run.run(*example)
+    old, new = ({node.name: value for node, value in run.env.items()} for run in runs)
     for node in graphs[1][0].graph.nodes:
         name = node.name if node.name in old else node.meta.get("neutral_to")
         if name not in old or node.op == "output":

@@ -139,34 +139,25 @@ def _is_noise(a: Tensor, b: Tensor) -> bool:
     return a.is_floating_point() and all(not t.numel() or t.abs().max() < ZERO for t in (a, b))
 
 
-class _Returned(Interpreter):
-    """Keep the tensors that a network returns in either mode."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback, self.graph_module = False, module
-        self.returned: Named = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output" or is_choice(self.graph_module, n):
-            for node in [part for part in tree_leaves(n.args) if isinstance(part, fx.Node)]:
-                self.returned += [(node.name, t) for t in tensors_in(self.env[node])]
-        return super().run_node(n)
-
-
 def _run(module: fx.GraphModule, inputs: Tensors) -> Named | None:
-    """Return what a network returns, with the same random numbers at each call.
+    """Return what a network returns in either mode, with the same random numbers at each call.
 
     None if it refuses the inputs, or if outputs are not finite.
     """
-    device = device_of(module)
-    interpreter = _Returned(module)
+    device, returned = device_of(module), Named()
+
+    def look(node: fx.Node, _: Any, values: dict[fx.Node, Any]) -> None:
+        if node.op == "output" or is_choice(module, node):
+            for part in [part for part in tree_leaves(node.args) if isinstance(part, fx.Node)]:
+                returned.extend((part.name, t) for t in tensors_in(values[part]))
+
+    interpreter = Interpreter(module, look=look)
+    interpreter.extra_traceback = False
     with same_chance(device), without_autocast(), eval_mode(module), torch.no_grad():
         try:
             interpreter.run(*[t.clone() for t in inputs])
         except Exception:
             return None
-    returned = interpreter.returned
     finite = all(t.isfinite().all() for _, t in returned if t.is_floating_point())
     return returned if finite else None
 

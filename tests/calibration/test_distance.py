@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxfuse.calibration.data import Calibration, analyse
-from fxfuse.calibration.distance import SquaredError, divergence, is_logits, relative_error_on
+from fxfuse.calibration.distance import divergence, is_logits, relative_error_on
 from tests.support.nets import mlp, outputs, randomise
 from tests.support.tolerances import EXACT
 
@@ -25,21 +25,6 @@ def test_the_divergence_sums_over_samples():
 def test_logits_have_samples_and_classes():
     assert is_logits(torch.zeros(3, 2))
     assert not any(map(is_logits, [torch.zeros(3, 1), torch.zeros(3, 2, 4), [torch.zeros(3, 2)]]))
-
-
-def test_the_squared_error_of_batches_is_that_of_all_samples():
-    error = SquaredError()
-    assert error.relative == 0.0
-    for part in (slice(3), slice(3, None)):
-        error.add([WANTED[part], torch.ones(2)], [GIVEN[part], torch.ones(2)])
-    wanted = float((WANTED - GIVEN).double().square().sum() / (WANTED.double().square().sum() + 4))
-    assert error.relative == pytest.approx(wanted, rel=1e-6)
-
-
-def test_whole_numbers_do_not_count():
-    error = SquaredError()
-    error.add([torch.tensor([1, 2]), torch.ones(1)], [torch.tensor([5, 2]), torch.ones(1)])
-    assert error.relative == 0.0
 
 
 def test_the_error_of_a_network_is_the_root_mean_square_over_all_outputs():
