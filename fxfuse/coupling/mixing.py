@@ -164,12 +164,11 @@ class Couplings:
     def _spaces(self) -> Spaces:
         return self.problem.structure.spaces
 
-    def carry(self, name: str, tensor: np.ndarray, k: int, but: int | None = None) -> np.ndarray:
-        """Return one network's tensor with every axis mapped, `but` one."""
-        axes = [a for _, a in self._spaces.on(name) if a.dim != but]
+    def carry(self, name: str, tensor: np.ndarray, k: int) -> np.ndarray:
+        """Return one network's tensor with every axis mapped."""
+        axes = [a for _, a in self._spaces.on(name)]
         dims = dict.fromkeys(a.dim for a in axes)
-        others = (d for d in range(tensor.ndim) if d != but)
-        dims |= {d: None for d in others if (OUTPUTS, name, d, k) in self.of_axes}
+        dims |= {d: None for d in range(tensor.ndim) if (OUTPUTS, name, d, k) in self.of_axes}
         maps = {d: self.axis_map(name, d, k) for d in dims}
         groups = max((a.groups for a in axes), default=1)
         if groups > 1:

@@ -195,9 +195,7 @@ class Plans:
             self.keep(name, k)
             return
         outer = self.plans.get((self._parent(name) or "", k))
-        if name in self.problem.unread:
-            solver = _Whole(solver)
-        plan = _solve(cost, base, space, outer, solver)
+        plan = _solve(cost, base, space, outer, solver, whole=name in self.problem.unread)
         total = float(plan.multiply(cost).sum() / plan.sum())
         self.plans[name, k] = plan
         square = base.size == space.size
@@ -338,28 +336,31 @@ def one_partner(cost: np.ndarray) -> csr_array:
     return csr_array((np.full(count, 1 / count), (np.arange(count), partners)), shape=cost.shape)
 
 
-@dataclass(frozen=True)
-class _Whole(Solver):
-    """Gives units that no weight reads one partner where the sides differ in size.
+def _solve(
+    cost: np.ndarray,
+    base: Space,
+    space: Space,
+    outer: csr_array | None,
+    solver: Solver,
+    whole: bool,
+) -> csr_array:
+    """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place).
 
-    Attributes:
-        solver: Solves the rest.
+    Args:
+        cost: Ground cost `(n, m)`.
+        base: The space of the base network.
+        space: That of the other network.
+        outer: The plan of the blocks that they lie in, if there is one.
+        solver: Solves for the units, block by block.
+        whole: Whether units get one partner, instead of shares of several, where sizes differ.
     """
 
-    solver: Solver
+    def plan_of(part: np.ndarray) -> csr_array:
+        square = part.shape[0] == part.shape[1]
+        return one_partner(part) if whole and not square else plan_between(part, solver)
 
-    def __call__(self, cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> csr_array:
-        """Return the plan `(n, m)`."""
-        square = cost.shape[0] == cost.shape[1]
-        return self.solver(cost, a, b) if square else one_partner(cost)
-
-
-def _solve(
-    cost: np.ndarray, base: Space, space: Space, outer: csr_array | None, solver: Solver
-) -> csr_array:
-    """Solve a plan; inside blocks, follow the plan of the blocks (or keep them in place)."""
     if base.blocks is None:
-        return plan_between(cost, solver)
+        return plan_of(cost)
     ours, theirs = _members(base), _members(space)
     if outer is None:
         outer = csr_array(eye_array(len(ours)) / len(ours))
@@ -367,7 +368,7 @@ def _solve(
     data, rows, columns = [], [], []
     for i, j, mass in zip(outer.row, outer.col, outer.data):
         part = cost[np.ix_(ours[i], theirs[j])]
-        plan = coo_array(plan_between(part, solver))
+        plan = coo_array(plan_of(part))
         rows.append(ours[i][plan.row])
         columns.append(theirs[j][plan.col])
         data.append(plan.data * mass)

@@ -159,13 +159,10 @@ def require_equal(
 
 
 def first_divergence(
-    before: fx.GraphModule,
-    after: fx.GraphModule,
-    example: tuple[Tensor, ...],
-    tolerance: float = TOLERANCE,
+    before: fx.GraphModule, after: fx.GraphModule, example: tuple[Tensor, ...]
 ) -> str | None:
     """Describe the first node of `after` whose value differs from `before`'s; None if none does."""
-    return _divergence([(before, example), (after, example)], tolerance)
+    return _divergence([(before, example), (after, example)], TOLERANCE)
 
 
 def _divergence(graphs: Sequence[tuple[fx.GraphModule, Any]], tolerance: float) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .._progress import tell
 from ..calibration.affine import Producer
@@ -90,71 +90,74 @@ def readings(
         for done, node in enumerate(order):
             aim = aims.get(node.name)
             if aim is not None and not aim.shared:
-                reading = _Spot.of(fused, targets, node, aim).reading(tracks, place, draw)
+                reading = _reading(fused, targets, aim, tracks, place, draw)
                 if reading is not None:
                     yield reading
             tell((done + 1) / len(order))
 
 
-@dataclass(frozen=True, eq=False)
-class _Spot:
-    """Where a contraction reads and gives: the nodes, and the axes of their units."""
+def _reading(
+    fused: Network,
+    targets: Targets,
+    aim: Aim,
+    tracks: Sequence[Track],
+    place: dict[str, int],
+    draw: Draw,
+) -> Reading | None:
+    """Take all networks to a contraction; None if what they read or give does not correspond.
 
-    targets: Targets
-    aim: Aim
-    source: str
-    reads: int
-    gives: int
+    Args:
+        fused: The fused network.
+        targets: Carries values into its units.
+        aim: The contraction.
+        tracks: The networks on their way over the data.
+        place: The place of each node in the order of the way.
+        draw: Chooses positions of a contraction.
+    """
+    producer, sizes = aim.producer, tracks[0].sizes
+    source = fused.inputs_of(fused.nodes[producer.node])[0].name
+    reads = 1 if producer.affine.kernel else len(fused.shapes[source]) - 1
+    gives = aim.axis_in(fused)
+    ends = (source, reads), (producer.joint, gives)
+    if not all(targets.fits(*end) for end in ends):
+        return None
+    inputs: list[list[Tensor]] = [[] for _ in tracks]
+    outputs: list[list[Tensor]] = [[] for _ in tracks]
+    sample, shares = None, [0.0] * len(tracks)
+    maps = [[targets.map_of(*end, k) for k in range(len(tracks))] for end in ends]
+    for batch, size in enumerate(sizes):
+        values = [_values(producer, source, track, batch, place) for track in tracks]
+        shares = targets.shares(producer.joint, producer.weight, [z for _, z in values])
+        for k, (x, z) in enumerate(values):
+            if not shares[k] or x is None or z is None:
+                continue
+            if sample is None:
+                sample = draw(aim, z.numel() // (z.shape[gives] * size), tracks[0])
+            sample.keep_below(batch, z.numel() // z.shape[gives])
+            x, z = in_units(maps[0][k], x, reads), in_units(maps[1][k], z, gives)
+            inputs[k].append(input_rows(x, producer.affine, sample.at[batch]))
+            outputs[k].append(output_rows(z, gives, sample.at[batch]))
+    if sample is None or {len(x) for x in inputs} - {0, len(sizes)}:
+        return None
+    having = [w if x else 0.0 for w, x in zip(shares, inputs)]
+    rows, goals = (
+        [sample.joined(parts) if parts else None for parts in side] for side in (inputs, outputs)
+    )
+    device = next(part.device for part in rows if part is not None)
+    masses = [torch.as_tensor(targets.mass(*end, having)).float() for end in ends]
+    masses = [mass.to(device) for mass in masses]
+    taps = math.prod(producer.affine.kernel)
+    read = masses[0].view(producer.affine.groups, 1, -1).repeat(1, 1, taps)
+    return Reading(producer, sample, having, rows, goals, read, masses[1])
 
-    @classmethod
-    def of(cls, fused: Network, targets: Targets, node: fx.Node, aim: Aim) -> _Spot:
-        source = fused.inputs_of(node)[0].name
-        dims = len(fused.shapes[source])
-        reads = 1 if aim.producer.affine.kernel else dims - 1
-        return cls(targets, aim, source, reads, aim.axis_in(fused))
 
-    def reading(self, tracks: Sequence[Track], place: dict[str, int], draw: Draw) -> Reading | None:
-        """Take all networks there; return None if what they read or give does not correspond."""
-        producer, sizes = self.aim.producer, tracks[0].sizes
-        ends = (self.source, self.reads), (producer.joint, self.gives)
-        if not all(self.targets.fits(*end) for end in ends):
-            return None
-        inputs: list[list[Tensor]] = [[] for _ in tracks]
-        outputs: list[list[Tensor]] = [[] for _ in tracks]
-        sample, shares = None, [0.0] * len(tracks)
-        maps = [[self.targets.map_of(*end, k) for k in range(len(tracks))] for end in ends]
-        for batch, size in enumerate(sizes):
-            values = [self._values(track, batch, place) for track in tracks]
-            shares = self.targets.shares(producer.joint, producer.weight, [z for _, z in values])
-            for k, (x, z) in enumerate(values):
-                if not shares[k] or x is None or z is None:
-                    continue
-                if sample is None:
-                    sample = draw(self.aim, z.numel() // (z.shape[self.gives] * size), tracks[0])
-                sample.keep_below(batch, z.numel() // z.shape[self.gives])
-                x, z = in_units(maps[0][k], x, self.reads), in_units(maps[1][k], z, self.gives)
-                inputs[k].append(input_rows(x, producer.affine, sample.at[batch]))
-                outputs[k].append(output_rows(z, self.gives, sample.at[batch]))
-        if sample is None or {len(x) for x in inputs} - {0, len(sizes)}:
-            return None
-        having = [w if x else 0.0 for w, x in zip(shares, inputs)]
-        rows, goals = (
-            [sample.joined(parts) if parts else None for parts in side]
-            for side in (inputs, outputs)
-        )
-        device = next(part.device for part in rows if part is not None)
-        masses = [torch.as_tensor(self.targets.mass(*end, having)).float() for end in ends]
-        masses = [mass.to(device) for mass in masses]
-        taps = math.prod(producer.affine.kernel)
-        read = masses[0].view(producer.affine.groups, 1, -1).repeat(1, 1, taps)
-        return Reading(producer, sample, having, rows, goals, read, masses[1])
-
-    def _values(self, track: Track, batch: int, place: dict[str, int]) -> tuple[Any, Any]:
-        """Take one network to where the contraction is complete; return what it reads and gives."""
-        producer = self.aim.producer
-        run, _ = track.go(batch, place[producer.node])
-        x = run.value_of(self.source)
-        x = x.clone() if x is not None else None
-        _, z = track.go(batch, place[producer.joint] + 1)
-        track.rest(batch)
-        return x, z
+def _values(
+    producer: Producer, source: str, track: Track, batch: int, place: dict[str, int]
+) -> tuple[Any, Any]:
+    """Take one network to where a contraction is complete; return what it reads and gives."""
+    run, _ = track.go(batch, place[producer.node])
+    x = run.value_of(source)
+    x = x.clone() if x is not None else None
+    _, z = track.go(batch, place[producer.joint] + 1)
+    track.rest(batch)
+    return x, z
