@@ -9,7 +9,8 @@ precision sees a difference, double precision decides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ ZERO = 1e-9  # outputs that are smaller are rounding noise
 
 Tensors = tuple[Tensor, ...]
 Named = list[tuple[str, Tensor]]  # tensors, each with the node that it is the value of
+Returned = tuple[Tensors, Named]  # inputs, and what a network returned for them
 
 
 def confirmed(module: fx.GraphModule, example: Tensors, ledger: Ledger) -> Spaces:
@@ -45,13 +47,15 @@ def confirmed(module: fx.GraphModule, example: Tensors, ledger: Ledger) -> Space
         ledger: What was found there; units that are at fault are frozen in it.
     """
     spaces = spaces_of(ledger)
-    trial = _Trial(module, example) if len(spaces) else None
-    while trial is not None and len(spaces):
-        wrong = trial.wrong(spaces)
+    run = _other_run(module, example) if len(spaces) else None
+    while run is not None and len(spaces):  # without a run, nothing more is known
+        names, differs = [s.name for s in spaces], partial(_differs, module, run, spaces)
+        wrong = set(_at_fault(names, differs)) if differs(names) else ()
         if not wrong:
             break
-        for space in wrong:
-            _freeze(ledger, spaces, space)
+        for space in spaces:
+            if space.name in wrong:
+                _freeze(ledger, spaces, space)
         spaces = spaces_of(ledger)
     return spaces
 
@@ -66,39 +70,26 @@ def _freeze(ledger: Ledger, spaces: Spaces, space: Space) -> None:
             _freeze(ledger, spaces, inner)
 
 
-class _Trial:
-    """A run of a network on other inputs, to compare its rearranged copies with."""
+def _at_fault(names: list[str], differs: Callable[[list[str]], bool]) -> list[str]:
+    """Return those of some spaces at fault that are; all, if they are only together."""
+    halves = [names[: len(names) // 2], names[len(names) // 2 :]]
+    wrong = [half for half in halves if half and differs(half)]
+    if len(names) == 1 or not wrong:
+        return names
+    return [name for half in wrong for name in _at_fault(half, differs)]
 
-    def __init__(self, module: fx.GraphModule, example: Tensors) -> None:
-        self.module, self.run = module, _other_run(module, example)
 
-    def wrong(self, spaces: Spaces) -> list[Space]:
-        """Return the spaces at fault, none if none is."""
-        names = [space.name for space in spaces]
-        wrong = set(self._search(spaces, names)) if self._differs(spaces, names) else ()
-        return [space for space in spaces if space.name in wrong]
-
-    def _search(self, spaces: Spaces, names: list[str]) -> list[str]:
-        """Return those of some spaces at fault that are; all, if they are only together."""
-        halves = [names[: len(names) // 2], names[len(names) // 2 :]]
-        wrong = [half for half in halves if half and self._differs(spaces, half)]
-        if len(names) == 1 or not wrong:
-            return names
-        return [name for half in wrong for name in self._search(spaces, half)]
-
-    def _differs(self, spaces: Spaces, names: list[str]) -> bool:
-        """Tell whether moving the units of some spaces changes any output."""
-        if self.run is None:
-            return False  # it takes no inputs, or none gives finite outputs: nothing is known
-        order = draw_orders(spaces, np.random.default_rng(0), names)
-        error = _error(self.module, spaces, order, *self.run)
-        if error <= TOLERANCE:
-            return False
-        inputs = _doubled(self.run[0])
-        outputs = _run(copy.deepcopy(self.module).double(), inputs)  # one such copy at a time
-        if outputs is None:
-            return error > ROUGH
-        return _error(self.module, spaces, order, inputs, outputs, exact=True) > EXACT
+def _differs(module: fx.GraphModule, run: Returned, spaces: Spaces, names: list[str]) -> bool:
+    """Tell whether moving the units of some spaces changes any output of a run."""
+    order = draw_orders(spaces, np.random.default_rng(0), names)
+    error = _error(module, spaces, order, *run)
+    if error <= TOLERANCE:
+        return False
+    inputs = _doubled(run[0])
+    outputs = _run(copy.deepcopy(module).double(), inputs)  # one such copy at a time
+    if outputs is None:
+        return error > ROUGH
+    return _error(module, spaces, order, inputs, outputs, exact=True) > EXACT
 
 
 def _error(
@@ -162,8 +153,11 @@ def _run(module: fx.GraphModule, inputs: Tensors) -> Named | None:
     return returned if finite else None
 
 
-def _other_run(module: fx.GraphModule, example: Tensors) -> tuple[Tensors, Named] | None:
-    """Run a network on inputs of other numbers, larger where it takes larger ones."""
+def _other_run(module: fx.GraphModule, example: Tensors) -> Returned | None:
+    """Run a network on inputs of other numbers, larger where it takes larger ones.
+
+    None if it takes no inputs, or none gives finite outputs.
+    """
     generator = torch.Generator().manual_seed(0)
     turned = tuple(t.flip(0) if t.dim() else t for t in example)
     for inputs in (tuple(_other_numbers(t, generator) for t in example), turned, example):
