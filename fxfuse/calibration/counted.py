@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# In the names of inputs `(samples, positions)`: what their ones say of a position.
+# Part of the name of an input `(samples, positions)` that is a mask -> whether its ones count.
 MASKS = {"attention_mask": True, "padding_mask": False}
 
 Tokens = Callable[[int], np.ndarray]  # number of positions in a sample -> those that count
 
 
 class Served(tuple[Tensor, ...]):
-    """A batch that knows what of it counts.
+    """A batch that says which of its positions count.
 
     Attributes:
-        masks: The numbers of its tensors that are masks, and whether their ones count.
+        masks: The number of each tensor in it that is a mask -> whether its ones count.
         whole: Whether it is one sample, such as a graph, that cannot be cut.
     """
 
@@ -41,7 +41,7 @@ class Served(tuple[Tensor, ...]):
         return batch
 
     def like(self, tensors: Sequence[Tensor]) -> Served:
-        """Return tensors as a batch of which the same counts."""
+        """Return other tensors as a batch with the same masks."""
         return Served.of(tensors, self.masks, self.whole)
 
     @staticmethod

@@ -125,7 +125,7 @@ class Couplings:
     def pick(self, name: str, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return each entry from one network, in fused coordinates: from the lead, if it has it.
 
-        For buffers, which are no weights: the mean of two masks, or of two tables, is neither.
+        For buffers, which are no weights: the mean of two masks is no mask.
 
         Args:
             name: A buffer.

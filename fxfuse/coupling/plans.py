@@ -6,8 +6,8 @@ inside blocks (groups, heads) are coupled in two steps: blocks by the cost of th
 match, then units inside matched blocks. Blocks, and units that no weight reads (queries, keys), are
 not mixed: there a soft solver is replaced by an exact one.
 
-The mean of two units that have little in common computes neither. A network may therefore count the
-less in a fused unit, the less its unit agrees with the base network's (see `agreements`).
+The mean of two units that have little in common is like neither of them. So a network may count
+less in a fused unit where its unit agrees less with the base network's (see `agreements`).
 
 References:
     Singh and Jaggi 2020 (OTFusion). Difference: two maps. With `T` the plan, `P = T / mass of the
@@ -86,7 +86,7 @@ def one_map(plan: csr_array) -> tuple[csr_array, csr_array]:
 
 
 def reading_map(plan: csr_array) -> tuple[csr_array, csr_array]:
-    """Use what is read on both sides, as the code of Transformer Fusion does.
+    """Use the map of what is read on both sides, as the code of Transformer Fusion does.
 
     Rows of what is written sum to the width ratio: each layer is scaled by it.
     """
@@ -149,8 +149,8 @@ class Plans:
         couplings: The maps of each space and network solved so far.
         plans: Their plans.
         agreement: Power of the agreement, as in `transport.Transport`.
-        costs: How unlike the units of each space and network are, summed over the units: matched by
-            index, as they were matched, and on average over all matches.
+        costs: For each space and network, the cost of three matches, summed over the units: the
+            match by index, the one that was solved for, and the mean over all matches.
     """
 
     problem: Problem
@@ -212,8 +212,8 @@ class Plans:
     def are_siblings(self) -> bool:
         """Tell whether the units of all networks agree with the base networks' by index.
 
-        Networks that were tuned from one checkpoint are such. A match that leaves no difference is
-        never given up for the one by index.
+        They do in networks that were tuned from one checkpoint. A match that leaves no difference
+        is never given up for a match by index that leaves some.
         """
         others = {k for _, k in self.costs}
         for k in others:
@@ -264,7 +264,7 @@ class Plans:
 
 
 def alone(problem: Problem, k: int) -> Couplings:
-    """Return the maps by which one network, which has the fused units, is all of the result."""
+    """Return the maps that make one network the whole result; the fused units are its own."""
     of_one = problem.led_by(k) or problem
     plans = Plans(of_one, Exact(), two_maps)
     for key in plans.settle_given():
@@ -304,9 +304,9 @@ def uniform(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plan_between(cost: np.ndarray, solver: Solver) -> csr_array:
-    """Return a plan; between copies of units, however many each has, of each with its original.
+    """Return a plan; where units are copies of others, the plan that joins each with its original.
 
-    A soft plan has nothing to spread where every unit has a partner that is the same.
+    A soft solver is then not asked: it would spread a unit over partners that are less like it.
     """
     if cost.shape[0] == cost.shape[1] and not solver.soft:
         return solver(cost, *uniform(cost))

@@ -59,7 +59,7 @@ class AbsentLayer:
             meaning, that the network adds nothing here; others in a neutral block have none.
         name: What it is called where it was copied from.
         passed: Why it is not neutral; empty if it is. A layer that is not neutral has to be passed
-            by: its values mean nothing, and the network has no say in it.
+            by: its values mean nothing, and the network does not count there.
     """
 
     nodes: tuple[str, ...]
@@ -83,7 +83,7 @@ class AbsentLayer:
 
     @property
     def mute(self) -> frozenset[str]:
-        """Nodes at which the network has no say in what a contraction gives."""
+        """Nodes at which the network does not count in the target of a contraction."""
         return frozenset(self.nodes) if self.passed else self.inner
 
 

@@ -56,7 +56,7 @@ class Deepen:
     """Inserts the layers that networks lack as neutral ones, so that no function changes.
 
     A layer that has no neutral form is inserted all the same, and is passed by when its network
-    runs: the others alone have a say in it. `made_neutral` makes it nearly neutral.
+    runs: only the others count there. `made_neutral` makes it nearly neutral.
 
     Attributes:
         approximate: Insert a layer also where its activation changes what it passes on, as the

@@ -28,7 +28,7 @@ ABSENT = CouplingReport("absent", 0.0, 0.0)
 
 @dataclass(frozen=True, eq=False)
 class Company:
-    """Who is fused and who is heard.
+    """Which networks are fused with the anchor, and which are guests.
 
     Attributes:
         networks: All of them.
@@ -119,7 +119,7 @@ def company_of(
     balancing: Balancing,
     across: bool,
 ) -> Company:
-    """Find which networks can be fused with the anchor, each with it alone.
+    """Find which networks can be fused with the anchor; each is tried as a pair with it.
 
     Args:
         networks: The networks.
@@ -127,7 +127,7 @@ def company_of(
         anchor: Index of the anchor.
         data: Calibration inputs.
         balancing: How they get one structure.
-        across: Whether the others are heard; if not, all are to be fused.
+        across: Whether the others are guests; if not, all are to be fused.
     """
     members, few = [], data.first(2)  # enough to see whether networks pair
     for k, network in enumerate(networks):
@@ -146,8 +146,8 @@ def _fit_together(pair: Sequence[Network], data: Calibration, balancing: Balanci
     return True
 
 
-def require_hearing(across: bool, heads: object, refit: object) -> None:
-    """Refuse `across` where guests would not be heard: with heads, and without least squares."""
+def require_use_of_guests(across: bool, heads: object, refit: object) -> None:
+    """Refuse `across` where guests would change nothing: with heads, or without least squares."""
     if not across or heads is None and isinstance(refit, LeastSquares):
         return
     heard = "heads" if heads is not None else f"a method that corrects by {refit}"

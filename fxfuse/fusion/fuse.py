@@ -40,7 +40,7 @@ from ..refit.sweep import LeastSquares
 from ..report.report import Report
 from ..spaces.network import Network
 from ..width.budget import Room, deepest_first, require_width
-from ._across import Company, company_of, require_hearing
+from ._across import Company, company_of, require_use_of_guests
 from ._apart import fuse_apart
 from ._arguments import anchor_of, is_automatic, shares_for, shares_of
 from ._configuration import changed_configuration
@@ -279,7 +279,7 @@ def _require_one_task(
 ) -> None:
     """Refuse guests and a finish for several tasks, or by a method that knows of neither."""
     known = isinstance(method, Method)
-    require_hearing(across, heads, method.refit if isinstance(method, Method) else method)
+    require_use_of_guests(across, heads, method.refit if isinstance(method, Method) else method)
     require_outputs(finish, heads if known else method)
 
 

@@ -3,8 +3,8 @@
 One sweep over the data gives the fused network. The others cost little beside it: the same with its
 outputs as they were mixed, the plain average where shapes allow it, and the best network of the
 result's size, as it is and with its outputs fitted to the ensemble's. Which is nearest shows on
-samples that nothing is fitted to. Of siblings nothing is fitted: their average is compared with
-each of them as they are, since outputs fitted on one side only look nearer than they are.
+samples that nothing is fitted to. If the networks are siblings, tuned from one checkpoint, outputs
+are not fitted: their average is compared with each of them as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..refit.emit import emit, with_outputs_of
 from ..refit.moments import AsMixed, Outcome, Refit
 from ..spaces.network import Network
 
-ROUNDING = 1e-3, 1e-6  # by what share, and by how much, a candidate is nearer by chance only
+ROUNDING = 1e-3, 1e-6  # relative and absolute differences of distances that are no reason to choose
 
 Ensemble = Sequence[tuple[float, Network]]  # the share and the network of each member
 
@@ -145,7 +145,7 @@ def parents_in(problem: Problem, balanced: Balanced, choices: Iterable[int]) -> 
 
 
 def _mixed(fused: Candidate, refit: Refit) -> Iterator[Candidate]:
-    """Yield it with its outputs as mixed: a fit of what parents know by heart may mislead."""
+    """Yield it with its last layer as mixed: a fit to the networks' training data may mislead."""
     if refit.of_outputs is not None and not fused.couplings.siblings:
         mixed, _ = emit(fused.couplings, {})
         network = with_outputs_of(fused.network, mixed)
@@ -234,7 +234,7 @@ def constant_distance(network: Network, data: Iterable[Batch]) -> Distance:
 
 
 def _outputs(network: Network, batch: Batch) -> list[Tensor]:
-    """Return what a network gives, but whole numbers, which have no mean."""
+    """Return the outputs of a network, without whole numbers, which have no mean."""
     given = tuple(t.to(device_of(network.module)) for t in batch)
     outputs = outputs_of(network.module, given, network.name)
     counted = Counted.of(batch)

@@ -15,8 +15,8 @@ from ._changes import OfChanges, largest, require_share
 class Ties(OfChanges):
     """Keep each network's largest changes, then the mean of those that have the elected sign.
 
-    The sign of a weight is that of the sum of its changes; where they cancel, that of most of the
-    others. Networks whose change has another sign, or was dropped, have no part in the mean.
+    The sign of a weight is that of the sum of its changes; where they cancel, the one that most
+    weights have. Networks whose change has another sign, or was dropped, do not count in the mean.
 
     Attributes:
         base: Index of the network that is the checkpoint.
@@ -24,8 +24,8 @@ class Ties(OfChanges):
         density: Share of its changes that each network keeps, over all of its tensors.
 
     References:
-        Yadav et al. 2023, TIES-merging: 0.2 and 1 without data to choose by. Difference: networks
-        may have weights, which count in the sums and in the means.
+        Yadav et al. 2023, TIES-merging: density 0.2 and scale 1 without data to choose them on.
+        Difference: networks may have shares, which count in the sums and in the means.
     """
 
     density: float = 0.2

@@ -399,8 +399,8 @@ class Targets:
     ) -> Tensor:
         """Return the target at a node.
 
-        A network has no say inside a branch that it lacks, but for tensors that are zero because
-        it lacks the branch. Where its value passes by such a branch, it counts.
+        A network does not count inside a branch that it lacks, except for tensors that are zero
+        because it lacks the branch. Where its value passes by the branch, it counts.
 
         Args:
             node: The node.

@@ -53,8 +53,8 @@ LONGEST_NAME, SHORT_NAME = 38, 22  # letters that are shown at most, and that ne
 def split_prefix(names: Sequence[str | None]) -> tuple[str, list[str]]:
     """Split layer names into the prefix that all share, up to a dot, and what is left of each.
 
-    If all names are short, the prefix stays with them. In a name `a.b..a.c`, which is of a run of
-    modules, both halves lose the prefix.
+    If all names are short, the prefix stays with them. A name `a.b..a.c` stands for the modules
+    from one to another; both halves lose the prefix.
 
     Example:
         >>> split_prefix(["net.backbone.stage1.0.conv", None, "net.backbone.stage1.1.conv"])

@@ -68,7 +68,7 @@ def net2wider(
 
     The units of each space are duplicated, all about equally often. A space over whose units a norm
     averages grows by whole factors only. Groups and heads stay as many as they are and grow inside;
-    with `like`, they are as there.
+    with `like`, they are as in that network.
 
     Args:
         model: The network; not modified.
