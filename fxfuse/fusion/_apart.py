@@ -32,7 +32,6 @@ def fuse_apart(
     anchor: int,
     heads: Heads,
     data: Calibration,
-    *,
     way: Callable[..., tuple[Network, Couplings, Report]],
     refit: Refit,
     clock: Clock,
@@ -55,8 +54,9 @@ def fuse_apart(
         rest, held = data.parted(HELD_OUT)
 
         def make(after: str) -> fx.GraphModule:
-            given = models, networks, alignment, anchor, Separate(after), rest
-            return fuse_apart(*given, way=way, refit=refit, clock=Clock(None))[0]
+            cut, quiet = Separate(after), Clock(None)
+            fused, _ = fuse_apart(models, networks, alignment, anchor, cut, rest, way, refit, quiet)
+            return fused
 
         with clock.stage("choose the cut"):
             after = choose_cut(networks, alignment, anchor, most, make, held)

@@ -263,8 +263,9 @@ def fuse(
         require_heads(heads, networks)
         front = trunk_segments(networks, index, heads.after)
         alignment = alignment or _aligned(networks, samples, method, clock, front)
-        facts = models, networks, alignment, index, heads, samples
-        fused, report = fuse_apart(*facts, way=way, refit=method.refit, clock=clock)
+        fused, report = fuse_apart(
+            models, networks, alignment, index, heads, samples, way, method.refit, clock
+        )
         said.append(lost_heads(report, networks, split.judge))
 
     _require_one_result(fused)
@@ -294,8 +295,9 @@ def _fuse_and_judge(
 ) -> tuple[Network, Report]:
     """Fuse networks of one task, choosing if units may be those of any, and judge the result."""
     choice = Choice(company.networks, company.shares, split.judge, leads) if leads else None
-    given = company.family, alignment, split.fit
-    network, couplings, report = way(*given, clock=clock, choice=choice)
+    network, couplings, report = way(
+        company.family, alignment, split.fit, clock=clock, choice=choice
+    )
     report = company.reported(report, couplings.problem.guests)
     if finish is not None:
         with clock.stage("finish"):
@@ -340,8 +342,9 @@ def _fuse_networks(
     balanced = _balanced(networks, alignment, data, method, clock)
     problem = Problem.of(balanced, company.anchor, company.shares_inside, method.absent_as_zero)
     problem = replace(problem, guests=company.guests_of(problem.structure))
-    facts = problem, alignment, balanced, data, method, clock
-    fused, couplings, report = _fuse_balanced(*facts, width, choice)
+    fused, couplings, report = _fuse_balanced(
+        problem, alignment, balanced, data, method, clock, width, choice
+    )
     return fused, couplings, replace(report, cost=cost_per_sample(fused.module, fused.example))
 
 
@@ -367,8 +370,9 @@ def _fuse_balanced(
         width: Of the result, relative to the anchor's.
         choice: What to choose by; None to take the fused network.
     """
-    given = data, method.coupling, method.mixer, method.refit, clock
-    couplings, moments, narrow = couple(problem, *given, width=width, room=method.room)
+    couplings, moments, narrow = couple(
+        problem, data, method.coupling, method.mixer, method.refit, clock, width, method.room
+    )
     fused, outcome = make(couplings, moments, method.refit, data, clock)
     rescale(fused, couplings)
     candidates: dict[str, float] = {}
@@ -378,8 +382,10 @@ def _fuse_balanced(
             best, candidates = choice(usual, balanced, method.refit, data)
         fused, couplings, outcome = best.network, best.couplings, best.outcome
     require_sound(fused)
-    facts = alignment, balanced, problem.anchor, couplings, outcome, clock, method.seeds, narrow
-    return fused, couplings, replace(report_on(*facts), candidates=candidates)
+    report = report_on(
+        alignment, balanced, problem.anchor, couplings, outcome, clock, method.seeds, narrow
+    )
+    return fused, couplings, replace(report, candidates=candidates)
 
 
 def _aligned(
@@ -445,8 +451,7 @@ def fuse_along(
     for shares in all_shares:
         clock.seconds = dict(prepared)  # each fusion reports its own
         shared = replace(problem, weights=shares, output_weights=shares)
-        facts = shared, alignment, balanced, calibration, method, clock
-        network, _, report = _fuse_balanced(*facts)
+        network, _, report = _fuse_balanced(shared, alignment, balanced, calibration, method, clock)
         fused = as_given(models[index], network.module)
         fused.meta["fxfuse"] = report
         yield fused
