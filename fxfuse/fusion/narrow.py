@@ -139,8 +139,14 @@ def narrow(
         made = replace(made, module=copied.module)
     with clock.stage("compare with the model"):
         near, sentences = _judged(network, made, narrower, split, refit is not None)
-    facts = copied.plan.sizes(), kept, _error(network, made), outcome.layers, near, sentences
-    made.module.meta["fxfuse"] = WidthReport(*facts)
+    made.module.meta["fxfuse"] = WidthReport(
+        sizes=copied.plan.sizes(),
+        kept=kept,
+        error=_error(network, made),
+        layers=outcome.layers,
+        nearness=near,
+        warnings=sentences,
+    )
     for sentence in sentences:
         warn(sentence)
     return as_given(model, made.module)
