@@ -50,7 +50,8 @@ class CycleConsistent(CouplingMethod):
     The sum over pairs of networks and tensors of inner products, all axes mapped to the universe,
     is raised by Frank-Wolfe steps over all maps together, then each map is rounded to the nearest
     permutation. Maps between networks are consistent around cycles, since all lead over the
-    universe, and the order of the networks does not matter. Networks of equal width only.
+    universe, and the order of the networks does not matter. The universe's units are those of the
+    anchor, in another order: the result has the anchor's order. Networks of equal width only.
 
     Attributes:
         iterations: Limit of the steps.
@@ -83,7 +84,14 @@ class CycleConsistent(CouplingMethod):
         _move(weights, _corner(weights, free, maps))
         with part(0.8, 1.0):
             merge_in_turn(weights, free, self.polish, rng)
-        return Couplings(problem, weights.couplings)
+        return Couplings(problem, {**weights.couplings, **_in_units_of_base(weights, free)})
+
+
+def _in_units_of_base(weights: Weights, free: Free) -> dict[tuple[str, int], Coupling]:
+    """Return the maps with the universe's units in the order of the base network's."""
+    maps = {key: weights.couplings[key].project for key in _keys(free)}
+    base = weights.problem.base
+    return {(n, k): _coupling(maps[n, base[n]].T @ project) for (n, k), project in maps.items()}
 
 
 def _soften(weights: Weights, free: Free, share: float) -> None:

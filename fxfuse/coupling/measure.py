@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -320,7 +319,8 @@ def _visits(problem: Problem, view: View) -> dict[Key, list[_Visit]]:
                 whole = visit.plain and view.tokens is None  # else apart from the outputs' moments
                 key = (visit.axes[0].tensor, None if whole else name)
                 visits.setdefault(key, []).append(visit)
-    first, pairs = problem.networks[0], list(permutations(range(len(bypassed)), 2))
+    first, anchor = problem.networks[0], problem.anchor
+    pairs = [(anchor, k) for k in range(len(bypassed)) if k != anchor]
     closed = OPEN not in first.module.graph.output_node().meta
     if view.outputs and closed and first.weights and pairs:
         node, dim, size = last_contraction(first)

@@ -10,6 +10,7 @@ from fxfuse.calibration.data import Calibration
 from fxfuse.coupling.measure import View, measure, points_of
 from fxfuse.coupling.transport import Transport
 from fxfuse.coupling.zipit import Zip
+from fxfuse.ir import OUTPUTS
 from fxfuse.refit.emit import outputs_to_settle
 from tests.support.nets import (
     build,
@@ -166,6 +167,13 @@ def test_no_more_samples_are_run_than_tell_how_alike_units_are(enough, expected,
         found = measure(problem, data, View(), nodes, 40)
         counts = {m.a.count for places in found.pairs.values() for m in places.values()}
         assert counts == {64 * seen}
+
+
+def test_outputs_are_compared_with_the_anchor_only():
+    nets, x = [randomise(mlp(6, 5, 3), s) for s in range(5)], torch.randn(20, 6)
+    found = measure(problem_of(nets, x), Calibration(x), View(outputs=True), {}, 20).pairs
+    assert sorted(k for name, i, k in found if name == OUTPUTS and i == 0) == [1, 2, 3, 4]
+    assert len(found) == 8  # of outputs and of one space, with every network but the anchor
 
 
 def test_the_joint_pass_measures_what_numpy_measures():

@@ -1,5 +1,6 @@
 """The identities that presets keep: on a tiny network by default, on the zoo in the sweep."""
 
+import json
 import math
 
 import laws
@@ -21,6 +22,22 @@ def tiny():
 @pytest.mark.parametrize("name", laws.PRESETS)
 def test_all_the_weight_gives_a_network_back(name, tiny):
     assert tiny.gaps(laws.PRESETS[name], ("weight 1",))["weight 1"] < laws.TOLERANCE
+
+
+@pytest.mark.parametrize("name", laws.PRESETS)
+def test_all_the_weight_gives_the_weights_back_too(name, tiny):
+    a, b, _ = tiny.nets
+    fused = tiny.fused(laws.PRESETS[name], [a, b], weights=[1, 0]).state_dict()
+    for path, tensor in a.state_dict().items():
+        assert torch.allclose(fused[path], tensor, atol=1e-4)
+
+
+def test_the_page_is_that_of_the_record_and_names_what_breaks_a_law():
+    held = json.loads(laws.RECORD.read_text())["held"]
+    assert (laws.HERE / "laws.md").read_text() == laws.page(held)
+    assert "| `zipit` | 1 of 2, not `B` | 2 of 2 | 1 of 1 | - |" in laws.page(
+        {"A": {"zipit": "++.."}, "B": {"zipit": "-++."}}
+    )
 
 
 def test_a_law_that_does_not_hold_is_seen_and_so_is_a_refusal(tiny):
