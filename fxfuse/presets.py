@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from ._progress import Progress
 from .alignment.aligners import same_index
+from .calibration.data import Calibration
 from .calibration.moments import euclidean
 from .coupling.c2m3 import CycleConsistent
 from .coupling.cca import CanonicalCorrelation
@@ -29,6 +31,7 @@ from .coupling.zipit import Zip
 from .errors import ArgumentError
 from .fusion.fuse import Method, align
 from .fusion.transfer import transfer
+from .graph.calls import ToCall
 from .mixers import Dare, Slerp, TaskArithmetic, Ties
 from .refit.moments import AsMixed, MatchMoments, ResetNorms
 from .refit.pleas import LayerwiseLeastSquares
@@ -85,6 +88,82 @@ class Transfer:
         alignment = align([source, target], data) if self.aligned else None
         moved = transfer(source, target, data, alignment)
         return moved if self.then is None else self.then([moved, target], data, **options)
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Many networks, two at a time: each is fused into what those before it became.
+
+    A method that compares all networks with each other, such as a zip, needs memory and time that
+    grow with the square of their number. In turn, they need as much as for two networks, as often
+    as there are networks. The mean of units in place stays what it was; where units have to be
+    found, the order of the networks matters, and what they became so far stands for them.
+
+    Attributes:
+        method: A method for two networks, such as `zipit`.
+
+    Example:
+        >>> import torch
+        >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(5)]
+        >>> fused = OneByOne(zipit)(nets, torch.randn(64, 4))
+        >>> [tuple(p.shape) for p in fused.parameters() if p.dim() == 2]
+        [(8, 4), (3, 8)]
+    """
+
+    method: Method
+
+    def __post_init__(self) -> None:
+        """Refuse changes to a checkpoint, which what two networks became is not."""
+        if isinstance(self.method.mixer, TaskArithmetic | Ties | Dare):
+            raise ArgumentError(
+                f"{self.method.mixer}",
+                where="OneByOne(method=...)",
+                expected="a method that makes one network of any two",
+                do="call the method with all networks: its memory grows only with their number",
+            )
+
+    def __call__(
+        self,
+        models: Sequence[nn.Module],
+        data: Any,
+        *,
+        weights: Sequence[float] | None = None,
+        inputs: ToCall | None = None,
+        progress: Progress | bool | None = None,
+    ) -> fx.GraphModule:
+        """Fuse the networks in the order given.
+
+        Args:
+            models: One network or more; not modified.
+            data: Inputs as for `fuse`.
+            weights: As for `fuse`, but not "auto".
+            inputs: As for `fuse`.
+            progress: As for `fuse`; bars start anew for each network.
+
+        Returns:
+            As `fuse` does. Its report is of the last step.
+
+        Raises:
+            ArgumentError: If there are no models, or weights do not fit them.
+        """
+        given = [1.0] * len(models) if weights is None else weights
+        numbers = [float(w) for w in given if not isinstance(w, str)]
+        if not models or len(numbers) != len(models) or min(numbers) < 0 or not sum(numbers):
+            raise ArgumentError(
+                f"weights {weights!r} of {len(models)} networks",
+                where="OneByOne",
+                expected="one network or more, and a share of each that is not negative",
+                do="leave `weights` out for equal ones",
+            )
+        data = Calibration(data, models=models, to_call=inputs)
+        order = sorted(range(len(models)), key=lambda k: numbers[k] == 0)  # these have no say
+        total, fused = numbers[order[0]], None
+        for k in order[1:]:
+            become = models[order[0]] if fused is None else fused
+            both = [total, numbers[k]]
+            fused = self.method([become, models[k]], data, weights=both, progress=progress)
+            total += numbers[k]
+        return self.method(models, data, progress=progress) if fused is None else fused
 
 
 def shallowest(depths: Sequence[int]) -> int:

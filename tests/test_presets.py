@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,15 @@ from torch import nn
 import fxfuse
 from fxfuse import presets
 from fxfuse.errors import ArgumentError
+from fxfuse.refit import AsMixed
+from tests.support.definitions import (
+    elastic_zip,
+    git_rebasin,
+    otfusion,
+    outputs_of,
+    repair,
+    zipit,
+)
 from tests.support.nets import gap, mlp, outputs, randomise, residual
 from tests.support.sweeps import some
 from tests.support.trained import FOLDER, SHARED, mnist, needs_networks, parents
@@ -21,6 +32,32 @@ def test_clafusion_takes_the_shallow_networks_widths_and_one_map():
     nets = [mlp(6, 8, 7, 5, 3), mlp(6, 6, 4, 3)]
     fused = fxfuse.presets.clafusion(nets, torch.randn(50, 6))
     assert [p.shape[0] for p in fused.parameters() if p.dim() == 2] == [6, 6, 4, 3]
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+DEFINED = {
+    "otfusion": otfusion,
+    "clafusion": otfusion,  # of equal depth and width
+    "git_rebasin": git_rebasin,
+    "c2m3": git_rebasin,  # of two networks, behind which it repairs
+    "repair": repair,
+    "zipit": zipit,
+    "elastic_zip": elastic_zip,
+}
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_a_preset_gives_what_a_few_lines_of_numpy_give(name):
+    nets = [randomise(mlp(5, 4, 3), s) for s in (1, 2)]
+    data, x = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (200, 9))
+    method = getattr(presets, name)
+    method = replace(method, refit=AsMixed()) if name == "c2m3" else method
+    fused = method(nets, data)
+    arrays = [[p.detach().double().numpy() for p in net.parameters()] for net in nets]
+    defined = DEFINED[name](*arrays, data.double().numpy())
+    wanted = outputs_of(defined, x.double().numpy()).T
+    assert np.allclose(outputs(fused, x), wanted, atol=1e-4 * abs(wanted).max())
 
 
 @needs_networks
@@ -136,6 +173,50 @@ def test_transfer_is_for_two_networks_and_what_follows_changes_it():
         fxfuse.presets.Transfer(then=fxfuse.presets.average),
     ):
         assert gap(alone, other(nets, x), x) > 1e-3
+
+
+def test_one_by_one_is_the_mean_of_units_in_place_and_gives_copies_back():
+    """Tolerance 1e-5 relative; a network without a share changes nothing, wherever it stands."""
+    nets, x = [randomise(mlp(6, 8, 7, 3), s) for s in (1, 2, 3)], torch.randn(40, 6)
+    given = [0.0, 2.0, 5.0]
+    mean = presets.OneByOne(presets.average)(nets, x, weights=given)
+    assert gap(presets.average(nets, x, weights=given), mean, x) < 1e-5
+    moved = [fxfuse.permute(nets[0], x, seed=s) for s in (1, 2)]
+    zipped = presets.OneByOne(presets.zipit)
+    assert gap(nets[0], zipped([nets[0], *moved], x), x) < 1e-4
+    assert gap(nets[1], zipped(nets, iter([x]), weights=[0, 1, 0]), x) < 1e-4
+    assert gap(nets[2], zipped(nets[2:], x), x) < 1e-4
+
+
+def test_one_by_one_compares_two_networks_at_a_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        presets.Method, "__call__", lambda self, models, *_, **__: compared.append(models) or "both"
+    )
+    a, b, c = (mlp(6, 8, 3) for _ in range(3))
+    assert presets.OneByOne(presets.zipit)([a, b, c], torch.randn(4, 6)) == "both"
+    assert compared == [[a, b], ["both", c]]
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "weights"),
+    [(presets.ties, 2, None), (presets.zipit, 0, None), (presets.zipit, 2, [1, -1])]
+    + [(presets.zipit, 2, "auto"), (presets.zipit, 2, [0, 0]), (presets.zipit, 2, [1])],
+)
+def test_what_cannot_be_fused_one_by_one_is_refused(method, count, weights):
+    with pytest.raises(ArgumentError, match="OneByOne"):
+        presets.OneByOne(method)([mlp(6, 8, 3)] * count, torch.randn(9, 6), weights=weights)
+
+
+PAGE = ["Needs", "Good for", "Cost", "Where ours differs from the released code"]
+
+
+@pytest.mark.parametrize("name", sorted(presets.NAMED))
+def test_every_method_has_a_page_and_is_among_those_to_choose_from(name):
+    file = {"elastic_zip": "zipit"}.get(name, name)
+    text = (DOCS / f"methods/{file}.md").read_text()
+    assert all(f"- **{part}**: " in text for part in PAGE) and "```python" in text
+    assert f"methods/{file}.md" in (DOCS / "methods.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(presets.NAMED))

@@ -15,6 +15,7 @@ from fxfuse.errors import ArgumentError, FusionWarning
 from fxfuse.graph.verify import lint
 from fxfuse.refit import LeastSquares
 from fxfuse.width import activation, magnitude, taylor
+from tests.support.definitions import intra_fusion, outputs_of
 from tests.support.nets import Tokens, build, data_shape, gap, mlp, outputs, random_nets, randomise
 from tests.support.sweeps import some
 
@@ -78,6 +79,17 @@ def test_copies_of_units_are_merged_without_loss():
         assert units == [7, 5]
     kept = fxfuse.narrow(wide, data, merge=True, importance=_first_copies, refit=None)
     assert gap(net, kept, data) < 1e-5
+
+
+def test_merging_is_what_a_few_lines_of_numpy_make_of_it():
+    net, data = randomise(mlp(5, 6, 3)), torch.randn(60, 5)
+    merged = fxfuse.narrow(net, data, to=0.5, **{**PLAIN, "merge": True})
+    w, b, v, c = (p.detach().double().numpy() for p in net.parameters())
+    kept = sorted(np.argsort(-(w**2).sum(1))[:3])
+    x = torch.randn(9, 5).double().numpy()
+    defined = intra_fusion((w, b, v, c), kept, data.double().numpy())
+    wanted = outputs_of(defined, x).T
+    assert np.allclose(outputs(merged, torch.from_numpy(x).float()), wanted, atol=1e-4)
 
 
 NARROWED = ["plain", "batch norm", "residual", "grouped", "depthwise", "tokens"]
