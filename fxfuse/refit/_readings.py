@@ -89,7 +89,7 @@ def readings(
             tracks.append(Track(network, *given, nodes, store, bypass))
         for done, node in enumerate(order):
             aim = aims.get(node.name)
-            if aim is not None and not aim.shared:
+            if aim is not None and not aim.shared and not aim.beside:
                 reading = _reading(fused, targets, aim, tracks, place, draw)
                 if reading is not None:
                     yield reading

@@ -115,18 +115,24 @@ class Parents:
                 (None, None) if t is None else t.go(batch, self.place[aim.at] + 1)
                 for t in self.tracks
             ]
-            one = next(value for _, value in stops if value is not None)
+            values = self._in_units(aim, [value for _, value in stops])
+            one = next(value for value in values if value is not None)
             if sample is None:
                 sample = self.draw(aim, one.numel() // (one.shape[axis] * size), self.track)
             shapes.append(tuple(one.movedim(axis, -1).shape[:-1]))
             sample.keep_below(batch, math.prod(shapes[-1]))
             sample.keep(batch, next(run for run, _ in stops if run).counted.among(shapes[-1]))
             at = sample.at[batch]
-            rows = [None if value is None else output_rows(value, axis, at) for _, value in stops]
-            means.append(self._mixed(aim, rows))
+            rows = [None if value is None else output_rows(value, axis, at) for value in values]
+            beside = self.targets.given_beside(aim.at, aim.beside, axis, one.shape, at)
+            means.append(self._mixed(aim, rows, beside))
             if aim.activation is not None:
-                results = [self._activated(aim, run, r) for (run, _), r in zip(stops, rows)]
-                activated.append(self._mixed(aim, results))
+                whole = [value for _, value in stops] if aim.beside else rows
+                results = [self._activated(aim, run, r) for (run, _), r in zip(stops, whole)]
+                if aim.beside:
+                    moved = self._in_units(aim, results)
+                    results = [None if v is None else output_rows(v, axis, at) for v in moved]
+                activated.append(self._mixed(aim, results, beside))
             for track in self.tracks:
                 if track is not None:
                     track.rest(batch)
@@ -148,9 +154,21 @@ class Parents:
         assert activated is not None, "there is an activation"
         return activated
 
-    def _mixed(self, aim: Aim, rows: Sequence[Tensor | None]) -> Tensor:
+    def _in_units(self, aim: Aim, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return values with the units beside those of the contraction in the fused network's."""
+        moved = []
+        for k, value in enumerate(values):
+            for dim in aim.beside:
+                if value is not None:
+                    value = in_units(self.targets.map_of(aim.at, dim, k), value, dim)
+            moved.append(value)
+        return moved
+
+    def _mixed(
+        self, aim: Aim, rows: Sequence[Tensor | None], beside: Sequence[Tensor] = ()
+    ) -> Tensor:
         axis = aim.axis_in(self.targets.problem.networks[0])
-        return self.targets.mix(aim.at, aim.producer.weight, axis, rows, -1)
+        return self.targets.mix(aim.at, aim.producer.weight, axis, rows, -1, beside)
 
     def _activated(self, aim: Aim, run: Run | None, rows: Tensor | None) -> Tensor | None:
         """Return what the activation behind a contraction makes of one network's values."""
@@ -187,6 +205,8 @@ class Aim:
         needs_spread: Whether its units need the target's spread, because no sum, concatenation or
             further linear map reads them.
         shared: Whether its weight is used elsewhere, too, so that all uses are fitted together.
+        beside: The axes of its value, counted from the front, along which there are units beside
+            those that it writes, as channels are where it mixes tokens.
     """
 
     producer: Producer
@@ -195,6 +215,7 @@ class Aim:
     activation: str | None
     needs_spread: bool
     shared: bool = False
+    beside: tuple[int, ...] = ()
 
     def axis_in(self, network: Network) -> int:
         """Return the axis that holds the units, counted from the front."""
@@ -226,7 +247,8 @@ def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:
             at, added = producer.joint, None
         spread = added is None and _needs_spread(network, producer.joint)
         shared = len(users_of(network, producer.weight)) > 1
-        aims[name] = Aim(producer, at, added, _activation(network, at), spread, shared)
+        others = _beside(network, producer)
+        aims[name] = Aim(producer, at, added, _activation(network, at), spread, shared, others)
     return order, aims
 
 
@@ -311,10 +333,10 @@ def _adds(parts: Sequence[Tensor], value: Tensor) -> bool:
 def _may_be_refitted(
     network: Network, node: fx.Node, inputs: Sequence[object], value: object
 ) -> bool:
-    """Tell whether a node contracts a parameter, and holds its units along one axis.
+    """Tell whether a node contracts a parameter.
 
-    A weight that is computed from a parameter is left alone, and so is a part that may compute
-    something else on other inputs.
+    What has units along the samples' axis, beside others, is left alone. So is a weight that is
+    computed from a parameter, and a part that may compute something else on other inputs.
     """
     if network.is_opaque(node):
         return False
@@ -325,7 +347,14 @@ def _may_be_refitted(
     if any(n.op != "get_attr" for n in node.all_input_nodes if not network.carries_data(n)):
         return False
     dims = {dim % value.dim() for dim in network.features.get(node.name, ())}
-    return len(dims) <= 1
+    return len(dims) <= 1 or 0 not in dims
+
+
+def _beside(network: Network, producer: Producer) -> tuple[int, ...]:
+    """Return the axes along which a contraction's value has units that it does not write."""
+    dims = len(network.shapes[producer.node])
+    axes = {dim % dims for dim in network.features.get(producer.node, ())}
+    return tuple(sorted(axes - {producer.axis % dims}))
 
 
 def _without_values(producer: Producer) -> Producer:
@@ -396,6 +425,7 @@ class Targets:
         dim: int,
         values: Sequence[Tensor | None],
         axis: int | None = None,
+        beside: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the target at a node.
 
@@ -408,6 +438,7 @@ class Targets:
             dim: The feature axis.
             values: Each network's value there, None where it has none.
             axis: The feature axis of the values given, if not `dim`.
+            beside: If there are units along other axes, what each network gives at each position.
         """
         axis = dim if axis is None else axis
         shares, total = self.shares(node, weight, values), None
@@ -416,7 +447,8 @@ class Targets:
                 part = in_units(self.map_of(node, dim, k), value, axis).mul_(share)
                 total = part if total is None else total.add_(part)
         assert total is not None, "some network has a share"
-        total.movedim(axis, -1).div_(torch.as_tensor(self.mass(node, dim, shares)).to(total))
+        mass = torch.as_tensor(self.mass(node, dim, shares, [b.cpu().numpy() for b in beside]))
+        total.movedim(axis, -1).div_(mass.to(total))
         return total
 
     def map_of(self, node: str, dim: int, k: int) -> Tensor:
@@ -439,15 +471,51 @@ class Targets:
             return shares
         return [float(v is not None) for v in values]
 
-    def mass(self, node: str, dim: int, shares: Sequence[float]) -> np.ndarray:
-        """Return the share of the networks that give something to the unit at each position."""
+    def mass(
+        self, node: str, dim: int, shares: Sequence[float], beside: Sequence[np.ndarray] = ()
+    ) -> np.ndarray:
+        """Return the share of the networks that give something to the unit at each position.
+
+        Args:
+            node: The node.
+            dim: The feature axis.
+            shares: Of the networks.
+            beside: If there are units along other axes, what each network gives at each of some
+                positions; the result then has a row for each of these.
+        """
+        parts = [share * self._given(node, dim, k) for k, share in enumerate(shares)]
+        mass = np.sum([np.multiply.outer(*both) for both in zip(beside, parts)] or parts, 0)
+        return np.where(mass > 0, mass, 1.0)
+
+    def given_beside(
+        self, node: str, dims: Sequence[int], axis: int, shape: Sequence[int], at: Tensor
+    ) -> list[Tensor]:
+        """Return what each network gives at positions, `(positions,)`; nothing without `dims`.
+
+        Args:
+            node: The node.
+            dims: The axes along which there are units beside those of the feature axis.
+            axis: The feature axis.
+            shape: Of the node's value.
+            at: The positions.
+        """
+        found = []
+        for k in range(len(self.problem.networks) if dims else 0):
+            given = torch.ones(()).double()
+            for dim in dims:
+                along = torch.as_tensor(self._given(node, dim, k))
+                given = given * along.view([-1 if d == dim else 1 for d in range(len(shape))])
+            whole = given.expand([1 if d == axis else size for d, size in enumerate(shape)])
+            found.append(output_rows(whole, axis, at.cpu())[:, 0])
+        return found
+
+    def _given(self, node: str, dim: int, k: int) -> np.ndarray:
+        """Return how much of each unit along an axis of a node a network gives."""
         base = self.problem.structure
-        mass = np.full(base.shapes[node][dim], sum(shares))
+        given = np.ones(base.shapes[node][dim])
         for space, axis in base.spaces.feature_places.get((node, dim), ()):
-            couplings = [self.couplings.maps[space.name, k] for k in range(len(shares))]
-            given = np.array(shares) @ np.array([c.given for c in couplings])
-            mass[axis.index] = np.where(given > 0, given, 1.0)[:, None]
-        return mass
+            given[axis.index] = self.couplings.maps[space.name, k].given[:, None]
+        return given
 
 
 def behind_contractions(network: Network) -> set[str]:

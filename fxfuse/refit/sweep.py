@@ -353,7 +353,10 @@ class LeastSquares(Refit):
             ends = aim.at, aim.producer.joint
             if self.only_outputs and aim.producer.node not in targets.outputs:
                 return False
-            return all(targets.fits(node, aim.axis_in(network)) for node in ends)
+            if aim.beside and targets.problem.guests:  # these have no units along other axes
+                return False
+            dims = aim.axis_in(network), *aim.beside
+            return all(targets.fits(node, dim) for node in ends for dim in dims)
 
         order, aims = aims_of(network)
         return order, {name: aim for name, aim in aims.items() if can(aim)}

@@ -1,5 +1,6 @@
 """The order of the sweep, what is refitted, and what it should give."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from torch import nn
@@ -245,3 +246,37 @@ def test_the_output_is_the_last_step_also_behind_layers_that_nothing_reads():
     assert order[-1].op == "output" and "spare" in aims
     fused = fxfuse.fuse([Spare(), Spare()], x)
     assert fused.meta["fxfuse"].divergence is None, "a tuple has no logits"
+
+
+class AlongTokens(nn.Module):
+    """Mixes along tokens, then along channels."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        self.embed, self.out = nn.Conv2d(3, width, 4, 4), nn.Linear(width, 3)
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2)
+        return self.out((x + self.down(torch.tanh(self.up(x)))).mean(2))
+
+
+def test_units_beside_those_that_are_written_are_known():
+    _, aims = aims_of(network(randomise(AlongTokens()), images(2)))
+    assert {name: aim.beside for name, aim in aims.items() if aim.beside} == {
+        "up": (1,),
+        "down": (1,),
+    }
+
+
+def test_rows_count_by_what_each_network_gives_at_their_unit_beside():
+    targets = Targets(mixed([randomise(AlongTokens(), s) for s in (1, 2)], images(), (0.3, 0.7)))
+    given = iter([[1, 1, 1, 0, 1.0], [1, 1, 1, 1, 0.0]] * 9)
+    targets._given = lambda node, dim, k: np.array(next(given))
+    at = torch.arange(10)
+    beside = targets.given_beside("up", (1,), 2, (2, 5, 6), at)
+    assert [b.tolist() for b in beside] == [[1, 1, 1, 0, 1] * 2, [1, 1, 1, 1, 0] * 2]
+    mass = targets.mass("up", 1, [0.3, 0.7], [b.numpy() for b in beside])
+    assert mass.shape == (10, 5)
+    assert mass[3].tolist() == [0.7, 0.7, 0.7, 0.7, 1.0]
+    assert mass[4].tolist() == [0.3, 0.3, 0.3, 1.0, 0.3]
