@@ -315,10 +315,11 @@ def solve_dual(
     return x.mT @ shares.to(x)
 
 
-def _dual_of(x: Tensor, centred: bool) -> _Dual:
-    """Return the system of all rows `(groups, rows, inputs)`."""
+def _dual_of(x: Tensor, centred: bool, known: Tensor | None = None) -> _Dual:
+    """Return the system of all rows `(groups, rows, inputs)`; their products may be known."""
     every = torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
-    return _Dual(products(x.mT).double(), every, centred, x.shape[2])
+    known = products(x.mT).double() if known is None else known
+    return _Dual(known, every, centred, x.shape[2])
 
 
 # --- which ridge ----------------------------------------------------------------------------------
@@ -415,7 +416,8 @@ class Regression:
             self.x = self._of_all(x)[:, ::dual_every]
             held = torch.arange(x.shape[1], device=x.device) >= fit
             held = self._of_all(held[None])[0, ::dual_every]
-            self.fit = _Dual(products(self.x.mT).double(), ~held, centred, self.x.shape[2])
+            self.products = products(self.x.mT).double()
+            self.fit = _Dual(self.products, ~held, centred, self.x.shape[2])
             self.every: _Dual | None = None  # of all rows
             return
         own = InputSums(centred), InputSums(centred)
@@ -475,7 +477,7 @@ class Regression:
         least, ridge = best_ridge_of_units(partial(self.fit.error, r.double()), r.shape[2], ridges)
         if ridge == math.inf:
             return Correction(None, ridge, least)
-        self.every = self.every or _dual_of(self.x, self.centred)
+        self.every = self.every or _dual_of(self.x, self.centred, self.products)
         return Correction(solve_dual(self.x, r, ridge, self.centred, self.every), ridge, least)
 
 

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,6 +77,21 @@ class Evidence:
     sizes: dict[tuple[str, int], list[np.ndarray | None]] = field(default_factory=dict)
 
 
+class Keeper(Protocol):
+    """Keeps values of the networks for later, since they run anyway.
+
+    Attributes:
+        size: How many samples one batch has to have.
+        settles: Nodes whose output moments are wanted, with their feature axis.
+    """
+
+    size: int
+    settles: dict[str, int]
+
+    def see(self, batch: int, node: fx.Node, values: Sequence[Any], counted: Counted) -> None:
+        """See a node's value in every network, None where one has none; in every batch."""
+
+
 def points_of(network: Network, view: View) -> dict[str, str]:
     """Return the node where the units that a contraction writes are compared, per contraction."""
     points = {}
@@ -123,6 +138,7 @@ def measure(
     view: View | None,
     outputs: dict[str, int],
     samples: int,
+    keeper: Keeper | None = None,
 ) -> Evidence:
     """Advance all networks together over the data and gather moments at the measuring points.
 
@@ -132,6 +148,8 @@ def measure(
         view: How units are compared; None if they are not.
         outputs: Nodes whose output moments are wanted, with their feature axis.
         samples: How many of the first samples count for these.
+        keeper: Sees all values of all samples, besides; not called if its batches are of another
+            size, or if nothing is measured.
 
     Raises:
         DataError: If activations are not finite.
@@ -147,28 +165,32 @@ def measure(
     for key in meters:
         by_node.setdefault(key[0], []).append(key)
     counted = chosen = Counted()
+    keeper = keeper if keeper is not None and keeper.size == _step(networks, data) else None
+    number, beyond = 0, False
 
     def visit(node: fx.Node, values: list[Any]) -> None:
+        if keeper is not None:
+            keeper.see(number, node, values, counted)
+        if beyond:
+            return
         for place in (p for p in summands if p[0] == node.name):
             for moments, value in zip(sizes[place], values):
                 if value is not None:
                     moments.add(chosen.of_units(value.abs(), place[1]))
         for key in by_node.get(node.name, ()):
             measured = visits.get(key, ())
-            moved: list[Tensor | None]
             if key[1] is None:
                 dim = measured[0].axes[0].dim if measured else outputs[node.name]
                 moved = [None if v is None else counted.of_units(v, dim) for v in values]
             else:
-                moved = [None] * len(values)
-                for pair in measured:
-                    for k, axis in zip((pair.base, pair.network), pair.axes):
-                        moved[k] = _unit_by_unit(values[k], axis, pair.across, chosen)
+                moved = _all_unit_by_unit(values, measured, chosen)
             meters[key].add(moved, {(p.base, p.network) for p in measured})
 
     kept = None
     bypassed = bypasses(problem)
-    for batch, late, told in _until_enough(networks, data, meters, samples if outputs else 0):
+    given = networks, data, meters, samples if outputs else 0, keeper is not None
+    for at, (batch, late, past, told) in enumerate(_until_enough(*given)):
+        number, beyond = at, past
         if late and kept is None:
             kept = copy.deepcopy({node: meters[node, None].moments for node in outputs})
         counted = Counted.of(batch)
@@ -198,8 +220,12 @@ def _summands(problem: Problem) -> list[tuple[str, int]]:
 
 
 def _until_enough(
-    networks: Sequence[Network], data: Calibration, meters: Mapping[Key, _Meter], samples: int
-) -> Iterator[tuple[Served, bool, float]]:
+    networks: Sequence[Network],
+    data: Calibration,
+    meters: Mapping[Key, _Meter],
+    samples: int,
+    on: bool,
+) -> Iterator[tuple[Served, bool, bool, float]]:
     """Yield batches of the first samples, until meters have seen what tells how alike units are.
 
     Args:
@@ -207,21 +233,24 @@ def _until_enough(
         data: Calibration inputs.
         meters: They say how many positions they have seen.
         samples: How many of the first samples are wanted in any case.
+        on: Go on to the last sample.
 
     Yields:
-        A batch, whether it lies behind these samples, and the share of the work done with it.
+        A batch, whether it lies behind these samples, whether behind all that is measured, and the
+        share of the work done with it.
     """
     size, fewest = working_batch(networks), None
     enough = _whole(ENOUGH_SAMPLES, size)
-    step = max(min(size, ENOUGH_SAMPLES * len(data.numbers) // data.samples), 1)
-    step = data.at_a_time(step)
+    step = _step(networks, data)
     for inputs, numbers in zip(data.own(step), data.numbers.split(step)):
         early = numbers < samples
-        for late, chosen in ((False, early), (True, ~early & (numbers < enough))):
-            if chosen.any():
-                most = min(max(enough, samples), data.samples)
+        later = ~early & (numbers < enough)
+        for late, chosen in ((False, early), (True, later), (True, ~early & ~later)):
+            beyond = late and bool((numbers[chosen] >= enough).any())
+            if chosen.any() and (on or not beyond):
+                most = data.samples if on else min(max(enough, samples), data.samples)
                 parts = inputs if chosen.all() else inputs.like([t[chosen] for t in inputs])
-                yield parts, late, int(numbers[chosen][-1] + 1) / most
+                yield parts, late, beyond, int(numbers[chosen][-1] + 1) / most
                 if fewest is None:
                     counts = [int(chosen.sum()), *(m.positions for m in meters.values())]
                     with data.summed():  # so that all processes decide alike
@@ -229,8 +258,14 @@ def _until_enough(
                     seen, *positions = sums.tolist()
                     fewest = min(positions) / seen
                     enough = max(enough, _whole(ENOUGH_POSITIONS / max(fewest, 1e-9), size))
-        if numbers[-1] >= max(enough, samples):
+        if not on and numbers[-1] >= max(enough, samples):
             break
+
+
+def _step(networks: Sequence[Network], data: Calibration) -> int:
+    """Return how many samples are run at a time."""
+    most = ENOUGH_SAMPLES * len(data.numbers) // data.samples
+    return data.at_a_time(max(min(working_batch(networks), most), 1))
 
 
 def _whole(count: float, size: int) -> int:
@@ -357,6 +392,17 @@ def _pairs(
                 moments = moments.take(*(a.index[:, 0] for a in visit.axes))
             pairs.setdefault((visit.space, visit.base, visit.network), {})[key[0]] = moments
     return pairs
+
+
+def _all_unit_by_unit(
+    values: Sequence[Any], measured: Sequence[_Visit], counted: Counted
+) -> list[Tensor | None]:
+    """Return what `_unit_by_unit` does of the networks that are measured, None for others."""
+    moved: list[Tensor | None] = [None] * len(values)
+    for pair in measured:
+        for k, axis in zip((pair.base, pair.network), pair.axes):
+            moved[k] = _unit_by_unit(values[k], axis, pair.across, counted)
+    return moved
 
 
 def _unit_by_unit(value: Tensor, axis: Axis, across: tuple[int, ...], counted: Counted) -> Tensor:

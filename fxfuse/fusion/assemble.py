@@ -7,7 +7,7 @@ gigabytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -38,6 +38,19 @@ from ..width.growth import with_host, without_spare_units
 OutputMoments = dict[str, list[Moments | None]]  # by node, of each network that has it
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was seen of the networks on the data, for the refit.
+
+    Attributes:
+        moments: Of their outputs at the nodes that the refit names.
+        refit: The refit, which may have kept values of the networks.
+    """
+
+    moments: OutputMoments
+    refit: Refit
+
+
 def couple(
     problem: Problem,
     data: Calibration,
@@ -47,7 +60,7 @@ def couple(
     clock: Clock,
     width: float,
     room: Room,
-) -> tuple[Couplings, OutputMoments, dict[str, str]]:
+) -> tuple[Couplings, Seen, dict[str, str]]:
     """Measure and couple the units, and make room for those that are least alike.
 
     Args:
@@ -61,8 +74,8 @@ def couple(
         room: Which spaces get how much more width.
 
     Returns:
-        The couplings; the moments of the networks' outputs at the nodes that the refit names;
-        and the spaces that kept their width though more was asked for, with the reason.
+        The couplings; what the refit wanted to be seen of the networks; and the spaces that kept
+        their width though more was asked for, with the reason.
 
     Raises:
         ArgumentError: If a width is given and the coupling chooses it.
@@ -77,16 +90,20 @@ def couple(
     problem = factors_alike(problem)
     with clock.stage("measure units"):
         samples = min(data.samples, refit.samples(problem.networks))
-        evidence = measure(problem, data, coupling.view, refit.settles(problem), samples)
+        same_width = width == 1 and coupling.room is None
+        keeper = refit.keeps(problem, data, samples) if same_width else None
+        settles = refit.settles(problem) if keeper is None else keeper.settles
+        evidence = measure(problem, data, coupling.view, settles, samples, keeper)
+    seen = Seen(evidence.outputs, refit if keeper is None else refit.using(keeper))
     with clock.stage("couple units"):
         couplings = replace(_coupled(problem, evidence, coupling), mixer=mixer)
     if width == 1:
-        return couplings, evidence.outputs, {}
+        return couplings, seen, {}
     couplings = couplings.weighted(problem.weights)  # where there is room, all have a share
     with clock.stage("make room"):
         costs = GroundCosts(problem, evidence, correlation)
         couplings, narrow = with_room(couplings, width, costs, room)
-    return couplings, evidence.outputs, narrow
+    return couplings, seen, narrow
 
 
 def _coupled(problem: Problem, evidence: Evidence, coupling: CouplingMethod) -> Couplings:
@@ -98,21 +115,21 @@ def _coupled(problem: Problem, evidence: Evidence, coupling: CouplingMethod) -> 
 
 
 def make(
-    couplings: Couplings, moments: OutputMoments, refit: Refit, data: Calibration, clock: Clock
+    couplings: Couplings, seen: Seen, data: Calibration, clock: Clock
 ) -> tuple[Network, Outcome]:
     """Emit the fused network and correct it on the data.
 
     Args:
         couplings: The maps of the networks.
-        moments: Of the networks' outputs, at the nodes that the refit names.
-        refit: How to correct the network.
+        seen: What was seen of the networks, and how to correct the fused one.
         data: Calibration inputs.
         clock: Times the stages.
     """
+    refit = seen.refit
     problem = couplings.problem
     samples = min(data.samples, refit.samples(problem.networks))
     count = len(problem.networks)  # one more than were measured, if the last is only a structure
-    padded = {node: [*ms, *[None] * (count - len(ms))] for node, ms in moments.items()}
+    padded = {node: [*ms, *[None] * (count - len(ms))] for node, ms in seen.moments.items()}
     with clock.stage("emit"):
         module, plans = emit(couplings, padded)
     base = problem.structure

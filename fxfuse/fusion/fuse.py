@@ -370,10 +370,10 @@ def _fuse_balanced(
         width: Of the result, relative to the anchor's.
         choice: What to choose by; None to take the fused network.
     """
-    couplings, moments, narrow = couple(
+    couplings, seen, narrow = couple(
         problem, data, method.coupling, method.mixer, method.refit, clock, width, method.room
     )
-    fused, outcome = make(couplings, moments, method.refit, data, clock)
+    fused, outcome = make(couplings, seen, data, clock)
     rescale(fused, couplings)
     candidates: dict[str, float] = {}
     if choice is not None:

@@ -53,7 +53,7 @@ from ._guard import (
     split_to_judge,
     warn,
 )
-from .assemble import make, require_sound
+from .assemble import Seen, make, require_sound
 
 REFIT = LeastSquares()
 
@@ -191,7 +191,7 @@ def _mended(
         costs = {name: correlation(list(places.values())) for (name, _, _), places in pairs}
         maps = transported(plan, copied.maps, costs, Exact())
         couplings = _couplings(plan.problem, maps)
-    fused, outcome = make(couplings, evidence.outputs, refit, data, clock)
+    fused, outcome = make(couplings, Seen(evidence.outputs, refit), data, clock)
     rescale(fused, couplings)
     require_sound(fused)
     return fused, outcome

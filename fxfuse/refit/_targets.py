@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,18 @@ class Goal:
     activated: Tensor | None
 
 
+class Source(Protocol):
+    """Where the goals of contractions come from: networks that run, or what was kept of them."""
+
+    targets: Targets
+
+    def goal(self, aim: Aim) -> Goal:
+        """Return what is wanted of a contraction; it can be asked for once."""
+
+    def outputs(self, batch: int) -> list[tuple[float, Any]]:
+        """Return the shares and outputs, for a batch, of all networks that have a share."""
+
+
 class Parents:
     """The networks on their way over the data, ahead of the fused one where a target asks for it.
 
@@ -88,7 +100,7 @@ class Parents:
         for k, (network, bypass) in enumerate(zip(networks, targets.bypasses)):
             nodes = sorted(network.module.graph.nodes, key=lambda n: place[n.name])
             given = network, data, samples, size, nodes, store, bypass
-            self.tracks.append(Track(*given) if _contributes(couplings, k) else None)
+            self.tracks.append(Track(*given) if contributes(couplings, k) else None)
         self.track = next(track for track in self.tracks if track is not None)
         self.visits = Visits(couplings.problem.guests, data, samples, size, store)
         self.place = place
@@ -186,7 +198,7 @@ class Parents:
         return [(share, value) for share, value in (*own, *guests) if share]
 
 
-def _contributes(couplings: Couplings, k: int) -> bool:
+def contributes(couplings: Couplings, k: int) -> bool:
     """Tell whether a network gives values, and not a structure at most."""
     gives = any(c.given.any() for (_, j), c in couplings.maps.items() if j == k)
     problem = couplings.problem
@@ -222,7 +234,14 @@ class Aim:
         return self.producer.axis % len(network.shapes[self.producer.node])
 
 
-Draw = Callable[[Aim, int, Track], Positions]
+class Way(Protocol):
+    """The samples that networks are taken over: how many, and the numbers of those in batches."""
+
+    samples: int
+    numbers: Sequence[Tensor]
+
+
+Draw = Callable[[Aim, int, Way], Positions]
 
 
 def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from ..calibration.data import Calibration
 from ..calibration.moments import Moments
 from ..calibration.norms import write_norm
 from ..calibration.run import Run, batch_size, working_batch
+from ..coupling.measure import Keeper
 from ..coupling.mixing import Couplings
 from ..coupling.problem import Problem
 from ..graph.state import fill, tensor_at
@@ -69,6 +70,14 @@ class Refit(Protocol):
 
     def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments it asks of the networks, with their feature axis."""
+
+    def keeps(self, problem: Problem, data: Calibration, samples: int) -> Keeper | None:
+        """Return what keeps values of the networks for it, while they are measured."""
+        return None
+
+    def using(self, kept: Any) -> Refit:
+        """Return the same, with values that were kept."""
+        return self
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once, in whole measuring batches."""

@@ -49,9 +49,11 @@ from ..coupling.problem import Problem
 from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
+from ._guests import Visits
+from ._kept import Informed, KeptParents, KeptRows
 from ._scores import Scores
 from ._shared import SharedFits
-from ._targets import Aim, Goal, Parents, Targets, aims_of
+from ._targets import Aim, Draw, Goal, Parents, Source, Targets, Way, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
 from .moments import AsMixed, Outcome, Refit, gain_of, settle_norm, settle_weight
 
@@ -259,7 +261,9 @@ class LeastSquares(Refit):
             network is to hold what several do. Beyond 2, no more than are quickly worked on.
         steps: Corrections by the results of an activation, where one reads the values.
         frontier: Bytes of memory for the values of all networks and samples that are still to be
-            read; what exceeds them lies in a temporary file.
+            read; what exceeds them lies in a temporary file. Where the networks' values at all
+            fitted positions take no more than half of it, they are kept while units are measured,
+            and the networks do not run again.
         gram: Bytes for the products of a contraction's inputs with each other; the default is
             enough for 1,448 inputs. Where there are more inputs, or more than positions, the
             products of as many positions are taken instead. The inputs themselves may take 32
@@ -283,9 +287,7 @@ class LeastSquares(Refit):
     def settles(self, problem: Problem) -> dict[str, int]:
         """Return the nodes whose moments are wanted: those that cannot be refitted."""
         network, targets = problem.structure, Targets(Couplings(problem, {}))
-        _, aims = replace(self, only_outputs=False)._aims(network, targets)
-        refitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
-        return {n: d for n, d in outputs_to_settle(network).items() if n not in refitted}
+        return _not_fitted(network, replace(self, only_outputs=False)._aims(network, targets)[1])
 
     def samples(self, networks: Sequence[Network]) -> int:
         """Return how many samples may be live at once: any number."""
@@ -298,13 +300,39 @@ class LeastSquares(Refit):
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
+        kept: KeptRows | None = None,
     ) -> Outcome:
         """Refit in place; see `Refit`."""
         apart = OPEN in fused.module.graph.output_node().meta or couplings.problem.guests
         if couplings.siblings and not apart:
             return _left_at_mean(fused, couplings, plans, data, samples)
         with data.first(samples).summed():
-            return self._refit(fused, couplings, plans, data, samples)
+            return self._refit(fused, couplings, plans, data, samples, kept)
+
+    def keeps(self, problem: Problem, data: Calibration, samples: int) -> KeptRows | None:
+        """Return what keeps the networks' values at all targets, if memory is enough."""
+        if self.only_outputs:
+            return None
+        targets, size = Targets(Couplings(problem, {})), working_batch(problem.networks)
+        order, aims = self._aims(problem.structure, targets)
+        names, draw = [node.name for node in order], self._draw_for(targets)
+        budget, settles = self.frontier // 2, _not_fitted(problem.structure, aims)
+        kept = KeptRows(problem, names, aims, settles, data.first(samples), size, draw, budget)
+        return kept if kept.promising else None
+
+    def using(self, kept: Any) -> Refit:
+        """Return the same, with values that were kept."""
+        return Informed(self, partial(self, kept=kept))
+
+    def _draw_for(self, targets: Targets) -> Draw:
+        """Return what chooses positions, more of them for class scores."""
+        many = replace(self, rows=max(self.rows, ROWS_OF_SCORES))
+
+        def draw(aim: Aim, places: int, way: Way) -> Positions:
+            method = many if aim.producer.node in targets.scores else self
+            return method.draw(aim, places, way)
+
+        return draw
 
     def _refit(
         self,
@@ -313,21 +341,25 @@ class LeastSquares(Refit):
         plans: Sequence[NormPlan | WeightPlan],
         data: Calibration,
         samples: int,
+        kept: KeptRows | None = None,
     ) -> Outcome:
         targets = Targets(couplings)
-        order, aims = self._aims(fused, targets)
+        if kept is None or not kept.serves(fused, targets.problem):
+            kept = None
+            order, aims = self._aims(fused, targets)
+        else:
+            order, aims = [fused.nodes[name] for name in kept.order], dict(kept.aims)
         size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
-        many = replace(self, rows=max(self.rows, ROWS_OF_SCORES))
-
-        def draw(aim: Aim, places: int, track: Track) -> Positions:
-            method = many if aim.producer.node in targets.scores else self
-            return method.draw(aim, places, track)
-
         shared = SharedFits(fused, self.ridges)
 
         def once(wanted: dict[str, Aim]) -> _Sweep:
-            parents = Parents(targets, order, wanted, *given, store, draw)
+            if kept is None:
+                draw = self._draw_for(targets)
+                parents: Source = Parents(targets, order, wanted, *given, store, draw)
+            else:
+                visits = Visits(targets.problem.guests, *given, store)
+                parents = KeptParents(targets, kept, visits, again=wanted is not alone)
             track = Track(fused, *given, order, store)
             sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans}, shared)
             for done, node in enumerate(order):
@@ -335,13 +367,14 @@ class LeastSquares(Refit):
                 tell((done + 1) / len(order))
             return sweep
 
+        memory = self.frontier - (0 if kept is None else kept.nbytes)
         alone, fits = {name: aim for name, aim in aims.items() if not aim.shared}, []
         with torch.no_grad():
             if len(alone) < len(aims):
-                with SpillStore(self.frontier) as store, part(0.0, 0.5):
+                with SpillStore(memory) as store, part(0.0, 0.5):
                     once(aims)
                 fits = shared.solve()
-            with SpillStore(self.frontier) as store, part(0.5 * (len(alone) < len(aims)), 1.0):
+            with SpillStore(memory) as store, part(0.5 * (len(alone) < len(aims)), 1.0):
                 sweep = once(alone)
                 divergence = sweep.finish()
         return Outcome((*sweep.layers, *fits), divergence)
@@ -361,10 +394,10 @@ class LeastSquares(Refit):
         order, aims = aims_of(network)
         return order, {name: aim for name, aim in aims.items() if can(aim)}
 
-    def draw(self, aim: Aim, places: int, track: Track) -> Positions:
+    def draw(self, aim: Aim, places: int, way: Way) -> Positions:
         """Choose the positions at which a contraction is fitted."""
-        budget = self.rows_for(aim.producer.affine, places * track.samples)
-        return draw_positions(places, track.numbers, track.samples, *budget)
+        budget = self.rows_for(aim.producer.affine, places * way.samples)
+        return draw_positions(places, way.numbers, way.samples, *budget)
 
     def rows_for(self, affine: Affine, positions: int) -> tuple[int, int]:
         """Return how many positions to draw, and `dual_every` of their `Regression`.
@@ -381,6 +414,12 @@ class LeastSquares(Refit):
         equations = max(min(math.isqrt(budget // 8), affordable, positions), 1)
         count = min(max(min(2 * equations, affordable), FEWEST_POSITIONS), positions)
         return count, -(-count // equations)
+
+
+def _not_fitted(network: Network, aims: dict[str, Aim]) -> dict[str, int]:
+    """Return the nodes that would be fitted if they could be, with their feature axis."""
+    fitted = {n for a in aims.values() for n in (a.producer.node, a.producer.joint)}
+    return {n: d for n, d in outputs_to_settle(network).items() if n not in fitted}
 
 
 def _left_at_mean(
@@ -421,7 +460,7 @@ class _Sweep:
 
     method: LeastSquares
     fused: Network
-    parents: Parents
+    parents: Source
     track: Track
     waiting: dict[str, NormPlan | WeightPlan]
     shared: SharedFits

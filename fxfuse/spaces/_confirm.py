@@ -9,7 +9,7 @@ precision sees a difference, double precision decides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -160,21 +160,14 @@ def _other_run(module: fx.GraphModule, example: Tensors) -> Returned | None:
     """
     generator = torch.Generator().manual_seed(0)
     turned = tuple(t.flip(0) if t.dim() else t for t in example)
+    sizes = sorted({n for t in example for n in t.shape}, reverse=True)
     for inputs in (tuple(_other_numbers(t, generator) for t in example), turned, example):
-        outputs = _run(module, inputs)
-        if outputs is not None:
-            break
-    else:
-        return None
-    for size in sorted({n for t in example for n in t.shape}):
-        larger = tuple(
-            _grown(t, [d for d, n in enumerate(given.shape) if n == size])
-            for t, given in zip(inputs, example)
-        )
-        returned = _run(module, larger)
-        if returned is not None:
-            inputs, outputs = larger, returned
-    return inputs, outputs
+        larger = (tuple(map(_grown, inputs, example, [size] * len(inputs))) for size in sizes)
+        for tried in (*larger, inputs):
+            outputs = _run(module, tried)
+            if outputs is not None:
+                return tried, outputs
+    return None
 
 
 def _other_numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -190,9 +183,9 @@ def _other_numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(low, high + 1, shape, generator=generator).to(tensor)
 
 
-def _grown(tensor: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return a tensor with one place more along some axes, a copy of the first."""
-    for dim in dims:
+def _grown(tensor: Tensor, given: Tensor, size: int) -> Tensor:
+    """Return a tensor with one place more, a copy of the first, along axes of a size at first."""
+    for dim in [d for d, n in enumerate(given.shape) if n == size]:
         tensor = torch.cat([tensor, tensor.narrow(dim, 0, min(1, tensor.shape[dim]))], dim)
     return tensor
 
