@@ -34,6 +34,7 @@ from .layer_costs import LayerCost, Meter, linear_cka
 from .pairing import SegmentGroup, pair_segments
 
 BATCH_SAMPLES, BATCH_BYTES = 256, 1 << 28  # samples run at a time, and the memory for them
+SHOWN_SAMPLES = 64  # enough for costs that decide nothing
 
 Place = tuple[int, int]  # a group of segments, and the network that is compared with its deepest
 Side = tuple[int, tuple[Layer, ...]]  # the index of a network, and layers of it
@@ -247,7 +248,7 @@ def measure_costs(
         networks: The networks.
         groups: Their segments that correspond.
         places: Where costs are wanted, and whether they are needed: if not, only quick ones are
-            measured.
+            measured, and on few samples.
         data: Calibration inputs.
         layer_cost: How unlike two layers are.
 
@@ -256,7 +257,8 @@ def measure_costs(
         DataError: If pre-activations are not finite.
     """
     answers: dict[Place, Meter | np.ndarray] = {}
-    comparisons: list[Comparison] = []
+    deciding: list[Comparison] = []
+    shown: list[Comparison] = []
     for (s, k), needed in places.items():
         group = groups[s]
         deep, layers = group.deep, group.segments[k].layers
@@ -265,11 +267,13 @@ def measure_costs(
             continue
         answers[s, k] = answer
         if isinstance(answer, Meter):
-            comparisons.append((((group.reference, deep), (k, layers)), answer))
-    if comparisons and comparisons[0][1].of_weights:
-        _show_weights(networks, comparisons)
-    elif comparisons:
-        _show_data(networks, comparisons, data)
+            comparison = ((group.reference, deep), (k, layers)), answer
+            (deciding if needed else shown).append(comparison)
+    for comparisons, of in ((deciding, data), (shown, data.first(SHOWN_SAMPLES))):
+        if comparisons and comparisons[0][1].of_weights:
+            _show_weights(networks, comparisons)
+        elif comparisons:
+            _show_data(networks, comparisons, of)
     costs = {}
     for (s, k), answer in answers.items():
         measured = answer.costs() if isinstance(answer, Meter) else np.asarray(answer, dtype=float)

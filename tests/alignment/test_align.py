@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxfuse
+from fxfuse.alignment import align as align_module
 from fxfuse.alignment.align import align_networks
 from fxfuse.alignment.aligners import (
     Aligner,
@@ -245,6 +246,19 @@ def test_where_the_constraints_decide_slow_costs_are_measured_only_on_demand():
         assert quick.pairs == full.pairs
         assert full.segments[0].costs[1] is not None
         assert (quick == full) is is_quick and (quick.segments[0].costs[1] is None) is not is_quick
+
+
+def test_costs_that_decide_nothing_are_measured_on_few_samples(monkeypatch):
+    seen, real = [], align_module.record
+    monkeypatch.setattr(align_module, "record", lambda *a: seen.append(len(a[1][0])) or real(*a))
+    data = Calibration(torch.randn(300, 6, generator=torch.Generator().manual_seed(0)))
+    nets = networks(mlp(6, 8, 8, 8, 3), mlp(6, 5, 5, 3))  # bound at both ends
+    align_networks(nets, data, measure_all=False)
+    assert seen == [64, 64]
+    nets = networks(mlp(6, 8, 8, 8, 8, 3), mlp(6, 5, 5, 5, 3))
+    both = align_networks(nets, data, measure_all=False)
+    assert seen[2:] == [256, 256, 64, 64]
+    assert both.segments[0] == align_networks(nets, data).segments[0]
 
 
 def test_the_aligner_decides():
