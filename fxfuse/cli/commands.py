@@ -22,6 +22,7 @@ from ..version import versions
 from . import tools
 from .common import (
     ALIGNING,
+    Across,
     AlignmentFile,
     Anchor,
     Card,
@@ -37,6 +38,7 @@ from .common import (
     Seed,
     Weights,
     Width,
+    as_options,
     complain,
     err,
     example_of,
@@ -65,7 +67,7 @@ class _Commands(TyperGroup):
         except FuseError as error:
             if ctx.params.get("with_traceback"):
                 complain(traceback.format_exc(), "dim")
-            complain(f"error: {error}", "red")
+            complain(f"error: {as_options(str(error))}", "red")
             raise typer.Exit(FAILED) from None
 
 
@@ -204,6 +206,7 @@ def fuse_command(
     weights: Weights = None,
     width: Width = None,
     anchor: Anchor = None,
+    across: Across = False,
     alignment: AlignmentFile = None,
     method: Annotated[str, typer.Option(help=", ".join(NAMED))] = "best",
     samples: Samples = 1000,
@@ -226,6 +229,7 @@ def fuse_command(
             width,
             anchor,
             None if alignment is None else str(alignment),
+            across=across,
             picture=None if picture is None else str(picture),
             report=None if page is None else str(page),
             card=None if card is None else str(card),

@@ -6,6 +6,7 @@ What can be refused is refused before any work is done.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,14 +30,15 @@ from .references import load_data, load_example, load_model
 T = TypeVar("T")
 
 MODEL = (
-    "package.module:factory[?key=value&...][@checkpoint], hf:PATH (a folder of transformers), "
-    "timm:NAME[@checkpoint], or a .safetensors file that fxfuse wrote."
+    "package.module:factory[?key=value&...][@checkpoint], hf:PATH[?class=NAME] (a folder of "
+    "transformers), timm:NAME[?key=value&...][@checkpoint], or a .safetensors file that fxfuse "
+    "wrote."
 )
 DATA = (
     "imagefolder:PATH[?size=224&mean=(0.5,0.5,0.5)&std=(0.2,0.2,0.2)], mnist:PATH, "
-    "text:PATH[?field=text&length=128] (lines or .jsonl, for the models' tokenizer), npz:PATH, "
-    "dataset:PATH[?split=train] (of save_to_disk), or package.module:factory[?key=value&...], "
-    "which gives a tensor or batches."
+    "text:PATH[?field=text&tokenizer=FOLDER&length=128] (lines or .jsonl, for the models' "
+    "tokenizer if none is named), npz:PATH, dataset:PATH[?split=train, and as for text] (of "
+    "save_to_disk), or package.module:factory[?key=value&...], which gives a tensor or batches."
 )
 INPUT = (
     "Shape of an input without the batch axis, such as 3x224x224 or 77:int64; once for each input "
@@ -64,6 +66,10 @@ Width = Annotated[
 Anchor = Annotated[
     int | None,
     typer.Option(help="Index of the model whose widths to take; the deepest if left out."),
+]
+Across = Annotated[
+    bool,
+    typer.Option("--across", help="Take models of other kinds than the anchor's as targets."),
 ]
 NETWORK = [".safetensors"]  # the endings of what a network is written to
 AlignmentFile = Annotated[
@@ -242,6 +248,27 @@ def write_network(network: fx.GraphModule, output: Path, progress: Progress) -> 
     refusal = save_at_least_weights(network, output)
     if refusal is not None:
         say(f"weights alone, as there is {refusal.met}: {refusal.where}")
+
+
+SPELLED = {  # arguments of Python, as the command line and recipes have them
+    r"\bacross=True": "--across",
+    r"\b(anchor|width|weights|method)=(['\"]?)([\w.,]+)\2": r"--\1 \3",
+    r"\bheads=fxfuse\.heads\.Separate\(after=('[^']*')\)": (
+        r"in a recipe heads: {kind: separate, after: \1}"
+    ),
+}
+
+
+def as_options(text: str) -> str:
+    """Return a text with the arguments that it advises spelled as options.
+
+    Example:
+        >>> as_options("the others as targets (across=True), or anchor=0")
+        'the others as targets (--across), or --anchor 0'
+    """
+    for argument, option in SPELLED.items():
+        text = re.sub(argument, option, text)
+    return text
 
 
 def complain(text: str, style: str) -> None:

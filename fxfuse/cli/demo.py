@@ -134,6 +134,28 @@ def run_demo(picture: Path, seed: int = 0, progress: Progress | None = None) -> 
     return DemoResult(tuple(rows), alignment, TEST, picture, fused)
 
 
+def trained(depth: int, width: int, epochs: int | None = None, seed: int = 0) -> DigitNet:
+    """Return a network that was trained on the demo's images; for references of the command line.
+
+    Args:
+        depth: Blocks in each stage.
+        width: Channels of the first stage.
+        epochs: Passes over the images; as many as in the demo if not given.
+        seed: Of the weights and the order of the images; the generator of the caller stays.
+    """
+    images, labels = digits()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        known = images[TEST + CHOICE :], labels[TEST + CHOICE :]
+        return train(DigitNet(depth, width), *known, EPOCHS if epochs is None else epochs)
+
+
+def unseen() -> list[tuple[Tensor, Tensor]]:
+    """Return batches of images that no network of `trained` has seen, with labels."""
+    images, labels = digits()
+    return list(zip(images[:TEST].split(100), labels[:TEST].split(100)))
+
+
 def train(
     net: N,
     images: Tensor,

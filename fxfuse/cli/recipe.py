@@ -30,6 +30,7 @@ from ..report import PICTURE_ENDINGS, Report, amount, card_of, draw
 from .common import (
     ALIGNING,
     NETWORK,
+    as_options,
     complain,
     data_errors,
     err,
@@ -47,11 +48,12 @@ from .terminal import show_alignment, show_scores, stages
 FUSED = "fused"
 LONG = 10.0  # seconds: what took longer is told how to be faster
 EXAMPLE = """\
-# What `fxfuse run recipe.yaml` fuses. Paths and modules are those of the folder of this file.
-models:  # package.module:factory[?key=value][@checkpoint], hf:PATH, timm:NAME, or what fxfuse wrote
-  - my_project:deep@deep.safetensors
-  - my_project:shallow@shallow.safetensors
-data: imagefolder:photos?size=224  # mnist:, text:, npz:, dataset:PATH, or package.module:factory
+# What `fxfuse run recipe.yaml` fuses: as it stands, two small networks of the demo. Name yours.
+# Paths and modules are those of the folder of this file.
+models:  # yours: my_project:deep@deep.safetensors, hf:PATH, timm:NAME, or a file that fxfuse wrote
+  - fxfuse.cli.demo:trained?depth=2&width=16
+  - fxfuse.cli.demo:trained?depth=1&width=12&seed=1
+data: fxfuse.cli.demo:unseen  # yours: imagefolder:photos?size=224, text:, npz:, dataset:PATH
 output: fused.safetensors
 
 # Everything below may be left out.
@@ -62,9 +64,10 @@ samples: 1000  # unlabelled ones; labels are only counted, never fused on
 seed: 0  # of the order of the samples
 report: report.html  # a page about the fusion
 picture: alignment.svg
-card: README.md  # a model card, in the form that model hubs read
+card: card.md  # a model card in the form that model hubs read, there as README.md
 
 # anchor: 0  # whose widths the result has; the deepest model if left out
+# across: true  # take models of other kinds than the anchor's as targets
 # alignment: alignment.json  # of `fxfuse align ... --json`
 # heads: {kind: separate}  # for models of different tasks; kind: union takes labels: [[..], [..]]
 # include: [common.yaml]  # keys that this file does not have
@@ -128,6 +131,7 @@ class Recipe:
         anchor: Index of the model whose widths the result has.
         alignment: A file of an alignment.
         heads: For models of different tasks.
+        across: Take models of other kinds than the anchor's, too.
         picture: Where to draw the alignment.
         report: Where to write a page about the fusion.
         card: Where to write a model card.
@@ -144,6 +148,7 @@ class Recipe:
     anchor: int | None = None
     alignment: str | None = None
     heads: HeadsChoice | None = None
+    across: bool = False
     picture: str | None = None
     report: str | None = None
     card: str | None = None
@@ -159,7 +164,12 @@ class Recipe:
         return recipe
 
     def __str__(self) -> str:
-        return str(yaml.safe_dump(written(self, defaults=False), sort_keys=False))
+        """Return the recipe in YAML, with the defaults that the result depends on."""
+        whole, chosen = written(self), written(self, defaults=False)
+        kept = {
+            key: whole[key] for key in ("models", "data", "output", "method", "samples", "seed")
+        }
+        return str(yaml.safe_dump(kept | chosen, sort_keys=False))
 
 
 def _keys_of(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -203,6 +213,7 @@ def carry_out(recipe: Recipe) -> None:
     require_writable(files["card"], "--card", [".md"])
     of_fusing = ("weights", "width", "anchor", "alignment", "heads", *files)
     named = {f"--{name}": getattr(recipe, name) for name in of_fusing}
+    named["--across"] = recipe.across or None
     require_no_options(recipe.method, ALIGNING, named)
     given = _options(recipe)
     with stages(err) as progress:
@@ -250,6 +261,8 @@ def _options(recipe: Recipe) -> dict[str, Any]:
     options: dict[str, Any] = {"weights": weights, "width": recipe.width, "anchor": recipe.anchor}
     if recipe.alignment is not None:
         options["alignment"] = Alignment.load(recipe.alignment)
+    if recipe.across:
+        options["across"] = True
     if recipe.heads is not None:
         options["heads"] = recipe.heads.heads()
     return {name: value for name, value in options.items() if value is not None}
@@ -298,7 +311,7 @@ def _show(
     if scores:
         show_scores(out, scores)
     for sentence in report.warnings:
-        complain(f"warning: {sentence}", "yellow")
+        complain(f"warning: {as_options(sentence)}", "yellow")
     say(
         f"fused {amount(len(report.alignment.names), 'model')} on {amount(samples, 'sample')} in "
         f"{sum(report.seconds.values()):.1f} s, widths of model {report.anchor}: {output}"

@@ -110,7 +110,7 @@ def permute_command(
     output: Output,
     data: DataOrNone = None,
     inputs: Inputs = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new order of the units.", min=0)] = 0,
 ) -> None:
     """Shuffle the units of a model; it still computes the same."""
     require_writable(output, "--output", NETWORK)

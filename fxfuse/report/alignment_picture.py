@@ -191,6 +191,7 @@ class _Layout:
         x, y = MARGIN, MARGIN + 4
         if self.largest_cost is not None:
             self.texts.append(Text(x, y + 8, "cost: alike 0", "note"))
+            self.texts.append(Text(x, y + 26, "1 \u2212 CKA, unless another was chosen", "note"))
             x += 84
             for i in range(16):
                 fill, _ = shades(i / 15)

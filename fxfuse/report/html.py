@@ -30,7 +30,7 @@ from ._shared import (
     parameters_in,
     shades,
 )
-from .alignment_picture import description_of, inserted_layers, lay_out, svg_of
+from .alignment_picture import description_of, inserted_layers, largest_cost, lay_out, svg_of
 from .report import Accuracy, Report
 
 
@@ -56,6 +56,7 @@ def page_of(report: Report, accuracy: Mapping[str, Accuracy], facts: Mapping[str
     """Return the page of a report as HTML."""
     alignment = report.alignment
     scene = lay_out(alignment, report.removed)
+    top = largest_cost(alignment) or 1.0
     matrices = [matrix for matrix in cost_matrices(alignment) if len(matrix.rows) > 1]
     page = _environment().get_template("page.html.jinja")
     text = page.render(
@@ -66,7 +67,7 @@ def page_of(report: Report, accuracy: Mapping[str, Accuracy], facts: Mapping[str
         picture=Markup(svg_of(scene, description_of(alignment))),
         picture_height=scene.height,
         picture_shape=scene.height / scene.width,
-        matrices=[(matrix, _cells(matrix)) for matrix in matrices],
+        matrices=[(matrix, _cells(matrix, top)) for matrix in matrices],
         origin=_origin(report, facts),
         ink=INK,
         muted=MUTED,
@@ -154,14 +155,15 @@ class _Cell(NamedTuple):
     chosen: bool = False
 
 
-def _cells(matrix: CostMatrix) -> list[list[_Cell]]:
+def _cells(matrix: CostMatrix, top: float) -> list[list[_Cell]]:
+    """Return the cells of a heat map in the colours of the picture, whose scale ends at `top`."""
     finite = [cost for row in matrix.costs for cost in row if abs(cost) != float("inf")]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    high = max(finite, default=0.0)
 
     def cell(cost: float, chosen: bool) -> _Cell:
         if abs(cost) == float("inf"):
             return _Cell(chosen=chosen)
-        fill, _ = shades((cost - low) / (high - low or 1.0))
+        fill, _ = shades(min(abs(cost) / top, 1.0))
         text = f"{cost:.2f}" if high >= 0.1 else f"{cost:.2g}"
         return _Cell(text, f"{cost:.6g}", fill, chosen)
 

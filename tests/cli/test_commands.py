@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import inspect
 import json
 import os
 import re
@@ -22,7 +23,9 @@ import fxfuse
 from fxfuse import presets
 from fxfuse.calibration import data
 from fxfuse.cli import commands as cli
-from fxfuse.cli.references import load_data, load_model
+from fxfuse.cli.common import as_options
+from fxfuse.cli.references import _PICTURES, _TABLES, _image_folder, load_data, load_model
+from fxfuse.cli.tables import Table
 from tests.support.nets import mlp, outputs, randomise
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -133,7 +136,9 @@ def test_what_a_fusion_warns_of_is_shown_once(folder, monkeypatch, capsys):
     assert run(monkeypatch, "fuse", *MODELS, *OPTIONS, "--method", "otfusion") == 0
     shown = capsys.readouterr()
     (sentence,) = fxfuse.load("out/fused.safetensors").meta["fxfuse"].warnings
-    assert shown.err == f"warning: {sentence}\n" and "nats on 60 samples; try" in sentence
+    assert (
+        shown.err == f"warning: {as_options(sentence)}\n" and "nats on 60 samples; try" in sentence
+    )
 
 
 def test_the_file_holds_the_network_and_a_report_with_hashes_and_seeds(folder, monkeypatch):
@@ -352,11 +357,15 @@ def test_a_traceback_is_shown_if_asked_for(folder, monkeypatch, capsys):
 
 
 def test_help_has_every_key_of_the_data(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
+    of = inspect.signature
+    keys = {*list(of(_image_folder).parameters)[1:], *list(of(Table).parameters)[3:]}
     for command in ("fuse", "align", "inspect", "barrier", "narrow", "permute", "verify"):
         assert run(monkeypatch, command, "--help") == 0
         shown = capsys.readouterr().out
-        assert all(part in shown for part in ("size=", "mean=", "std=", "mnist:", "key=value"))
+        shown = " ".join(shown.split())
+        assert all(f"{kind}:" in shown for kind in (*_PICTURES, *_TABLES))
+        assert all(f"{key}=" in shown for key in (*keys, "split", "key", "class"))
     assert run(monkeypatch, "--help") == 0 and "--install-completion" in capsys.readouterr().out
 
 

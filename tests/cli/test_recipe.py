@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import fxfuse
+from fxfuse.cli import demo
 from fxfuse.cli.recipe import EXAMPLE, HeadsChoice, Recipe
 from fxfuse.errors import ArgumentError
 from fxfuse.fusion import Separate, Union
@@ -73,6 +74,7 @@ def test_the_recipe_in_a_report_repeats_the_run(run, folder, monkeypatch):
     assert run("fuse", *models, *options, *files)[0] == 0
     written = (folder / "fused.safetensors").read_bytes()
     text = (folder / "card.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert "method: best" in text
     (folder / "again.yaml").write_text(text)
     (folder / "fused.safetensors").unlink()
     assert run("run", "again.yaml")[0] == 0
@@ -113,11 +115,33 @@ def test_what_is_wrong_in_a_recipe_is_named_before_any_work(run, folder, text, s
 def test_the_example_is_a_recipe(run, folder):
     status, out, _ = run("recipe", "--example")
     (folder / "example.yaml").write_text(out)
-    assert status == 0 and Recipe.load(folder / "example.yaml").card == "README.md"
+    assert status == 0 and Recipe.load(folder / "example.yaml").card == "card.md"
     mentioned = {line.lstrip("# ").split(":")[0] for line in EXAMPLE.splitlines() if ":" in line}
     assert {*Recipe.__dataclass_fields__} <= mentioned, "every key is in it"
     assert run("recipe", "--check", "there/example.yaml")[0] == 0
     assert run("recipe")[0] == 2
+
+
+def test_the_example_runs_as_it_stands(run, folder, monkeypatch):
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "digits", lambda real=demo.digits: [part[:857] for part in real()])
+    (folder / "example.yaml").write_text(EXAMPLE.replace("width=1", "width="))
+    status, out, err = run("run", "there/example.yaml")
+    assert status == 0 and "fused 2 models on 597 samples" in out and "error" not in err
+    made = ["fused.safetensors", "report.html", "alignment.svg", "card.md"]
+    assert all((folder / name).stat().st_size for name in made)
+
+
+def test_models_of_other_kinds_are_targets_if_the_recipe_says_so(run, folder):
+    other = "\n\ndef smooth():\n    return torch.nn.Sequential(torch.nn.Linear(6, 3))\n"
+    (folder / "recipe_nets.py").write_text(MODULE + other)
+    text = RECIPE.replace("recipe_nets:shallow@shallow.safetensors", "recipe_nets:smooth")
+    (folder / "recipe.yaml").write_text(text + "anchor: 0\n")
+    status, _, err = run("run", "there/recipe.yaml")
+    assert status == 2 and "--across" in err
+    (folder / "recipe.yaml").write_text(text + "anchor: 0\nacross: true\n")
+    assert run("run", "there/recipe.yaml")[0] == 0
+    assert fxfuse.load(folder / "fused.safetensors").meta["fxfuse"].guests
 
 
 def test_heads_are_those_of_fuse(run, folder):

@@ -97,6 +97,7 @@ def test_a_picture_shows_every_layer_the_costs_and_what_is_inserted(tmp_path):
     shown = set(re.findall(r"<text[^>]*>(.*?)</text>", (tmp_path / "a.svg").read_text()))
     assert shown >= {"deep", "shallow", "a1", "a2", "a3", "a4", "b1", "b2", "b3", "0.100", "0.900"}
     assert {"inserted", "neutral layer, inserted", "2.  features, 1 + 1 layers"} <= shown
+    assert any("1 \u2212 CKA" in text for text in shown), "what a cost is"
 
 
 def test_merged_layers_are_marked(tmp_path):

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 import fxfuse
 from fxfuse.depth.shorten import Shorten
 from fxfuse.ir import Frozen, LayerFit
-from fxfuse.report._shared import clean
+from fxfuse.report._shared import CostMatrix, clean, shades
+from fxfuse.report.html import _cells
 from fxfuse.report.report import CouplingReport, Report, SpaceReport
 from tests.support.alignments import NASTY, alignments, layers_of
 from tests.support.nets import mlp, randomise
@@ -115,6 +116,28 @@ def test_it_shows_every_fact_of_the_report(report, tmp_path):
     assert all(f.reason in shown for f in report.frozen)
     assert "MiB" in shown and "identity" in shown and "units, " in shown
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_maps_of_costs_have_the_colours_of_the_picture():
+    costs = [((0.1, 0.3), (0.2, 0.3)), ((0.3, 0.9), (float("inf"), 2.0))]
+    maps = [_cells(CostMatrix("", ["a", "b"], ["c", "d"], c, [0, 1]), 1.0) for c in costs]
+    fills = {(cell.exact, cell.fill) for rows in maps for row in rows for cell in row}
+    assert {(f"{c:g}", shades(c)[0]) for c in (0.1, 0.2, 0.3, 0.9, 2.0)} | {("", "")} == fills
+
+
+def test_tables_that_are_wider_than_a_phone_name_their_cells(report, tmp_path):
+    report.save_html(tmp_path / "a.html")
+    cells, inside = [], 0
+    for tag, attributes in Reader((tmp_path / "a.html").read_text()).tags:
+        if tag == "table":
+            inside = "cards" in attributes.get("class", "")
+        if tag == "tr":
+            cells.append([])
+        if tag == "td" and inside:
+            cells[-1].append("data-name" in attributes)
+    rows = [row for row in cells if row]
+    assert len(rows) == len(report.rows) + len(report.spaces)
+    assert all(not row[0] and all(row[1:]) for row in rows)
 
 
 def test_sections_without_facts_are_left_out(report, tmp_path):
