@@ -316,6 +316,8 @@ class LeastSquares(Refit):
         targets, size = Targets(Couplings(problem, {})), working_batch(problem.networks)
         order, aims = self._aims(problem.structure, targets)
         names, draw = [node.name for node in order], self._draw_for(targets)
+        if any(aim.beside for aim in aims.values()):  # rows are matched once units are coupled
+            return None
         budget, settles = self.frontier // 2, _not_fitted(problem.structure, aims)
         kept = KeptRows(problem, names, aims, settles, data.first(samples), size, draw, budget)
         return kept if kept.promising else None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fxfuse
 from fxfuse.coupling import measure
@@ -51,3 +52,23 @@ def test_the_networks_run_once_and_the_result_is_the_same(name, cut, monkeypatch
     assert gap(anew, fxfuse.fuse(nets, x), x) < FUNCTION
     with pytest.raises(Reached):
         fxfuse.fuse(nets, x, method=ANEW)
+
+
+class AlongTokens(nn.Module):
+    """Mixes along tokens, beside channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.embed(x).transpose(1, 2)
+        return self.out((x + self.down(torch.tanh(self.up(x)))).mean(2))
+
+
+def test_rows_of_units_are_matched_whether_values_are_kept_or_not():
+    nets, x = drawn(AlongTokens(), AlongTokens()), normal(60, 4, 6)
+    anew = fxfuse.fuse(nets, x, method=ANEW)
+    assert gap(anew, fxfuse.fuse(nets, x), x) < FUNCTION
+    assert gap(nets[0], fxfuse.fuse([nets[0], fxfuse.permute(nets[0], x, seed=1)], x), x) < FUNCTION
