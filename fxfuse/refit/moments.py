@@ -34,6 +34,7 @@ from ..spaces.network import Network
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
 
 LARGEST_GAIN = 10.0  # a unit that the average silenced is not blown up beyond this
+ROUNDING = 1e-5  # share of its root mean square by which what is constant varies in float32
 FRONTIER_BYTES = 1 << 29  # memory for the live values of all samples, about three large ones
 
 
@@ -182,7 +183,7 @@ def settle_norm(network: Network, plan: NormPlan, inputs: Moments) -> None:
     """
     scale, mean = plan.scale, plan.scale * inputs.mean + plan.shift
     if plan.target is not None:
-        gain = gain_of(plan.target.spread, inputs.spread, np.abs(plan.scale))
+        gain = gain_of(plan.target.spread, inputs.spread, np.abs(plan.scale), inputs.rms)
         scale, mean = np.copysign(gain, plan.scale), plan.target.mean
     roles = network.norms[plan.node]
     write_norm(network.module, roles, scale, mean, inputs.mean, inputs.variance)
@@ -201,7 +202,7 @@ def settle_weight(
         gain = gain_of(target.rms, outputs.rms, one)
         shift = np.zeros_like(gain)
     else:
-        gain = gain_of(target.spread, outputs.spread, one)
+        gain = gain_of(target.spread, outputs.spread, one, outputs.rms)
         shift = target.mean - gain * outputs.mean
         bias = tensor_at(network.module, plan.bias)
         fill(network.module, plan.bias, gain * bias.detach().double().cpu().numpy() + shift)
@@ -209,12 +210,20 @@ def settle_weight(
     return gain, shift
 
 
-def gain_of(wanted: np.ndarray, spread: np.ndarray, default: np.ndarray) -> np.ndarray:
+def gain_of(
+    wanted: np.ndarray, spread: np.ndarray, default: np.ndarray, values: np.ndarray | float = 0.0
+) -> np.ndarray:
     """Return the factor from each unit's spread to the wanted one, bounded.
 
     Units that hardly vary get the default.
+
+    Args:
+        wanted: The wanted spreads.
+        spread: The spreads as they are.
+        default: The factors of units that hardly vary.
+        values: The root mean squares beside which a spread may be nothing but rounding.
     """
-    varies = spread > 1e-6 * max(spread.max(initial=0.0), 1e-30)
+    varies = spread > np.maximum(1e-6 * max(spread.max(initial=0.0), 1e-30), ROUNDING * values)
     gain = np.divide(wanted, spread, out=default.astype(float), where=varies)
     bounded: np.ndarray = np.minimum(gain, LARGEST_GAIN * np.maximum(default, 1e-12))
     return bounded

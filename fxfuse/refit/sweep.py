@@ -236,7 +236,7 @@ class Fit:
     def _gain(self, wanted: Moments, given: Moments) -> np.ndarray:
         one = np.ones_like(given.mean)
         if self.biased:
-            return gain_of(wanted.spread, given.spread, one)
+            return gain_of(wanted.spread, given.spread, one, wanted.rms)
         return gain_of(wanted.rms, given.rms, one)
 
 

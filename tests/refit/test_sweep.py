@@ -420,3 +420,23 @@ def test_contractions_of_few_samples_or_of_none_stay_as_they_were_mixed(kind):
     net, x = randomise(kind(), 1), torch.randn(40, 6)
     fused = fxfuse.fuse([net, fxfuse.permute(net, x[:4], seed=3)], x)
     assert gap(net, fused, torch.randn(30, 6)) < 1e-5
+
+
+class Rounded(nn.Module):
+    """Its last layers read a constant, but for the rounding of `z + (code - z)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)
+        self.code = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        z = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(z + (self.code - z)))) + z[:, :3]
+
+
+def test_rounding_noise_is_no_spread_to_be_corrected():
+    nets = [randomise(Rounded(), seed) for seed in (0, 1)]
+    fused = fxfuse.fuse(nets, torch.randn(40, 6), weights=[1, 0])
+    for name, tensor in nets[0].state_dict().items():
+        assert torch.allclose(fused.state_dict()[name], tensor, atol=1e-4), name
