@@ -105,11 +105,11 @@ class SharedValues:
         What is made of parameters alone, and for this layer alone, is its own.
         """
         network, nodes = form.network, form.network.nodes
-        fed = network.fed()
+        fed = _fed_values(network)
         inside = {nodes[name] for name in layer.nodes}
         seen = {*inside, nodes[layer.entry]}
         for node in reversed(network.module.graph.nodes):
-            if node.name not in fed and node not in seen and node.users and inside >= {*node.users}:
+            if node not in fed and node not in seen and node.users and inside >= {*node.users}:
                 inside.add(node)
         inside -= form.given
         waiting = list(inside)
@@ -122,6 +122,15 @@ class SharedValues:
                     yield node
                 if node.name not in partners:
                     waiting.append(node)
+
+
+def _fed_values(network: Network) -> set[fx.Node]:
+    """Return the nodes that values of the inputs reach, not only their sizes."""
+    reached = set(network.module.graph.find_nodes(op="placeholder"))
+    for node in network.module.graph.nodes:
+        if not reached.isdisjoint(network.inputs_of(node)):
+            reached.add(node)
+    return reached
 
 
 def shared_paths(network: Network, layer: Layer) -> set[str]:

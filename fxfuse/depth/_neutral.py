@@ -25,7 +25,7 @@ from ..alignment.normal_form import unread_writers, writers_of
 from ..calibration.norms import tensors_for
 from ..calibration.run import record
 from ..errors import PassError
-from ..graph.state import fill, tensor_at
+from ..graph.state import fill, part_at, tensor_at
 from ..ir import Layer
 from ..spaces.network import Network
 
@@ -107,6 +107,7 @@ def make_neutral(copied: LayerCopy, approximate: bool) -> frozenset[str]:
     insertion = copied.insertion
     layer, template = insertion.layer, insertion.template
     zeroed: frozenset[str] = frozenset()
+    _require_own_weights(template, layer)
     _require_no_other_steps(insertion)
     if insertion.shared:
         raise no_neutral_form(layer.name, "it computes with a weight of another layer")
@@ -184,12 +185,16 @@ def copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     weights = template.weights[layer.merge]
     if not all(copied.has(name) for name in template.tensors[layer.merge]):
         raise no_neutral_form(layer.name, "it computes with a weight of another layer")
+    convolutions = [s.geometry for s in template.contractions(layer.merge) if s.geometry]
+    if len(weights) > 1 or len(convolutions) > 1:
+        raise no_neutral_form(layer.name, "several contractions in one step")
+    axes = 2 + sum(len(conv.kernel) for conv in convolutions)
+    whole = [n for n in weights if _reads(template, template.nodes[layer.merge], n)]
+    if not whole or copied[whole[0]].dim() != axes:
+        raise no_neutral_form(layer.name, "its weight is no tensor of its own")
     for name in template.tensors[layer.merge]:
         copied.fill(name, 0.0)
-    weight = copied[weights[0]].data
-    convolutions = [s.geometry for s in template.contractions(layer.merge) if s.geometry]
-    if len(weights) != 1 or len(convolutions) > 1:
-        raise no_neutral_form(layer.name, "several contractions in one step")
+    weight = copied[whole[0]].data
     for conv in convolutions:
         sides = zip(conv.kernel, conv.padding, conv.dilation)
         centred = all(2 * p == d * (k - 1) for k, p, d in sides)
@@ -201,6 +206,25 @@ def copy_inputs(copied: LayerCopy, layer: Layer) -> Tensor:
     at: tuple[Any, ...] = (rows, rows % weight.shape[1], *centre)
     weight[at] = 1.0
     return weight
+
+
+def _require_own_weights(network: Network, layer: Layer) -> None:
+    """Refuse a layer whose weight is a part of a tensor that holds those of other layers, too."""
+    inside = [network.nodes[name] for name in layer.nodes]
+    parts = {
+        weight
+        for node in inside
+        for weight in network.weights.get(node.name, ())
+        if not _reads(network, node, weight)
+    }
+    for node, names in network.weights.items():
+        if node not in layer.nodes and not parts.isdisjoint(names):
+            raise PassError(
+                f"a layer whose weight is a part of '{min(parts)}', as that of '{node}' is",
+                where=f"layer '{layer.name}' of {network.name}",
+                expected="layers whose weights are tensors of their own, where depths differ",
+                do="give each layer its own parameters, as by nn.ParameterList",
+            )
 
 
 def fill_norm(copied: LayerCopy, node: fx.Node, scale: float = 1.0, shift: float = 0.0) -> None:
@@ -296,8 +320,14 @@ def _branch(insertion: Insertion, layer: Layer) -> fx.Node | None:
 
 
 def last_writers(network: Network, node: fx.Node) -> list[str]:
-    """Return the tensors of a node's last contraction; all of a node that contracts nothing."""
+    """Return the tensors of a node's last contraction; all of a node that contracts nothing.
+
+    A recurrent layer has no last one: what one step writes, the next one reads.
+    """
     names = network.tensors.get(node.name, [])
+    part = part_at(network.module, str(node.target)) if node.op == "call_module" else None
+    if isinstance(part, (nn.RNNBase, nn.RNNCellBase)):
+        return names
     earlier = network.weights.get(node.name, [])[:-1]
     return names[names.index(earlier[-1]) + 1 :] if earlier else names
 

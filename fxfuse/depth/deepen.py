@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import fx
 from torch.utils._pytree import tree_leaves
@@ -275,6 +276,9 @@ def _insertions_in(
         before = [layers[k][x] for x in reversed(row[:i]) if x is not None]
         behind = [layers[k][x] for x in row[i:] if x is not None]
         after = before[0].nodes[-1] if before else behind[0].entry
+        if before:
+            above = next(j for j in reversed(range(i)) if row[j] is not None)
+            after = _behind_alike(deep, wanted[above : i + 1], into, after)
         end = next((j for j in range(i, len(row)) if row[j] is not None), len(row))
         run = _neutral_run(Insertion(deep, wanted[i], into, after), wanted[i:end])
         if run:
@@ -287,6 +291,49 @@ def _insertions_in(
             facts = values.beside(layer, of, k), values.shared(layer, of, k)
             yield Insertion(template, layer, into, after, (), *facts)
         i += len(run) or 1
+
+
+def _behind_alike(deep: Network, layers: Sequence[Layer], into: Network, end: str) -> str:
+    """Return the node behind which a missing layer goes, past steps that belong to no layer.
+
+    Args:
+        deep: The network that has the layer.
+        layers: There, the last layer that both have, those missing behind it, and the layer.
+        into: The network that lacks it.
+        end: The end of the last layer that both have.
+    """
+    node = into.nodes[end]
+    for above, below in pairwise(layers):
+        for step in _steps_between(deep, above.nodes[-1], below.entry):
+            alike = [n for n in _readers(into, node) if into.form(n) == deep.form(step)]
+            if len(alike) != 1:
+                return end
+            node = alike[0]
+    return node.name
+
+
+def _steps_between(network: Network, first: str, last: str) -> list[fx.Node]:
+    """Return the nodes that do something on the way from a node, left out, to another."""
+    made = {network.nodes[first]}
+    for node in network.module.graph.nodes:
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    read, waiting = set[fx.Node](), [network.nodes[last]]
+    while waiting:
+        node = waiting.pop()
+        if node.name != first and node in made:
+            read.add(node)
+            waiting += network.inputs_of(node)
+    return [n for n in network.module.graph.nodes if n in read and not network.is_idle(n)]
+
+
+def _readers(network: Network, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that read a node's value, as it is or through nodes that do nothing."""
+    for reader in node.users:
+        if network.is_idle(reader):
+            yield from _readers(network, reader)
+        elif network.carries_data(reader):
+            yield reader
 
 
 def _neutral_run(insertion: Insertion, missing: Sequence[Layer]) -> tuple[Layer, ...]:

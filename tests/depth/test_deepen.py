@@ -535,3 +535,92 @@ def test_blocks_that_write_in_place_keep_their_function(how):
     nets = [net(3, 0), net(1, 1)]
     fused = fxfuse.fuse(nets, VECTORS, weights=[1, 0])
     assert gap(nets[0], fused, torch.randn(9, 6)) <= FUNCTION
+
+
+class Between(nn.Module):
+    """Layers, and a step between the first two that belongs to none."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.register_buffer("mask", torch.arange(8).remainder(3).bool())
+
+    def forward(self, x):
+        x = torch.relu(self.first(x)) * self.mask
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.last(x)
+
+
+def test_a_missing_layer_goes_behind_the_steps_that_lie_in_front_of_it():
+    nets = [randomise(Between(3), 0), randomise(Between(1), 1)]
+    fused = fxfuse.fuse(nets, VECTORS, weights=[1, 0])
+    assert gap(nets[0], fused, torch.randn(9, 6)) <= FUNCTION
+
+
+class OneTensor(nn.Module):
+    """All weights are parts of one parameter."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.weights, self.depth = nn.Parameter(torch.randn(64 * depth)), depth
+
+    def forward(self, x):
+        x = self.first(x)
+        for weight in self.weights.split(64):
+            x = torch.relu(x) @ weight.view(8, 8)
+        return self.last(x)
+
+
+def test_layers_whose_weight_is_a_part_of_another_tensor_are_refused():
+    nets = [randomise(OneTensor(3), 0), randomise(OneTensor(1), 1)]
+    with pytest.raises(PassError, match="a part of 'weights'"):
+        fxfuse.fuse(nets, VECTORS)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_around_a_skip_are_neutral(kind):
+    class Blocks(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.layers = nn.ModuleList(kind(8, 8, batch_first=True) for _ in range(depth))
+
+        def forward(self, x):
+            x = self.first(x)
+            for layer in self.layers:
+                x = x + layer(x)[0]
+            return self.last(x)
+
+    nets, data = [randomise(Blocks(2), 0), randomise(Blocks(1), 1)], torch.randn(20, 3, 6)
+    for net, deep in zip(nets, fxfuse.balance(nets, data)):
+        assert gap(net, deep, torch.randn(5, 3, 6)) <= FUNCTION
+
+
+class Biased(nn.Module):
+    """Attention with a table that each block computes, and a size in the way to it."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.table = nn.ModuleList(nn.Linear(2, 1) for _ in range(depth))
+        self.register_buffer("places", torch.randn(9, 2), persistent=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        for mix, table in zip(self.mix, self.table):
+            bias = table(self.places).view(x.shape[1], x.shape[1])
+            x = x + mix((x @ x.transpose(1, 2) + bias).softmax(-1) @ x)
+        return self.last(x)
+
+
+def test_what_a_block_computes_of_parameters_and_sizes_is_its_own():
+    nets, data = [Biased(3), Biased(1)], torch.randn(20, 3, 6)
+    for seed, net in enumerate(nets):
+        net.eval().load_state_dict(randomise(Biased(len(net.mix)), seed).state_dict())
+        net.places = nets[0].places
+    fused = fxfuse.fuse(nets, data, weights=[1, 0])
+    assert gap(nets[0], fused, torch.randn(5, 3, 6)) <= FUNCTION
