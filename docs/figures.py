@@ -120,12 +120,47 @@ def situations(key: str, names: Sequence[str], digits: int = 1) -> str:
     return markdown(["", *names], rows)
 
 
+def numbered(name: str, keys: dict[str, str]) -> str:
+    """Return figures of the rows of a record for each number of networks, keys with their units."""
+    record, columns = shown(name), []
+    for key, unit in keys.items():
+        columns += [(f"{key} of {n}", f"{unit}, {n} networks") for n in record["counts"]]
+    rows = [[r["name"], *(f"{r[key]:.1f}" for key, _ in columns)] for r in record["rows"]]
+    return markdown(["", *(head for _, head in columns)], rows)
+
+
 def tunings(tuning: str) -> str:
     """Return what `examples/siblings.py` found for one kind of tuning, a column a network."""
     found = [r for r in records("siblings-") if r["tuning"] == tuning]
     columns = [{row["name"]: row["values"] for row in record["rows"]} for record in found]
     rows = [[name, *(cell([column[name]]) for column in columns)] for name in columns[0]]
     return markdown([tuning, *(record["network"] for record in found)], rows)
+
+
+PEER = "Torch-Pruning"
+WAYS = {  # of `examples/smaller.py`, and what the page calls them
+    "pruned": "dropped",
+    "merged": "merged",
+    "pruned, refitted": "dropped, refitted",
+    "merged, refitted": "merged, refitted",
+    PEER: PEER,
+}
+
+
+def smaller() -> str:
+    """Return what `examples/smaller.py` found: a row for each importance and share that is left."""
+    rows = []
+    for record in sorted(records("smaller-"), key=lambda r: -r["to"]):
+        found = {(row["scores"], row["way"]): row for row in record["rows"]}
+        for scores in dict.fromkeys(key for key, _ in found):
+            known = [found.get((scores, way), {}) for way in WAYS]
+            cells = [f"{row['accuracy']:.1f}" if row else "" for row in known]
+            left = {way: f"{row['left']:.0%}" for way, row in zip(WAYS, known) if row}
+            ours = next((share for way, share in left.items() if way != PEER), "")
+            named = f"{scores}, {record['to']:.0%}"
+            rows.append([named, ours, *cells[:-1], left.get(PEER, ""), cells[-1]])
+    shares = ["left", *[WAYS[way] for way in WAYS if way != PEER], "left", PEER]
+    return markdown(["scores, allowed", *shares], rows)
 
 
 def cell(values: Sequence[Any]) -> str:
@@ -176,6 +211,7 @@ PAGES = {
     "README.md.jinja": ROOT / "README.md",
     "results.md.jinja": HERE / "results.md",
     "methods/compared.md.jinja": HERE / "methods/compared.md",
+    "methods/intra_fusion.md.jinja": HERE / "methods/intra_fusion.md",
 }
 
 
@@ -188,7 +224,7 @@ def rendered(template: str) -> str:
         trim_blocks=True,
     )
     known = [mean, each, size, count, shown, printed, measured, experiments, situations]
-    known += [forward_passes, scaling, tunings]
+    known += [forward_passes, scaling, tunings, smaller, numbered]
     environment.globals |= {function.__name__: function for function in known}
     return environment.get_template(template).render()
 

@@ -211,7 +211,7 @@ def test_what_cannot_be_fused_one_by_one_is_refused(method, count, weights):
 PAGE = ["Needs", "Good for", "Cost", "Where ours differs from the released code"]
 
 
-@pytest.mark.parametrize("name", sorted(presets.NAMED))
+@pytest.mark.parametrize("name", [*sorted(presets.NAMED), "intra_fusion"])
 def test_every_method_has_a_page_and_is_among_those_to_choose_from(name):
     file = {"elastic_zip": "zipit"}.get(name, name)
     text = (DOCS / f"methods/{file}.md").read_text()
