@@ -48,7 +48,6 @@ REASONS = {
     "exponential": "no rule: chance, another at each call",
     "normal": "no rule: chance, another at each call",
     "uniform": "no rule: chance, another at each call",
-    "grouped_mm": "no rule yet: rows meet the matrix that numbers choose",
     "conv_tbc": "no rule: a layout that no module of torch.nn has",
     "eye": "no rule: a constant, another number at each place",
     "resize": "no rule: what memory held before is used anew",

@@ -140,6 +140,23 @@ def matmul(run: LabelRun, op: Op) -> Labels:
     return _plus(run, op, product, op["self"] if op.name in ADDING else None)
 
 
+def grouped(run: LabelRun, op: Op) -> Labels:
+    """A matrix product by one of several matrices for each run of rows, as in a layer of experts.
+
+    Where the runs end is a value, so the matrices stay in order; all share their units.
+    """
+    a, b = op["self"], op["mat2"]
+    run.uses([a, b], contracted=True)
+    if a.dim() == 3 and b.dim() == 3:
+        return contract(run, a, "bmk", b, "bkn", "bmn")
+    if (a.dim(), b.dim()) != (2, 3):
+        raise ValueError("runs of columns")
+    apart = [layer for layer in run.of(b).layers if 0 in varying(layer)]
+    run.freeze(apart, "one of several matrices that are picked by number")
+    shared = contract(run, a, "mk", b, "ekn", "emn").layers
+    return Labels(tuple(x[0] for x in shared if 0 not in varying(x)))
+
+
 def matvec(run: LabelRun, op: Op) -> Labels:
     """A matrix times a vector, and what is added to it."""
     matrix = op["self"] if op["mat"] is None else op["mat"]

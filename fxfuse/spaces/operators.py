@@ -198,6 +198,7 @@ OPERATORS: dict[str, Operator] = {
     **_rows("_weight_norm_interface", along.weight_norm),
     # --- contractions
     **_rows("mm addmm bmm baddbmm _sparse_addmm", products.matmul, P.CONTRACTS),
+    **_rows("_grouped_mm", products.grouped, P.CONTRACTS),
     **_rows("mv addmv", products.matvec, P.CONTRACTS),
     **_rows("dot vdot", products.of_vectors, P.CONTRACTS),
     **_rows("addr", products.of_vectors),

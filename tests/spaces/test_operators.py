@@ -44,6 +44,12 @@ def _edges_of(x):
     return torch.sparse_coo_tensor(torch.stack([EDGES, FROM]), torch.ones(5), (len(x), len(x)))
 
 
+def _by_experts(rows, matrices):
+    """Each half of the rows times one of two matrices."""
+    ends = (torch.arange(1, 3, device=rows.device) * len(rows) // 2).int()
+    return F.grouped_mm(rows, matrices, offs=ends)
+
+
 class Custom(nn.Module):
     """A network whose forward is a function of the network and its input."""
 
@@ -381,6 +387,13 @@ CASES = {
     "baddbmm": tokens(
         lambda net, x: torch.baddbmm(x, x, net.a.expand(2, 8, 8)), a=table(1, 8, 8), free=8
     ),
+    "experts": vectors(
+        lambda net, x: _by_experts(_by_experts(x, net.a).relu(), net.b.mT),
+        a=table(2, 8, 12),
+        b=table(2, 8, 12),
+        free=28,
+    ),
+    "a batch by experts": tokens(lambda net, x: F.grouped_mm(x, net.a), a=table(2, 8, 8), free=16),
     "einsum": tokens(lambda net, x: torch.einsum("ntc,dc->ntd", x, net.a), a=table(8, 8), free=16),
     "bilinear form": tokens(lambda net, x: x @ net.a @ x.mT @ x, a=table(8, 8)),
     "attention": tokens(lambda net, x: (x @ x.mT).softmax(-1) @ x),
