@@ -18,6 +18,10 @@ from torch import Tensor, fx, nn
 from ..errors import TraceError
 from .state import buffers_kept
 
+_ASSIGNED = "add and concat floordiv lshift mod mul matmul or pow rshift sub truediv xor"
+_OPERATORS = {f for f in vars(operator).values() if callable(f)}
+_ASSIGNMENTS = {getattr(operator, f"__i{of}__") for of in _ASSIGNED.split()} | {operator.setitem}
+
 
 def random_states() -> tuple[Any, ...]:
     """Return the states of the generators that a forward may draw from."""
@@ -124,9 +128,12 @@ def read_what_is_written(graph: fx.Graph) -> None:
 
 
 def writes(node: fx.Node) -> bool:
-    """Tell whether a node writes to its first input: methods such as `add_`, and assigned items."""
+    """Tell whether a node writes to its first input: methods such as `add_`, and assigned items.
+
+    Python's operators write where they assign (`x += y`); `x & y`, whose name is `and_`, does not.
+    """
     target = node.target
+    if node.op not in ("call_method", "call_function") or target in _OPERATORS:
+        return target in _ASSIGNMENTS
     word = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if node.op not in ("call_method", "call_function"):
-        return False
-    return word.endswith("_") and not word.endswith("__") or target is operator.setitem
+    return word.endswith("_") and not word.endswith("__")

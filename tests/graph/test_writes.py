@@ -1,15 +1,17 @@
 """What forward writes to: constants are made anew at each call, and assigned buffers keep count."""
 
 import copy
+import operator
 import random
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import fxfuse
 from fxfuse.errors import TraceError
 from fxfuse.graph.trace import trace
+from fxfuse.graph.writes import writes
 from tests.support.nets import gap, randomise
 from tests.support.tolerances import PERMUTATION
 
@@ -155,3 +157,10 @@ def test_noise_of_training_is_drawn_at_each_call():
     x = torch.randn(2, 6)
     assert not torch.equal(graph(x), graph(x))
     assert torch.equal(graph.eval()(x), graph(x))
+
+
+@pytest.mark.parametrize("name", ["and_", "or_", "not_", "iand", "iadd", "setitem", "add"])
+def test_operators_of_python_write_where_they_assign(name):
+    graph = fx.Graph()
+    node = graph.call_function(getattr(operator, name), (graph.placeholder("x"),))
+    assert writes(node) == (name in ("iand", "iadd", "setitem"))
