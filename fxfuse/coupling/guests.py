@@ -17,20 +17,6 @@ from ..ir import Layer
 from ..spaces.network import Network
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a guest meets the fused network.
-
-    Attributes:
-        node: The guest's node.
-        axis: The axis of its units there, to which a map has to be found; None if both are outputs,
-            whose units are the same.
-    """
-
-    node: str
-    axis: int | None
-
-
 @dataclass(frozen=True, eq=False)
 class Guest:
     """A network of another structure than the fused one.
@@ -38,12 +24,14 @@ class Guest:
     Attributes:
         network: The guest.
         share: What it counts, of 1 that all networks count together.
-        places: By a node of the fused network, where the guest meets it.
+        places: By a node of the fused network, where the guest meets it: the guest's node, and the
+            axis of its units there, to which a map has to be found. The axis is None if both are
+            outputs, whose units are the same.
     """
 
     network: Network
     share: float
-    places: dict[str, Place]
+    places: dict[str, tuple[str, int | None]]
 
 
 def guest_of(network: Network, host: Network, share: float) -> Guest:
@@ -52,14 +40,14 @@ def guest_of(network: Network, host: Network, share: float) -> Guest:
     They meet at the outputs, and where the last layers of the last resolution that both have end,
     whatever their depths. Targets in front of that made the one pair they were tried on worse.
     """
-    places = {}
+    places: dict[str, tuple[str, int | None]] = {}
     for ours, other in zip(_outputs(host), _outputs(network)):
         if host.shapes[ours] == network.shapes[other]:
-            places[ours] = Place(other, None)
+            places[ours] = other, None
     pairs = product(_ends(host), _ends(network))
     same = ((here, there) for here, there in pairs if _sizes(host, here) == _sizes(network, there))
     for here, there in islice(same, 1):
-        places[here.pre_activation] = Place(there.pre_activation, there.layout[1])
+        places[here.pre_activation] = there.pre_activation, there.layout[1]
     return Guest(network, share, places)
 
 

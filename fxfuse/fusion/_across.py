@@ -107,7 +107,7 @@ class Company:
 
 
 def _heard(guest: Guest) -> Heard:
-    inside = {n: p.node for n, p in guest.places.items() if p.axis is not None}
+    inside = {n: node for n, (node, axis) in guest.places.items() if axis is not None}
     return Heard(guest.network.name, inside)
 
 

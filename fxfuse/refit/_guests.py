@@ -62,11 +62,11 @@ class Visits:
         """
         told = []
         for guest, track in zip(self.guests, self.tracks):
-            place = guest.places.get(node)
-            if place is None:
+            if node not in guest.places:
                 continue
-            rows = _rows(track, place.node, axis if place.axis is None else place.axis, sample)
-            said = rows if place.axis is None else _mapped(rows, values, sample)
+            theirs, along = guest.places[node]
+            rows = _rows(track, theirs, axis if along is None else along, sample)
+            said = rows if along is None else _mapped(rows, values, sample)
             if said is not None and guest.share:
                 told.append((guest.share, said.to(values)))
         return told

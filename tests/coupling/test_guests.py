@@ -16,8 +16,7 @@ def pooled(*parts, width):
 
 def met(host, guest):
     nets = [network(randomise(net), X) for net in (host, guest)]
-    places = guest_of(nets[1], nets[0], 0.5).places
-    return {node: (place.node, place.axis) for node, place in places.items()}
+    return guest_of(nets[1], nets[0], 0.5).places
 
 
 def test_the_last_layers_of_the_last_resolution_meet_and_the_outputs():
