@@ -35,6 +35,7 @@ Bypass = Mapping[str, tuple[str, bool]]
 # samples are run at a time, unless these need more than `BATCH_BYTES`.
 CACHED_BYTES, BATCH_BYTES = 1 << 22, 1 << 24
 BATCH_SAMPLES, FEWEST = 128, 4
+READINGS = 2  # of weights take as long as one of values; each batch reads all weights
 
 
 def record(
@@ -105,8 +106,18 @@ def working_batch(networks: Sequence[Network]) -> int:
     """Return how many samples are run at a time where the size of batches does not matter."""
     if any(device_of(network.module).type != "cpu" for network in networks):
         return batch_size(networks, BATCH_BYTES, BATCH_SAMPLES)
-    fewest = batch_size(networks, BATCH_BYTES, FEWEST)
+    fewest = batch_size(networks, BATCH_BYTES, max(FEWEST, _samples_per_reading(networks)))
     return batch_size(networks, CACHED_BYTES, BATCH_SAMPLES, fewest)
+
+
+def _samples_per_reading(networks: Sequence[Network]) -> int:
+    """Return for how many samples weights have to be read once, not to take longer than values."""
+    samples = 1
+    for network in networks:
+        values = sum(map(math.prod, network.shapes.values())) / len(network.example[0])
+        weights = sum(p.numel() for p in network.module.parameters())
+        samples = max(samples, min(int(READINGS * weights / max(values, 1)), BATCH_SAMPLES))
+    return samples
 
 
 def walk(

@@ -8,7 +8,7 @@ from hypothesis import given
 from torch import nn
 
 from fxfuse.calibration.data import Calibration
-from fxfuse.calibration.run import Run, Track, batch_size, record, walk
+from fxfuse.calibration.run import Run, Track, batch_size, record, walk, working_batch
 from fxfuse.calibration.spill import SpillStore
 from fxfuse.errors import DataError
 from fxfuse.graph.trace import trace
@@ -297,3 +297,10 @@ def test_room_in_the_file_is_used_again():
                 track.rest(batch)
             sizes.append(store._file.seek(0, 2))
     assert max(sizes) <= 2 * 4 * 4 * (6 + 8 + 3)  # one place for each size and batch
+
+
+def test_weights_that_outweigh_the_values_are_read_for_more_samples(monkeypatch):
+    monkeypatch.setattr("fxfuse.calibration.run.CACHED_BYTES", 1)
+    net = randomise(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)))
+    small, large = (working_batch([network(net, torch.randn(2, 64, n, n))]) for n in (4, 32))
+    assert large == 4 < small
