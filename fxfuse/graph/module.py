@@ -6,10 +6,16 @@ Before version 2.14, torch forgets which buffers are not persistent when it make
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from types import BuiltinFunctionType
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
+from torch.overrides import get_ignored_functions
+from torch.utils._pytree import tree_leaves
 
 
 class Graph(fx.GraphModule):
@@ -29,10 +35,38 @@ class Graph(fx.GraphModule):
         return unpickled, super().__reduce__()[1]
 
 
+class _Reader(fx.Tracer):
+    """Traces calls that make tensors of a traced size, which torch alone does not let through."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace the code of a graph."""
+        makers = {
+            name: function
+            for name, function in vars(torch).items()
+            if isinstance(function, BuiltinFunctionType) and function in get_ignored_functions()
+        }
+        with ExitStack() as patches:
+            for name, function in makers.items():
+                patches.enter_context(mock.patch.object(torch, name, _as_a_step(function)))
+            return super().trace(root, concrete_args)
+
+
+def _as_a_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        proxies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, fx.Proxy)]
+        if not proxies:
+            return function(*args, **kwargs)
+        return proxies[0].tracer.create_proxy("call_function", function, args, kwargs)
+
+    return call
+
+
 def unpickled(body: dict[str, Any], imports: str) -> fx.GraphModule:
-    """Return a graph from what pickle has of it."""
+    """Return a graph from what pickle has of it: code, which is traced."""
+    body["_tracer_cls"] = _Reader
     module = reduce_graph_module(body, imports)
     assert isinstance(module, fx.GraphModule)
+    module.graph._tracer_cls = None
     root = nn.Module()
     vars(root).update(body)
     _hide_alike(root, module)

@@ -47,7 +47,7 @@ from .inputs import Inputs
 from .modes import is_leaf
 from .sizes import integers_in, place_of, run_apart, symbol_of
 from .structures import tensors_in
-from .writes import require_nothing_drawn, write_assigned
+from .writes import read_behind, require_nothing_drawn, write_assigned, write_item
 
 METHODS = {getattr(Tensor, n): n for n in reversed(dir(Tensor)) if callable(getattr(Tensor, n))}
 SWAPPED = {"__rdiv__": operator.truediv}  # whose operator has another name
@@ -109,8 +109,8 @@ def _run(
     def finish() -> fx.Graph:
         recorder.graph.output(recorder.described(out))
         write_assigned(root, recorder.graph, recorder.assigned(root, model))
-        for name, value in recorder.constants.items():
-            setattr(root, name, value)
+        for name, value in recorder.constants.items():  # a layer in a list is no part of the model
+            setattr(root, name, value.detach() if isinstance(value, nn.Parameter) else value)
         return recorder.graph
 
     if not recorder.numbers:
@@ -211,14 +211,21 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in READS and isinstance(args[0], FakeTensor) and _is_whole_number(args[0]):
             return self._number_read(args[0])
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        version = None if first is None else first._version
         try:
             out = func(*args, **kwargs)
         except _ON_VALUES:
             raise
         except Exception as error:  # some kernels look at numbers, or are not there for no data
             out = run_apart(func, args, kwargs, error)
-        if tensors_in(out) or func is Tensor.__setitem__:
+        if func is Tensor.__setitem__:
+            self._note(args[0], self._called(write_item, args, kwargs))
+            self._read_behind(args[0])
+        elif tensors_in(out):
             self._note(out, self._called(func, args, kwargs))
+            if first is not None and out is first and first._version != version:
+                self._read_behind(first)
         return out
 
     # --- what is called -------------------------------------------------------------------------
@@ -320,6 +327,14 @@ class _Recorder(TorchFunctionMode):
             elif tensors_in(part):
                 with self.graph.inserting_after(node):
                     self._note(part, self.graph.call_function(read, (node, key)))
+
+    def _read_behind(self, written: Tensor) -> None:
+        """Let what shares memory that was written to be read behind the write from now on."""
+        write, memory = self.nodes[id(written)], _memory_of(written)
+        for _, other in self.values:
+            mine = other is not written and id(other) in self.nodes
+            if mine and other.layout is torch.strided and _memory_of(other) == memory:
+                self.parts[id(other)] = write, read_behind, self.nodes.pop(id(other))
 
     def _arguments(self, value: Any) -> Any:
         """Write arguments in nodes."""

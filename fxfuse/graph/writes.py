@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import TraceError
 from .state import buffers_kept
@@ -127,6 +128,27 @@ def read_what_is_written(graph: fx.Graph) -> None:
                     reader.replace_input_with(node.args[0], node)
 
 
+def write_item(tensor: Tensor, index: Any, value: Any) -> Any:
+    """Write to a part of a tensor and return the tensor: a graph then shows what reads it after.
+
+    Example:
+        >>> write_item(torch.zeros(3), slice(1, None), 2.0)
+        tensor([0., 2., 2.])
+    """
+    proxies = [x for x in tree_leaves((tensor, index, value)) if isinstance(x, fx.Proxy)]
+    if proxies:  # code of a graph is traced when it is unpickled
+        return proxies[0].tracer.create_proxy(
+            "call_function", write_item, (tensor, index, value), {}
+        )
+    tensor[index] = value
+    return tensor
+
+
+def read_behind(write: Any, tensor: Tensor) -> Tensor:
+    """Return a tensor as it is once something else has written to its memory."""
+    return tensor
+
+
 def writes(node: fx.Node) -> bool:
     """Tell whether a node writes to its first input: methods such as `add_`, and assigned items.
 
@@ -136,4 +158,4 @@ def writes(node: fx.Node) -> bool:
     if node.op not in ("call_method", "call_function") or target in _OPERATORS:
         return target in _ASSIGNMENTS
     word = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return word.endswith("_") and not word.endswith("__")
+    return target is write_item or word.endswith("_") and not word.endswith("__")

@@ -22,6 +22,8 @@ from torch.fx import _symbolic_trace
 from torch.nn import functional
 from torch.overrides import get_overridable_functions
 
+from ..graph.writes import read_behind, write_item
+
 _MODULES: dict[str, ModuleType] = {
     "torch": torch,
     "torch.nn.functional": functional,
@@ -70,6 +72,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     for name, function in vars(math).items():
         if callable(function) and not name.startswith("_"):
             functions[f"math.{name}"] = function
+    for function in (read_behind, write_item):
+        functions[f"{function.__module__}.{function.__name__}"] = function
     return functions | {f"builtins.{name}": getattr(builtins, name) for name in _BUILTINS}
 
 

@@ -338,21 +338,52 @@ class LabelRun:
         """Account for a tensor that was written in place: its views may now hold other units.
 
         If it holds the same units as before (an activation in place), nothing changes. Otherwise
-        whatever shares the memory is fixed, and so is what was written.
+        whatever shares the memory has the new units where they were written. It is fixed if these
+        cannot be told, and so is what was written.
         """
         before = self.of(tensor)
         pairs = zip(before.layers, labels.layers)
         same = len(before.layers) == len(labels.layers) and all(torch.equal(*p) for p in pairs)
         if same and before.fill == labels.fill:
             return
-        reason = "memory that is written through a view"
-        for other in self.values.sharing(tensor):
-            self.freeze([*self.of(other).layers, *labels.layers], reason)
-            if other not in self._names:
-                self._labels[other] = Labels()
+        others, reason = self.values.sharing(tensor), "memory that is written through a view"
+        for each in (tensor, *others):
+            self._even.pop(each, None)
+        for other in others:
+            partly = self._partly_written(other, tensor, labels)
+            if partly is None:
+                self.freeze([*self.of(other).layers, *labels.layers], reason)
+            self.put(other, partly or Labels())
         if tensor in self._names:
             reason = "a tensor of the state that is written to"
             self.freeze([*before.layers, *labels.layers], reason)
+
+    def _partly_written(self, tensor: Tensor, part: Tensor, labels: Labels) -> Labels | None:
+        """Return the labels of a tensor once others were written to a part of its memory.
+
+        None if they cannot be told: of state, and where several spaces lie along a tensor.
+        """
+        pairs = ((tensor, self.held(tensor)), (part, labels))
+        if any(
+            t in self._names
+            or len(held.layers) > 1
+            or held.owed
+            or held.loose
+            or t.dtype != tensor.dtype
+            or not all(step for n, step in zip(t.shape, t.stride()) if n > 1)
+            for t, held in pairs
+        ):
+            return None
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        memory = torch.full((size,), FIXED)
+        for t, held in pairs:
+            layer = held.layers[0].expand(t.shape) if held.layers else torch.tensor(held.fill)
+            memory.as_strided(t.shape, t.stride(), t.storage_offset()).copy_(layer)
+        layer = memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        layer = collapse(torch.where((layer == NOTHING) & (tensor.cpu() != 0), FIXED, layer))
+        if varying(layer):
+            return Labels((layer,))
+        return Labels(fill=NOTHING if bool((layer == NOTHING).all()) else FIXED)
 
     def freeze(self, layers: Sequence[Tensor], reason: str) -> None:
         """Freeze the units of some layers on behalf of the running node."""

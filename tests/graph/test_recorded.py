@@ -1,5 +1,6 @@
 """Recorded forwards: what symbolic tracing refuses or gets wrong is the model's function, too."""
 
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -531,3 +532,56 @@ def test_leaves_of_one_form_are_run_once_and_each_is_a_step_of_its_own():
     for count in (4, 3):
         for mine, theirs in zip(net.eval()(x[:count]), graph.eval()(x[:count])):
             assert torch.allclose(mine, theirs, atol=FUNCTION)
+
+
+class InAList(nn.Module):
+    """A layer that no module holds is no state: its weights are constants of the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.beside = [nn.Linear(8, 8)]
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.b(h + self.beside[0](h))
+
+
+def test_layers_in_a_list_are_constants_and_no_state():
+    net, x = randomise(InAList(), 0), torch.randn(9, 6)
+    again = InAList().eval()
+    again.load_state_dict(fxfuse.permute(net, x, seed=1).state_dict())
+    assert gap(net, again, torch.randn(5, 6)) < FUNCTION
+
+
+class Assigned(nn.Module):
+    """Two halves are written into a value that the forward makes."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 3)
+        self.way = way
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 16, dtype=x.dtype)
+        if self.way == "items":
+            h[:, :8], h[:, 8:] = self.a(x), self.b(x)
+        elif self.way == "sums":
+            h[:, :8] += self.a(x)
+            h[:, 8:] += self.b(x)
+        else:
+            left, right = h[:, :8], h[:, 8:]
+            left.copy_(self.a(x))
+            right.copy_(self.b(x))
+        return self.head(h.tanh())
+
+
+@pytest.mark.parametrize(("way", "free"), [("items", 16), ("sums", 8), ("views", 16)])
+def test_what_is_written_into_a_part_is_read_from_the_whole(way, free):
+    net, x, data = randomise(Assigned(way), 0), torch.randn(4, 6), torch.randn(40, 6)
+    assert sum(space.size for space in fxfuse.find_spaces(net, x)) >= free
+    permuted = fxfuse.permute(net, x, seed=1)
+    fused = pickle.loads(pickle.dumps(fxfuse.fuse([net, permuted], data)))
+    assert gap(net, permuted, torch.randn(5, 6)) < FUNCTION > gap(net, fused, torch.randn(5, 6))
