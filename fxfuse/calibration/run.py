@@ -210,6 +210,11 @@ class Run(Interpreter):
             self._entries.pop(entry, None)
         return value
 
+    def lacks(self, name: str) -> bool:
+        """Tell whether a node is passed by, or reads what has no value."""
+        node = next(n for n in self.network.module.graph.nodes if n.name == name)
+        return name in self.bypass or not self._missing.isdisjoint(node.all_input_nodes)
+
     def value_of(self, name: str) -> Any:
         """Return the value of a node that is still to be read."""
         return next(value for node, value in self.env.items() if node.name == name)

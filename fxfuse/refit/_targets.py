@@ -12,7 +12,7 @@ in that order and returns the `Goal` of each contraction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -79,6 +79,8 @@ class Parents:
         store: Where their values wait between stops.
         draw: Chooses positions of a contraction from the number of positions in one sample and
             the way over the samples.
+        looks: By node, what to make of all networks just before it, batch by batch; None stands for
+            a network without a share.
     """
 
     def __init__(
@@ -91,8 +93,9 @@ class Parents:
         size: int,
         store: SpillStore,
         draw: Draw,
+        looks: Mapping[str, Look],
     ) -> None:
-        self.targets, self.draw = targets, draw
+        self.targets, self.draw, self.looks = targets, draw, looks
         couplings = targets.couplings
         networks = couplings.problem.networks
         place = {node.name: i for i, node in enumerate(order)}
@@ -104,16 +107,40 @@ class Parents:
         self.track = next(track for track in self.tracks if track is not None)
         self.visits = Visits(couplings.problem.guests, data, samples, size, store)
         self.place = place
-        self.stops = sorted(aims.values(), key=lambda aim: place[aim.at])
+        ends: list[tuple[int, Aim | str]] = [(place[aim.at] + 1, aim) for aim in aims.values()]
+        ends += [(place[node], node) for node in looks]
+        self.stops = [stop for _, stop in sorted(ends, key=lambda end: end[0])]
         self.goals: dict[str, Goal] = {}  # those that lie before the one asked for last
+        self.seen: dict[str, list[Any]] = {}
 
     def goal(self, aim: Aim) -> Goal:
         """Return what is wanted of a contraction; it can be asked for once."""
-        name = aim.producer.node
-        while name not in self.goals:
+        self._go_to(aim.producer.node)
+        return self.goals.pop(aim.producer.node)
+
+    def seen_before(self, node: str) -> list[Any]:
+        """Return what was made of the networks before a node, batch by batch, once."""
+        self._go_to(node)
+        return self.seen.pop(node)
+
+    def _go_to(self, name: str) -> None:
+        while name not in self.goals and name not in self.seen:
             following = self.stops.pop(0)
-            self.goals[following.producer.node] = self._go(following)
-        return self.goals.pop(name)
+            if isinstance(following, str):
+                self.seen[following] = self._look(following)
+            else:
+                self.goals[following.producer.node] = self._go(following)
+
+    def _look(self, node: str) -> list[Any]:
+        """Take all networks to a node; return what is made of them there."""
+        made = []
+        for batch in range(len(self.track.sizes)):
+            runs = [None if t is None else t.go(batch, self.place[node])[0] for t in self.tracks]
+            made.append(self.looks[node](runs))
+            for track in self.tracks:
+                if track is not None:
+                    track.rest(batch)
+        return made
 
     def _go(self, aim: Aim) -> Goal:
         """Take all networks to where a contraction meets its target, and return that."""
@@ -242,6 +269,7 @@ class Way(Protocol):
 
 
 Draw = Callable[[Aim, int, Way], Positions]
+Look = Callable[[Sequence[Run | None]], Any]
 
 
 def aims_of(network: Network) -> tuple[list[fx.Node], dict[str, Aim]]:

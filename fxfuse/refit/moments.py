@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -174,6 +174,20 @@ class MatchMoments(_Settle):
     def settles(self, problem: Problem) -> dict[str, int]:
         """Ask for the moments of all that can be settled."""
         return outputs_to_settle(problem.structure)
+
+
+def left_at_mean(
+    fused: Network,
+    couplings: Couplings,
+    plans: Sequence[NormPlan | WeightPlan],
+    data: Calibration,
+    samples: int,
+) -> Outcome:
+    """Keep the mean of siblings, which generalises better than a fit to what they give together."""
+    keep = AsMixed()
+    norms = [replace(plan, target=None) for plan in plans if isinstance(plan, NormPlan)]
+    live = min(samples, keep.samples(couplings.problem.networks))
+    return keep(fused, couplings, norms, data, live)
 
 
 def settle_norm(network: Network, plan: NormPlan, inputs: Moments) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -50,12 +50,13 @@ from ..graph.state import tensor_at
 from ..ir import LayerFit
 from ..spaces.network import OPEN, Network
 from ._guests import Visits
+from ._inside import Inside, Wanted, inner_nodes
 from ._kept import Informed, KeptParents, KeptRows
 from ._scores import Scores
 from ._shared import SharedFits
 from ._targets import Aim, Draw, Goal, Parents, Source, Targets, Way, aims_of
 from .emit import NormPlan, WeightPlan, outputs_to_settle, scale_units
-from .moments import AsMixed, Outcome, Refit, gain_of, settle_norm, settle_weight
+from .moments import Outcome, Refit, gain_of, left_at_mean, settle_norm, settle_weight
 
 ROUNDING = 1e-5  # share of its root mean square by which a target that is met may be missed
 FURTHEST_START = 0.5  # share of the variance of a unit's activation that its start may miss
@@ -250,8 +251,9 @@ class LeastSquares(Refit):
 
     Siblings (`Transport(by_index=True)`) stay at their mean, and only norms are measured anew.
     Class scores that a far wider network has a share in alone are fitted by their divergence.
-    What is not one contraction of one weight (attention in one module) gets the parents' moments as
-    in `MatchMoments`. A weight used in several places gets one fit for all (see `_shared`).
+    Several contractions in one node (recurrent cells, attention in one module) are fitted one after
+    another (see `_inside`); what cannot be gets the parents' moments as in `MatchMoments`. A weight
+    used in several places gets one fit for all (see `_shared`).
 
     Attributes:
         ridges: Strengths with which weights are drawn to the coupled ones, relative to the mean
@@ -305,7 +307,7 @@ class LeastSquares(Refit):
         """Refit in place; see `Refit`."""
         apart = OPEN in fused.module.graph.output_node().meta or couplings.problem.guests
         if couplings.siblings and not apart:
-            return _left_at_mean(fused, couplings, plans, data, samples)
+            return left_at_mean(fused, couplings, plans, data, samples)
         with data.first(samples).summed():
             return self._refit(fused, couplings, plans, data, samples, kept)
 
@@ -316,7 +318,8 @@ class LeastSquares(Refit):
         targets, size = Targets(Couplings(problem, {})), working_batch(problem.networks)
         order, aims = self._aims(problem.structure, targets)
         names, draw = [node.name for node in order], self._draw_for(targets)
-        if any(aim.beside for aim in aims.values()):  # rows are matched once units are coupled
+        # rows beside other units are matched once these are coupled; inside nodes nothing is kept
+        if any(a.beside for a in aims.values()) or inner_nodes(problem.structure, aims):
             return None
         budget, settles = self.frontier // 2, _not_fitted(problem.structure, aims)
         kept = KeptRows(problem, names, aims, settles, data.first(samples), size, draw, budget)
@@ -354,16 +357,19 @@ class LeastSquares(Refit):
         size = working_batch([fused, *targets.problem.networks])
         given = data, samples, size
         shared = SharedFits(fused, self.ridges)
+        inner = [] if self.only_outputs or couplings.problem.guests else inner_nodes(fused, aims)
+        looks = {node: Wanted(targets, node, -(-samples // size)) for node in inner}
 
         def once(wanted: dict[str, Aim]) -> _Sweep:
             if kept is None:
                 draw = self._draw_for(targets)
-                parents: Source = Parents(targets, order, wanted, *given, store, draw)
+                parents: Source = Parents(targets, order, wanted, *given, store, draw, looks)
             else:
                 visits = Visits(targets.problem.guests, *given, store)
                 parents = KeptParents(targets, kept, visits, again=wanted is not alone)
             track = Track(fused, *given, order, store)
-            sweep = _Sweep(self, fused, parents, track, {p.node: p for p in plans}, shared)
+            waiting = {p.node: p for p in plans}
+            sweep = _Sweep(self, fused, parents, track, waiting, shared, looks)
             for done, node in enumerate(order):
                 sweep.visit(done, node, wanted.get(node.name))
                 tell((done + 1) / len(order))
@@ -386,9 +392,8 @@ class LeastSquares(Refit):
 
         def can(aim: Aim) -> bool:
             ends = aim.at, aim.producer.joint
-            if self.only_outputs and aim.producer.node not in targets.outputs:
-                return False
-            if aim.beside and targets.problem.guests:  # these have no units along other axes
+            apart = aim.beside and targets.problem.guests  # these have no units along other axes
+            if apart or (self.only_outputs and aim.producer.node not in targets.outputs):
                 return False
             dims = aim.axis_in(network), *aim.beside
             return all(targets.fits(node, dim) for node in ends for dim in dims)
@@ -424,20 +429,6 @@ def _not_fitted(network: Network, aims: dict[str, Aim]) -> dict[str, int]:
     return {n: d for n, d in outputs_to_settle(network).items() if n not in fitted}
 
 
-def _left_at_mean(
-    fused: Network,
-    couplings: Couplings,
-    plans: Sequence[NormPlan | WeightPlan],
-    data: Calibration,
-    samples: int,
-) -> Outcome:
-    """Keep the mean of siblings, which generalises better than a fit to what they give together."""
-    keep = AsMixed()
-    norms = [replace(plan, target=None) for plan in plans if isinstance(plan, NormPlan)]
-    live = min(samples, keep.samples(couplings.problem.networks))
-    return keep(fused, couplings, norms, data, live)
-
-
 def _scores_of(aim: Aim, goal: Goal, x: Tensor) -> Scores:
     """Return copies of what a layer reads, `(1, rows, inputs)`, and of the scores wanted."""
     biased = aim.producer.bias is not None
@@ -456,6 +447,7 @@ class _Sweep:
         track: Takes the fused network from node to node.
         waiting: The plans that are still to be settled, by node.
         shared: Gathers what is to be fitted together.
+        inside: What is wanted of the weights inside nodes that contract several.
         layers: What was refitted so far.
         read: Norms of which the statistics of what they read are measured next, by contraction.
     """
@@ -466,12 +458,15 @@ class _Sweep:
     track: Track
     waiting: dict[str, NormPlan | WeightPlan]
     shared: SharedFits
+    inside: Mapping[str, Wanted]
     layers: list[LayerFit] = field(default_factory=list)
     read: dict[str, tuple[Aim, Moments]] = field(default_factory=dict)
 
     def visit(self, place: int, node: fx.Node, aim: Aim | None) -> None:
         """Refit or settle a node, before it is stepped over."""
         plan = self.waiting.pop(node.name, None)
+        if node.name in self.inside and isinstance(self.parents, Parents):
+            self._refit_inside(place, node, self.parents)
         if aim is not None and self._refit(place, node, aim):
             self.waiting.pop(aim.producer.joint, None)
         elif isinstance(plan, NormPlan):
@@ -532,6 +527,20 @@ class _Sweep:
         if aim.producer.norm is not None:
             self.read[node.name] = aim, Moments()
         return True
+
+    def _refit_inside(self, place: int, node: fx.Node, parents: Parents) -> None:
+        """Refit the weights inside a node that contracts several."""
+        start, wanted = time.perf_counter(), parents.seen_before(node.name)
+        self._go(place, lambda batch, run: None)
+
+        def runs() -> Iterator[tuple[int, Run]]:
+            for batch in range(len(self.track.sizes)):
+                yield batch, self.track.go(batch, place)[0]
+                self.track.rest(batch)
+
+        facts = node, wanted, self.inside[node.name].keep, runs, self.method.ridges
+        fit = Inside(self.fused, *facts)()
+        self.layers += [replace(fit, seconds=time.perf_counter() - start)] if fit else []
 
     def _gives_scores(self, aim: Aim) -> bool:
         """Tell whether a layer gives class scores that are to be fitted by their divergence."""

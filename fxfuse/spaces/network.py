@@ -116,7 +116,7 @@ def along_one_axis(run: LabelRun, value: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
+def plain_kernels() -> Iterator[None]:
     """Let attention and recurrent layers run as the operators they are made of, not as one."""
     mkldnn: Any = torch.backends.mkldnn  # its switches are descriptors; `flags` warns of TF32
     fastpath, fused = torch.backends.mha.get_fastpath_enabled(), mkldnn.enabled
@@ -147,7 +147,7 @@ def label_network(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Ledger
         versions = {name: b._version for name, b in module.named_buffers(remove_duplicate=False)}
         for tensor in _given(module):
             run.values.make(tensor, varies=id(tensor) in state)
-        with _plain_kernels(), torch.no_grad(), _MirrorMode(run), Exits(run.values):
+        with plain_kernels(), torch.no_grad(), _MirrorMode(run), Exits(run.values):
             interpreter = _NodeInterpreter(module, run)
             interpreter.run(*example)
         run.ledger.updated = frozenset(

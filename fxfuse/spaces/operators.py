@@ -224,6 +224,22 @@ def operator_of(op: Op) -> Operator:
     return UNKNOWN
 
 
+def adds(func: Any) -> bool:
+    """Tell whether an operator only adds."""
+    return P.ADDS in _properties(func)
+
+
+def contracts(func: Any) -> bool:
+    """Tell whether an operator sums products."""
+    return P.CONTRACTS in _properties(func)
+
+
+def _properties(func: Any) -> Property:
+    """Return what is known of an operator, whatever it is called with."""
+    name = Op.of(func, (), {}, None).name
+    return OPERATORS.get(name, UNKNOWN).properties if func.namespace == "aten" else P.NONE
+
+
 def mirror(
     run: LabelRun,
     func: Any,
