@@ -23,6 +23,7 @@ import importlib.util
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +231,31 @@ def _other_sizes(name: str, net: nn.Module, x: Example) -> dict[str, Any]:
     """Fuse a network with a deeper and with a wider one; return errors, or what was refused."""
     found: dict[str, Any] = {}
     for what in ("deeper=1", "wider=2"):
-        key = what.partition("=")[0]
-        try:
-            other = build(f"{name}?{what}", seed=1)
-            if key == "deeper":
-                pair = fxfuse.balance([other, net], x)
-                found[key] = max(difference(m, b, x) for m, b in zip([other, net], pair))
-            fused = fxfuse.fuse([other, net], x)
-            other.load_state_dict(fused.state_dict(), strict=True)
-            found[f"{key} class"] = difference(other, fused, x)
-        except Exception as error:
-            found[f"{key} class"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]
+        key, other = what.partition("=")[0], build(f"{name}?{what}", seed=1)
+        if key == "deeper":
+            found[key] = _noted(lambda other=other: _balanced(other, net, x))
+        found[f"{key} class"] = _noted(lambda other=other: _fused_class(other, net, x))
     return found
+
+
+def _noted(measured: Callable[[], float]) -> float | str:
+    """Return a figure, or what was refused."""
+    try:
+        return measured()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"[:90]
+
+
+def _balanced(other: nn.Module, net: nn.Module, x: Example) -> float:
+    """Return how far two balanced networks are from themselves."""
+    return max(difference(m, b, x) for m, b in zip([other, net], fxfuse.balance([other, net], x)))
+
+
+def _fused_class(other: nn.Module, net: nn.Module, x: Example) -> float:
+    """Return how far a class that loads the fused network is from it."""
+    fused = fxfuse.fuse([other, net], x)
+    other.load_state_dict(fused.state_dict(), strict=True)
+    return difference(other, fused, x)
 
 
 def measure_pair(first: str, second: str) -> dict:

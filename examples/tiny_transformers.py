@@ -294,6 +294,8 @@ def configuration(name: str, deeper: int = 0, wider: int = 1) -> Any:
             sizes[key] = DEPTH + deeper
         elif key == "depths" and deeper:
             sizes[key] = [*value[:-1], value[-1] + deeper]
+        elif key == "attention_types" and deeper:
+            sizes[key] = [*value, [value[-1][0][:1], deeper]]
         elif key in INSIDE:
             sizes[key] = value * wider
     return kind(**sizes)

@@ -81,11 +81,11 @@ def _evaluated(network: Network, node: fx.Node) -> list[fx.Node]:
 
 
 def _stream_graph(form: NormalForm) -> nx.DiGraph:
-    """Return the data graph without given values (masks, positions) that nodes read beside others.
+    """Return the data graph without what nodes read beside others: masks, positions, see `beside`.
 
     The exception is what the first parameters read: it stays wherever it is read again.
     """
-    graph, given = data_graph(form.network), form.given
+    graph, given = data_graph(form.network), form.beside
     streams = set(graph) - {SOURCE} - given
     first = {n for n in streams if given.issuperset(_nodes_before(graph, n))}
     read_first = {source for n in first for source in nx.ancestors(graph, n)}

@@ -25,8 +25,9 @@ from ..spaces.network import Network
 from .chain import SOURCE, Chain, End, Step, chain_between, chain_steps, chains_inside
 from .normal_form import NormalForm
 
-Owner = Literal["none", "in front", "behind"]  # the layer that steps between layers belong to
-OWNERS: tuple[Owner, ...] = ("none", "in front", "behind")
+# The layer that steps between layers belong to; "around": one that works on another form of a value
+Owner = Literal["none", "in front", "behind", "around"]
+OWNERS: tuple[Owner, ...] = ("none", "in front", "behind", "around")
 
 
 def partition(network: Network) -> tuple[Segment, ...]:
@@ -172,6 +173,12 @@ def _with_other_steps(
     """Give layers the steps between them that keep, or restore, the form of what they hand on."""
     if owner == "none":
         return list(parts)
+    if owner == "around":
+        around: list[_Part] = []
+        for part, gap, behind in zip(parts, gaps, gaps[1:]):
+            free = () if around and around[-1].rest else gap  # else it is the previous layer's
+            around.append(_with_reshapes(network, part, free, behind))
+        return around
     owning = []
     for part, gap in zip(parts, gaps if owner == "behind" else gaps[1:]):
         form = _form_of(network, part.nodes[-1])[:2]
@@ -189,6 +196,30 @@ def _with_other_steps(
             part = part._replace(rest=gap[: alike[-1] + 1])
         owning.append(part)
     return owning
+
+
+def _with_reshapes(network: Network, part: _Part, front: Sequence[Step], behind: Chain) -> _Part:
+    """Give a layer the steps that reshape its input and those that undo it behind the layer.
+
+    An example is a block that works on all positions of a batch as if these were its samples.
+    """
+    if any(map(network.is_activation, part.tail)):
+        return part
+    own = _form_of(network, part.nodes[-1])[:2]
+    leads = list(takewhile(partial(_reshapes, network), reversed(front)))
+    rests = list(takewhile(partial(_reshapes, network), behind))
+    for i, first in enumerate(leads):
+        outer = _form_of(network, first.entry)[:2] if isinstance(first.entry, fx.Node) else own
+        for j, last in enumerate(rests):
+            if outer == _form_of(network, last.exit)[:2] != own:
+                return part._replace(lead=leads[i::-1], rest=rests[: j + 1])
+    return part
+
+
+def _reshapes(network: Network, step: Step) -> bool:
+    """Tell whether a step only gives a value another shape."""
+    node = step.exit
+    return not step.region and node.name in network.shapes and network.is_idle(node)
 
 
 def _form_of(network: Network, node: fx.Node) -> tuple[tuple[int, int], tuple[int, ...], int]:
@@ -259,8 +290,10 @@ def _follows_layer(network: Network, step: Step) -> bool:
 
 def _layer(form: NormalForm, part: _Part, taken: set[str]) -> Layer:
     network, step, nodes = form.network, part.step, part.all_nodes
-    firsts = takewhile(lambda n: not network.is_activation(n), part.tail)
+    firsts = [*takewhile(lambda n: not network.is_activation(n), part.tail)]
     pre_activation = [part.nodes[-1], *firsts][-1]
+    if firsts == part.tail and all(_reshapes(network, step) for step in part.rest):
+        pre_activation = nodes[-1]
     layout, resolution, width = _form_of(network, nodes[-1])
     return Layer(
         name=_name(network, nodes, taken),

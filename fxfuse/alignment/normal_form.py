@@ -54,6 +54,23 @@ class NormalForm:
         """The given nodes, see `given_nodes`."""
         return given_nodes(self.network)
 
+    @cached_property
+    def beside(self) -> frozenset[fx.Node]:
+        """Given values, and what is made of them and of values that no input reaches.
+
+        An example is the sum of a mask and a table of biases, rows of which are picked by position.
+        """
+        network, fed, written = self.network, fed_values(self.network), writers_of(self.network)
+        beside = set(self.given)
+        for node in network.module.graph.nodes:
+            sources = [n for n in network.inputs_of(node) if n in fed]
+            read = [node, *(n for n in node.all_input_nodes if n.op == "get_attr")]
+            own = node in written or any(has_parameters(network, n) for n in read)
+            made = network.carries_data(node) and node.op != "output"
+            if made and sources and not own and beside.issuperset(sources):
+                beside.add(node)
+        return frozenset(beside)
+
     def hash_given(self, node: fx.Node) -> str:
         """Return the hash of a given value, and "outside" for any other."""
         source = self.source(node)
@@ -185,6 +202,15 @@ def given_nodes(network: Network) -> frozenset[fx.Node]:
             if node not in written and not any(has_parameters(network, n) for n in read):
                 given.add(node)
     return frozenset(given)
+
+
+def fed_values(network: Network) -> set[fx.Node]:
+    """Return the nodes that values of the inputs reach, not only their sizes."""
+    reached = set(network.module.graph.find_nodes(op="placeholder"))
+    for node in network.module.graph.nodes:
+        if not reached.isdisjoint(network.inputs_of(node)):
+            reached.add(node)
+    return reached
 
 
 def writers_of(network: Network) -> dict[fx.Node, list[fx.Node]]:

@@ -45,7 +45,7 @@ from ..graph.state import (
 )
 from ..graph.trace import run_once
 from ..spaces.network import Network
-from ._insert import AbsentLayer
+from ._insert import AbsentLayer, of_form, same_form
 
 
 def adopt(
@@ -265,17 +265,20 @@ def _layer_there(match: _Match, tensors: _Tensors, layer: AbsentLayer) -> Absent
     inside |= dict.fromkeys(_reshaped_at_end(match, layer, there))
     inside |= dict.fromkeys(_writing_into(network, list(inside)))
     nodes = [n for n in network.module.graph.nodes if n in inside]
+    read = (n for node in nodes for n in network.inputs_of(node) if n not in inside)
+    entry = next(n for n in read if match.nodes.get(form.source(n)) is source)
+    while not form.counts(entry) and not same_form(network, entry.name, nodes[-1].name):
+        nodes.insert(0, entry)  # what gives the entry the form that the layer works on
+        entry = network.inputs_of(entry)[0]
     for node in nodes:
         data = network.carries_data(node)
         if node in carrying or data and not form.counts(node) and form.source(node) in carrying:
             carriers.append(node.name)
-    read = (n for node in nodes for n in network.inputs_of(node) if n not in inside)
-    entry = next(n for n in read if match.nodes.get(form.source(n)) is source)
     return replace(
         layer,
         nodes=tuple(n.name for n in nodes),
         entry=entry.name,
-        carriers=tuple(carriers),
+        carriers=tuple(of_form(network, entry.name, carriers)),
         zeroed=tensors.silent(counting, layer.zeroed),
     )
 

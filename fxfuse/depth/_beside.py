@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import fx
 
 from ..alignment.layers import entries_of
-from ..alignment.normal_form import NormalForm, given_partner, has_parameters
+from ..alignment.normal_form import NormalForm, fed_values, given_partner, has_parameters
 from ..ir import Alignment, Layer
 from ..spaces.network import Network
 from ._neutral import no_neutral_form
@@ -102,14 +102,15 @@ class SharedValues:
     ) -> Iterator[fx.Node]:
         """Yield values from outside that a layer reads, and those behind them without a partner.
 
-        What is made of parameters alone, and for this layer alone, is its own.
+        What is made for this layer alone, of parameters and given values, is its own.
         """
         network, nodes = form.network, form.network.nodes
-        fed = _fed_values(network)
+        fed = fed_values(network)
         inside = {nodes[name] for name in layer.nodes}
         seen = {*inside, nodes[layer.entry]}
         for node in reversed(network.module.graph.nodes):
-            if node not in fed and node not in seen and node.users and inside >= {*node.users}:
+            made = node not in fed or node in form.beside
+            if made and node not in seen and node.users and inside >= {*node.users}:
                 inside.add(node)
         inside -= form.given
         waiting = list(inside)
@@ -122,15 +123,6 @@ class SharedValues:
                     yield node
                 if node.name not in partners:
                     waiting.append(node)
-
-
-def _fed_values(network: Network) -> set[fx.Node]:
-    """Return the nodes that values of the inputs reach, not only their sizes."""
-    reached = set(network.module.graph.find_nodes(op="placeholder"))
-    for node in network.module.graph.nodes:
-        if not reached.isdisjoint(network.inputs_of(node)):
-            reached.add(node)
-    return reached
 
 
 def shared_paths(network: Network, layer: Layer) -> set[str]:
@@ -148,8 +140,9 @@ def shared_paths(network: Network, layer: Layer) -> set[str]:
 
 def reads_a_table(network: Network, layer: Layer) -> bool:
     """Tell whether a layer computes with rows of a table that was looked up in front of it."""
-    own = _paths(network, layer)
-    tensors = {t for name in layer.nodes for t in network.tensors.get(name, ())}
+    own, nodes = _paths(network, layer), network.nodes
+    read = {n.name for name in layer.nodes for n in network.inputs_of(nodes[name])}
+    tensors = {t for n in {*layer.nodes, *read - {layer.entry}} for t in network.tensors.get(n, ())}
     return any(not any(t == p or t.startswith(f"{p}.") for p in own) for t in tensors)
 
 

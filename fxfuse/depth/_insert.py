@@ -190,10 +190,12 @@ def _insert(
         first = names.index(end.name)
     elif layer.branched or insertion.parts:
         first = names.index(copies[insertion.template.nodes[layer.merge]].name)
+    carriers = [n.name for n in templates[first:] if copies[n].users]
+    carriers = of_form(insertion.template, layer.entry, carriers)
     stamp = AbsentLayer(
         nodes=tuple(names),
         entry=after.name,
-        carriers=tuple(c.name for c in (copies[n] for n in templates[first:]) if c.users),
+        carriers=tuple(copies[insertion.template.nodes[name]].name for name in carriers),
         joins=joins,
         whole=bool(insertion.parts),
         zeroed=zeroed,
@@ -203,6 +205,20 @@ def _insert(
     for node in templates:
         copies[node].meta[STAMP] = stamp
     return end
+
+
+def of_form(network: Network, node: str, others: list[str]) -> list[str]:
+    """Return those of some nodes that can hold a node's value as it is; all if none can.
+
+    A layer may work on another form of what it reads, as on all positions of a batch as samples.
+    """
+    return [n for n in others if same_form(network, node, n)] or others
+
+
+def same_form(network: Network, first: str, second: str) -> bool:
+    """Tell whether two values have shapes that differ along one axis at most."""
+    a, b = network.shapes[first], network.shapes.get(second, ())
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b)) <= 1
 
 
 def _compute_early(insertion: Insertion, copies: Mapping[fx.Node, fx.Node], after: fx.Node) -> None:

@@ -79,11 +79,15 @@ def _is_bias(network: Network, name: str) -> bool:
 def _writers(network: Network, layer: AbsentLayer) -> list[list[str]]:
     """Return the last parameters on each path through a layer, from its end to its entry."""
     nodes, writers = network.nodes, dict[fx.Node, list[str]]()
+    made = {nodes[layer.entry]}  # of what the layer reads; masks and their like are not
+    for node in (nodes[n] for n in nodes if n in layer.nodes):
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
     tail = {n for n in layer.carriers[1:] if n in network.norms}
     waiting, seen = [nodes[layer.carriers[-1]]], set[fx.Node]()
     while waiting:
         node = waiting.pop()
-        if node in seen or node.name not in layer.nodes:
+        if node in seen or node not in made or node.name not in layer.nodes:
             continue
         seen.add(node)
         names = [] if node.name in tail else last_writers(network, node)

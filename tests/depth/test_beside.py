@@ -59,3 +59,42 @@ def test_a_value_may_be_computed_once_or_for_each_layer():
     each.load_state_dict(net.state_dict())
     fused = fxfuse.fuse([net, fxfuse.permute(each, X, seed=1)], X)
     assert gap(net, fused, 2 * X) < PERMUTATION
+
+
+class Biased(nn.Module):
+    """Blocks of attention with one table of biases for all, and with layers on all positions."""
+
+    def __init__(self, depth, flat=False, once=True):
+        super().__init__()
+        self.inp, self.out = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.table = nn.Embedding(2 * TOKENS, 1)
+        self.flat, self.once = flat, once
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(depth))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 12), nn.ReLU(), nn.Linear(12, WIDTH))
+            for _ in range(depth)
+        )
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], device=x.device)
+        far = places[:, None] - places
+        bias = self.table(far + TOKENS)[..., 0]
+        seen = (far >= 0)[None] & (x[:, None, :, 0] < 1)
+        mask, h = torch.where(seen, bias, -9.0), self.inp(x)
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            if not self.once:
+                mask = torch.where(seen, bias, -9.0)
+            q, k, v = qkv(h).chunk(3, -1)
+            h = h + (q @ k.transpose(1, 2) / 4 + mask).softmax(-1) @ v
+            rows = h.reshape(-1, WIDTH) if self.flat else h
+            h = (rows + mlp(rows)).view(h.shape)
+        return self.out(h)
+
+
+@pytest.mark.parametrize(("flat", "once"), [(False, True), (True, False)])
+def test_blocks_share_biases_under_a_mask_and_may_work_on_all_positions(flat, once):
+    nets = [randomise(Biased(depth, flat, once), seed) for seed, depth in enumerate((3, 1))]
+    balanced = fxfuse.balance(nets, X)
+    assert all(gap(a, b, 2 * X) < FUNCTION for a, b in zip(nets, balanced))
+    fused = fxfuse.fuse(nets, X, weights=[1, 0])
+    assert gap(nets[0], fused, 2 * X) < FUNCTION
