@@ -18,7 +18,7 @@ from ..alignment.pairing import layers_paired
 from ..calibration.data import Calibration
 from ..calibration.distance import relative_error_on
 from ..calibration.run import run_past, working_batch
-from ..errors import ArgumentError, NotEquivalent
+from ..errors import ArgumentError, FuseError, NotEquivalent, PassError
 from ..graph.compare import TOLERANCE, relative_error
 from ..graph.trace import run_once
 from ..graph.verify import require_equal
@@ -159,7 +159,7 @@ def insert_missing_layers(
             deepened.append(insert_layers(network, insertions, approximate, pass_by=True))
     with part(0.4, 0.6):
         whole = [
-            n if m is n.module else Network.of(n.name, m, n.example)
+            n if m is n.module else _analysed(n, m)
             for n, (m, _) in counted(list(zip(networks, deepened)))
         ]
         others = [n for n in whole if n is not whole[skeleton]]
@@ -178,6 +178,21 @@ def insert_missing_layers(
     if approximate:  # as in the published codes, an identity layer is a layer like others
         absent = [tuple(x for x in there if x.inner or x.passed) for there in absent]
     return Balanced(tuple(balanced), tuple(absent), (0.0,) * len(networks))
+
+
+def _analysed(network: Network, deepened: fx.GraphModule) -> Network:
+    """Return a network that layers were inserted into, which has to run."""
+    try:
+        return Network.of(network.name, deepened, network.example)
+    except FuseError:
+        raise
+    except Exception as error:
+        raise PassError(
+            f"layers that do not run where they are missing: {str(error).splitlines()[0]}",
+            where=network.name,
+            expected="layers that hand on a value of the form that they read",
+            do="let the other networks count in targets only: fuse(..., across=True)",
+        ) from error
 
 
 def _require_equal(network: Network, adopted: Network, absent: Sequence[AbsentLayer]) -> None:

@@ -624,3 +624,29 @@ def test_what_a_block_computes_of_parameters_and_sizes_is_its_own():
         net.places = nets[0].places
     fused = fxfuse.fuse(nets, data, weights=[1, 0])
     assert gap(nets[0], fused, torch.randn(5, 3, 6)) <= FUNCTION
+
+
+class Members(nn.Module):
+    """Three members share each layer, and scale what it reads each in its own way."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(3, 8)) for _ in range(depth))
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))[None].expand(3, -1, -1)
+        for layer, scale in zip(self.layers, self.scales):
+            x = torch.relu(layer(x * scale[:, None]))
+        return self.last(x).mean(0)
+
+
+def test_layers_that_do_not_run_where_they_are_missing_are_refused_or_fuse():
+    nets = [randomise(Members(2), 0), randomise(Members(1), 1)]
+    try:
+        fused = fxfuse.fuse(nets, VECTORS, weights=[1, 0])
+    except PassError as refusal:
+        assert "across=True" in refusal.do
+    else:
+        assert gap(nets[0], fused, torch.randn(9, 6)) <= FUNCTION
