@@ -367,8 +367,7 @@ class _Tensors:
         self._first_names = {id(t): name for name, t in tensors_of(self.theirs.module).items()}
         self._made: dict[str, Tensor] = {}
         self._name_all()
-        if len({*self.names.values()}) < len(self.names):
-            raise _structures_differ(self.ours, self.theirs, None, None)
+        self._refuse_one_for_several()
 
     def _name_all(self) -> None:
         contractions = dict(self.match.contractions())
@@ -380,6 +379,24 @@ class _Tensors:
                 if len(pair[0]) != len(pair[1]):
                     raise _structures_differ(self.ours, self.theirs, ours, node)
                 self._name(node, ours, *pair)
+
+    def _refuse_one_for_several(self) -> None:
+        """Refuse a parameter of ours where they have several: a copy of each would drift apart.
+
+        Buffers are not learned: a mask that each of their layers has is copied for each.
+        """
+        place: dict[str, str] = {}
+        for theirs, ours in self.names.items():
+            if isinstance(tensor_at(self.theirs.module, theirs), nn.Parameter):
+                other = place.setdefault(ours, theirs)
+                if other != theirs:
+                    raise PairingError(
+                        f"one parameter where another network has two, '{other}' and '{theirs}'",
+                        where=f"'{ours}' of {self.ours.name}, beside {self.theirs.name}",
+                        expected="parameters that are shared in both networks, or in neither",
+                        do="give each place a parameter of its own, or let the others count in "
+                        "targets only (across=True)",
+                    )
 
     def _both(self, node: fx.Node, ours: fx.Node) -> tuple[tuple[Network, fx.Node], ...]:
         return (self.theirs, node), (self.ours, ours)

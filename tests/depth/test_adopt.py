@@ -142,6 +142,35 @@ def test_tied_layers_stay_tied_under_another_spelling():
     assert sum(p.shape == (6, 6) for p in fused.parameters()) == 1
 
 
+@pytest.mark.parametrize("depths", [(3, 2), (2, 3)])
+def test_a_mask_of_each_layer_is_no_reason_to_refuse(depths):
+    class Causal(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.register_buffer("mask", torch.empty(5, 5))
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            scores = q @ k.transpose(1, 2)
+            hidden = self.mask[: x.shape[1], : x.shape[1]] == 0
+            return x + self.out(scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v)
+
+    def language_model(depth):
+        layers = [Causal(8) for _ in range(depth)]
+        net = randomise(nn.Sequential(nn.Embedding(11, 8), *layers, nn.Linear(8, 11)), depth)
+        for layer in layers:
+            layer.mask.copy_(torch.ones(5, 5).tril())
+        return net
+
+    words, others = torch.randint(11, (64, 5)), torch.randint(11, (7, 4))
+    nets = [language_model(depth) for depth in depths]
+    for net, balanced in zip(nets, fxfuse.balance(nets, words)):
+        assert gap(net, balanced, others) <= FUNCTION
+    fused = fxfuse.fuse(nets, words)
+    assert torch.equal(fused.state_dict()["3.mask"], nets[0][1].mask)
+
+
 def test_sizes_written_as_numbers_are_those_of_the_network():
     class Viewed(nn.Module):
         def __init__(self, width, how):
