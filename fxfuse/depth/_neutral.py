@@ -154,6 +154,11 @@ class NoNeutralForm(PassError):
         """Why it cannot."""
         return self.met.removeprefix(self.START)
 
+    def for_balancing_only(self) -> NoNeutralForm:
+        """Return the refusal for a layer that fusing passes by, with this among the advice."""
+        fused = "call fxfuse.fuse, which needs no balanced networks and passes the layer by, or "
+        return NoNeutralForm(self.met, where=self.where, expected=self.expected, do=fused + self.do)
+
 
 def no_neutral_form(name: str, why: str) -> NoNeutralForm:
     """Say that a layer cannot be inserted, and why."""

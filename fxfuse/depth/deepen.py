@@ -28,7 +28,7 @@ from ._adopt import adopt, with_room_for_biases
 from ._beside import SharedValues, reads_a_table, shared_paths
 from ._insert import AbsentLayer, bypass_of, insert_layers
 from ._nearly_neutral import make_nearly_neutral
-from ._neutral import Insertion, changes_nothing, no_neutral_form
+from ._neutral import Insertion, NoNeutralForm, changes_nothing, no_neutral_form
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,18 +115,26 @@ def made_neutral(balanced: Balanced, data: Calibration | None = None) -> Balance
     Raises:
         PassError: If a layer has no form that is near enough.
     """
-    networks = []
-    for network, absent in zip(balanced.networks, balanced.absent):
-        neutral = make_nearly_neutral(network, absent)
-        passed = [x for x in absent if x.passed]
-        examples = [network.example] if data is None else data.chunks(working_batch([network]))
-        for batch in examples if passed else ():
-            wanted = run_past(network, batch, bypass_of(passed))
-            if relative_error(wanted, run_past(neutral, batch, {})) > TOLERANCE:
-                raise no_neutral_form(passed[0].name, passed[0].passed)
-        networks.append(neutral)
+    try:
+        pairs = zip(balanced.networks, balanced.absent)
+        networks = [_made_neutral(network, absent, data) for network, absent in pairs]
+    except NoNeutralForm as error:
+        raise error.for_balancing_only() from error
     all_absent = (tuple(replace(x, passed="") for x in of_one) for of_one in balanced.absent)
     return replace(balanced, networks=tuple(networks), absent=tuple(all_absent))
+
+
+def _made_neutral(
+    network: Network, absent: tuple[AbsentLayer, ...], data: Calibration | None
+) -> Network:
+    neutral = make_nearly_neutral(network, absent)
+    passed = [x for x in absent if x.passed]
+    examples = [network.example] if data is None else data.chunks(working_batch([network]))
+    for batch in examples if passed else ():
+        wanted = run_past(network, batch, bypass_of(passed))
+        if relative_error(wanted, run_past(neutral, batch, {})) > TOLERANCE:
+            raise no_neutral_form(passed[0].name, passed[0].passed)
+    return neutral
 
 
 def insert_missing_layers(

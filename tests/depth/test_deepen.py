@@ -233,6 +233,8 @@ def test_balance_refuses_what_has_no_slope_at_zero_and_its_advice_works(act):
     method = fxfuse.Method(balancing=fxfuse.depth.Shorten())
     shorter = fxfuse.balance(nets, VECTORS, method=method)
     assert gap(nets[1], shorter[1], VECTORS) <= FUNCTION
+    assert caught.value.do.startswith("call fxfuse.fuse, ")
+    assert gap(nets[0], fxfuse.fuse(nets, VECTORS, weights=[1, 0]), VECTORS) <= FUNCTION
 
 
 class PostNorm(nn.Module):
