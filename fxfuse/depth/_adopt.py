@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from ..alignment.normal_form import (
     NormalForm,
@@ -46,6 +46,7 @@ from ..graph.state import (
 from ..graph.trace import run_once
 from ..spaces.network import Network
 from ._insert import AbsentLayer, of_form, same_form
+from ._literals import copy_literals, fit_sizes
 
 
 def adopt(
@@ -549,45 +550,18 @@ def _copy_sizes(
     match: _Match, twins: dict[fx.Node, fx.Node], copies: dict[fx.Node, fx.Node]
 ) -> None:
     """Give the copy of each node our literal arguments (sizes, rates)."""
+
+    def fit(node: fx.Node, ours: fx.Node) -> None:
+        shapes = match.theirs.network.shapes[node.name], match.ours.network.shapes[ours.name]
+        fit_sizes(copies[node], *shapes)
+
     for node, ours in twins.items():
-        if not _copy_literals(ours, copies[node]) and not match.theirs.counts(node):
-            _fit_sizes(match, node, ours, copies[node])
+        if not copy_literals(ours, copies[node]) and not match.theirs.counts(node):
+            fit(node, ours)
     for node, ours in match.nodes.items():
         for reshaping, other in _chains(match, node, ours):
             if len(reshaping) != len(other) and reshaping and other:
-                _fit_sizes(match, reshaping[0], other[0], copies[reshaping[0]])
-
-
-def _copy_literals(node: fx.Node, into: fx.Node) -> bool:
-    """Copy the literal arguments of a node, if both do the same in the same words."""
-    if (node.op, len(node.args), [*node.kwargs]) != (into.op, len(into.args), [*into.kwargs]):
-        return False
-    (leaves, layout), (other_leaves, other_layout) = (
-        tree_flatten((n.args, n.kwargs), lambda x: isinstance(x, fx.Node)) for n in (node, into)
-    )
-    if (node.op != "call_module" and node.target != into.target) or layout != other_layout:
-        return False
-    mixed = [_literal(a, b) for a, b in zip(leaves, other_leaves)]
-    into.args, into.kwargs = tree_unflatten(mixed, other_layout)
-    return True
-
-
-def _literal(argument: Any, other: Any) -> Any:
-    """Return an argument if it and the other are literals, the other if not; also in slices."""
-    if isinstance(argument, slice) and isinstance(other, slice):
-        ends = (argument.start, argument.stop, argument.step), (other.start, other.stop, other.step)
-        return slice(*(_literal(a, b) for a, b in zip(*ends)))
-    return other if isinstance(argument, fx.Node) or isinstance(other, fx.Node) else argument
-
-
-def _fit_sizes(match: _Match, node: fx.Node, ours: fx.Node, copied: fx.Node) -> None:
-    """Replace the sizes in the arguments of a node that reshapes by those of our value there."""
-    theirs, wanted = match.theirs.network.shapes[node.name], match.ours.network.shapes[ours.name]
-    leaves, layout = tree_flatten((copied.args, copied.kwargs), lambda x: isinstance(x, fx.Node))
-    if node.op == "call_module" or len(leaves) != len(theirs) + 1 or len(theirs) != len(wanted):
-        return
-    leaves[1:] = [b if x == a else x for x, a, b in zip(leaves[1:], theirs, wanted)]
-    copied.args, copied.kwargs = tree_unflatten(leaves, layout)
+                fit(reshaping[0], other[0])
 
 
 def _structures_differ(
