@@ -193,7 +193,7 @@ def _held_out_values(run: Run, node: fx.Node, value: Any) -> dict[str, Tensor]:
             shown = value if user is node else run.peek(user)
             axes = [a for a in network.samples_axes(user) if shown.shape[a] == run.samples]
             if axes and axes[0] != axis:
-                held = torch.arange(HELD_OUT - 1, run.samples, HELD_OUT, device=shown.device)
+                held = torch.arange(run.samples, device=shown.device)[HELD_OUT - 1 :: HELD_OUT]
                 found[user.name] = shown.index_select(axes[0], held)
     finally:
         run.env.pop(node)

@@ -177,9 +177,9 @@ def test_a_sweep_of_the_outputs_leaves_all_else():
 def test_choosing_sweeps_over_the_data_once_and_over_the_outputs_once(monkeypatch):
     whole, swept = LeastSquares.__call__, []
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         swept.append(self.only_outputs)
-        return whole(self, *args)
+        return whole(self, *args, **options)
 
     monkeypatch.setattr(LeastSquares, "__call__", counted)
     fxfuse.fuse(strangers((9, 9), (9, 9), (9, 9)), X, weights="auto")
