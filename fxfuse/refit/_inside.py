@@ -1,4 +1,4 @@
-"""Contractions inside one node: the gates of recurrent cells, attention in one module.
+"""Contractions inside one node: the gates of recurrent cells.
 
 Such a node contracts several weights, some of them at every step of a sequence, and no value of the
 graph shows it. Its operators do. What each weight reads and gives is recorded as the node runs, in
@@ -221,18 +221,38 @@ def _joined(uses: Sequence[_Use]) -> Rows:
 
 
 def inner_nodes(network: Network, aims: Collection[str]) -> list[str]:
-    """Return the nodes in which weights can be fitted.
+    """Return the nodes in which weights are fitted: those that use a weight several times.
+
+    Where each is used once, as in attention, the coupled weights are as near to what is wanted, and
+    looking would take as long as the sweep does.
 
     Args:
         network: The fused network.
         aims: The nodes that are fitted as one contraction.
     """
-    return [
+    names = [
         name
         for name, node in network.nodes.items()
         if name not in aims and node.op == "call_module" and not network.is_opaque(node)
         if len(network.contractions(name)) > 1 and _own_weights(network, name)
     ]
+    run = Run(network, network.example)
+    repeating = []
+    with torch.no_grad():
+        for node in network.nodes.values() if names else ():
+            if node.name in names and _uses_again(run, node):
+                repeating.append(node.name)
+            run.step(node)
+    return repeating
+
+
+def _uses_again(run: Run, node: fx.Node) -> bool:
+    """Tell whether a node that a network is about to run uses some weight several times."""
+    weights = _own_weights(run.network, node.name)
+    recorder = _Recorder(run.network, node, dict.fromkeys(weights, 0.0))
+    with plain_kernels(), recorder:
+        run.peek(node)
+    return len({use.weight for use in recorder.uses.values()}) < len(recorder.uses)
 
 
 def _own_weights(network: Network, node: str) -> list[str]:

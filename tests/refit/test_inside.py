@@ -51,7 +51,6 @@ MAKE = {
     "gru": lambda: Recurrent(nn.GRU),
     "rnn": lambda: Recurrent(nn.RNN, bias=False),
     "deep": lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True),
-    "attention": Attending,
 }
 
 
@@ -78,6 +77,11 @@ def test_what_is_recorded_is_what_weights_and_biases_make_of_the_inputs(name):
             expected = expected + one.module.get_parameter(row.bias)
         assert torch.allclose(row.z, expected, atol=1e-5)
         assert (row.bias is None) == (name == "rnn")
+
+
+def test_weights_that_are_used_once_are_left_as_they_are_coupled():
+    one = network(randomise(Attending()))
+    assert len(one.contractions("read")) > 1 and inner_nodes(one, []) == []
 
 
 def test_the_later_of_two_in_one_sum_has_the_other_added():
