@@ -102,17 +102,18 @@ class SharedValues:
     ) -> Iterator[fx.Node]:
         """Yield values from outside that a layer reads, and those behind them without a partner.
 
-        What is made for this layer alone, of parameters and given values, is its own.
+        What is made for this layer alone, of parameters and given values, is its own, and so
+        is what has a size of the layer's values: it cannot be there before.
         """
         network, nodes = form.network, form.network.nodes
         fed = fed_values(network)
         inside = {nodes[name] for name in layer.nodes}
         seen = {*inside, nodes[layer.entry]}
         for node in reversed(network.module.graph.nodes):
-            made = node not in fed or node in form.beside
-            if made and node not in seen and node.users and inside >= {*node.users}:
+            free = node not in fed or node in form.beside
+            if free and node not in seen and node.users and inside >= {*node.users}:
                 inside.add(node)
-        inside -= form.given
+        inside -= form.given - _made_of(network, layer, inside)
         waiting = list(inside)
         while waiting:
             for node in waiting.pop().all_input_nodes:
@@ -123,6 +124,16 @@ class SharedValues:
                     yield node
                 if node.name not in partners:
                     waiting.append(node)
+
+
+def _made_of(network: Network, layer: Layer, alone: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes made of a layer's values, or of their sizes, that are made for it alone."""
+    made = {network.nodes[name] for name in layer.nodes}
+    for node in network.module.graph.nodes:
+        free = node in alone or not network.carries_data(node)
+        if free and not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    return made
 
 
 def shared_paths(network: Network, layer: Layer) -> set[str]:

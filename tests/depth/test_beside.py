@@ -98,3 +98,29 @@ def test_blocks_share_biases_under_a_mask_and_may_work_on_all_positions(flat, on
     assert all(gap(a, b, 2 * X) < FUNCTION for a, b in zip(nets, balanced))
     fused = fxfuse.fuse(nets, X, weights=[1, 0])
     assert gap(nets[0], fused, 2 * X) < FUNCTION
+
+
+class Counting(nn.Module):
+    """Pairs of blocks; the second of each weighs the places of a value that it makes itself."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.inp, self.out = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+        self.mix = nn.ModuleList(nn.Linear(TOKENS, TOKENS) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 12) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(12, WIDTH) for _ in range(depth))
+
+    def forward(self, x):
+        h = self.inp(x)
+        for mix, up, down in zip(self.mix, self.up, self.down):
+            h = h + mix(h.transpose(1, 2)).transpose(1, 2)
+            inner = up(h)
+            places = torch.arange(inner.shape[1], device=x.device)
+            h = h + down(inner.relu() * places[:, None].cos())
+        return self.out(h)
+
+
+def test_what_has_a_size_of_a_layers_own_values_is_copied_with_the_layer():
+    nets = [randomise(Counting(depth), seed) for seed, depth in enumerate((2, 1))]
+    balanced = fxfuse.balance(nets, X)
+    assert all(gap(a, b, 2 * X) < FUNCTION for a, b in zip(nets, balanced))
