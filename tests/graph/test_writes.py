@@ -13,6 +13,7 @@ from fxfuse.errors import TraceError
 from fxfuse.graph.trace import trace
 from fxfuse.graph.writes import writes
 from tests.support.nets import gap, randomise
+from tests.support.sweeps import crossed
 from tests.support.tolerances import PERMUTATION
 
 
@@ -93,9 +94,9 @@ def test_what_training_counts_is_counted_in_training_mode_only(how):
     assert int(graph.steps) == 6
 
 
-@pytest.mark.parametrize("only_in_training", [False, True])
-@pytest.mark.parametrize("method", ["best", "otfusion"])
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    ("how", "method", "only_in_training"), crossed(HOWS, ("best", "otfusion"), (False, True))
+)
 def test_networks_that_write_are_fused_as_they_were_before(how, method, only_in_training):
     net, data = randomise(Writes(how, only_in_training)), torch.randn(64, 6)
     fused = fxfuse.fuse([net, fxfuse.permute(net, data[:4], seed=2)], data, method=method)
