@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
@@ -19,7 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Graph(fx.GraphModule):
-    """A `GraphModule` whose buffers are persistent if they were so where it took them from."""
+    """A `GraphModule` whose buffers are persistent if they were so where it took them from.
+
+    A copy keeps the name of its class, by which tables and errors call a network.
+    """
 
     def __init__(
         self, root: nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "GraphModule"
@@ -29,10 +33,11 @@ class Graph(fx.GraphModule):
             _hide_alike(root, self)
 
     def _deepcopy_init(self) -> Callable[..., None]:
-        return Graph.__init__
+        return partial(Graph.__init__, class_name=type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return unpickled, super().__reduce__()[1]
+        body, imports = super().__reduce__()[1]
+        return unpickled, (body | {"_graphmodule_cls_name": type(self).__name__}, imports)
 
 
 class _Reader(fx.Tracer):

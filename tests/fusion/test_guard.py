@@ -89,7 +89,7 @@ def test_a_network_that_does_better_alone_is_named_in_one_sentence():
     near, text = report.nearness, str(warning.message)
     best = min((0, 1), key=near.networks.__getitem__)
     assert f"{near.fused:.3g} nats against {near.networks[best]:.3g} nats" in text
-    name = ("Sequential", "GraphModule")[best]
+    name = f"Sequential {best}"
     assert f"{name} alone" in text and "12 samples" in text
     assert 'the default method, weights="auto"' in text
     assert report.warnings == (text,) and f"warning: {text}" in str(report)

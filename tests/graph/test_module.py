@@ -29,11 +29,12 @@ class Scaled(nn.Module):
         lambda graph: graph,
         copy.deepcopy,
         lambda graph: pickle.loads(pickle.dumps(graph)),
-        lambda graph: Graph(graph, graph.graph),
+        lambda graph: Graph(graph, graph.graph, type(graph).__name__),
     ],
 )
-def test_buffers_that_are_not_persistent_stay_so(again):
+def test_buffers_that_are_not_persistent_stay_so_and_the_name_stays(again):
     net, x = Scaled(), torch.randn(2, 3)
     graph = again(Graph(net, fx.Tracer().trace(net), "Scaled"))
     assert set(graph.state_dict()) == set(net.state_dict())
     torch.testing.assert_close(graph(x), net(x))
+    assert type(graph).__name__ == "Scaled"
