@@ -282,9 +282,14 @@ def _require_equal_sizes(networks: Sequence[Network], anchor: int) -> None:
     for network in networks:
         for key, size in network.spaces.sizes.items():
             if key not in free and ours.get(key) != size:
+                fixed = [f for f in network.spaces.frozen if (f.tensor, f.dim) == key]
+                why = f", fixed at '{fixed[0].node}': {fixed[0].reason}" if fixed else ""
                 raise PairingError(
-                    f"an axis that must stay in place, of size {ours.get(key)} and {size}",
+                    f"an axis that must stay in place, of size {ours.get(key)} and {size}{why}",
                     where=f"'{key[0]}' axis {key[1]} of {networks[anchor].name} and {network.name}",
-                    expected="the same kernel, input, output and position sizes in all networks",
-                    do="fuse networks that agree in everything but depth and width",
+                    expected="the same kernel, input, output and position sizes in all networks, "
+                    "and free units where widths differ",
+                    do="give both this size, keep what these units meet in the state (a parameter, "
+                    "a persistent buffer), or let the other network count in targets only: "
+                    "fuse(..., across=True)",
                 )

@@ -311,7 +311,8 @@ def resized_copy(insertion: Insertion, path: str, width: int) -> nn.Module | Ten
     """Copy a module or tensor of the template at the target's width, freshly initialised.
 
     Axes of the stream that the layer reads and writes take the target's width; axes inside a block
-    keep the template's. Initial values neither depend on the global random state nor change it.
+    keep the template's, but for attention in one module, which has one width. Initial values
+    neither depend on the global random state nor change it.
 
     Args:
         insertion: What is inserted where.
@@ -325,8 +326,9 @@ def resized_copy(insertion: Insertion, path: str, width: int) -> nn.Module | Ten
     part = copy.deepcopy(original)
     conv = part if isinstance(part, nn.modules.conv._ConvNd) else None
     depthwise = conv is not None and conv.groups == conv.in_channels > 1
+    one_width = isinstance(part, nn.MultiheadAttention)
     for name, tensor in tensors_of(part).items():
-        shape = _shape(insertion, f"{path}.{name}", tensor, width)
+        shape = _shape(insertion, f"{path}.{name}", tensor, width, one_width)
         if shape != tuple(tensor.shape):
             replace_tensor(part, name, _resized(tensor, shape))
     if conv is not None and depthwise:
@@ -349,13 +351,20 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied
 
 
-def _shape(insertion: Insertion, name: str, tensor: Tensor, width: int) -> tuple[int, ...]:
-    """Return the shape of a template's tensor where the stream has another width."""
+def _shape(
+    insertion: Insertion, name: str, tensor: Tensor, width: int, one_width: bool = False
+) -> tuple[int, ...]:
+    """Return the shape of a template's tensor where the stream has another width.
+
+    With `one_width`, axes inside the module that has it change as the stream does.
+    """
     spaces, layer = insertion.template.spaces, insertion.layer
     ends = [layer.entry] if layer.branched else [layer.entry, layer.nodes[-1]]
     shape = list(tensor.shape)
     for space, axis in spaces.on(name):
         end = next((e for e in ends if any(f.tensor == e for f in space.features)), None)
+        if end is None and one_width and not space.features:
+            end = layer.entry
         if end is None:
             continue
         size, old = spaces.sizes[name, axis.dim], _width(insertion.template, end)

@@ -282,6 +282,11 @@ def sizes_of(module: nn.Module) -> dict[str, Any]:
         return {} if weight is None else {"normalized_shape": tuple(weight.shape)}
     if getattr(module, "proj_size", 0):  # an LSTM that hands on less than it holds
         return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
+    if isinstance(module, nn.MultiheadAttention):
+        joint, width = module.in_proj_weight, module.out_proj.weight.shape[0]
+        read = (module.k_proj_weight, module.v_proj_weight) if joint is None else (joint, joint)
+        sizes = {name: t.shape[1] for name, t in zip(("kdim", "vdim"), read)}
+        return sizes | {"embed_dim": width, "head_dim": width // module.num_heads}
     for kind, sizes in _SIZES.items():
         if isinstance(module, kind):
             axes = {

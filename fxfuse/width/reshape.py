@@ -188,12 +188,6 @@ def _update_attributes(network: Network, path: str, part: Any) -> None:
         old: Any = network.module.get_submodule(path)  # a depthwise convolution
         part.groups = part.weight.shape[0] * old.groups // old.weight.shape[0]
     settle_sizes(part)
-    if isinstance(part, nn.MultiheadAttention):
-        joint = part.in_proj_weight
-        keys, values = (part.k_proj_weight, part.v_proj_weight) if joint is None else (joint, joint)
-        part.embed_dim = part.out_proj.weight.shape[0]
-        part.kdim, part.vdim = keys.shape[1], values.shape[1]
-        part.head_dim = part.embed_dim // part.num_heads
 
 
 # --- sizes written in the graph ---------------------------------------------------------------

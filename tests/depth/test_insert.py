@@ -269,11 +269,15 @@ def test_parameters_without_a_module_are_resized_alike():
     assert not isinstance(shift, nn.Parameter) and shift.shape == (1, 4, 1, 1)
 
 
-def test_attention_keeps_its_heads_and_takes_the_streams_width():
-    insertion = plan(Tokens(8, 2, 12), Tokens(8, 2, 10), layer=0)
+@pytest.mark.parametrize("width", [8, 6])
+def test_attention_keeps_its_heads_and_takes_the_streams_width(width):
+    insertion = plan(Tokens(8, 2, 12), Tokens(width, 2, 10), layer=0)
     part = resized(insertion, "blocks.0.attention")
-    assert part.num_heads == 2 and part.embed_dim == 8
-    assert part.in_proj_weight.shape == (24, 8) and part.out_proj.weight.shape == (8, 8)
+    assert (part.num_heads, part.embed_dim, part.head_dim) == (2, width, width // 2)
+    assert part.in_proj_weight.shape == (3 * width, width)
+    assert part.out_proj.weight.shape == (width, width)
+    x = torch.randn(2, 5, width)
+    assert part(x, x, x)[0].shape == x.shape
 
 
 def test_a_copy_is_freshly_initialised_and_shares_nothing():

@@ -280,6 +280,21 @@ def test_each_choice_of_a_method_changes_the_result():
         assert same_shape and gap(plain, other, x) > 1e-3, choice
 
 
+def test_encoders_of_words_may_differ_in_depth_and_width():
+    def encoder(depth, width):
+        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True)
+        layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        return randomise(nn.Sequential(nn.Embedding(9, width), layers, nn.Linear(width, 3)), depth)
+
+    nets, words = [encoder(2, 8), encoder(1, 4)], torch.randint(9, (64, 5))
+    others = torch.randint(9, (7, 4))
+    for net, balanced in zip(nets, fxfuse.balance(nets, words)):
+        assert gap(net, balanced, others) <= FUNCTION
+    alone = fxfuse.fuse(nets, words, weights=[1, 0], anchor=0)
+    assert gap(nets[0], alone, others) <= FUNCTION
+    assert not fxfuse.fuse(nets[::-1], words).meta["fxfuse"].warnings
+
+
 def test_the_report_names_alignment_spaces_and_times():
     fused = fxfuse.fuse(pair_of_depths(), images())
     report = fused.meta["fxfuse"]
