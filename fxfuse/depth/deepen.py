@@ -124,6 +124,24 @@ def made_neutral(balanced: Balanced, data: Calibration | None = None) -> Balance
     return replace(balanced, networks=tuple(networks), absent=tuple(all_absent))
 
 
+def made_whole(balanced: Balanced, data: Calibration) -> Balanced:
+    """Return networks that have the layers that were to be passed by, as neutral ones.
+
+    Where one network has all the weight, nobody else has a say about the layers that it lacks.
+
+    Args:
+        balanced: Networks of one structure; not modified. Returned as they are if none was to be
+            passed by, or has no form that is near enough.
+        data: Inputs on which they have to be neutral.
+    """
+    if not any(layer.passed for of_one in balanced.absent for layer in of_one):
+        return balanced
+    try:
+        return replace(made_neutral(balanced, data), absent=((),) * len(balanced.networks))
+    except PassError:
+        return balanced
+
+
 def _made_neutral(
     network: Network, absent: tuple[AbsentLayer, ...], data: Calibration | None
 ) -> Network:

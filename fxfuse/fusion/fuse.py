@@ -27,7 +27,7 @@ from ..coupling.mixing import Couplings, Mixer
 from ..coupling.plans import CouplingMethod
 from ..coupling.problem import Problem
 from ..coupling.transport import Transport
-from ..depth.deepen import Balanced, Balancing, deepen, made_neutral
+from ..depth.deepen import Balanced, Balancing, deepen, made_neutral, made_whole
 from ..errors import ArgumentError
 from ..graph.calls import ToCall
 from ..graph.cost import cost_per_sample
@@ -340,6 +340,8 @@ def _fuse_networks(
         choice: What to choose by; None to take the fused network.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
+    if sum(share > 0 for share in company.shares_inside) == 1:
+        balanced = made_whole(balanced, data)
     problem = Problem.of(balanced, company.anchor, company.shares_inside, method.absent_as_zero)
     problem = replace(problem, guests=company.guests_of(problem.structure))
     fused, couplings, report = _fuse_balanced(

@@ -290,8 +290,9 @@ def test_encoders_of_words_may_differ_in_depth_and_width():
     others = torch.randint(9, (7, 4))
     for net, balanced in zip(nets, fxfuse.balance(nets, words)):
         assert gap(net, balanced, others) <= FUNCTION
-    alone = fxfuse.fuse(nets, words, weights=[1, 0], anchor=0)
-    assert gap(nets[0], alone, others) <= FUNCTION
+    for k, net in enumerate(nets):
+        alone = fxfuse.fuse(nets, words, weights=[1 - k, k], anchor=k)
+        assert gap(net, alone, others) <= FUNCTION
     assert not fxfuse.fuse(nets[::-1], words).meta["fxfuse"].warnings
 
 
