@@ -177,7 +177,9 @@ def test_a_result_farther_than_the_network_it_is_like_is_said():
     net, data = randomise(mlp(6, 9, 3)), torch.randn(160, 6)
     options = {"importance": _last, "refit": None}
     wide = fxfuse.net2wider(net, data[:4], noise=1e-3)
-    with pytest.warns(FusionWarning, match="farther from the model than Sequential, whose widths"):
+    with pytest.warns(
+        FusionWarning, match="farther from the model than Sequential 1, whose widths"
+    ):
         report = fxfuse.narrow(wide, data, like=net, **options).meta["fxfuse"]
     near = report.nearness
     assert near.clear == (True,) and near.networks[0] < near.fused
