@@ -212,8 +212,8 @@ class Run(Interpreter):
 
     def lacks(self, name: str) -> bool:
         """Tell whether a node is passed by, or reads what has no value."""
-        node = next(n for n in self.network.module.graph.nodes if n.name == name)
-        return name in self.bypass or not self._missing.isdisjoint(node.all_input_nodes)
+        read = self.network.nodes[name].all_input_nodes
+        return name in self.bypass or not self._missing.isdisjoint(read)
 
     def value_of(self, name: str) -> Any:
         """Return the value of a node that is still to be read."""
