@@ -124,22 +124,25 @@ def made_neutral(balanced: Balanced, data: Calibration | None = None) -> Balance
     return replace(balanced, networks=tuple(networks), absent=tuple(all_absent))
 
 
-def made_whole(balanced: Balanced, data: Calibration) -> Balanced:
-    """Return networks that have the layers that were to be passed by, as neutral ones.
+def made_whole(balanced: Balanced, k: int, data: Calibration) -> Balanced:
+    """Return networks of which one has the layers that it was to pass by, as neutral ones.
 
-    Where one network has all the weight, nobody else has a say about the layers that it lacks.
+    Where it has all the weight, nobody else has a say about the layers that it lacks.
 
     Args:
-        balanced: Networks of one structure; not modified. Returned as they are if none was to be
-            passed by, or has no form that is near enough.
-        data: Inputs on which they have to be neutral.
+        balanced: Networks of one structure; not modified. Returned as they are if the network
+            passes by none, or one that has no form that is near enough.
+        k: Index of the network.
+        data: Inputs on which the layers have to be neutral.
     """
-    if not any(layer.passed for of_one in balanced.absent for layer in of_one):
+    networks, absent = [*balanced.networks], [*balanced.absent]
+    if not any(layer.passed for layer in absent[k]):
         return balanced
     try:
-        return replace(made_neutral(balanced, data), absent=((),) * len(balanced.networks))
+        networks[k], absent[k] = _made_neutral(networks[k], absent[k], data), ()
     except PassError:
         return balanced
+    return replace(balanced, networks=tuple(networks), absent=tuple(absent))
 
 
 def _made_neutral(

@@ -340,8 +340,9 @@ def _fuse_networks(
         choice: What to choose by; None to take the fused network.
     """
     balanced = _balanced(networks, alignment, data, method, clock)
-    if sum(share > 0 for share in company.shares_inside) == 1:
-        balanced = made_whole(balanced, data)
+    weighted = [k for k, share in enumerate(company.shares_inside) if share > 0]
+    if len(weighted) == 1:
+        balanced = made_whole(balanced, weighted[0], data)
     problem = Problem.of(balanced, company.anchor, company.shares_inside, method.absent_as_zero)
     problem = replace(problem, guests=company.guests_of(problem.structure))
     fused, couplings, report = _fuse_balanced(
